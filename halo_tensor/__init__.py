@@ -1,0 +1,32 @@
+"""Low-precision training of LLMs with Hadamard rotations: fast and accurate.
+
+    from halo_tensor import halo_config, quantize_
+    quantize_(model, halo_config(level=1, dtype="int8"))
+    model = torch.compile(model)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from halo_tensor.config import HaloConfig, LinearConfig, RecipeConfig, halo_config, recipe_config
+from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
+from halo_tensor.tensor import HadamardQuantTensor
+from halo_tensor.weight import HaloWeight
+
+try:
+    __version__ = version("halo_tensor")
+except PackageNotFoundError:  # imported from a source tree
+    __version__ = "0.0.0"
+
+__all__ = [
+    "Conversion",
+    "HadamardQuantTensor",
+    "HaloConfig",
+    "HaloWeight",
+    "LinearConfig",
+    "RecipeConfig",
+    "dequantize_",
+    "halo_config",
+    "layer_filter",
+    "quantize_",
+    "recipe_config",
+]

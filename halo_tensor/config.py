@@ -1,0 +1,162 @@
+"""What a user asks for: configs for ``quantize_``, validated when they are made."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.quantization import register_quantize_module_handler
+
+from halo_tensor import recipe as recipes
+from halo_tensor.ops.device import check_device
+from halo_tensor.recipe import Format, Recipe, Rotation
+from halo_tensor.weight import HaloWeight, convert_weight
+
+LEVELS = (0, 1, 2)
+GRANULARITIES = ("row", "tensor")
+#: dtype -> format. Plain "fp6" depends on the level: a rotated operand suits a uniform-like grid, an un-rotated one a wide range.
+DTYPES: dict[str, Format | None] = {
+    "int8": recipes.INT8,
+    "fp8": recipes.FP8_E4M3,
+    "fp6": None,
+    "fp6_e2m3": recipes.FP6_E2M3,
+    "fp6_e3m2": recipes.FP6_E3M2,
+    "bf16": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(AOBaseConfig):
+    """What every config of this library has: a recipe, and which layers are left alone.
+
+    Attributes:
+        skip: a regular expression; layers in whose qualified name it is found are left alone. Output embeddings and layers
+            with tied weights always are (pass ``filter_fn`` to :func:`~halo_tensor.quantize_` to decide otherwise).
+        min_features: layers with fewer input or output features gain nothing and are left alone.
+    """
+
+    skip: str = "lm_head"
+    min_features: int = 128
+
+    @property
+    def recipe(self) -> Recipe:
+        raise NotImplementedError(f"{type(self).__name__} has no recipe; use halo_config or recipe_config")
+
+
+@dataclass(frozen=True)
+class HaloConfig(LinearConfig):
+    """HALO with a level, a dtype and a granularity. Made by :func:`halo_config`, which explains the fields."""
+
+    level: int = 1
+    dtype: str = "fp8"
+    granularity: str = field(default="row", kw_only=True)
+    block_size: int | None = field(default=128, kw_only=True)
+    seed: int | None = field(default=0, kw_only=True)
+
+    def __post_init__(self):
+        _one_of("level", self.level, LEVELS)
+        _one_of("dtype", self.dtype, tuple(DTYPES))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        block = self.block_size
+        if block is not None and (not isinstance(block, int) or block < 16 or block & (block - 1)):
+            raise ValueError(f"block_size must be a power of two of at least 16, or None for the full width; got {block!r}")
+        Rotation(block, self.seed)  # checks the seed
+
+    @property
+    def recipe(self) -> Recipe:
+        return _halo(self.level, self.dtype, self.granularity, self.block_size, self.seed)
+
+
+@dataclass(frozen=True)
+class RecipeConfig(LinearConfig):
+    """A recipe of ``halo_tensor.recipe.RECIPES``, by name. Made by :func:`recipe_config`."""
+
+    name: str = "switchback"
+
+    def __post_init__(self):
+        _one_of("recipe", self.name, tuple(recipes.RECIPES))
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipes.RECIPES[self.name]
+
+
+def halo_config(
+    level: int = 1,
+    dtype: str = "fp8",
+    *,
+    granularity: str = "row",
+    block_size: int | None = 128,
+    seed: int | None = 0,
+    skip: str = "lm_head",
+    min_features: int = 128,
+) -> HaloConfig:
+    """HALO (arXiv 2501.02625) as a config for ``quantize_``.
+
+    Args:
+        level: 0 no rotation; 1 rotates in_features of X and W; 2 also the tokens of E. Uniform grids (int8, fp6_e2m3) want
+            level 1 or 2, floating ones (fp8, fp6_e3m2) want level 0.
+        dtype: "int8", "fp8" (e4m3), "fp6_e2m3", "fp6_e3m2", "fp6" (e3m2 at level 0, else e2m3), or "bf16": no quantisation
+            at all, for comparison.
+        granularity: "row", one scale per token and per output feature, every operand quantised once; or "tensor", the
+            paper's one scale per operand.
+        block_size: edge of the rotation's blocks, a power of two (the largest that divides a layer's width is used if it is
+            smaller); None rotates the full width.
+        seed: of the rotation's random signs; None for none.
+        skip, min_features: which layers are left alone; see :class:`LinearConfig`.
+
+    Raises:
+        ValueError: an unknown level, dtype, granularity, block size or seed; the message lists the valid ones.
+    """
+    return HaloConfig(
+        level, dtype, granularity=granularity, block_size=block_size, seed=seed, skip=skip, min_features=min_features
+    )
+
+
+def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128) -> RecipeConfig:
+    """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there).
+
+    Raises:
+        ValueError: there is none of that name; the message lists those there are.
+    """
+    return RecipeConfig(name, skip=skip, min_features=min_features)
+
+
+def _one_of(what: str, value, valid: tuple) -> None:
+    if value not in valid or isinstance(value, bool):
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}; got {value!r}")
+
+
+@lru_cache
+def _halo(level: int, dtype: str, granularity: str, block_size: int | None, seed: int | None) -> Recipe:
+    """Cached, so that all layers of a model hold one recipe object: comparing them is then free."""
+    if dtype == "bf16":
+        return Recipe()
+    format = DTYPES[dtype] or (recipes.FP6_E2M3 if level else recipes.FP6_E3M2)
+    return recipes.halo(level, format, granularity, Rotation(block_size, seed))
+
+
+@register_quantize_module_handler(HaloConfig)
+@register_quantize_module_handler(RecipeConfig)
+def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
+    """torchao's hook: make the weight of a linear layer follow ``config``, in place."""
+    bypasses = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if not isinstance(module, torch.nn.Linear) or bypasses or parameter_name != "weight":
+        raise ValueError(
+            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear; got "
+            f"{parameter_name!r} of {type(module).__name__}"
+        )
+    weight = module.weight
+    master = weight.master if isinstance(weight, HaloWeight) else weight
+    if type(master) not in (torch.Tensor, torch.nn.Parameter) or not master.is_floating_point():
+        raise ValueError(
+            f"the weight of this layer is a {type(master).__name__} of {master.dtype}: only plain floating-point weights can be "
+            "converted. Convert before any other quantisation or sharding"
+        )
+    check_device(config.recipe.formats, weight.device)
+    convert_weight(module, config.recipe)
+    return module
+
+
+# So that torchao's config_from_dict finds the classes.
+ALLOWED_AO_MODULES.add("halo_tensor")

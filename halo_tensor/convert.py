@@ -1,0 +1,171 @@
+"""``quantize_`` and ``dequantize_``: which layers of a model are converted, and what became of each."""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torchao.quantization
+from torch import nn
+
+from halo_tensor.config import LinearConfig
+from halo_tensor.ops.hadamard import fit
+from halo_tensor.recipe import PRODUCTS
+from halo_tensor.weight import HaloWeight, restore_weight
+
+logger = logging.getLogger("halo_tensor")
+#: 8-bit matrix units read operands in pieces of 16 bytes.
+ALIGNMENT = 16
+
+
+@dataclass
+class Conversion:
+    """What :func:`quantize_` did: ``converted`` layer names, and ``skipped`` linear layers with the reason."""
+
+    config: object
+    converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} of {len(self.converted) + len(self.skipped)} linear layers follow {self.config}"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"  left alone: {shown}: {reason}")
+        return "\n".join(lines)
+
+
+def quantize_(
+    model: nn.Module,
+    config,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    device: torch.types.Device = None,
+) -> Conversion:
+    """torchao's ``quantize_`` with a filter that knows the whole model, and a report of what was converted.
+
+    Args:
+        model: changed in place. Call this before making the optimiser, ``torch.compile`` and FSDP.
+        config: of :func:`~halo_tensor.halo_config` or :func:`~halo_tensor.recipe_config`, or a torchao ``FqnToConfig`` of
+            such. A converted model can be converted again, with another config.
+        filter_fn: ``(module, qualified name) -> bool``, in place of the default :func:`layer_filter`.
+        device: where to move the layers first, as in torchao.
+
+    Raises:
+        ValueError: no layer is eligible; the message says why each was left alone.
+    """
+    if isinstance(config, LinearConfig) and filter_fn is None:
+        filter_fn = layer_filter(model, config)
+    ties = _tied_parameters(model)
+    masters = _masters(model)
+    torchao.quantization.quantize_(model, config, filter_fn=filter_fn, device=device)
+    _tie_again(model, ties)
+
+    report = Conversion(config)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if isinstance(module.weight, HaloWeight) and module.weight is not masters.get(name):
+            report.converted.append(name)
+        else:
+            reason = getattr(filter_fn, "reasons", {}).get(name, "filter_fn or the config says so")
+            report.skipped[name] = reason
+    if not report.converted and isinstance(config, LinearConfig):
+        why = "\n".join(str(report).splitlines()[1:]) or "  it has no nn.Linear"
+        raise ValueError(
+            f"no layer of this {type(model).__name__} was converted:\n{why}\n"
+            "Pass filter_fn, or a config with another skip or min_features"
+        )
+    _warn_of_unrotated(model, report)
+    logger.info("%s", report)
+    return report
+
+
+def dequantize_(model: nn.Module) -> None:
+    """Give back a plain ``nn.Linear`` with its high-precision weight for every converted layer, in place."""
+    ties = _tied_parameters(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, HaloWeight):
+            restore_weight(module)
+    _tie_again(model, ties)
+
+
+def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
+    """The default filter: a ``filter_fn`` for :func:`quantize_`, this library's or torchao's.
+
+    It takes every ``nn.Linear`` but output embeddings, layers with tied weights, those that ``config.skip`` names, those
+    with fewer than ``config.min_features`` features on a side, and those whose features 8-bit units cannot address.
+    """
+    shared = _tied_parameters(model)
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    reasons: dict[str, str] = {}
+
+    def reason(module: nn.Linear, name: str) -> str | None:
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "its owner does not call it through F.linear"
+        if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
+            return f"its weight is a {type(module.weight).__name__}"
+        if id(module.weight) in shared:
+            return "its weight is tied to another layer's"
+        if module is output or module.in_features < module.out_features == vocabulary:
+            return "it is the output embedding"
+        if config.skip and re.search(config.skip, name):
+            return f"its name matches skip={config.skip!r}"
+        small = min(module.in_features, module.out_features)
+        if small < config.min_features:
+            return f"fewer than min_features={config.min_features} features on a side"
+        if module.in_features % ALIGNMENT or module.out_features % ALIGNMENT:
+            return f"a width that is no multiple of {ALIGNMENT}"
+        return None
+
+    def accept(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear):
+            return False
+        why = reason(module, name)
+        if why is not None:
+            reasons[name] = why
+        return why is None
+
+    accept.reasons = reasons  # type: ignore[attr-defined]
+    return accept
+
+
+def _masters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _tied_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a parameter that several modules hold -> those modules and their names for it."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
+    return {key: held for key, held in holders.items() if len(held) > 1}
+
+
+def _tie_again(model: nn.Module, ties: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    """Where one holder of a tied parameter has got a new one, give it to all of them."""
+    for key, holders in ties.items():
+        new = [getattr(m, name) for m, name in holders if id(getattr(m, name)) != key]
+        for module, name in holders if new else ():
+            setattr(module, name, new[-1])
+
+
+def _warn_of_unrotated(model: nn.Module, report: Conversion) -> None:
+    """One warning for all layers with a feature dimension that the recipe rotates and no block fits."""
+    unrotated = []
+    for name in report.converted:
+        weight = model.get_submodule(name).weight
+        widths = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+        products = [getattr(weight.recipe, p) for p in PRODUCTS]
+        wanted = {(d, o.rotation(d)) for p in products for o in (p.left, p.right) for d in widths if o.rotation(d)}
+        unrotated += [f"{name or 'the model'} ({d} {widths[d]})" for d, r in sorted(wanted, key=str) if not fit(r, widths[d])]
+    if unrotated:
+        warnings.warn(
+            f"left un-rotated, since no block of at least 16 divides the width: {', '.join(unrotated)}", stacklevel=3
+        )

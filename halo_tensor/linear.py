@@ -1,0 +1,189 @@
+"""The linear layer's three products, as a recipe says.
+
+Forward quantises X and W; backward quantises E and multiplies it with the quantised operands again. Of X, only the codes that
+grad_weight reads are saved; of W, nothing but a reference: its operands are shared through a cache in eager mode, and made
+anew in a compiled graph.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from halo_tensor.ops import hadamard
+from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
+from halo_tensor.tensor import HadamardQuantTensor
+
+# matrix -> (its version, {operand and layouts: HadamardQuantTensor}). An entry dies with its matrix.
+_shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def quantize_operands(
+    matrix: torch.Tensor,
+    dims: tuple[str, str],
+    recipe: Recipe,
+    products: list[str],
+    folds: dict[str, torch.Tensor | None] | None = None,
+    owner: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """What ``matrix``, one of X, W and E by its ``dims``, brings to each of ``products``: a HadamardQuantTensor in the layout
+    that the product reads, or the matrix itself where the recipe keeps it in high precision.
+
+    Products that want the same operand are served by one quantisation, and so are later calls with the same ``owner``, the
+    tensor that ``matrix`` is a view of, until it is written to. ``folds`` gives, per product, another operand's scale along
+    the contracted dimension, to be multiplied in first.
+    """
+    folds = folds or {}
+    wanted: dict[tuple, list[str]] = {}
+    for product in products:
+        key = (_operand(recipe, product, dims), folds.get(product))
+        wanted.setdefault(key, []).append(product)
+    shared = _shared_operands(owner)
+    made: dict[str, torch.Tensor] = {}
+    for (operand, fold), served in wanted.items():
+        contracted = {PRODUCTS[product][2] for product in served}
+        key = (operand, frozenset(contracted))
+        tensor = shared.get(key) if fold is None else None
+        if tensor is None:
+            tensor = _quantize(matrix, dims, operand, contracted, fold)
+            if fold is None and not operand.is_plain:
+                shared[key] = tensor
+        made |= dict.fromkeys(served, tensor)
+    return [made[product] for product in products]
+
+
+def _operand(recipe: Recipe, product: str, dims: tuple[str, str]) -> Operand:
+    sides = getattr(recipe, product)
+    return sides.left if PRODUCTS[product][0] == dims else sides.right
+
+
+def _shared_operands(owner: torch.Tensor | None) -> dict:
+    """The operands already made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is active
+    (tracing, selective checkpointing): a mode must see every op."""
+    if type(owner) not in (torch.Tensor, torch.nn.Parameter) or owner.is_inference():
+        return {}
+    if torch._C._len_torch_dispatch_stack():
+        return {}
+    version, operands = _shared.get(owner, (None, {}))
+    if version != owner._version:
+        operands = {}
+        _shared[owner] = (owner._version, operands)
+    return operands
+
+
+def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.Tensor | None) -> torch.Tensor:
+    if operand.is_plain:
+        return matrix
+    # The token count is padded to whole blocks; a feature dimension that no block divides stays un-rotated, and quantize_
+    # has said so.
+    left, right = (
+        operand.rotation(d) if d == "tokens" else hadamard.fit(operand.rotation(d), width)
+        for d, width in zip(dims, matrix.shape, strict=True)
+    )
+    return HadamardQuantTensor.from_hp(
+        matrix,
+        operand.format,
+        {dims[0]: "row", dims[1]: "column"}.get(operand.scale, operand.scale),
+        left=left,
+        right=right,
+        fold_rows=fold if dims[0] in contracted else None,
+        fold_columns=fold if dims[1] in contracted else None,
+        rows=dims[1] in contracted,
+        columns=dims[0] in contracted,
+    )
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if isinstance(a, HadamardQuantTensor):
+        if bias is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(bias, a, b, out_dtype=dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+
+
+def _take_apart(operand: torch.Tensor) -> tuple[list[torch.Tensor], Callable]:
+    """The tensors to save for a grad_weight operand, and the function that puts them together again."""
+    if not isinstance(operand, HadamardQuantTensor):
+        return [operand], lambda tensors: tensors[0]
+    operand = operand.only("columns")
+    names, attributes = operand.__tensor_flatten__()
+    size, stride = operand.size(), operand.stride()
+
+    def put_together(tensors):
+        inner = dict(zip(names, tensors, strict=True))
+        return HadamardQuantTensor.__tensor_unflatten__(inner, attributes, size, stride)
+
+    return [getattr(operand, name) for name in names], put_together
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype, trains):
+        recipe, w = weight.recipe, weight.master
+        products = ["output", "grad_weight"] if trains and ctx.needs_input_grad[1] else ["output"]
+        x_out, *x_saved = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
+        (w_out,) = quantize_operands(w, W, recipe, ["output"], owner=w)
+        y = _multiply(x_out, w_out.t(), dtype, bias)
+
+        if not trains:
+            return y.view(*x.shape[:-1], w.shape[0])
+        # Inner tensors are saved, not the subclass: hooks on saved tensors (offloading, counting) see what is really kept.
+        saved, ctx.x_from = _take_apart(x_saved[0]) if x_saved else ([], None)
+        ctx.save_for_backward(w, *saved)
+        ctx.recipe, ctx.x_shape, ctx.x_dtype = recipe, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a converted linear layer has no second derivatives: rounding has none. dequantize_ the model")
+        recipe = ctx.recipe
+        w, *saved = ctx.saved_tensors
+        wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
+        e = grad_output.reshape(-1, grad_output.shape[-1])
+        right, folds = {}, {}
+        if wants_x:
+            (right["grad_input"],) = quantize_operands(w, W, recipe, ["grad_input"], owner=w)
+        if wants_w:
+            right["grad_weight"] = ctx.x_from(saved)
+        for product, operand in right.items():
+            if getattr(recipe, product).right.scale == PRODUCTS[product][2]:
+                folds[product], right[product] = operand.scale, operand.without_scale()
+        left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
+
+        grad_x = grad_w = grad_bias = None
+        if wants_x:
+            grad_x = _multiply(left["grad_input"], right["grad_input"], ctx.x_dtype).view(ctx.x_shape)
+        if wants_w:
+            grad_w = _multiply(left["grad_weight"].t(), right["grad_weight"], w.dtype)
+        if wants_bias:
+            grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_w, grad_bias, None, None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in].
+
+    Args:
+        x: [..., in], of the weight's dtype; bias: [out] or None. Under autocast the result has its dtype, while X and W
+            are quantised from the precision they come in.
+
+    Raises:
+        ValueError: the shapes do not fit, or the dtypes differ outside autocast.
+    """
+    device = x.device.type
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        dtype = x.dtype
+    else:
+        raise ValueError(
+            f"linear: input {x.dtype}, weight {weight.dtype} and bias {None if bias is None else bias.dtype} must be of one "
+            "dtype; convert the model or the input with .to(dtype), or use torch.autocast"
+        )
+    with torch.autocast(device, enabled=False):
+        return _Linear.apply(x, weight, bias, dtype, torch.is_grad_enabled())

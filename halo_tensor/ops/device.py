@@ -1,0 +1,20 @@
+"""What a device can run."""
+
+import torch
+
+from halo_tensor.recipe import Format
+
+
+def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
+    """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    needed = {f: (8, 0) if f.uniform else (8, 9) for f in formats}
+    lacking = [f.name for f, minimum in needed.items() if capability < minimum]
+    if lacking:
+        advice = "use halo_config(level=1, dtype='int8')" if capability >= (8, 0) else "it can train in bf16 or fp16 only"
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
+            f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
+        )

@@ -1,0 +1,93 @@
+"""Number formats as tensors: rounding to a grid, the storage that products read, and packed bytes for storage and transport.
+
+"Codes" are what a matrix unit multiplies: int8 for the uniform formats (int4's codes are the integers −7…7), fp8 for the
+floating ones. Every fp6 value is an e4m3 value, so fp6 codes are held in e4m3 and multiply exactly on fp8 units.
+"""
+
+import torch
+
+from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format
+
+_NATIVE = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
+
+
+def code_dtype(format: Format) -> torch.dtype:
+    """The dtype in which a format's codes are held."""
+    return torch.int8 if format.uniform else _NATIVE.get(format, torch.float8_e4m3fn)
+
+
+def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
+    """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even,
+    saturating at ±max. NaN becomes NaN where the format has one, and 0 in a uniform format, whose scale then carries it."""
+    x = x.clamp(-format.max, format.max)
+    if format.uniform:
+        return x.round().nan_to_num(0.0).to(torch.int8)
+    if format not in _NATIVE:
+        # frexp's exponent is that of a mantissa in [½, 1): one more than IEEE's.
+        exponent = (torch.frexp(x).exponent - 1).clamp_min(format.min_exponent)
+        quantum = torch.exp2((exponent - format.mantissa_bits).float())
+        x = (x / quantum).round() * quantum
+    return x.to(code_dtype(format))
+
+
+def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """The ``format.bits``-bit patterns of ``codes``, as uint8: sign, exponent, mantissa; two's complement for integers.
+
+    An fp6 code must lie on the format's grid; fp6 has no NaN and raises nothing for one, so keep NaN in the scale.
+    """
+    if format.bits == 8:
+        return codes.view(torch.uint8)
+    if format.uniform:
+        return codes.view(torch.uint8) & (2**format.bits - 1)
+    x = codes.float()
+    m, low = format.mantissa_bits, format.min_exponent
+    exponent = torch.where(x == 0, low - 1, torch.frexp(x).exponent - 1)
+    normal = exponent >= low
+    step = torch.exp2((exponent.clamp_min(low) - m).float())
+    magnitude = (x.abs() / step).to(torch.int32)  # the mantissa with its implicit one, if normal
+    magnitude = torch.where(normal, magnitude - 2**m + ((exponent - low + 1) << m), magnitude)
+    sign = torch.signbit(x).to(torch.int32) << (format.bits - 1)
+    return (sign | magnitude).to(torch.uint8)
+
+
+def from_bits(bits: torch.Tensor, format: Format) -> torch.Tensor:
+    """The codes with the given bit patterns (uint8): the inverse of :func:`to_bits`."""
+    if format.bits == 8:
+        return bits.view(code_dtype(format))
+    top = format.bits - 1
+    if format.uniform:
+        value = bits.to(torch.int16)
+        return (value - ((value >> top) << format.bits)).to(torch.int8)
+    m = format.mantissa_bits
+    magnitude = bits.to(torch.int32) & (2**top - 1)
+    exponent, mantissa = magnitude >> m, magnitude & (2**m - 1)
+    implicit = (exponent > 0).to(torch.int32) << m
+    step = torch.exp2((exponent.clamp_min(1) - 1 + format.min_exponent - m).float())
+    value = (mantissa + implicit).float() * step
+    return torch.where(bits >> top == 1, -value, value).to(code_dtype(format))
+
+
+def pack(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """``codes`` (any shape) as a flat uint8 tensor of ``bits``/8 bytes per element, zero-padded to whole bytes' worth:
+    fp6 puts 4 codes into 3 bytes, int4 puts 2 into 1, little-endian."""
+    bits = to_bits(codes.contiguous(), format).flatten()
+    if format.bits == 8:
+        return bits
+    per_group = 4 if format.bits == 6 else 2
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % per_group)).view(-1, per_group).to(torch.int32)
+    word = sum(bits[:, i] << (format.bits * i) for i in range(per_group))
+    n_bytes = format.bits * per_group // 8
+    return torch.stack([(word >> (8 * i)) & 0xFF for i in range(n_bytes)], dim=1).to(torch.uint8).flatten()
+
+
+def unpack(packed: torch.Tensor, format: Format, shape: torch.Size) -> torch.Tensor:
+    """Codes of ``shape`` from :func:`pack`'s bytes."""
+    if format.bits == 8:
+        return from_bits(packed, format).view(shape)
+    per_group = 4 if format.bits == 6 else 2
+    n_bytes = format.bits * per_group // 8
+    grouped = packed.view(-1, n_bytes).to(torch.int32)
+    word = sum(grouped[:, i] << (8 * i) for i in range(n_bytes))
+    mask = 2**format.bits - 1
+    bits = torch.stack([(word >> (format.bits * i)) & mask for i in range(per_group)], dim=1).to(torch.uint8)
+    return from_bits(bits.flatten()[: shape.numel()], format).view(shape)

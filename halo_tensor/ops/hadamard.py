@@ -1,0 +1,116 @@
+"""Hadamard matrices, the signs of a rotation, and the block that fits a width.
+
+Everything here is a deterministic function of integers, so that every rank, machine and kernel agrees on it.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from math import isqrt
+
+import torch
+
+from halo_tensor.recipe import Rotation
+
+SMALLEST_BLOCK = 16
+#: A block up to this edge is one dense factor (one tensor-core product in a kernel); a wider one splits into two.
+LARGEST_FACTOR = 256
+
+
+def signs(n: int, seed: int | None) -> torch.Tensor:
+    """``n`` random signs as an int64 tensor of ±1: bit 0 of a 32-bit integer hash of the index and the seed, so that a kernel
+    can compute them where it needs them. All +1 if ``seed`` is None."""
+    if seed is None:
+        return torch.ones(n, dtype=torch.int64)
+    mask = 0xFFFFFFFF
+    h = (torch.arange(n, dtype=torch.int64) * 0x9E3779B1 + (seed * 0x85EBCA6B & mask)) & mask
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & mask
+    h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & mask
+    return 1 - 2 * ((h ^ (h >> 16)) & 1)
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, isqrt(n) + 1))
+
+
+def _paley_prime(n: int) -> int | None:
+    """The prime of Paley's construction I (n = q + 1, q ≡ 3 mod 4) or II (n = 2(q + 1), q ≡ 1 mod 4), if n has one."""
+    for q, residue in ((n - 1, 3), (n // 2 - 1, 1)):
+        if n % 4 == 0 and q % 4 == residue and _is_prime(q):
+            return q
+    return None
+
+
+def _paley(n: int, q: int) -> torch.Tensor:
+    squares = {i * i % q for i in range(1, q)}
+    residue = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, q)])
+    index = torch.arange(q)
+    jacobsthal = residue[(index[:, None] - index) % q]
+    core = torch.ones(q + 1, q + 1, dtype=torch.int64)
+    core[0, 0] = 0
+    core[1:, 1:] = jacobsthal
+    identity = torch.eye(q + 1, dtype=torch.int64)
+    if n == q + 1:
+        core[1:, 0] = -1
+        return core + identity
+    return torch.kron(core, torch.tensor([[1, 1], [1, -1]])) + torch.kron(identity, torch.tensor([[1, -1], [-1, -1]]))
+
+
+@lru_cache
+def has_hadamard(n: int) -> bool:
+    """Whether :func:`hadamard` can build a matrix of order ``n``: a power of two, or a Paley order times one."""
+    return n in (1, 2) or _paley_prime(n) is not None or (n % 2 == 0 and has_hadamard(n // 2))
+
+
+@lru_cache
+def hadamard(n: int) -> torch.Tensor:
+    """A Hadamard matrix of order ``n`` (int64, ±1, H Hᵀ = n I): Sylvester's for powers of two, else Paley's
+    (1933), doubled as often as it takes.
+
+    Raises ValueError where neither construction gives the order.
+    """
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.int64)
+    if n % 2 == 0 and has_hadamard(n // 2):
+        return torch.kron(hadamard(n // 2), torch.tensor([[1, 1], [1, -1]]))
+    q = _paley_prime(n)
+    if q is None:
+        raise ValueError(f"no Hadamard matrix of order {n} by Sylvester's or Paley's construction")
+    return _paley(n, q)
+
+
+def factors(block: int) -> tuple[int, int] | None:
+    """``(a, b)`` with a·b = block and H_block = H_a ⊗ H_b, both at most 256; None if there is no such pair."""
+    b = min(block & -block, LARGEST_FACTOR)
+    while b > 1 and not has_hadamard(block // b):  # leave the odd part enough twos to have a matrix
+        b //= 2
+    a = block // b
+    return (a, b) if a <= LARGEST_FACTOR and has_hadamard(a) else None
+
+
+def fit(rotation: Rotation | None, width: int) -> Rotation | None:
+    """``rotation`` on a dimension of ``width``, its block made the largest that divides it.
+
+    None if there is nothing to rotate, or no power of two of at least 16 divides the width.
+    """
+    if rotation is None:
+        return None
+    if rotation.block is None and factors(width):
+        return replace(rotation, block=width)
+    if rotation.block is not None and width % rotation.block == 0:
+        return rotation
+    power = width & -width  # the largest power of two that divides it
+    block = min(power, rotation.block or LARGEST_FACTOR)
+    return replace(rotation, block=block) if block >= SMALLEST_BLOCK else None
+
+
+@lru_cache(maxsize=256)
+def rotation_factor(n: int, device: torch.device) -> torch.Tensor:
+    """H_n as float32 ±1 on ``device``, kept for the life of the process."""
+    return hadamard(n).to(device=device, dtype=torch.float32)
+
+
+@lru_cache(maxsize=256)
+def rotation_signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
+    """The signs of one block of ``rotation`` as float32 on ``device``, kept for the life of the process."""
+    assert rotation.block is not None
+    return signs(rotation.block, rotation.seed).to(device=device, dtype=torch.float32)

@@ -1,0 +1,165 @@
+"""Every op of the library in plain PyTorch: the definition that kernels are tested against, and what a CPU runs.
+
+Rotations are passed as concrete :class:`~halo_tensor.recipe.Rotation` objects (their block is a number). A rotated
+dimension that its block does not divide is padded with zero rows, which no product notices.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from halo_tensor.ops.formats import code_dtype, round_to
+from halo_tensor.ops.hadamard import factors, rotation_factor, rotation_signs
+from halo_tensor.recipe import Format, Rotation
+
+#: Scales below this are replaced by it, so that an all-zero row divides by something: 2⁻¹²⁶, the smallest normal float32.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+BLOCK = 32  # the edge of a block of scale="block"
+
+
+def padded(width: int, rotation: Rotation | None) -> int:
+    """``width`` rounded up to whole blocks of the rotation."""
+    return width if rotation is None else -(-width // rotation.block) * rotation.block
+
+
+def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> torch.Tensor:
+    """x R, or x Rᵀ if ``inverse``, along the last dimension. float32 in and out; the last dimension must be whole blocks."""
+    a, b = factors(rotation.block)
+    d = rotation_signs(rotation, x.device)
+    h_a, h_b = rotation_factor(a, x.device), rotation_factor(b, x.device)
+    if inverse:
+        h_a, h_b = h_a.t(), h_b.t()
+    blocks = x.reshape(-1, rotation.block)
+    blocks = blocks if inverse else blocks * d
+    blocks = blocks.view(-1, b) @ h_b
+    if a > 1:
+        blocks = h_a.t() @ blocks.view(-1, a, b)
+    blocks = blocks.reshape(-1, rotation.block) * rotation.block**-0.5
+    return (blocks * d if inverse else blocks).view(x.shape)
+
+
+def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> torch.Tensor:
+    """Rᵀ_left x R_right of a matrix, in float32, zero-padded to whole blocks."""
+    x = x.to(torch.float32)
+    rows, columns = padded(x.shape[0], left), padded(x.shape[1], right)
+    if (rows, columns) != tuple(x.shape):
+        x = F.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0]))
+    x = rotate_last(x, right) if right else x
+    return rotate_last(x.t(), left).t() if left else x
+
+
+def unrotate(
+    x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int]
+) -> torch.Tensor:
+    """The inverse of :func:`rotate`: R_left x Rᵀ_right without the padding, of the given ``shape``, in float32."""
+    x = x.to(torch.float32)
+    x = rotate_last(x, right, inverse=True) if right else x
+    x = rotate_last(x.t(), left, inverse=True).t() if left else x
+    return x[: shape[0], : shape[1]]
+
+
+def _spread(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """One value per 32×32 block, repeated to every element of a matrix of ``shape``."""
+    return blocks.repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
+
+
+def _amax(x: torch.Tensor, scale: str) -> torch.Tensor:
+    magnitude = x.abs()
+    if scale == "block":
+        rows, columns = x.shape
+        magnitude = F.pad(magnitude, (0, -columns % BLOCK, 0, -rows % BLOCK))
+        return magnitude.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3))
+    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[scale]
+    if x.numel() == 0:
+        return x.new_zeros([x.shape[i] for i in (0, 1) if i not in dims])
+    return magnitude.amax(dims)
+
+
+def _along(scale: torch.Tensor, kind: str, shape: torch.Size) -> torch.Tensor:
+    """A scale shaped to broadcast over the codes."""
+    if kind == "block":
+        return _spread(scale, shape)
+    return scale.unsqueeze(1) if kind == "row" else scale
+
+
+def rotate_quantize(
+    x: torch.Tensor,
+    left: Rotation | None,
+    right: Rotation | None,
+    format: Format,
+    scale: str,
+    fold_rows: torch.Tensor | None = None,
+    fold_columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix: Rᵀ_left x R_right, times the folded scales, ≈ codes · scale.
+
+    Args:
+        x: [r, c], any floating dtype and strides.
+        scale: "row" (scales [r']), "column" ([c']), "tensor" ([]), "block" ([⌈r'/32⌉, ⌈c'/32⌉]) or "unit" (all ones, []),
+            where r', c' are r, c padded to whole blocks of a rotation.
+        fold_rows, fold_columns: float32 [r'] and [c'] that multiply the rotated matrix before it is scaled.
+
+    Returns:
+        codes [r', c'] of ``code_dtype(format)`` and float32 scales: amax/format.max. An all-zero group has codes 0; a
+        group with a NaN or Inf has a NaN or Inf scale, so that every product with it shows one.
+    """
+    y = rotate(x, left, right)
+    if fold_rows is not None:
+        y = y * fold_rows.unsqueeze(1)
+    if fold_columns is not None:
+        y = y * fold_columns
+    if scale == "unit":
+        return round_to(y, format), y.new_ones(())
+    # The scale is a product and its reciprocal a division, both rounded once: kernels do the same to the bit.
+    s = (_amax(y, scale) * (1.0 / format.max)).clamp_min(SMALLEST_SCALE)
+    return round_to(y * _along(1.0 / s, scale, y.shape), format), s
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """codes · scale, in float32. ``kind`` says along what the scale lies, as in :func:`rotate_quantize`."""
+    y = codes.to(torch.float32)
+    return y if scale is None else y * _along(scale, kind, y.shape)
+
+
+def multiply_codes(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
+    """a b_tᵀ of two matrices of codes, accumulated exactly for integers (int32) and in float32 for floats, as float32."""
+    # torch 2.13's _int_mm on CPU returns garbage for k = 1 (float32 is exact there) and for a dimension of 1 with an unusual
+    # stride (flattening and viewing makes it the usual one), and refuses empty operands.
+    if a.dtype == torch.int8 and a.shape[1] > 1 and a.shape[0] and b_t.shape[0]:
+        a, b_t = (t.contiguous().view(-1).view(t.shape) for t in (a, b_t))
+        return torch._int_mm(a, b_t.t()).to(torch.float32)
+    return a.to(torch.float32) @ b_t.to(torch.float32).t()
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b_t: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    left: Rotation | None,
+    right: Rotation | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """R_left (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_right + bias, as a matrix of ``shape`` and ``dtype``.
+
+    Args:
+        a: codes [m', k']; b_t: codes [n', k'], the right operand transposed. Both are K-major, what tensor cores read.
+        a_scale: float32 [], [m'] or (block scales) [⌈m'/32⌉, ⌈k'/32⌉]; b_scale likewise over b_t; None is 1.
+        bias: [n], added last. left, right: the rotations to undo on the result's rows and columns.
+    """
+    if a_scale is not None and a_scale.ndim == 2:  # block scales vary along the contraction
+        y = dequantize(a, a_scale, "block") @ dequantize(b_t, b_scale, "block").t()
+    else:
+        y = multiply_codes(a, b_t)
+        if a_scale is not None:
+            y = y * (a_scale.unsqueeze(1) if a_scale.ndim else a_scale)
+        if b_scale is not None:
+            y = y * b_scale
+    y = unrotate(y, left, right, shape)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(dtype)
+
+
+__all__ = ["code_dtype", "dequantize", "multiply_codes", "rotate", "rotate_quantize", "scaled_mm", "unrotate"]

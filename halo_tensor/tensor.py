@@ -1,0 +1,242 @@
+"""HadamardQuantTensor: a rotated, quantised matrix that knows how to be multiplied.
+
+It is an operand, not a parameter: it lives from its quantisation to its product (or, for what backward needs, from forward
+to backward). ``torch.mm`` on two of them multiplies their codes, applies their scales, and undoes the rotations that survive.
+"""
+
+import torch
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from halo_tensor.ops import library as ops
+from halo_tensor.ops import reference
+from halo_tensor.ops.hadamard import factors
+from halo_tensor.recipe import Format, Rotation
+
+aten = torch.ops.aten
+_SWAPPED = {"row": "column", "column": "row"}
+
+
+class HadamardQuantTensor(TorchAOBaseTensor):
+    """A matrix [r, c] held as Rᵀ_left · matrix · R_right ≈ codes · scale.
+
+    Attributes:
+        codes: [r', c'] contiguous, in the format's code dtype; None if only the transpose is held.
+        codes_t: the transpose of the codes, [c', r'] contiguous, or None. 8-bit tensor cores want both operands of a product
+            contiguous along the contraction: a left operand is read from ``codes``, a right one from ``codes_t``.
+        scale: float32, or None for 1 (a bare cast, or a scale that was folded into the other operand).
+        scale_along: "row" (scale [r']), "column" ([c']), "tensor" ([]) or "block" ([⌈r'/32⌉, ⌈c'/32⌉]).
+        left, right: the rotation of its rows and of its columns, or None.
+        format: the number format of the codes; None for a rotated matrix left in high precision.
+        dtype: what it stands in for, and what its products return.
+
+    r' and c' are r and c padded to whole blocks of a rotation. Make one with :meth:`from_hp`.
+    """
+
+    _tensors = ("codes", "codes_t", "scale")
+    _attributes = ("scale_along", "left", "right", "format")
+
+    codes: torch.Tensor | None
+    codes_t: torch.Tensor | None
+    scale: torch.Tensor | None
+    scale_along: str
+    left: Rotation | None
+    right: Rotation | None
+    format: Format | None
+
+    @staticmethod
+    def __new__(cls, size, dtype, tensors, attributes):
+        anchor = tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"]
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=anchor.device)
+
+    def __init__(self, size, dtype, tensors, attributes):
+        for name in self._tensors:
+            setattr(self, name, tensors[name])
+        for name in self._attributes:
+            setattr(self, name, attributes[name])
+
+    @classmethod
+    def from_hp(
+        cls,
+        x: torch.Tensor,
+        format: Format | None,
+        scale: str = "row",
+        *,
+        left: Rotation | None = None,
+        right: Rotation | None = None,
+        fold_rows: torch.Tensor | None = None,
+        fold_columns: torch.Tensor | None = None,
+        rows: bool = True,
+        columns: bool = False,
+    ) -> "HadamardQuantTensor":
+        """Rotate and quantise a matrix.
+
+        Args:
+            x: [r, c], floating, any strides.
+            format: the number format, or None to rotate only.
+            scale: "row", "column", "tensor", "block" or "unit" (no scale: a bare cast that saturates).
+            left, right: rotations with a definite block. A dimension is padded with zeros to whole blocks.
+            fold_rows, fold_columns: float32 [r'], [c'], multiplied into the rotated matrix before it is quantised: the scale
+                of another operand that lies along the dimension contracted with this one.
+            rows, columns: which layouts to hold, ``codes`` and ``codes_t``.
+
+        Raises:
+            TypeError: ``x`` is not floating. ValueError: it is not a matrix, a rotation has no definite block that can be
+                built, or no layout is asked for.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"only floating tensors can be quantised; got {x.dtype}")
+        if x.ndim != 2:
+            raise ValueError(f"an operand is a matrix; got shape {list(x.shape)}. Flatten the leading dimensions first")
+        if not (rows or columns):
+            raise ValueError("ask for rows, columns or both: an operand with no codes is none")
+        for side, rotation in (("left", left), ("right", right)):
+            if rotation is not None and (rotation.block is None or factors(rotation.block) is None):
+                raise ValueError(
+                    f"the {side} rotation {rotation} has no Hadamard matrix of its block; take hadamard.fit(rotation, width)"
+                )
+        if format is None:
+            rotated = ops.rotate(x, left, right)
+            codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None
+        else:
+            codes, codes_t, scales = ops.rotate_quantize(
+                x, left, right, format, scale, fold_rows=fold_rows, fold_columns=fold_columns, rows=rows, columns=columns
+            )
+        if scale == "unit":
+            scale, scales = "tensor", None
+        tensors = {"codes": codes, "codes_t": codes_t, "scale": scales}
+        attributes = {"scale_along": scale, "left": left, "right": right, "format": format}
+        return cls(x.shape, x.dtype, tensors, attributes)
+
+    def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
+        tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
+        attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}
+        return type(self)(self.shape if size is None else size, dtype or self.dtype, tensors, attributes)
+
+    def only(self, layout: str) -> "HadamardQuantTensor":
+        """The same operand holding one layout, "rows" or "columns", so that the other can be freed."""
+        return self._with(codes_t=None) if layout == "rows" else self._with(codes=None)
+
+    def without_scale(self) -> "HadamardQuantTensor":
+        """The bare codes, for a product whose other operand had this scale folded in."""
+        return self._with(scale=None, scale_along="tensor")
+
+    def dequantize(self) -> torch.Tensor:
+        """The un-rotated high-precision matrix [r, c] that the codes stand for."""
+        codes = self.codes if self.codes is not None else self.codes_t.t()
+        y = reference.dequantize(codes, self.scale, self.scale_along)
+        return ops.unrotate(y, self.left, self.right, self.shape).to(self.dtype)
+
+    def __repr__(self):
+        layouts = "+".join(n for n, c in (("rows", self.codes), ("columns", self.codes_t)) if c is not None)
+        scale = "none" if self.scale is None else f"per {self.scale_along}"
+        return (
+            f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, left {self.left}, "
+            f"right {self.right}, {layouts}, dtype={self.dtype}, device='{self.device}')"
+        )
+
+    # TorchAOBaseTensor's plumbing, for optional inner tensors and a dtype that is not theirs.
+    def __tensor_flatten__(self):
+        names = [name for name in self._tensors if getattr(self, name) is not None]
+        return names, {"dtype": self.dtype} | {name: getattr(self, name) for name in self._attributes}
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, attributes, size, stride):
+        return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
+
+    def _apply_fn_to_data(self, fn):
+        return self._with(**{name: fn(getattr(self, name)) for name in self.__tensor_flatten__()[0]})
+
+
+@HadamardQuantTensor.implements([aten.detach.default, aten.clone.default, aten.alias.default])
+def _(func, types, args, kwargs):
+    new = args[0]._apply_fn_to_data(lambda t: func(t, *args[1:], **kwargs))
+    return return_and_correct_aliasing(func, args, kwargs, new)
+
+
+@HadamardQuantTensor.implements(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    self = args[0]
+    kwargs = dict(kwargs)
+    dtype = kwargs.pop("dtype", None)  # of what it stands for; the codes keep theirs
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"a HadamardQuantTensor cannot stand for {dtype}; take dequantize().to({dtype})")
+    return self._with(dtype=dtype)._apply_fn_to_data(lambda t: func(t, **kwargs))
+
+
+@HadamardQuantTensor.implements([aten.t.default, aten.transpose.int])
+def _(func, types, args, kwargs):
+    self = args[0]
+    if func is aten.transpose.int and args[1] % 2 == args[2] % 2:
+        return aten.alias.default(self)
+    return _transpose(func, types, args, kwargs)
+
+
+# Above the dispatcher as well: an operand shared from outside of inference mode may then be transposed inside of it.
+@HadamardQuantTensor.implements_torch_function([torch.Tensor.t, torch.t])
+def _transpose(func, types, args, kwargs):
+    self = args[0]
+    scale = self.scale.t().contiguous() if self.scale_along == "block" else self.scale
+    return self._with(
+        size=(self.shape[1], self.shape[0]),
+        codes=self.codes_t,
+        codes_t=self.codes,
+        scale=scale,
+        scale_along=_SWAPPED.get(self.scale_along, self.scale_along),
+        left=self.right,
+        right=self.left,
+    )
+
+
+@HadamardQuantTensor.implements([aten.mm.default, aten.mm.dtype])
+def _(func, types, args, kwargs):
+    a, b, *rest = args
+    return _multiply(a, b, None, rest[0] if rest else kwargs.get("out_dtype"))
+
+
+@HadamardQuantTensor.implements([aten.addmm.default, aten.addmm.dtype])
+def _(func, types, args, kwargs):
+    bias, a, b, *rest = args
+    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
+        raise ValueError("addmm of HadamardQuantTensors takes alpha = beta = 1")
+    return _multiply(a, b, bias, rest[0] if rest else kwargs.get("out_dtype"))
+
+
+def _describe(t: torch.Tensor) -> str:
+    return repr(t) if isinstance(t, HadamardQuantTensor) else f"{type(t).__name__}({list(t.shape)}, {t.dtype})"
+
+
+def _check(condition: bool, a: torch.Tensor, b: torch.Tensor, reason: str) -> None:
+    if not condition:
+        raise ValueError(f"cannot multiply {_describe(a)} with {_describe(b)}: {reason}")
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
+    both = isinstance(a, HadamardQuantTensor) and isinstance(b, HadamardQuantTensor)
+    _check(both, a, b, "quantise both with HadamardQuantTensor.from_hp, or dequantize() the other")
+    _check(a.shape[1] == b.shape[0], a, b, "the contracted dimensions differ in size")
+    _check(a.right == b.left, a, b, f"they carry different rotations on the contracted dimension, {a.right} and {b.left}")
+    _check((a.format is None) == (b.format is None), a, b, "one is quantised and the other is not")
+    if a.format is not None:
+        _check(a.format.uniform == b.format.uniform, a, b, "no unit multiplies an integer format with a floating one")
+    blocks = (a.scale_along == "block") + (b.scale_along == "block")
+    _check(blocks != 1, a, b, "either both or none carry block scales")
+    folded = "a scale along the contracted dimension must be folded into the other operand before that is quantised"
+    _check(a.scale is None or a.scale_along != "column", a, b, folded)
+    _check(b.scale is None or b.scale_along != "row", a, b, folded)
+    _check(dtype is not None or a.dtype == b.dtype, a, b, "their dtypes differ; pass out_dtype")
+
+    dtype = dtype or a.dtype
+    left = a.codes if a.codes is not None else a.codes_t.t().contiguous()
+    right = b.codes_t if b.codes_t is not None else b.codes.t().contiguous()
+    shape = (a.shape[0], b.shape[1])
+    if a.format is None:
+        y = ops.unrotate(torch.mm(left, right.t()), a.left, b.right, shape)
+        return (y if bias is None else y + bias).to(dtype)
+    if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
+        return _multiply(a, b, None, dtype) + bias
+    b_scale = b.scale.t().contiguous() if blocks else b.scale
+    return ops.scaled_mm(left, right, a.scale, b_scale, bias, a.left, b.right, shape, dtype)
+
+
+torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format])

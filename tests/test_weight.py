@@ -1,0 +1,317 @@
+"""A converted layer in the life of a training script: optimisers, checkpoints, copies, checkpointing, averaging."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
+from tests.util import OpLog, saved_bytes
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+
+
+def make(converted: bool = True, blocks: int = 2) -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(*(Mlp() for _ in range(blocks)))
+    if converted:
+        quantize_(model, halo_config(1, "int8"))
+    return model
+
+
+def train(model, steps=5, optimizer=None, **kwargs):
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3, **kwargs)
+    x, target = torch.randn(2, steps, 32, 128, generator=torch.Generator().manual_seed(2))
+    losses = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x[i]), target[i])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adamw_fused": (torch.optim.AdamW, {"fused": True}),
+    "adamw_foreach": (torch.optim.AdamW, {"foreach": True}),
+    "adam": (torch.optim.Adam, {}),
+    "adamax": (torch.optim.Adamax, {}),
+    "adadelta": (torch.optim.Adadelta, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "adafactor": (torch.optim.Adafactor, {}),
+    "asgd": (torch.optim.ASGD, {}),
+    "nadam": (torch.optim.NAdam, {}),
+    "radam": (torch.optim.RAdam, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "rprop": (torch.optim.Rprop, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "sgd_fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+    "sgd_foreach": (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_the_master_as_it_moves_a_plain_weight(name):
+    """Given the same gradients, a converted and a plain model end with the same weights, bit for bit."""
+    kind, options = OPTIMIZERS[name]
+    plain, model = make(converted=False), make()
+    optimizers = [kind(m.parameters(), lr=1e-2, **options) for m in (plain, model)]
+    for step in range(3):
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for (key, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(getattr(q, "master", q), p), key
+    weight = model[0].up.weight
+    assert isinstance(weight, HaloWeight)
+    states = optimizers[1].state[weight].values()
+    assert all(type(v) is torch.Tensor for v in states if isinstance(v, torch.Tensor)), "its state is plain"
+
+
+def test_lbfgs_runs():
+    model = make(blocks=1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    x = torch.randn(16, 128)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert closure() < first
+
+
+def test_training_follows_high_precision():
+    plain, ours = train(make(converted=False), 20), train(make(), 20)
+    assert plain != ours
+    assert ours[-1] == pytest.approx(plain[-1], rel=0.01)
+
+
+def test_identity_is_bit_identical():
+    model = make(converted=False)
+    quantize_(model, halo_config(1, "bf16"))
+    assert isinstance(model[0].up.weight, HaloWeight)
+    assert train(model) == train(make(converted=False))
+
+
+def test_gradients_accumulate():
+    model = make()
+    x = torch.randn(2, 16, 128)
+    for part in x:
+        model(part).square().sum().backward()
+    accumulated = model[0].up.weight.grad.clone()
+    model.zero_grad()
+    sum(model(part).square().sum() for part in x).backward()
+    torch.testing.assert_close(accumulated, model[0].up.weight.grad)
+    assert type(accumulated) is torch.Tensor
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    model = make()
+    x = torch.randn(32, 128, requires_grad=True)
+
+    def run(checkpointed):
+        y = x
+        with saved_bytes() as saved:
+            for block in model:
+                y = checkpoint(block, y, use_reentrant=reentrant) if checkpointed else block(y)
+        count = saved(model)
+        return [count, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+    with OpLog() as log:
+        count, *expected = run(False)
+    products = len(log.products())
+    if reentrant:  # it refuses torch.autograd.grad
+        y = x
+        for block in model:
+            y = checkpoint(block, y, use_reentrant=True)
+        y.square().sum().backward()
+        actual = [x.grad, *(p.grad for p in model.parameters())]
+    else:
+        less, *actual = run(True)
+        assert less < count / 2
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    assert products == 4 * 3
+
+
+def test_selective_checkpointing_can_keep_products():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    model = make(blocks=1)
+    x = torch.randn(32, 128, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+
+    def policy(ctx, op, *args, **kwargs):
+        keep = op is torch.ops.halo.scaled_mm.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    y = checkpoint(model, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    for a, b in zip(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offloaded_saved_tensors():
+    model = make()
+    x = torch.randn(32, 128, requires_grad=True)
+    expected = torch.autograd.grad(model(x).sum(), x)
+    with torch.autograd.graph.save_on_cpu():
+        y = model(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected[0])
+
+
+def test_state_dicts_are_plain_and_interchangeable(tmp_path):
+    plain, model = make(converted=False), make()
+    train(model, 2)
+    state = model.state_dict()
+    assert all(type(v) is torch.Tensor for v in state.values())
+    torch.save(state, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=True)
+    plain.load_state_dict(loaded)
+    other = make()
+    other.load_state_dict(plain.state_dict())
+    assert isinstance(other[0].up.weight, HaloWeight)
+    x = torch.randn(8, 128)
+    assert torch.equal(other(x), model(x))
+    dequantize_(other)
+    assert torch.equal(other(x), plain(x))
+
+
+def test_assigning_a_plain_state_dict_keeps_the_recipe():
+    state = {k: v + 0 for k, v in make(converted=False).state_dict().items()}
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(state, assign=True)
+    assert isinstance(model[0].up.weight, HaloWeight) and model[0].up.weight.requires_grad
+    assert model[0].up.weight.master.data_ptr() == state["0.up.weight"].data_ptr()
+    x = torch.randn(8, 128)
+    assert torch.equal(model(x), make()(x))
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    plain = make(converted=False)
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(plain[0].up.weight, model[0].up.weight.master)
+
+
+def test_models_and_optimizers_resume():
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, 3, optimizer)
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, 3, optimizer)
+    resumed = make()
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
+    resumed.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    assert train(resumed, 3, optimizer) == expected
+
+
+def test_whole_models_pickle():
+    model = make()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    x = torch.randn(4, 128)
+    assert torch.equal(loaded(x), model(x))
+    buffer = io.BytesIO()
+    torch.save(model[0].up.weight.detach(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True).recipe == model[0].up.weight.recipe
+
+
+def test_copies_are_independent():
+    model = make()
+    twin = copy.deepcopy(model)
+    assert isinstance(twin[0].up.weight, HaloWeight)
+    before = model[0].up.weight.master.clone()
+    train(twin, 2)
+    assert torch.equal(model[0].up.weight.master, before)
+    assert not torch.equal(twin[0].up.weight.master, before)
+    assert all(type(v) is torch.Tensor for v in twin.state_dict().values())
+
+
+def test_to_dtype_and_device():
+    model = make().to(torch.bfloat16)
+    weight = model[0].up.weight
+    assert isinstance(weight, HaloWeight) and weight.dtype == weight.master.dtype == torch.bfloat16
+    y = model(torch.randn(4, 128, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    meta = make().to("meta")
+    assert meta[0].up.weight.device.type == "meta"
+    assert isinstance(meta.to_empty(device="cpu")[0].up.weight, HaloWeight)
+    assert model.float()[0].up.weight.dtype == torch.float32
+
+
+def test_replacing_the_data():
+    weight = make()[0].up.weight
+    weight.data = torch.ones_like(weight.master)
+    assert (weight.master == 1).all()
+    with pytest.raises(ValueError, match=r"replaced by a tensor like it, \[256, 128\] torch.float32"):
+        weight.data = torch.ones(3)
+
+
+def test_averaged_models():
+    model = make()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    start = model[0].up.weight.master.clone()
+    average.update_parameters(model)
+    train(model, 2)
+    average.update_parameters(model)
+    expected = (start + model[0].up.weight.master) / 2
+    torch.testing.assert_close(average.module[0].up.weight.master, expected)
+    with OpLog() as log:
+        average(torch.randn(4, 128))
+    assert len(log.products()) == 4
+
+
+def test_eval_and_train_modes_agree():
+    model = make()
+    x = torch.randn(4, 128)
+    assert torch.equal(model.eval()(x), model.train()(x))
+
+
+def test_tied_linears_train_one_weight():
+    model = nn.ModuleList([nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)])
+    model[1].weight = model[0].weight
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda m, _: isinstance(m, nn.Linear))
+    assert model[1].weight is model[0].weight and len(list(model.parameters())) == 1
+    x = torch.randn(4, 128)
+    model[1](model[0](x)).sum().backward()
+    both = model[0].weight.grad.clone()
+    model.zero_grad()
+    model[0](x).sum().backward()
+    assert not torch.equal(both, model[0].weight.grad)
+
+
+def test_other_uses_of_the_weight_see_the_master():
+    weight = make()[0].up.weight
+    assert torch.equal(weight.t() @ torch.ones(256), weight.master.t() @ torch.ones(256))
+    assert torch.equal(nn.functional.embedding(torch.tensor([3]), weight)[0], weight.master[3])
+    assert type(weight + 1) is torch.Tensor
+    assert "int8" in repr(weight)
+    assert weight.int().dtype == torch.int32
