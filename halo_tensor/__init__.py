@@ -1,8 +1,8 @@
 """Low-precision training of LLMs with Hadamard rotations: fast and accurate.
 
-    from halo_tensor import halo_config, quantize_
-    quantize_(model, halo_config(level=1, dtype="int8"))
-    model = torch.compile(model)
+from halo_tensor import halo_config, quantize_
+quantize_(model, halo_config(level=1, dtype="int8"))
+model = torch.compile(model)
 """
 
 from importlib.metadata import PackageNotFoundError, version

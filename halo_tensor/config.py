@@ -14,7 +14,7 @@ from halo_tensor.weight import HaloWeight, convert_weight
 
 LEVELS = (0, 1, 2)
 GRANULARITIES = ("row", "tensor")
-#: dtype -> format. Plain "fp6" depends on the level: a rotated operand suits a uniform-like grid, an un-rotated one a wide range.
+#: dtype -> format. Plain "fp6" depends on the level: rotated operands suit a nearly uniform grid, others a wide range.
 DTYPES: dict[str, Format | None] = {
     "int8": recipes.INT8,
     "fp8": recipes.FP8_E4M3,
@@ -150,8 +150,8 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
     master = weight.master if isinstance(weight, HaloWeight) else weight
     if type(master) not in (torch.Tensor, torch.nn.Parameter) or not master.is_floating_point():
         raise ValueError(
-            f"the weight of this layer is a {type(master).__name__} of {master.dtype}: only plain floating-point weights can be "
-            "converted. Convert before any other quantisation or sharding"
+            f"the weight of this layer is a {type(master).__name__} of {master.dtype}: only plain floating-point weights "
+            "can be converted. Convert before any other quantisation or sharding"
         )
     check_device(config.recipe.formats, weight.device)
     convert_weight(module, config.recipe)

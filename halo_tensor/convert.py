@@ -160,11 +160,14 @@ def _warn_of_unrotated(model: nn.Module, report: Conversion) -> None:
     """One warning for all layers with a feature dimension that the recipe rotates and no block fits."""
     unrotated = []
     for name in report.converted:
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight".lstrip("."))
+        assert isinstance(weight, HaloWeight)
         widths = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-        products = [getattr(weight.recipe, p) for p in PRODUCTS]
-        wanted = {(d, o.rotation(d)) for p in products for o in (p.left, p.right) for d in widths if o.rotation(d)}
-        unrotated += [f"{name or 'the model'} ({d} {widths[d]})" for d, r in sorted(wanted, key=str) if not fit(r, widths[d])]
+        operands = [o for p in PRODUCTS for o in (getattr(weight.recipe, p).left, getattr(weight.recipe, p).right)]
+        for dimension, width in widths.items():
+            wanted = {o.rotation(dimension) for o in operands} - {None}
+            if any(fit(rotation, width) is None for rotation in wanted):
+                unrotated.append(f"{name or 'the model'} ({dimension} {width})")
     if unrotated:
         warnings.warn(
             f"left un-rotated, since no block of at least 16 divides the width: {', '.join(unrotated)}", stacklevel=3

@@ -14,7 +14,7 @@ from halo_tensor.ops import hadamard
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
-# matrix -> (its version, {operand and layouts: HadamardQuantTensor}). An entry dies with its matrix.
+# matrix -> (its version, {operand: HadamardQuantTensor}). An entry dies with its matrix.
 _shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -42,14 +42,20 @@ def quantize_operands(
     made: dict[str, torch.Tensor] = {}
     for (operand, fold), served in wanted.items():
         contracted = {PRODUCTS[product][2] for product in served}
-        key = (operand, frozenset(contracted))
-        tensor = shared.get(key) if fold is None else None
-        if tensor is None:
+        tensor = shared.get(operand) if fold is None else None
+        if tensor is None or not _serves(tensor, dims, contracted):
             tensor = _quantize(matrix, dims, operand, contracted, fold)
             if fold is None and not operand.is_plain:
-                shared[key] = tensor
+                shared[operand] = tensor
         made |= dict.fromkeys(served, tensor)
     return [made[product] for product in products]
+
+
+def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[str]) -> bool:
+    """Whether an operand holds the layouts for products that contract these dimensions."""
+    return (dims[1] not in contracted or tensor.codes is not None) and (
+        dims[0] not in contracted or tensor.codes_t is not None
+    )
 
 
 def _operand(recipe: Recipe, product: str, dims: tuple[str, str]) -> Operand:
@@ -57,12 +63,15 @@ def _operand(recipe: Recipe, product: str, dims: tuple[str, str]) -> Operand:
     return sides.left if PRODUCTS[product][0] == dims else sides.right
 
 
+def _is_shared(owner: torch.Tensor) -> bool:
+    plain = type(owner) in (torch.Tensor, torch.nn.Parameter) and not owner.is_inference()
+    return plain and not torch._C._len_torch_dispatch_stack()
+
+
 def _shared_operands(owner: torch.Tensor | None) -> dict:
     """The operands already made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is active
     (tracing, selective checkpointing): a mode must see every op."""
-    if type(owner) not in (torch.Tensor, torch.nn.Parameter) or owner.is_inference():
-        return {}
-    if torch._C._len_torch_dispatch_stack():
+    if owner is None or not _is_shared(owner):
         return {}
     version, operands = _shared.get(owner, (None, {}))
     if version != owner._version:
@@ -123,7 +132,9 @@ class _Linear(torch.autograd.Function):
         recipe, w = weight.recipe, weight.master
         products = ["output", "grad_weight"] if trains and ctx.needs_input_grad[1] else ["output"]
         x_out, *x_saved = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
-        (w_out,) = quantize_operands(w, W, recipe, ["output"], owner=w)
+        # Shared operands of W serve backward as well, and the next forward until the optimiser has stepped.
+        products = ["output", "grad_input"] if trains and ctx.needs_input_grad[0] and _is_shared(w) else ["output"]
+        w_out = quantize_operands(w, W, recipe, products, owner=w)[0]
         y = _multiply(x_out, w_out.t(), dtype, bias)
 
         if not trains:
@@ -149,7 +160,8 @@ class _Linear(torch.autograd.Function):
         if wants_w:
             right["grad_weight"] = ctx.x_from(saved)
         for product, operand in right.items():
-            if getattr(recipe, product).right.scale == PRODUCTS[product][2]:
+            along = getattr(recipe, product).right.scale
+            if along == PRODUCTS[product][2] and isinstance(operand, HadamardQuantTensor):
                 folds[product], right[product] = operand.scale, operand.without_scale()
         left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
 

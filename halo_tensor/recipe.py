@@ -81,6 +81,13 @@ class Rotation:
         if self.seed is not None and not 0 <= self.seed < 2**31:
             raise ValueError(f"a rotation's seed must be None or in [0, 2³¹); got {self.seed}")
 
+    @property
+    def edge(self) -> int:
+        """The block, where it must be definite: on a tensor. ``ops.hadamard.fit`` makes it so."""
+        if self.block is None:
+            raise ValueError("this rotation spans a width that is not known yet; take hadamard.fit(rotation, width)")
+        return self.block
+
     def __str__(self) -> str:
         return f"H{'full' if self.block is None else self.block}" + ("" if self.seed is None else f"·seed{self.seed}")
 

@@ -21,9 +21,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     """A matrix [r, c] held as Rᵀ_left · matrix · R_right ≈ codes · scale.
 
     Attributes:
-        codes: [r', c'] contiguous, in the format's code dtype; None if only the transpose is held.
-        codes_t: the transpose of the codes, [c', r'] contiguous, or None. 8-bit tensor cores want both operands of a product
-            contiguous along the contraction: a left operand is read from ``codes``, a right one from ``codes_t``.
+        codes: [r', c'], in the format's code dtype; None if only the transpose is held.
+        codes_t: the transpose of the codes, [c', r'], or None. 8-bit tensor cores want both operands of a product contiguous
+            along the contraction: a left operand is read from ``codes``, a right one from ``codes_t``.
         scale: float32, or None for 1 (a bare cast, or a scale that was folded into the other operand).
         scale_along: "row" (scale [r']), "column" ([c']), "tensor" ([]) or "block" ([⌈r'/32⌉, ⌈c'/32⌉]).
         left, right: the rotation of its rows and of its columns, or None.
@@ -121,10 +121,17 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         """The bare codes, for a product whose other operand had this scale folded in."""
         return self._with(scale=None, scale_along="tensor")
 
+    def any_codes(self) -> torch.Tensor:
+        """The codes [r', c'] in whichever layout is held."""
+        return self.codes if self.codes is not None else self.any_codes_t().t()
+
+    def any_codes_t(self) -> torch.Tensor:
+        """Their transpose [c', r'] in whichever layout is held."""
+        return self.codes_t if self.codes_t is not None else self.any_codes().t()
+
     def dequantize(self) -> torch.Tensor:
         """The un-rotated high-precision matrix [r, c] that the codes stand for."""
-        codes = self.codes if self.codes is not None else self.codes_t.t()
-        y = reference.dequantize(codes, self.scale, self.scale_along)
+        y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
         return ops.unrotate(y, self.left, self.right, self.shape).to(self.dtype)
 
     def __repr__(self):
@@ -206,36 +213,42 @@ def _describe(t: torch.Tensor) -> str:
     return repr(t) if isinstance(t, HadamardQuantTensor) else f"{type(t).__name__}({list(t.shape)}, {t.dtype})"
 
 
-def _check(condition: bool, a: torch.Tensor, b: torch.Tensor, reason: str) -> None:
-    if not condition:
-        raise ValueError(f"cannot multiply {_describe(a)} with {_describe(b)}: {reason}")
+def _refusal(a: torch.Tensor, b: torch.Tensor, reason: str) -> ValueError:
+    return ValueError(f"cannot multiply {_describe(a)} with {_describe(b)}: {reason}")
+
+
+def _obstacle(a: HadamardQuantTensor, b: HadamardQuantTensor) -> str | None:
+    """Why ``a @ b`` cannot be computed, if it cannot."""
+    if a.shape[1] != b.shape[0]:
+        return "the contracted dimensions differ in size"
+    if a.right != b.left:
+        return f"they carry different rotations on the contracted dimension, {a.right} and {b.left}"
+    if (a.format is None) != (b.format is None):
+        return "one is quantised and the other is not"
+    if a.format and b.format and a.format.uniform != b.format.uniform:
+        return "no unit multiplies an integer format with a floating one"
+    if (a.scale_along == "block") != (b.scale_along == "block"):
+        return "either both or none carry block scales"
+    if (a.scale is not None and a.scale_along == "column") or (b.scale is not None and b.scale_along == "row"):
+        return "a scale along the contracted dimension must be folded into the other operand before that is quantised"
+    return None
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
-    both = isinstance(a, HadamardQuantTensor) and isinstance(b, HadamardQuantTensor)
-    _check(both, a, b, "quantise both with HadamardQuantTensor.from_hp, or dequantize() the other")
-    _check(a.shape[1] == b.shape[0], a, b, "the contracted dimensions differ in size")
-    _check(a.right == b.left, a, b, f"they carry different rotations on the contracted dimension, {a.right} and {b.left}")
-    _check((a.format is None) == (b.format is None), a, b, "one is quantised and the other is not")
-    if a.format is not None:
-        _check(a.format.uniform == b.format.uniform, a, b, "no unit multiplies an integer format with a floating one")
-    blocks = (a.scale_along == "block") + (b.scale_along == "block")
-    _check(blocks != 1, a, b, "either both or none carry block scales")
-    folded = "a scale along the contracted dimension must be folded into the other operand before that is quantised"
-    _check(a.scale is None or a.scale_along != "column", a, b, folded)
-    _check(b.scale is None or b.scale_along != "row", a, b, folded)
-    _check(dtype is not None or a.dtype == b.dtype, a, b, "their dtypes differ; pass out_dtype")
+    if not (isinstance(a, HadamardQuantTensor) and isinstance(b, HadamardQuantTensor)):
+        raise _refusal(a, b, "quantise both with HadamardQuantTensor.from_hp, or dequantize() the other")
+    obstacle = "their dtypes differ; pass out_dtype" if dtype is None and a.dtype != b.dtype else _obstacle(a, b)
+    if obstacle:
+        raise _refusal(a, b, obstacle)
 
-    dtype = dtype or a.dtype
-    left = a.codes if a.codes is not None else a.codes_t.t().contiguous()
-    right = b.codes_t if b.codes_t is not None else b.codes.t().contiguous()
-    shape = (a.shape[0], b.shape[1])
+    dtype, shape = dtype or a.dtype, (a.shape[0], b.shape[1])
+    left, right = a.any_codes(), b.any_codes_t()
     if a.format is None:
         y = ops.unrotate(torch.mm(left, right.t()), a.left, b.right, shape)
         return (y if bias is None else y + bias).to(dtype)
     if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
         return _multiply(a, b, None, dtype) + bias
-    b_scale = b.scale.t().contiguous() if blocks else b.scale
+    b_scale = b.scale.t().contiguous() if b.scale is not None and b.scale_along == "block" else b.scale
     return ops.scaled_mm(left, right, a.scale, b_scale, bias, a.left, b.right, shape, dtype)
 
 

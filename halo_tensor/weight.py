@@ -21,7 +21,7 @@ _STAYS_A_WEIGHT = {
     aten._pin_memory.default,
 }
 
-_SET_DATA = torch.Tensor.data.__set__
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
 
@@ -131,7 +131,9 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe) -> None:
 
 def restore_weight(module: torch.nn.Linear) -> None:
     """The inverse of :func:`convert_weight`."""
-    module.weight = torch.nn.Parameter(module.weight.master, requires_grad=module.weight.requires_grad)
+    weight = module.weight
+    assert isinstance(weight, HaloWeight)
+    module.weight = torch.nn.Parameter(weight.master, requires_grad=weight.requires_grad)
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_save_plain, _load_plain):

@@ -62,7 +62,12 @@ def test_products_with_matching_rotations(m, k, n, format, scale, block, tokens,
         assert typical / 3 < error / expected.norm() < 2 * typical
 
 
-@given(m=st.integers(1, 40), k=st.sampled_from(WIDTHS), format=formats, scale=st.sampled_from(["row", "column", "tensor", "block"]))
+@given(
+    m=st.integers(1, 40),
+    k=st.sampled_from(WIDTHS),
+    format=formats,
+    scale=st.sampled_from(["row", "column", "tensor", "block"]),
+)
 def test_transposition_commutes(m, k, format, scale):
     x = torch.randn(m, k)
     rotation = fit(Rotation(64), k)
@@ -205,8 +210,11 @@ def test_save_and_load(tmp_path):
 
 def test_repr():
     q = from_hp(torch.randn(20, 64).bfloat16(), INT8, right=Rotation(32, 4), left=Rotation(16, None), columns=True)
-    assert_expected_inline(repr(q), """\
-HadamardQuantTensor([20, 64], int8, scale per row, left H16, right H32·seed4, rows+columns, dtype=torch.bfloat16, device='cpu')""")
+    assert_expected_inline(
+        repr(q),
+        """\
+HadamardQuantTensor([20, 64], int8, scale per row, left H16, right H32·seed4, rows+columns, dtype=torch.bfloat16, device='cpu')""",
+    )
 
 
 def test_bad_input_gets_one_clear_error():

@@ -19,14 +19,14 @@ def code_dtype(format: Format) -> torch.dtype:
 def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
     """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even,
     saturating at ±max. NaN becomes NaN where the format has one, and 0 in a uniform format, whose scale then carries it."""
-    x = x.clamp(-format.max, format.max)
+    x = x.clamp(-format.max, format.max)  # a copy, so the rest may be in place
     if format.uniform:
-        return x.round().nan_to_num(0.0).to(torch.int8)
+        return x.round_().nan_to_num_(0.0).to(torch.int8)
     if format not in _NATIVE:
         # frexp's exponent is that of a mantissa in [½, 1): one more than IEEE's.
         exponent = (torch.frexp(x).exponent - 1).clamp_min(format.min_exponent)
         quantum = torch.exp2((exponent - format.mantissa_bits).float())
-        x = (x / quantum).round() * quantum
+        x = x.div_(quantum).round_().mul_(quantum)
     return x.to(code_dtype(format))
 
 
@@ -75,7 +75,7 @@ def pack(codes: torch.Tensor, format: Format) -> torch.Tensor:
         return bits
     per_group = 4 if format.bits == 6 else 2
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % per_group)).view(-1, per_group).to(torch.int32)
-    word = sum(bits[:, i] << (format.bits * i) for i in range(per_group))
+    word = sum((bits[:, i] << (format.bits * i) for i in range(per_group)), torch.zeros_like(bits[:, 0]))
     n_bytes = format.bits * per_group // 8
     return torch.stack([(word >> (8 * i)) & 0xFF for i in range(n_bytes)], dim=1).to(torch.uint8).flatten()
 
@@ -87,7 +87,7 @@ def unpack(packed: torch.Tensor, format: Format, shape: torch.Size) -> torch.Ten
     per_group = 4 if format.bits == 6 else 2
     n_bytes = format.bits * per_group // 8
     grouped = packed.view(-1, n_bytes).to(torch.int32)
-    word = sum(grouped[:, i] << (8 * i) for i in range(n_bytes))
+    word = sum((grouped[:, i] << (8 * i) for i in range(n_bytes)), torch.zeros_like(grouped[:, 0]))
     mask = 2**format.bits - 1
     bits = torch.stack([(word >> (format.bits * i)) & mask for i in range(per_group)], dim=1).to(torch.uint8)
     return from_bits(bits.flatten()[: shape.numel()], format).view(shape)

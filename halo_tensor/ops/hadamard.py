@@ -103,14 +103,23 @@ def fit(rotation: Rotation | None, width: int) -> Rotation | None:
     return replace(rotation, block=block) if block >= SMALLEST_BLOCK else None
 
 
+# Constants of a rotation as float32 on a device, kept for the life of the process. ±1 throughout: the factor 1/√block is
+# applied to the result, so that a kernel which multiplies bf16 by ±1 is exact.
+
+
 @lru_cache(maxsize=256)
-def rotation_factor(n: int, device: torch.device) -> torch.Tensor:
-    """H_n as float32 ±1 on ``device``, kept for the life of the process."""
+def hadamard_factor(n: int, device: torch.device) -> torch.Tensor:
+    """H_n."""
     return hadamard(n).to(device=device, dtype=torch.float32)
 
 
 @lru_cache(maxsize=256)
 def rotation_signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
-    """The signs of one block of ``rotation`` as float32 on ``device``, kept for the life of the process."""
-    assert rotation.block is not None
-    return signs(rotation.block, rotation.seed).to(device=device, dtype=torch.float32)
+    """The signs of one block, [block]."""
+    return signs(rotation.edge, rotation.seed).to(device=device, dtype=torch.float32)
+
+
+@lru_cache(maxsize=256)
+def signed_hadamard(rotation: Rotation, device: torch.device) -> torch.Tensor:
+    """D·H of one block, [block, block], for blocks of a single factor."""
+    return (signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)).to(device=device, dtype=torch.float32)

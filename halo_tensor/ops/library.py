@@ -25,7 +25,7 @@ _library.define("unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> 
 
 
 def _encode(rotation: Rotation | None) -> list[int]:
-    return [] if rotation is None else [rotation.block, -1 if rotation.seed is None else rotation.seed]
+    return [] if rotation is None else [rotation.edge, -1 if rotation.seed is None else rotation.seed]
 
 
 def _decode(code: list[int]) -> Rotation | None:
@@ -45,7 +45,8 @@ def rotate_quantize(
     columns: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
-    transpose as a contiguous [c, r] if ``columns``, else None in their place; then the scales."""
+    transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU both are contiguous; a CPU's matrix
+    products read either order at the same speed, so there the transpose is a view of row-major memory."""
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
         x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
     )
@@ -71,8 +72,11 @@ def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, row
     codes, scales = reference.rotate_quantize(
         x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns
     )
-    nothing = codes.new_empty(0)
-    return codes.contiguous() if rows else nothing, codes.t().contiguous() if columns else nothing, scales
+    codes, nothing = codes.contiguous(), codes.new_empty(0)
+    if codes.device.type != "cpu":
+        return codes if rows else nothing, codes.t().contiguous() if columns else nothing, scales
+    transposed = (codes.clone() if rows else codes).t()  # outputs of an op may not share memory
+    return codes if rows else nothing, transposed if columns else nothing, scales
 
 
 def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
@@ -97,11 +101,10 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     b = reference.BLOCK
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
     dtype = code_dtype(FORMATS[format])
-    return (
-        x.new_empty([r, c] if rows else [0], dtype=dtype),
-        x.new_empty([c, r] if columns else [0], dtype=dtype),
-        x.new_empty(scale_shape, dtype=torch.float32),
-    )
+    codes = x.new_empty([r, c] if rows else [0], dtype=dtype)
+    nothing = x.new_empty([0], dtype=dtype)
+    transposed = x.new_empty([r, c], dtype=dtype).t() if x.device.type == "cpu" else x.new_empty([c, r], dtype=dtype)
+    return codes, transposed if columns else nothing, x.new_empty(scale_shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("halo::scaled_mm", lib=_library)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from halo_tensor.ops.formats import code_dtype, round_to
-from halo_tensor.ops.hadamard import factors, rotation_factor, rotation_signs
+from halo_tensor.ops.hadamard import factors, hadamard_factor, rotation_signs, signed_hadamard
 from halo_tensor.recipe import Format, Rotation
 
 #: Scales below this are replaced by it, so that an all-zero row divides by something: 2⁻¹²⁶, the smallest normal float32.
@@ -18,23 +18,27 @@ BLOCK = 32  # the edge of a block of scale="block"
 
 def padded(width: int, rotation: Rotation | None) -> int:
     """``width`` rounded up to whole blocks of the rotation."""
-    return width if rotation is None else -(-width // rotation.block) * rotation.block
+    return width if rotation is None else -(-width // rotation.edge) * rotation.edge
 
 
 def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> torch.Tensor:
     """x R, or x Rᵀ if ``inverse``, along the last dimension. float32 in and out; the last dimension must be whole blocks."""
-    a, b = factors(rotation.block)
-    d = rotation_signs(rotation, x.device)
-    h_a, h_b = rotation_factor(a, x.device), rotation_factor(b, x.device)
-    if inverse:
-        h_a, h_b = h_a.t(), h_b.t()
-    blocks = x.reshape(-1, rotation.block)
-    blocks = blocks if inverse else blocks * d
-    blocks = blocks.view(-1, b) @ h_b
-    if a > 1:
-        blocks = h_a.t() @ blocks.view(-1, a, b)
-    blocks = blocks.reshape(-1, rotation.block) * rotation.block**-0.5
-    return (blocks * d if inverse else blocks).view(x.shape)
+    edge = rotation.edge
+    a, b = factors(edge) or (edge, 1)
+    blocks = x.reshape(-1, edge)
+    if a == 1:
+        matrix = signed_hadamard(rotation, x.device)
+        blocks = blocks @ (matrix.t() if inverse else matrix)
+    else:  # H = H_a ⊗ H_b, a block being an a×b matrix
+        d = rotation_signs(rotation, x.device)
+        h_a, h_b = hadamard_factor(a, x.device), hadamard_factor(b, x.device)
+        if inverse:
+            h_a, h_b = h_a.t(), h_b.t()
+        else:
+            blocks = blocks * d
+        blocks = (h_a.t() @ (blocks.view(-1, b) @ h_b).view(-1, a, b)).view(-1, edge)
+        blocks = blocks * d if inverse else blocks
+    return blocks.mul_(edge**-0.5).view(x.shape)
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> torch.Tensor:
@@ -47,9 +51,7 @@ def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> to
     return rotate_last(x.t(), left).t() if left else x
 
 
-def unrotate(
-    x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int]
-) -> torch.Tensor:
+def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int]) -> torch.Tensor:
     """The inverse of :func:`rotate`: R_left x Rᵀ_right without the padding, of the given ``shape``, in float32."""
     x = x.to(torch.float32)
     x = rotate_last(x, right, inverse=True) if right else x
@@ -122,11 +124,12 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, kind: str) -> to
 
 def multiply_codes(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
     """a b_tᵀ of two matrices of codes, accumulated exactly for integers (int32) and in float32 for floats, as float32."""
-    # torch 2.13's _int_mm on CPU returns garbage for k = 1 (float32 is exact there) and for a dimension of 1 with an unusual
-    # stride (flattening and viewing makes it the usual one), and refuses empty operands.
-    if a.dtype == torch.int8 and a.shape[1] > 1 and a.shape[0] and b_t.shape[0]:
-        a, b_t = (t.contiguous().view(-1).view(t.shape) for t in (a, b_t))
+    # torch 2.13's _int_mm on CPU refuses empty operands, and returns garbage for dimensions of 1 in some layouts. With
+    # k < 1024 float32 is exact as well, and with m or n = 1 speed is no concern.
+    if a.dtype == torch.int8 and min(a.shape[0], b_t.shape[0], a.shape[1]) > 1:
         return torch._int_mm(a, b_t.t()).to(torch.float32)
+    if a.dtype == torch.int8:
+        return (a.to(torch.float64) @ b_t.to(torch.float64).t()).to(torch.float32)
     return a.to(torch.float32) @ b_t.to(torch.float32).t()
 
 

