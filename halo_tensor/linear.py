@@ -6,6 +6,7 @@ anew in a compiled graph.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -38,6 +39,8 @@ def quantize_operands(
     for product in products:
         key = (_operand(recipe, product, dims), folds.get(product))
         wanted.setdefault(key, []).append(product)
+    if pair := _as_pair(dims, wanted):
+        return list(HadamardQuantTensor.pair_from_hp(matrix, *pair))
     shared = _shared_operands(owner)
     made: dict[str, torch.Tensor] = {}
     for (operand, fold), served in wanted.items():
@@ -49,6 +52,18 @@ def quantize_operands(
                 shared[operand] = tensor
         made |= dict.fromkeys(served, tensor)
     return [made[product] for product in products]
+
+
+def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | None:
+    """The arguments of ``HadamardQuantTensor.pair_from_hp`` if it makes what is wanted: of E, row-scaled rows, perhaps with rotated tokens,
+    for grad_input, and column-scaled columns for grad_weight."""
+    if dims != E or list(wanted.values()) != [["grad_input"], ["grad_weight"]]:
+        return None
+    (a, fold_columns), (b, fold_rows) = wanted
+    plain_b = replace(a, scale=dims[1], tokens=None)
+    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b:
+        return None
+    return a.format, a.tokens, fold_columns, fold_rows
 
 
 def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[str]) -> bool:

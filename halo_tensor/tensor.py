@@ -108,6 +108,25 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         attributes = {"scale_along": scale, "left": left, "right": right, "format": format}
         return cls(x.shape, x.dtype, tensors, attributes)
 
+    @classmethod
+    def pair_from_hp(
+        cls,
+        x: torch.Tensor,
+        format: Format,
+        left: Rotation | None = None,
+        fold_columns: torch.Tensor | None = None,
+        fold_rows: torch.Tensor | None = None,
+    ) -> "tuple[HadamardQuantTensor, HadamardQuantTensor]":
+        """``from_hp(x, format, "row", left=left, fold_columns=fold_columns)`` and ``from_hp(x, format, "column",
+        fold_rows=fold_rows, rows=False, columns=True)``, from fewer reads of x."""
+        codes, codes_t, row_scales, column_scales = ops.quantize_pair(x, left, format, fold_columns, fold_rows)
+        rows = {"codes": codes, "codes_t": None, "scale": row_scales}
+        columns = {"codes": None, "codes_t": codes_t, "scale": column_scales}
+        return (
+            cls(x.shape, x.dtype, rows, {"scale_along": "row", "left": left, "right": None, "format": format}),
+            cls(x.shape, x.dtype, columns, {"scale_along": "column", "left": None, "right": None, "format": format}),
+        )
+
     def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
         tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
         attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}

@@ -65,8 +65,7 @@ forward:
 backward:
   view
   halo.rotate_quantize(left=[], right=[], int8, row)
-  halo.rotate_quantize(left=[], right=[], int8, row)
-  halo.rotate_quantize(left=[], right=[], int8, column)
+  halo.quantize_pair
   halo.scaled_mm
   view
   halo.scaled_mm""",
@@ -86,8 +85,7 @@ forward:
 backward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], int8, row)
-  halo.rotate_quantize(left=[], right=[], int8, row)
-  halo.rotate_quantize(left=[], right=[], int8, column)
+  halo.quantize_pair
   halo.scaled_mm
   view
   halo.scaled_mm""",
@@ -107,8 +105,7 @@ forward:
 backward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
-  halo.rotate_quantize(left=[128, 0], right=[], fp8_e4m3, row)
-  halo.rotate_quantize(left=[], right=[], fp8_e4m3, column)
+  halo.quantize_pair
   halo.scaled_mm
   view
   halo.scaled_mm""",

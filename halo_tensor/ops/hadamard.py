@@ -79,8 +79,12 @@ def hadamard(n: int) -> torch.Tensor:
 
 
 def factors(block: int) -> tuple[int, int] | None:
-    """``(a, b)`` with a·b = block and H_block = H_a ⊗ H_b, both at most 256; None if there is no such pair."""
-    b = min(block & -block, LARGEST_FACTOR)
+    """``(a, b)`` with a·b = block and H_block = H_a ⊗ H_b: (1, block) for powers of two up to 256, else b a power of two of at
+    most 128 and a of at most 256; None if there is no such pair."""
+    power = block & -block
+    if power == block and block <= LARGEST_FACTOR:
+        return 1, block
+    b = min(power, LARGEST_FACTOR // 2)
     while b > 1 and not has_hadamard(block // b):  # leave the odd part enough twos to have a matrix
         b //= 2
     a = block // b
@@ -123,3 +127,11 @@ def rotation_signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
 def signed_hadamard(rotation: Rotation, device: torch.device) -> torch.Tensor:
     """D·H of one block, [block, block], for blocks of a single factor."""
     return (signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)).to(device=device, dtype=torch.float32)
+
+
+@lru_cache(maxsize=256)
+def block_diagonal(rotation: Rotation, edge: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> torch.Tensor:
+    """I ⊗ (D·H), [edge, edge], ±1 and 0, or its transpose: what a kernel multiplies a tile with that is wider than a block."""
+    matrix = signed_hadamard(rotation, torch.device("cpu"))
+    matrix = torch.block_diag(*[matrix.t() if transposed else matrix] * (edge // rotation.edge))
+    return matrix.to(device=device, dtype=dtype).contiguous()

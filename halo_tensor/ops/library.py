@@ -2,19 +2,25 @@
 
 A rotation crosses the dispatcher as an ``int[]``: empty for none, else [block, seed], with seed −1 for no signs. The
 functions of this module are the typed face of the ops; nothing else calls ``torch.ops.halo``.
+
+A GPU runs the Triton kernels; every other device runs the reference, and so do block scales, which exist for comparison.
 """
 
 import torch
 
 from halo_tensor.ops import reference
+from halo_tensor.ops.device import check_device
 from halo_tensor.ops.formats import code_dtype
-from halo_tensor.ops.hadamard import fit
-from halo_tensor.recipe import FORMATS, Format, Rotation
+from halo_tensor.recipe import FORMATS, FP8_E4M3, INT8, Format, Rotation
 
 _library = torch.library.Library("halo", "DEF")
 _library.define(
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
-    "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scale)"
+    "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scales)"
+)
+_library.define(
+    "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
+    "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)"
 )
 _library.define(
     "scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] left, int[] right, "
@@ -45,16 +51,34 @@ def rotate_quantize(
     columns: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
-    transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU both are contiguous; a CPU's matrix
-    products read either order at the same speed, so there the transpose is a view of row-major memory."""
+    transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at multiples of 16
+    bytes; a CPU's matrix products read either order at the same speed, so there the transpose is a view of row-major memory."""
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
         x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
     )
     return codes if rows else None, codes_t if columns else None, scales
 
 
+def quantize_pair(
+    x: torch.Tensor,
+    left: Rotation | None,
+    format: Format,
+    fold_columns: torch.Tensor | None,
+    fold_rows: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two operands that backward makes of one gradient x [r, c], from two reads of it instead of four:
+
+    codes [r', c] of Rᵀ_left x diag(fold_columns) with scales per row, and transposed codes [c, r] of diag(fold_rows) x with
+    scales per column. Returns (codes, codes_t, row scales [r'], column scales [c]).
+    """
+    return torch.ops.halo.quantize_pair(x, _encode(left), format.name, fold_columns, fold_rows)
+
+
 def scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype) -> torch.Tensor:
-    """:func:`~halo_tensor.ops.reference.scaled_mm` on the fastest unit that the device has."""
+    """:func:`~halo_tensor.ops.reference.scaled_mm` on the fastest unit that the device has.
+
+    Raises RuntimeError, naming the device and what it can run, if it has none.
+    """
     return torch.ops.halo.scaled_mm(a, b_t, a_scale, b_scale, bias, _encode(left), _encode(right), shape, dtype)
 
 
@@ -68,15 +92,24 @@ def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, sha
     return torch.ops.halo.unrotate(x, _encode(left), _encode(right), shape)
 
 
+# On any device: the reference.
+
+
 def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     codes, scales = reference.rotate_quantize(
         x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns
     )
     codes, nothing = codes.contiguous(), codes.new_empty(0)
-    if codes.device.type != "cpu":
+    if x.device.type != "cpu":
         return codes if rows else nothing, codes.t().contiguous() if columns else nothing, scales
     transposed = (codes.clone() if rows else codes).t()  # outputs of an op may not share memory
     return codes if rows else nothing, transposed if columns else nothing, scales
+
+
+def _quantize_pair(x, left, format, fold_columns, fold_rows):
+    codes, _, row_scales = _rotate_quantize(x, left, [], format, "row", None, fold_columns, True, False)
+    _, codes_t, column_scales = _rotate_quantize(x, [], [], format, "column", fold_rows, None, False, True)
+    return codes, codes_t, row_scales, column_scales
 
 
 def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
@@ -91,20 +124,90 @@ def _unrotate(x, left, right, shape):
     return reference.unrotate(x, _decode(left), _decode(right), shape).to(x.dtype, copy=True).contiguous()
 
 
-for _op in (_rotate_quantize, _scaled_mm, _rotate, _unrotate):
+for _op in (_rotate_quantize, _quantize_pair, _scaled_mm, _rotate, _unrotate):
     _library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
+
+
+# On a GPU: the kernels. Triton is imported when the first of them runs.
+
+
+def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    if scale == "block":
+        return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+    codes, codes_t, scales = launch.rotate_quantize(
+        x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns
+    )
+    nothing = scales.new_empty(0, dtype=code_dtype(FORMATS[format]))
+    return nothing if codes is None else codes, nothing.clone() if codes_t is None else codes_t, scales
+
+
+def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    return launch.quantize_pair(x, _decode(left), FORMATS[format], fold_columns, fold_rows)
+
+
+def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+    from halo_tensor.ops import scaled_mm as launch
+
+    check_device((INT8 if a.dtype == torch.int8 else FP8_E4M3,), a.device)
+    if a_scale is not None and a_scale.ndim == 2:
+        return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype)
+    return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, _decode(left), _decode(right), shape, dtype)
+
+
+def _rotate_cuda(x, left, right):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    return launch.rotate(x, _decode(left), _decode(right), x.dtype)
+
+
+def _unrotate_cuda(x, left, right, shape):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    return launch.unrotate(x, _decode(left), _decode(right), shape, x.dtype)
+
+
+for _op in (_rotate_quantize_cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda):
+    _library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, "CUDA")
+
+
+# Under tracing: shapes, dtypes and strides.
+
+
+def _code_matrix(x, rows, columns, format, transposed=False, aligned=True):
+    """What an op returns for codes [rows, columns]."""
+    dtype = code_dtype(FORMATS[format])
+    if x.device.type == "cpu":
+        return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
+    stride = (columns + 15) // 16 * 16 if aligned else columns
+    return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
 
 
 @torch.library.register_fake("halo::rotate_quantize", lib=_library)
 def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     r, c = reference.padded(x.shape[0], _decode(left)), reference.padded(x.shape[1], _decode(right))
-    b = reference.BLOCK
+    b, aligned = reference.BLOCK, scale != "block"
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
-    dtype = code_dtype(FORMATS[format])
-    codes = x.new_empty([r, c] if rows else [0], dtype=dtype)
-    nothing = x.new_empty([0], dtype=dtype)
-    transposed = x.new_empty([r, c], dtype=dtype).t() if x.device.type == "cpu" else x.new_empty([c, r], dtype=dtype)
-    return codes, transposed if columns else nothing, x.new_empty(scale_shape, dtype=torch.float32)
+    nothing = x.new_empty([0], dtype=code_dtype(FORMATS[format]))
+    return (
+        _code_matrix(x, r, c, format, aligned=aligned) if rows else nothing,
+        _code_matrix(x, c, r, format, transposed=True, aligned=aligned) if columns else nothing,
+        x.new_empty(scale_shape, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("halo::quantize_pair", lib=_library)
+def _(x, left, format, fold_columns, fold_rows):
+    (r, c), r_padded = x.shape, reference.padded(x.shape[0], _decode(left))
+    return (
+        _code_matrix(x, r_padded, c, format),
+        _code_matrix(x, c, r, format, transposed=True),
+        x.new_empty([r_padded], dtype=torch.float32),
+        x.new_empty([c], dtype=torch.float32),
+    )
 
 
 @torch.library.register_fake("halo::scaled_mm", lib=_library)
@@ -121,6 +224,3 @@ def _(x, left, right):
 @torch.library.register_fake("halo::unrotate", lib=_library)
 def _(x, left, right, shape):
     return x.new_empty(shape)
-
-
-__all__ = ["fit", "rotate", "rotate_quantize", "scaled_mm", "unrotate"]

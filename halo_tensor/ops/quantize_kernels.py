@@ -1,0 +1,274 @@
+"""Triton kernels that rotate and quantise. :mod:`halo_tensor.ops.rotate_quantize` launches them.
+
+Three shapes of work, all limited by memory:
+
+* ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. Rotation by a tensor-core
+  product with ±1 (exact in any dtype). If the transpose is wanted too, the program reads back the codes it has just written, out of L2.
+* ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for the
+  two differently folded copies that backward needs of one gradient.
+
+A transposed 8-bit copy is never stored from the result of a ``tl.dot``: Triton 3.6 miscompiles that on Hopper (silently; see
+bench/NOTES.md). Tiles rotated on the way are therefore stored row-major only.
+"""
+
+import triton
+import triton.language as tl
+
+#: 2⁻¹²⁶: see reference.SMALLEST_SCALE.
+SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
+#: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _scale(amax, INVERSE_MAX: tl.constexpr):
+    return _max(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
+
+
+@triton.jit
+def _product(a, b):
+    """a b where one of them is ±1 (and 0): exact products; float32 goes through three tf32 products, close to float32."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and 0 for formats
+    that the hardware converts to. ``MAX`` above 0 saturates there."""
+    if MAX > 0:  # a bare cast; a scaled value is inside already
+        y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    if MANTISSA < 0:
+        return (y + ROUNDER).to(tl.int32, bitcast=True).to(CODE)
+    if MANTISSA > 0:  # a grid inside fp8's: round at the exponent's quantum
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
+        y = (y + rounder) - rounder
+    return y.to(CODE)
+
+
+@triton.jit
+def _transpose(codes, codes_t, rows, columns, M, K, stride_codes, stride_codes_t):
+    """Bytes of a tile from codes [M, K] to codes_t [K, M]."""
+    source = (codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :]).to(tl.pointer_type(tl.int8), bitcast=True)
+    target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    tile = tl.load(source, mask=inside, other=0)
+    tl.store(target.to(tl.pointer_type(tl.int8), bitcast=True), tl.trans(tile), mask=tl.trans(inside))
+
+
+@triton.jit
+def whole_rows(
+    x, matrix, left_matrix, signs, fold, codes, codes_t, scales,
+    M, K, stride_row, stride_column, stride_codes, stride_codes_t,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr, TRANSPOSE: tl.constexpr,
+    CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
+):  # fmt: skip
+    """One program: STEPS times ROWS rows of x [M, K], each as CHUNKS pieces of WIDTH columns (padded), with a scale per row.
+
+    ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH]. FULL: the whole row (ROWS = 1) also with left_matrix
+    [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. TRANSPOSE: codes_t [K, M] as well, from codes.
+    """
+    piece = tl.arange(0, ROWS * CHUNKS)
+    inner = tl.arange(0, WIDTH)
+    columns = (piece % CHUNKS)[:, None] * WIDTH + inner[None, :]
+    first = tl.program_id(0) * (ROWS * STEPS)
+    if ROTATE:
+        h = tl.load(matrix + inner[:, None] * WIDTH + inner[None, :])
+    if FULL:
+        outer = tl.arange(0, CHUNKS)
+        h_left = tl.load(left_matrix + outer[:, None] * CHUNKS + outer[None, :])
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        row = first + step * ROWS + piece // CHUNKS
+        inside = (row < M)[:, None] & (columns < K)
+        y = tl.load(x + row.to(tl.int64)[:, None] * stride_row + columns * stride_column, mask=inside, other=0.0)
+        if FULL:
+            y = y.to(tl.float32) * tl.load(signs + columns, mask=columns < K, other=0.0)
+        if ROTATE:
+            y = _product(y.to(h.dtype), h)
+        if FULL:
+            high = y.to(h_left.dtype)  # two bf16 numbers hold 16 bits of a sum, and two products cost little
+            y = tl.dot(h_left, high) + tl.dot(h_left, (y - high.to(tl.float32)).to(h_left.dtype))
+        y = y.to(tl.float32)
+        if ROTATE:
+            y = y * NORM
+        if FOLD:
+            y = y * tl.load(fold + columns, mask=columns < K, other=0.0)
+        amax = tl.reduce(tl.abs(y), 1, _max)
+        amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, _max)
+        scale = _scale(amax, INVERSE_MAX)
+        inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
+        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
+        q = _round(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
+        tl.store(codes + row.to(tl.int64)[:, None] * stride_codes + columns, q, mask=inside)
+        rows = first + step * ROWS + tl.arange(0, ROWS)
+        tl.store(scales + rows, scale, mask=rows < M)
+
+    if TRANSPOSE:
+        tl.debug_barrier()  # the codes of this program's rows are visible to all of its threads
+        rows = first + tl.arange(0, ROWS * STEPS)
+        for start in tl.range(0, K, 128, num_stages=STAGES):
+            _transpose(codes, codes_t, rows, start + tl.arange(0, 128), M, K, stride_codes, stride_codes_t)
+
+
+@triton.jit
+def _rotated_tile(x_tile, left, right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, T: tl.constexpr):
+    """left · x · right of one [T, T] tile, in float32."""
+    index = tl.arange(0, T)
+    y = x_tile
+    if RIGHT:
+        h = tl.load(right + index[:, None] * T + index[None, :])
+        y = _product(y.to(h.dtype), h)
+    if LEFT:
+        h = tl.load(left + index[:, None] * T + index[None, :])
+        y = _product(h.to(tl.float32), y) if RIGHT else _product(h, y.to(h.dtype))
+    y = y.to(tl.float32)
+    if LEFT or RIGHT:
+        y = y * NORM
+    return y
+
+
+@triton.jit
+def amax_tiles(
+    x, left, right, fold_columns, fold_rows, row_amax, column_amax,
+    M, K, stride_row, stride_column,
+    T: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
+    ALONG_ROWS: tl.constexpr, ALONG_COLUMNS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Largest magnitudes, as float bits into zeroed int32 (whose order is that of non-negative floats, NaN above all).
+
+    ALONG_ROWS: of the rotated matrix times fold_columns, 2 per row, 1 of all, 0 none. ALONG_COLUMNS: of x times fold_rows,
+    2 per column, 1 of all, 0 none. One program: T rows by TILES·T columns.
+    """
+    rows = tl.program_id(0) * T + tl.arange(0, T)
+    most = tl.zeros((T,), tl.float32)
+    if FOLD_ROWS:
+        by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        columns = (tl.program_id(1) * TILES + i) * T + tl.arange(0, T)
+        inside = (rows < M)[:, None] & (columns < K)[None, :]
+        at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+        x_tile = tl.load(x + at, mask=inside, other=0.0)
+        if ALONG_ROWS:
+            y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+            if FOLD_COLUMNS:
+                y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
+            most = _max(most, tl.reduce(tl.abs(y), 1, _max))
+        if ALONG_COLUMNS:
+            y = x_tile.to(tl.float32)
+            if FOLD_ROWS:
+                y = y * by_row[:, None]
+            down = tl.reduce(tl.abs(y), 0, _max)
+            if ALONG_COLUMNS == 2:
+                tl.atomic_max(column_amax + columns, down.to(tl.int32, bitcast=True), mask=columns < K, sem="relaxed")
+            else:
+                tl.atomic_max(column_amax, tl.reduce(down, 0, _max).to(tl.int32, bitcast=True), sem="relaxed")
+    if ALONG_ROWS == 2:
+        tl.atomic_max(row_amax + rows, most.to(tl.int32, bitcast=True), sem="relaxed")
+    if ALONG_ROWS == 1:
+        tl.atomic_max(row_amax, tl.reduce(most, 0, _max).to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
+    """The scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
+    if ALONG == 2:
+        return _scale(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
+    if ALONG == 1:
+        return _scale(tl.zeros((T,), tl.float32) + tl.load(amax).to(tl.float32, bitcast=True), INVERSE_MAX)
+    return tl.full((T,), 1.0, tl.float32)
+
+
+@triton.jit
+def _write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
+    """By the first tile of each row of tiles (``other_tile`` 0); by the very first, for one scale."""
+    if other_tile == 0:
+        if ALONG == 2:
+            tl.store(scales + index, scale, mask=index < count)
+        else:
+            tl.store(scales + index, scale, mask=index == 0)
+
+
+@triton.jit
+def cast_tiles(
+    x, left, right, fold_columns, fold_rows, row_amax, column_amax, codes, codes_t, row_scales, column_scales,
+    M, K, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
+    T: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+    CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
+):  # fmt: skip
+    """Codes from the magnitudes that :func:`amax_tiles` found; tiles as there.
+
+    ROWS: codes [ROWS_OUT, K] of the rotated matrix times fold_columns, by ROW_SCALE: 2 a scale per row, 1 one scale, 0 unit.
+    COLUMNS: codes_t [K, M] of x times fold_rows, by COLUMN_SCALE: 2 a scale per column, 1 one scale, 0 unit.
+    """
+    one = tl.full((T,), 1.0, tl.float32)
+    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
+    rows = tile_row * T + tl.arange(0, T)
+    if FOLD_ROWS:
+        by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
+    if ROWS:
+        row_scale = _scale_of(row_amax, rows, ROWS_OUT, INVERSE_MAX, ROW_SCALE, T)
+        row_inverse = tl.div_rn(one, row_scale)
+    for i in tl.range(0, TILES, num_stages=STAGES):
+        tile_column = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES + i
+        columns = tile_column * T + tl.arange(0, T)
+        inside = (rows < M)[:, None] & (columns < K)[None, :]
+        at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+        x_tile = tl.load(x + at, mask=inside, other=0.0)
+        if ROWS:
+            y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+            if FOLD_COLUMNS:
+                y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
+            if ROW_SCALE > 0:
+                y = y * row_inverse[:, None]
+                _write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
+            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            out = codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :]
+            tl.store(out, q, mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])
+        if COLUMNS:
+            y = x_tile.to(tl.float32)
+            if FOLD_ROWS:
+                y = y * by_row[:, None]
+            if COLUMN_SCALE > 0:
+                scale = _scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
+                y = y * tl.div_rn(one, scale)[None, :]
+                _write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
+            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            out = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
+            tl.store(out, tl.trans(q), mask=tl.trans(inside))
+
+
+@triton.jit
+def transpose_codes(codes, codes_t, M, K, stride_codes, stride_codes_t, T: tl.constexpr):
+    """codes [M, K] → codes_t [K, M], one byte an element, a [T, T] tile a program."""
+    rows = tl.program_id(0) * T + tl.arange(0, T)
+    columns = tl.program_id(1) * T + tl.arange(0, T)
+    _transpose(codes, codes_t, rows, columns, M, K, stride_codes, stride_codes_t)
+
+
+@triton.jit
+def rotate_tiles(
+    x, left, right, out, M, K, ROWS_OUT, stride_row, stride_column, stride_out,
+    T: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """out [ROWS_OUT, K] = left · x · right · norm of x [M, K], in high precision, a [T, T] tile a program."""
+    rows = tl.program_id(0) * T + tl.arange(0, T)
+    columns = tl.program_id(1) * T + tl.arange(0, T)
+    at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+    x_tile = tl.load(x + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
+    y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+    out_at = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(out_at, y.to(out.dtype.element_ty), mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])
