@@ -2,10 +2,10 @@
 
 Three shapes of work, all limited by memory:
 
-* ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. Rotation by a tensor-core
-  product with ±1 (exact in any dtype). If the transpose is wanted too, the program reads back the codes it has just written, out of L2.
-* ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for the
-  two differently folded copies that backward needs of one gradient.
+* ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. It rotates by a tensor-core
+  product with ±1, exact in any dtype. If the transpose is wanted too, it reads back, out of L2, the codes it has just written.
+* ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
+  the two differently folded copies that backward needs of one gradient.
 
 A transposed 8-bit copy is never stored from the result of a ``tl.dot``: Triton 3.6 miscompiles that on Hopper (silently; see
 bench/NOTES.md). Tiles rotated on the way are therefore stored row-major only.
@@ -40,8 +40,8 @@ def _product(a, b):
 
 @triton.jit
 def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and 0 for formats
-    that the hardware converts to. ``MAX`` above 0 saturates there."""
+    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and 0 for
+    formats that the hardware converts to. ``MAX`` above 0 saturates there."""
     if MAX > 0:  # a bare cast; a scaled value is inside already
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA < 0:

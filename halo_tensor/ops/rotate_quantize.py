@@ -111,7 +111,7 @@ def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
 
 def _whole_rows(x, right, format, fold, keep_rows, transpose):
     m, k = x.shape
-    a, b = (1, 0) if right is None else factors(right.edge)
+    a, b = (right and factors(right.edge)) or (1, 0)
     full = a > 1
     matrix = left_matrix = signs = x
     if full:
@@ -203,124 +203,10 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
         kernels.cast_tiles[(tiles_m, triton.cdiv(tiles_k, per_program))](
             *operands, row_amax, row_amax if one else column_amax,
             x if codes is None else codes, x if codes_t is None else codes_t, row_scales, column_scales,
-            m, k, m_out, *x.stride(), codes.stride(0) if rows else 0, codes_t.stride(0) if columns else 0,
+            m, k, m_out, *x.stride(), 0 if codes is None else codes.stride(0), 0 if codes_t is None else codes_t.stride(0),
             TILES=per_program, STAGES=stages, ROWS=rows, COLUMNS=columns,
             ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
             **_format_options(format, saturate="unit" in (row_scale, column_scale)), **flags, num_warps=warps,
-        )  # fmt: skip
-    return codes, codes_t, row_scales, column_scales
-    return _tiles(x, left, None, format, "row", "column", fold_columns, fold_rows, True, True)
-
-
-def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
-    """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales or folds that only plain tiles know."""
-    if left is None and right is None:
-        return False
-    if right is not None and left is None and scale == "row" and fold_rows is None and x.shape[1] <= LARGEST_ROW:
-        pair = factors(right.edge)
-        return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    widest = max(r.edge for r in (left, right) if r is not None)
-    return widest > TILE or TILE % widest != 0 or scale == "column" or fold_rows is not None
-
-
-def _whole_rows(x, right, format, fold, keep_rows, transpose):
-    m, k = x.shape
-    a, b = (1, 0) if right is None else factors(right.edge)
-    full = a > 1
-    matrix = left_matrix = signs = x
-    if full:
-        width, chunks = b, max(triton.next_power_of_2(a), 16)
-        matrix = hadamard_factor(b, x.device).to(_matrix_dtype(x))
-        left_matrix = _padded_factor(a, chunks, x.device)
-        signs = rotation_signs(right, x.device)
-    else:
-        width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
-        chunks = triton.next_power_of_2(triton.cdiv(k, width))
-        if right is not None:
-            matrix = block_diagonal(right, width, _matrix_dtype(x), x.device, transposed=False)
-    rows, steps, warps, stages = _row_launch(m, chunks * width, chunks, full, transpose)
-    codes = code_matrix(x, m, k, format)
-    codes_t = code_matrix(x, k, m, format) if transpose else codes
-    scales = x.new_empty(m, dtype=torch.float32)
-    if m:
-        kernels.whole_rows[(triton.cdiv(m, rows * steps),)](
-            x, matrix, left_matrix, signs, x if fold is None else fold, codes, codes_t, scales,
-            m, k, *x.stride(), codes.stride(0), codes_t.stride(0),
-            ROWS=rows, STEPS=steps, CHUNKS=chunks, WIDTH=width, STAGES=stages,
-            ROTATE=right is not None, FULL=full, FOLD=fold is not None, TRANSPOSE=transpose,
-            NORM=_norm(right), **_format_options(format), num_warps=warps,
-        )  # fmt: skip
-    return codes if keep_rows else None, codes_t if transpose else None, scales
-
-
-def _row_launch(m: int, row: int, chunks: int, full: bool, transpose: bool) -> tuple[int, int, int, int]:
-    """(rows at a time, times, warps, stages) for rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md."""
-    rows = 1 if full else max(1, 16384 // row)
-    while rows > 1 and rows * chunks > 512:  # many narrow pieces
-        rows //= 2
-    in_all = 32 if transpose else 16
-    warps = 4 if rows * row <= 4096 else 8 if rows * row <= 16384 else 16
-    return rows, max(1, in_all // rows), warps, 3 if rows * row <= 16384 else 2
-
-
-def _amax_launch(tiles: int) -> tuple[int, int, int]:
-    """(tiles of a program, stages, warps) for a row of so many tiles."""
-    return (8 if tiles >= 8 else 1), 3, 8
-
-
-def _cast_launch(tiles: int) -> tuple[int, int, int]:
-    return (2 if tiles >= 2 else 1), 2, 8
-
-
-def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns):
-    """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
-    "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
-    m, k = x.shape
-    m_out = reference.padded(m, left)
-    tiles_m, tiles_k = triton.cdiv(m_out, TILE), triton.cdiv(k, TILE)
-    one = row_scale == column_scale == "tensor"
-    measure_columns = ALONG[column_scale] if column_scale and not one else 0
-    # float bits; rows (padded to whole tiles), then columns
-    amax = x.new_zeros(tiles_m * TILE + (k if measure_columns == 2 else 1), dtype=torch.int32)
-    row_amax, column_amax = amax[: tiles_m * TILE], amax[tiles_m * TILE :]
-    codes = code_matrix(x, m_out, k, format) if rows else None
-    codes_t = code_matrix(x, k, m, format) if columns else None
-    row_scales = x.new_ones(m_out if row_scale == "row" else (), dtype=torch.float32)
-    column_scales = x.new_ones(k if column_scale == "column" else (), dtype=torch.float32)
-    matrix_dtype = _matrix_dtype(x)
-    left_matrix = block_diagonal(left, TILE, matrix_dtype, x.device, transposed=True) if left else x
-    right_matrix = block_diagonal(right, TILE, matrix_dtype, x.device, transposed=False) if right else x
-    operands = (
-        x,
-        left_matrix,
-        right_matrix,
-        x if fold_columns is None else fold_columns,
-        x if fold_rows is None else fold_rows,
-    )
-    flags = {
-        "T": TILE,
-        "LEFT": left is not None,
-        "RIGHT": right is not None,
-        "FOLD_COLUMNS": fold_columns is not None,
-        "FOLD_ROWS": fold_rows is not None,
-        "NORM": _norm(left, right),
-    }
-    measure_rows = ALONG[row_scale] if row_scale else 0
-    if m_out and k:
-        if measure_rows or measure_columns:
-            per_program = 8 if tiles_k >= 8 else 1
-            kernels.amax_tiles[(tiles_m, triton.cdiv(tiles_k, per_program))](
-                *operands, row_amax, column_amax, m, k, *x.stride(),
-                TILES=per_program, STAGES=3, ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns, **flags,
-            )  # fmt: skip
-        per_program = 2 if tiles_k >= 2 else 1
-        kernels.cast_tiles[(tiles_m, triton.cdiv(tiles_k, per_program))](
-            *operands, row_amax, row_amax if one else column_amax,
-            x if codes is None else codes, x if codes_t is None else codes_t, row_scales, column_scales,
-            m, k, m_out, *x.stride(), codes.stride(0) if rows else 0, codes_t.stride(0) if columns else 0,
-            TILES=per_program, STAGES=2, ROWS=rows, COLUMNS=columns,
-            ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
-            **_format_options(format, saturate="unit" in (row_scale, column_scale)), **flags,
         )  # fmt: skip
     return codes, codes_t, row_scales, column_scales
 

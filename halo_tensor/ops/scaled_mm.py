@@ -2,8 +2,8 @@
 
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. One persistent program per multiprocessor
 walks the output tiles in groups that share operand rows (so that they meet in L2); tensor descriptors make the loads TMA on
-SM ≥ 9.0 and masked pointer loads below. Scales, the right rotation's undoing, the bias and the cast happen on the accumulator, before
-anything is written.
+SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of the right rotation, the bias and the cast happen on the
+accumulator, before anything is written.
 """
 
 from functools import lru_cache
