@@ -55,7 +55,7 @@ def quantize_operands(
 
 
 def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | None:
-    """The arguments of ``HadamardQuantTensor.pair_from_hp`` if it makes what is wanted: of E, row-scaled rows, perhaps with rotated tokens,
+    """The arguments of ``pair_from_hp`` if it makes what is wanted: of E, row-scaled rows, perhaps with rotated tokens,
     for grad_input, and column-scaled columns for grad_weight."""
     if dims != E or list(wanted.values()) != [["grad_input"], ["grad_weight"]]:
         return None

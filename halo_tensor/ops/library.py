@@ -9,9 +9,8 @@ A GPU runs the Triton kernels; every other device runs the reference, and so do 
 import torch
 
 from halo_tensor.ops import reference
-from halo_tensor.ops.device import check_device
 from halo_tensor.ops.formats import code_dtype
-from halo_tensor.recipe import FORMATS, FP8_E4M3, INT8, Format, Rotation
+from halo_tensor.recipe import FORMATS, Format, Rotation
 
 _library = torch.library.Library("halo", "DEF")
 _library.define(
@@ -51,8 +50,9 @@ def rotate_quantize(
     columns: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
-    transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at multiples of 16
-    bytes; a CPU's matrix products read either order at the same speed, so there the transpose is a view of row-major memory."""
+    transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
+    multiples of 16 bytes; a CPU's products read either order at the same speed: there the transpose is a view of row-major
+    memory."""
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
         x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
     )
@@ -152,7 +152,6 @@ def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
 def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
     from halo_tensor.ops import scaled_mm as launch
 
-    check_device((INT8 if a.dtype == torch.int8 else FP8_E4M3,), a.device)
     if a_scale is not None and a_scale.ndim == 2:
         return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype)
     return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, _decode(left), _decode(right), shape, dtype)

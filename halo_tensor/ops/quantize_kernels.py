@@ -3,12 +3,11 @@
 Three shapes of work, all limited by memory:
 
 * ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. It rotates by a tensor-core
-  product with ±1, exact in any dtype. If the transpose is wanted too, it reads back, out of L2, the codes it has just written.
+  product with ±1, exact in any dtype.
 * ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
   the two differently folded copies that backward needs of one gradient.
-
-A transposed 8-bit copy is never stored from the result of a ``tl.dot``: Triton 3.6 miscompiles that on Hopper (silently; see
-bench/NOTES.md). Tiles rotated on the way are therefore stored row-major only.
+* ``transpose_codes``: for rotated codes that are wanted transposed. A transposed 8-bit copy is never stored from the result of
+  a ``tl.dot``: Triton 3.6 miscompiles that on Hopper, silently (bench/NOTES.md).
 """
 
 import triton
@@ -55,28 +54,18 @@ def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.const
 
 
 @triton.jit
-def _transpose(codes, codes_t, rows, columns, M, K, stride_codes, stride_codes_t):
-    """Bytes of a tile from codes [M, K] to codes_t [K, M]."""
-    source = (codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :]).to(tl.pointer_type(tl.int8), bitcast=True)
-    target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
-    tile = tl.load(source, mask=inside, other=0)
-    tl.store(target.to(tl.pointer_type(tl.int8), bitcast=True), tl.trans(tile), mask=tl.trans(inside))
-
-
-@triton.jit
 def whole_rows(
-    x, matrix, left_matrix, signs, fold, codes, codes_t, scales,
-    M, K, stride_row, stride_column, stride_codes, stride_codes_t,
+    x, matrix, left_matrix, signs, fold, codes, scales,
+    M, K, stride_row, stride_column, stride_codes,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr, TRANSPOSE: tl.constexpr,
+    ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
     """One program: STEPS times ROWS rows of x [M, K], each as CHUNKS pieces of WIDTH columns (padded), with a scale per row.
 
     ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH]. FULL: the whole row (ROWS = 1) also with left_matrix
-    [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. TRANSPOSE: codes_t [K, M] as well, from codes.
+    [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors.
     """
     piece = tl.arange(0, ROWS * CHUNKS)
     inner = tl.arange(0, WIDTH)
@@ -112,12 +101,6 @@ def whole_rows(
         tl.store(codes + row.to(tl.int64)[:, None] * stride_codes + columns, q, mask=inside)
         rows = first + step * ROWS + tl.arange(0, ROWS)
         tl.store(scales + rows, scale, mask=rows < M)
-
-    if TRANSPOSE:
-        tl.debug_barrier()  # the codes of this program's rows are visible to all of its threads
-        rows = first + tl.arange(0, ROWS * STEPS)
-        for start in tl.range(0, K, 128, num_stages=STAGES):
-            _transpose(codes, codes_t, rows, start + tl.arange(0, 128), M, K, stride_codes, stride_codes_t)
 
 
 @triton.jit
@@ -253,10 +236,13 @@ def cast_tiles(
 
 @triton.jit
 def transpose_codes(codes, codes_t, M, K, stride_codes, stride_codes_t, T: tl.constexpr):
-    """codes [M, K] → codes_t [K, M], one byte an element, a [T, T] tile a program."""
+    """Bytes of codes [M, K] to codes_t [K, M], a [T, T] tile a program."""
     rows = tl.program_id(0) * T + tl.arange(0, T)
     columns = tl.program_id(1) * T + tl.arange(0, T)
-    _transpose(codes, codes_t, rows, columns, M, K, stride_codes, stride_codes_t)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    tile = tl.load(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], mask=inside, other=0)
+    target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
+    tl.store(target, tl.trans(tile), mask=tl.trans(inside))
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """Launches the quantisation kernels: which one serves a request, and on what tiles.
 
-Codes are laid out with rows of a multiple of 16 bytes, what TMA and vector loads want, whatever the matrix's width.
+Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and vector loads want, whatever the matrix's width.
 """
 
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,46 +15,59 @@ from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, rotation_signs
+from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 TILE = 128
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
-#: where cast_tiles and amax_tiles find or put a scale
+#: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
 
 
+class Matrix(NamedTuple):
+    """What a launch needs to know of a matrix."""
+
+    shape: torch.Size
+    stride: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Matrix":
+        return cls(x.shape, (x.stride(0), x.stride(1)), x.dtype, x.device)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
+        exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
+        return self.dtype if exact else torch.float32
+
+
 def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> torch.Tensor:
-    """An uninitialised [rows, columns] of codes whose rows begin at multiples of 16 bytes."""
-    stride = (columns + 15) // 16 * 16
-    return like.new_empty_strided((rows, columns), (stride, 1), dtype=code_dtype(format))
+    """An uninitialised [rows, columns] of codes."""
+    return like.new_empty_strided((rows, columns), (_aligned(columns), 1), dtype=code_dtype(format))
+
+
+def _aligned(width: int) -> int:
+    return (width + 15) // 16 * 16
 
 
 @lru_cache
-def _format_options(format: Format, saturate: bool = False) -> dict[str, Any]:
-    native = format in (FP8_E4M3, FP8_E5M2)
+def _format_options(format: Format, device: torch.device, saturate: bool = False) -> dict[str, Any]:
+    # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
+    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda"
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else 0 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
         "MAX": format.max if saturate else 0.0,
         "INVERSE_MAX": 1.0 / format.max,
+        "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
 
 
 def _norm(*rotations: Rotation | None) -> float:
     return prod(r.edge**-0.5 for r in rotations if r is not None)
-
-
-@lru_cache
-def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
-    """H_nᵀ in the corner of an [edge, edge] of zeros."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.nn.functional.pad(hadamard_factor(n, device).t(), (0, edge - n, 0, edge - n)).to(dtype).contiguous()
-
-
-def _matrix_dtype(x: torch.Tensor) -> torch.dtype:
-    """In which x is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
-    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda else torch.float32
 
 
 def rotate_quantize(
@@ -67,23 +80,32 @@ def rotate_quantize(
     fold_columns: torch.Tensor | None,
     rows: bool,
     columns: bool,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit"."""
+    """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
+    codes, their transpose and the scales to write to, from an earlier call with rows and columns."""
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     if _needs_rotating_first(x, left, right, scale, fold_rows):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if scale == "row" and left is None and fold_rows is None and x.shape[1] <= LARGEST_ROW:
-        return _whole_rows(x, right, format, fold_columns, rows, columns)
+        codes, scales = _whole_rows(x, right, format, fold_columns, into and (into[0], into[2]))
+        codes_t = transposed(codes, format, into and into[1]) if columns else None
+        return codes if rows else None, codes_t, scales
     if scale == "row" or left or right:
         # Row-major codes first; their transpose, if it is wanted, from them.
         codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False)
-        return codes if rows else None, transposed(codes, format) if columns else None, scales
-    if scale == "column":
+        result = codes if rows else None, transposed(codes, format) if columns else None, scales
+    elif scale == "column":
         _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True)
-        return transposed(codes_t, format) if rows else None, codes_t if columns else None, scales
-    codes, codes_t, *scales = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns)
-    return codes, codes_t, scales[0 if rows else 1]
+        result = transposed(codes_t, format) if rows else None, codes_t if columns else None, scales
+    else:
+        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns)
+        result = codes, codes_t, both[0 if rows else 1]
+    if into is not None:
+        for target, source in zip(into, result, strict=True):
+            target.copy_(source)
+    return result
 
 
 def quantize_pair(
@@ -94,8 +116,12 @@ def quantize_pair(
     if left is not None and left.edge > TILE:
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
-        return codes, codes_t, row_scales, column_scales
-    return _tiles(x, left, None, format, "row", "column", fold_columns, fold_rows, True, True)
+    else:
+        codes, codes_t, row_scales, column_scales = _tiles(
+            x, left, None, format, "row", "column", fold_columns, fold_rows, True, True
+        )
+    assert codes is not None and codes_t is not None
+    return codes, codes_t, row_scales, column_scales
 
 
 def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
@@ -109,53 +135,66 @@ def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
     return widest > TILE or TILE % widest != 0 or scale == "column" or fold_rows is not None
 
 
-def _whole_rows(x, right, format, fold, keep_rows, transpose):
+# Whole rows.
+
+
+def _whole_rows(x, right, format, fold, into):
+    m, k = x.shape
+    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None)
+    codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
+    launch(x, *(x if matrix is None else matrix for matrix in matrices), x if fold is None else fold, codes, scales)
+    return codes, scales
+
+
+@lru_cache(maxsize=4096)
+def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: bool) -> tuple[Launch, tuple]:
     m, k = x.shape
     a, b = (right and factors(right.edge)) or (1, 0)
     full = a > 1
-    matrix = left_matrix = signs = x
+    matrix = left_matrix = signs = None
     if full:
         width, chunks = b, max(triton.next_power_of_2(a), 16)
-        matrix = hadamard_factor(b, x.device).to(_matrix_dtype(x))
+        matrix = hadamard_factor(b, x.device).to(x.product_dtype)
         left_matrix = _padded_factor(a, chunks, x.device)
         signs = rotation_signs(right, x.device)
     else:
         width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
         chunks = triton.next_power_of_2(triton.cdiv(k, width))
         if right is not None:
-            matrix = block_diagonal(right, width, _matrix_dtype(x), x.device, transposed=False)
-    rows, steps, warps, stages = _row_launch(m, chunks * width, chunks, full, transpose)
-    codes = code_matrix(x, m, k, format)
-    codes_t = code_matrix(x, k, m, format) if transpose else codes
-    scales = x.new_empty(m, dtype=torch.float32)
-    if m:
-        kernels.whole_rows[(triton.cdiv(m, rows * steps),)](
-            x, matrix, left_matrix, signs, x if fold is None else fold, codes, codes_t, scales,
-            m, k, *x.stride(), codes.stride(0), codes_t.stride(0),
-            ROWS=rows, STEPS=steps, CHUNKS=chunks, WIDTH=width, STAGES=stages,
-            ROTATE=right is not None, FULL=full, FOLD=fold is not None, TRANSPOSE=transpose,
-            NORM=_norm(right), **_format_options(format), num_warps=warps,
-        )  # fmt: skip
-    return codes if keep_rows else None, codes_t if transpose else None, scales
+            matrix = block_diagonal(right, width, x.product_dtype, x.device, transposed=False)
+    rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, right is not None)
+    constants = {
+        "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
+        "ROTATE": right is not None, "FULL": full, "FOLD": folded, "NORM": _norm(right), "num_warps": warps,
+        **_format_options(format, x.device),
+    }  # fmt: skip
+    grid = (triton.cdiv(m, rows * steps),)
+    return Launch(kernels.whole_rows, grid, (m, k, *x.stride, _aligned(k)), constants), (matrix, left_matrix, signs)
 
 
-def _row_launch(m: int, row: int, chunks: int, full: bool, transpose: bool) -> tuple[int, int, int, int]:
-    """(rows at a time, times, warps, stages) for rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md."""
-    rows = 1 if full else max(1, 16384 // row)
+@lru_cache
+def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
+    """H_nᵀ in the corner of an [edge, edge] of zeros."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.nn.functional.pad(hadamard_factor(n, device).t(), (0, edge - n, 0, edge - n)).to(dtype).contiguous()
+
+
+def _row_launch(row: int, chunks: int, large: bool, rotate: bool) -> tuple[int, int, int, int]:
+    """(rows at a time, times, warps, stages) for rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md.
+    ``large``: the matrices of the rotation leave no shared memory for pipelining."""
+    if large:
+        return 1, 16, 8 if row <= 16384 else 16, 1
+    rows = max(1, (8192 if row <= 4096 else 16384) // row)
     while rows > 1 and rows * chunks > 512:  # many narrow pieces
         rows //= 2
-    in_all = 32 if transpose else 16
-    warps = 4 if rows * row <= 4096 else 8 if rows * row <= 16384 else 16
-    return rows, max(1, in_all // rows), warps, 3 if rows * row <= 16384 else 2
+    tile = rows * row
+    warps = 4 if tile <= 8192 else 8 if tile <= 16384 else 16
+    if not rotate:
+        return rows, 1, warps, 1
+    return rows, max(1, 16 // rows), warps, 3 if tile <= 16384 else 2
 
 
-def _amax_launch(tiles: int) -> tuple[int, int, int]:
-    """(tiles of a program, stages, warps) for a row of so many tiles."""
-    return (8 if tiles >= 8 else 1), 3, 8
-
-
-def _cast_launch(tiles: int) -> tuple[int, int, int]:
-    return (2 if tiles >= 2 else 1), 2, 8
+# Tiles.
 
 
 def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns):
@@ -163,69 +202,87 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
     m, k = x.shape
     m_out = reference.padded(m, left)
-    tiles_m, tiles_k = triton.cdiv(m_out, TILE), triton.cdiv(k, TILE)
+    amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
+        Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
+        rows, columns,
+    )  # fmt: skip
     one = row_scale == column_scale == "tensor"
-    measure_columns = ALONG[column_scale] if column_scale and not one else 0
-    # float bits; rows (padded to whole tiles), then columns
-    amax = x.new_zeros(tiles_m * TILE + (k if measure_columns == 2 else 1), dtype=torch.int32)
-    row_amax, column_amax = amax[: tiles_m * TILE], amax[tiles_m * TILE :]
+    # Float bits: of rows (padded to whole tiles), then of columns.
+    amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
+    row_amax, column_amax = amax[:padded_rows], amax if one else amax[padded_rows:]
     codes = code_matrix(x, m_out, k, format) if rows else None
     codes_t = code_matrix(x, k, m, format) if columns else None
-    row_scales = x.new_ones(m_out if row_scale == "row" else (), dtype=torch.float32)
-    column_scales = x.new_ones(k if column_scale == "column" else (), dtype=torch.float32)
-    matrix_dtype = _matrix_dtype(x)
-    left_matrix = block_diagonal(left, TILE, matrix_dtype, x.device, transposed=True) if left else x
-    right_matrix = block_diagonal(right, TILE, matrix_dtype, x.device, transposed=False) if right else x
-    operands = (
-        x,
-        left_matrix,
-        right_matrix,
-        x if fold_columns is None else fold_columns,
-        x if fold_rows is None else fold_rows,
-    )
-    flags = {
-        "T": TILE,
-        "LEFT": left is not None,
-        "RIGHT": right is not None,
-        "FOLD_COLUMNS": fold_columns is not None,
-        "FOLD_ROWS": fold_rows is not None,
-        "NORM": _norm(left, right),
-    }
-    measure_rows = ALONG[row_scale] if row_scale else 0
-    if m_out and k:
-        if measure_rows or measure_columns:
-            per_program, stages, warps = _amax_launch(tiles_k)
-            kernels.amax_tiles[(tiles_m, triton.cdiv(tiles_k, per_program))](
-                *operands, row_amax, column_amax, m, k, *x.stride(), TILES=per_program, STAGES=stages,
-                ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns, **flags, num_warps=warps,
-            )  # fmt: skip
-        per_program, stages, warps = _cast_launch(tiles_k)
-        kernels.cast_tiles[(tiles_m, triton.cdiv(tiles_k, per_program))](
-            *operands, row_amax, row_amax if one else column_amax,
-            x if codes is None else codes, x if codes_t is None else codes_t, row_scales, column_scales,
-            m, k, m_out, *x.stride(), 0 if codes is None else codes.stride(0), 0 if codes_t is None else codes_t.stride(0),
-            TILES=per_program, STAGES=stages, ROWS=rows, COLUMNS=columns,
-            ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
-            **_format_options(format, saturate="unit" in (row_scale, column_scale)), **flags, num_warps=warps,
-        )  # fmt: skip
+    new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
+    row_scales = new(m_out if row_scale == "row" else (), dtype=torch.float32)
+    column_scales = new(k if column_scale == "column" else (), dtype=torch.float32)
+    operands = [x, *matrices, fold_columns, fold_rows, row_amax, column_amax]
+    if amax_pass is not None:
+        amax_pass(*(x if t is None else t for t in operands))
+    cast_pass(*(x if t is None else t for t in [*operands, codes, codes_t, row_scales, column_scales]))
     return codes, codes_t, row_scales, column_scales
 
 
-def transposed(codes: torch.Tensor, format: Format) -> torch.Tensor:
+@lru_cache(maxsize=4096)
+def _plan_tiles(
+    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns
+) -> tuple[Launch | None, Launch, tuple, int]:
+    m, k = x.shape
+    m_out = reference.padded(m, left)
+    one = row_scale == column_scale == "tensor"
+    measure_rows = ALONG[row_scale] if row_scale else 0
+    measure_columns = ALONG[column_scale] if column_scale and not one else 0
+    rotated = left is not None or right is not None
+    flags = {
+        "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right),
+        "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
+    }  # fmt: skip
+
+    def tiled(kernel, launch, integers, **constants):
+        edge, per_program, stages, warps = launch
+        per_program = min(per_program, triton.cdiv(k, edge))
+        grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
+        options = {"T": edge, "TILES": per_program, "STAGES": stages, "num_warps": warps}
+        return Launch(kernel, grid, integers, options | flags | constants)
+
+    amax_pass = None
+    if measure_rows or measure_columns:
+        amax_pass = tiled(
+            kernels.amax_tiles, (TILE, 2, 1, 8) if rotated else (TILE, 1, 1, 4), (m, k, *x.stride),
+            ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
+        )  # fmt: skip
+    cast_pass = tiled(
+        kernels.cast_tiles, (TILE, 1, 1, 8) if rotated else (64, 1, 1, 2), (m, k, m_out, *x.stride, _aligned(k), _aligned(m)),
+        ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
+        **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
+    )  # fmt: skip
+    matrices = (
+        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=True) if left else None,
+        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=False) if right else None,
+    )
+    return amax_pass, cast_pass, matrices, triton.cdiv(m_out, TILE) * TILE
+
+
+# Codes transposed, and matrices rotated in high precision.
+
+
+def transposed(codes: torch.Tensor, format: Format, into: torch.Tensor | None = None) -> torch.Tensor:
     """The transpose of a matrix of codes, in memory."""
     m, k = codes.shape
-    out = code_matrix(codes, k, m, format)
-    if m and k:
-        grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
-        kernels.transpose_codes[grid](codes, out, m, k, codes.stride(0), out.stride(0), T=TILE, num_warps=4)
+    out = code_matrix(codes, k, m, format) if into is None else into
+    _plan_transpose(m, k, codes.stride(0), out.stride(0))(codes.view(torch.int8), out.view(torch.int8))
     return out
+
+
+@lru_cache(maxsize=4096)
+def _plan_transpose(m: int, k: int, stride: int, stride_out: int) -> Launch:
+    grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
+    return Launch(kernels.transpose_codes, grid, (m, k, stride, stride_out), {"T": TILE, "num_warps": 4})
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
     """Rᵀ_left x R_right, zero-padded to whole blocks."""
-    return _rotate(
-        x, left, right, (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right)), dtype, inverse=False
-    )
+    shape = (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right))
+    return _rotate(x, left, right, shape, dtype, inverse=False)
 
 
 def unrotate(
@@ -241,12 +298,18 @@ def _rotate(x, left, right, shape, dtype, inverse):
         y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)
-    left_matrix = block_diagonal(left, TILE, _matrix_dtype(x), x.device, transposed=not inverse) if left else x
-    right_matrix = block_diagonal(right, TILE, _matrix_dtype(x), x.device, transposed=inverse) if right else x
-    if x.numel() and out.numel():
-        rows = max(x.shape[0], shape[0])
-        kernels.rotate_tiles[(triton.cdiv(rows, TILE), triton.cdiv(shape[1], TILE))](
-            x, left_matrix, right_matrix, out, *x.shape, shape[0], *x.stride(), out.stride(0),
-            T=TILE, LEFT=left is not None, RIGHT=right is not None, NORM=_norm(left, right), num_warps=8,
-        )  # fmt: skip
+    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), inverse)
+    launch(x, *(x if matrix is None else matrix for matrix in matrices), out)
     return out
+
+
+@lru_cache(maxsize=4096)
+def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], inverse: bool) -> tuple[Launch, tuple]:
+    matrices = (
+        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
+        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
+    )
+    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right), "num_warps": 8}
+    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
+    integers = (*x.shape, shape[0], *x.stride, shape[1])
+    return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

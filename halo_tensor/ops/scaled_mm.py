@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import block_diagonal
+from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate_quantize import unrotate
-from halo_tensor.recipe import Rotation
+from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 
 class Tile(NamedTuple):
@@ -30,13 +32,17 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-def tile_for(m: int, n: int, multiprocessors: int) -> Tile:
-    """The launch table, measured on one H100 (bench/NOTES.md)."""
+def tile_for(m: int, n: int, k: int, integer: bool, undo: int, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
+    """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor."""
     if m <= 64:
-        return Tile(64, 128, warps=4, stages=4)
-    if triton.cdiv(m, 128) * triton.cdiv(n, 256) < multiprocessors:
-        return Tile(128, 128, warps=8, stages=4)
-    return Tile(128, 256)
+        return Tile(64, 128, warps=4, stages=4), 1
+    few = triton.cdiv(m, 128) * triton.cdiv(n, 256) < multiprocessors
+    # Triton waits for every int8 product before the next: a second program fills the gaps, unless the loop is long.
+    if few or (integer and k < 12288):
+        return Tile(128, 128, warps=4, stages=3), 2
+    if wide_output and not undo:  # float32 results need the shared memory of the larger tile
+        return Tile(128, 128, warps=8, stages=4), 1
+    return Tile(128, 256, stages=4), 1
 
 
 @triton.jit
@@ -63,13 +69,13 @@ def scaled_mm_kernel(
     M, N, K, stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIASED: tl.constexpr, UNDO: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """``A_SCALE``, ``B_SCALE``: 0 none, 1 one number, 2 a vector. ``UNDO``: edge of the matrix that undoes the right rotation,
     or 0; ``NORM`` is that rotation's 1/√block."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
         group = tile // (GROUP * tiles_n)
         height = min(tiles_m - group * GROUP, GROUP)
         tile_m = group * GROUP + (tile % (GROUP * tiles_n)) % height
@@ -149,27 +155,43 @@ def scaled_mm(
 
 
 def _product(a, b_t, a_scale, b_scale, bias, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
-    m, n, k = a.shape[0], b_t.shape[0], a.shape[1]
-    out = a.new_empty((m, n), dtype=dtype)
-    if k == 0 or out.numel() == 0:
+    out = a.new_empty((a.shape[0], b_t.shape[0]), dtype=dtype)
+    if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
     a, b_t = _readable(a), _readable(b_t)
-    multiprocessors = _multiprocessors(a.device)
-    undo = 0 if right is None else max(right.edge, 64)
-    tile = tile_for(m, n, multiprocessors)
-    matrix_dtype = torch.bfloat16 if a.is_cuda else torch.float32  # Triton's interpreter has no 16-bit products
-    matrix = block_diagonal(right, undo, matrix_dtype, a.device, transposed=True) if right else a
-    programs = min(multiprocessors, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
-    scaled_mm_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [tile.m, tile.k]), TensorDescriptor.from_tensor(b_t, [tile.n, tile.k]), out,
-        a if a_scale is None else a_scale, a if b_scale is None else b_scale, a if bias is None else bias, matrix,
-        m, n, k, out.stride(0),
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, PROGRAMS=programs,
-        INTEGER=a.dtype == torch.int8, A_SCALE=_kind(a_scale), B_SCALE=_kind(b_scale), BIASED=bias is not None, UNDO=undo,
-        NORM=1.0 if right is None else right.edge**-0.5,
-        num_warps=tile.warps, num_stages=tile.stages,
+    launch, tile, matrix = _plan(
+        a.shape, b_t.shape[0], a.dtype, b_t.dtype, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype, right,
+        dtype, a.device,
     )  # fmt: skip
+    left = TensorDescriptor(a, a.shape, a.stride(), [tile.m, tile.k])
+    right_t = TensorDescriptor(b_t, b_t.shape, b_t.stride(), [tile.n, tile.k])
+    launch(left, right_t, out, *(a if t is None else t for t in (a_scale, b_scale, bias, matrix)))
     return out
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    a_shape, n, a_dtype, b_dtype, a_kind, b_kind, bias_dtype, right, dtype, device
+) -> tuple[Launch, Tile, torch.Tensor | None]:
+    """The launch for a product; the dtypes are here to be told apart."""
+    m, k = a_shape
+    integer, undo = a_dtype == torch.int8, 0 if right is None else max(right.edge, 64)
+    check_device((INT8 if integer else FP8_E4M3,), device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    tile, resident = tile_for(m, n, k, integer, undo, dtype.itemsize > 2, multiprocessors)
+    programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
+    matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
+    matrix = block_diagonal(right, undo, matrix_dtype, device, transposed=True) if right else None
+    constants = {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, "INTEGER": integer,
+        "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None, "UNDO": undo,
+        "NORM": 1.0 if right is None else right.edge**-0.5,
+        # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
+        # a float accumulator meets another product inside a loop that is still running.
+        "FLATTEN": integer or not undo,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return Launch(scaled_mm_kernel, (programs,), (m, n, k, n), constants), tile, matrix
 
 
 def _kind(scale: torch.Tensor | None) -> int:
@@ -182,8 +204,3 @@ def _readable(codes: torch.Tensor) -> torch.Tensor:
         return codes
     stride = (codes.shape[1] + 15) // 16 * 16
     return codes.new_empty_strided(codes.shape, (stride, 1)).copy_(codes)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,47 @@
+"""Who is compared: names, and how each converts a model in place."""
+
+from functools import partial
+
+from torch import nn
+
+from halo_tensor import halo_config, quantize_, recipe_config
+
+
+def _everything(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "lm_head" not in name
+
+
+def _ours(config, model: nn.Module) -> None:
+    quantize_(model, config, filter_fn=_everything)
+
+
+def _torchao_float8(recipe: str, model: nn.Module) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    convert_to_float8_training(model, config=config, module_filter_fn=_everything)
+
+
+def _torchao_int8(model: nn.Module) -> None:
+    import torchao
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+
+    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=_everything)
+
+
+CONTENDERS = {
+    "bf16": lambda model: None,
+    "torchao-tensorwise": partial(_torchao_float8, "tensorwise"),
+    "torchao-rowwise": partial(_torchao_float8, "rowwise"),
+    "torchao-int8": _torchao_int8,
+    "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
+    **{
+        f"halo{level}-{dtype}": partial(_ours, halo_config(level, dtype))
+        for dtype in ("fp8", "int8", "fp6")
+        for level in (0, 1, 2)
+    },
+}
+
+
+def convert(model: nn.Module, name: str) -> None:
+    CONTENDERS[name](model)
