@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed._tools.common_utils import get_untyped_storages
 
 
 def fail(message: str) -> None:
@@ -104,7 +105,7 @@ def saved_for_backward(model: nn.Module):
     finally:
         for hook in hooks:
             hook.remove()
-        parameters = {getattr(p, "master", p).untyped_storage().data_ptr() for p in model.parameters()}
+        parameters = {s.data_ptr() for p in model.parameters() for s in get_untyped_storages(p)}  # of subclasses, the inner
         total[0] = sum(s.nbytes() for address, s in storages.items() if address not in parameters)
 
 

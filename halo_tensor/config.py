@@ -33,10 +33,13 @@ class LinearConfig(AOBaseConfig):
         skip: a regular expression; layers in whose qualified name it is found are left alone. Output embeddings and layers
             with tied weights always are (pass ``filter_fn`` to :func:`~halo_tensor.quantize_` to decide otherwise).
         min_features: layers with fewer input or output features gain nothing and are left alone.
+        frozen: hold weights as codes only, without a high-precision copy: half of bf16's memory or less, and such a weight
+            cannot be trained. None freezes the weights that do not require a gradient when they are converted.
     """
 
     skip: str = "lm_head"
     min_features: int = 128
+    frozen: bool | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -90,6 +93,7 @@ def halo_config(
     seed: int | None = 0,
     skip: str = "lm_head",
     min_features: int = 128,
+    frozen: bool | None = None,
 ) -> HaloConfig:
     """HALO (arXiv 2501.02625) as a config for ``quantize_``.
 
@@ -103,23 +107,25 @@ def halo_config(
         block_size: edge of the rotation's blocks, a power of two (the largest that divides a layer's width is used if it is
             smaller); None rotates the full width.
         seed: of the rotation's random signs; None for none.
-        skip, min_features: which layers are left alone; see :class:`LinearConfig`.
+        skip, min_features: which layers are left alone; frozen: whether weights are held as codes only (None: those that do
+            not require a gradient); see :class:`LinearConfig`.
 
     Raises:
         ValueError: an unknown level, dtype, granularity, block size or seed; the message lists the valid ones.
     """
     return HaloConfig(
-        level, dtype, granularity=granularity, block_size=block_size, seed=seed, skip=skip, min_features=min_features
-    )
+        level, dtype, granularity=granularity, block_size=block_size, seed=seed, skip=skip, min_features=min_features,
+        frozen=frozen,
+    )  # fmt: skip
 
 
-def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128) -> RecipeConfig:
+def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128, frozen: bool | None = None) -> RecipeConfig:
     """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there).
 
     Raises:
         ValueError: there is none of that name; the message lists those there are.
     """
-    return RecipeConfig(name, skip=skip, min_features=min_features)
+    return RecipeConfig(name, skip=skip, min_features=min_features, frozen=frozen)
 
 
 def _one_of(what: str, value, valid: tuple) -> None:
@@ -147,14 +153,16 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
             f"{parameter_name!r} of {type(module).__name__}"
         )
     weight = module.weight
-    master = weight.master if isinstance(weight, HaloWeight) else weight
-    if type(master) not in (torch.Tensor, torch.nn.Parameter) or not master.is_floating_point():
+    if (type(weight) is not torch.nn.Parameter and not isinstance(weight, HaloWeight)) or not weight.is_floating_point():
         raise ValueError(
-            f"the weight of this layer is a {type(master).__name__} of {master.dtype}: only plain floating-point weights "
+            f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "
             "can be converted. Convert before any other quantisation or sharding"
         )
     check_device(config.recipe.formats, weight.device)
-    convert_weight(module, config.recipe)
+    frozen = not weight.requires_grad if config.frozen is None else config.frozen
+    if frozen and weight.requires_grad:
+        weight.requires_grad_(False)
+    convert_weight(module, config.recipe, frozen)
     return module
 
 

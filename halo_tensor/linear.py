@@ -1,12 +1,12 @@
 """The linear layer's three products, as a recipe says.
 
-Forward quantises X and W; backward quantises E and multiplies it with the quantised operands again. Of X, only the codes that
-grad_weight reads are saved; of W, nothing but a reference: its operands are shared through a cache in eager mode, and made
-anew in a compiled graph.
+Forward quantises X and meets W as codes, which :class:`~halo_tensor.weight.HaloWeight` holds; backward quantises E and
+multiplies it with the same operands again. Of X, only the codes that grad_weight reads are saved; of W, references.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -52,6 +52,17 @@ def quantize_operands(
                 shared[operand] = tensor
         made |= dict.fromkeys(served, tensor)
     return [made[product] for product in products]
+
+
+def weight_operand(master: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor | None:
+    """What a weight [out, in] brings to ``output``, in rows; None where the recipe leaves it as it is."""
+    (operand,) = quantize_operands(master, W, recipe, ["output"])
+    return operand if isinstance(operand, HadamardQuantTensor) else None
+
+
+def reuses_operand(recipe: Recipe) -> bool:
+    """Whether grad_input multiplies with the operand of W that output did."""
+    return recipe.grad_input.right == recipe.output.right
 
 
 def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | None:
@@ -126,11 +137,13 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
 
-def _take_apart(operand: torch.Tensor) -> tuple[list[torch.Tensor], Callable]:
-    """The tensors to save for a grad_weight operand, and the function that puts them together again."""
+def _take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callable]:
+    """The tensors to save for an operand, and the function that puts them together again. Inner tensors are saved, not the
+    subclass: hooks on saved tensors (offloading, counting) see what is really kept."""
+    if operand is None:
+        return [], lambda tensors: None
     if not isinstance(operand, HadamardQuantTensor):
         return [operand], lambda tensors: tensors[0]
-    operand = operand.only("columns")
     names, attributes = operand.__tensor_flatten__()
     size, stride = operand.size(), operand.stride()
 
@@ -144,36 +157,36 @@ def _take_apart(operand: torch.Tensor) -> tuple[list[torch.Tensor], Callable]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dtype, trains):
-        recipe, w = weight.recipe, weight.master
-        products = ["output", "grad_weight"] if trains and ctx.needs_input_grad[1] else ["output"]
-        x_out, *x_saved = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
-        # Shared operands of W serve backward as well, and the next forward until the optimiser has stepped.
-        products = ["output", "grad_input"] if trains and ctx.needs_input_grad[0] and _is_shared(w) else ["output"]
-        w_out = quantize_operands(w, W, recipe, products, owner=w)[0]
-        y = _multiply(x_out, w_out.t(), dtype, bias)
+        recipe, w = weight.recipe, weight.master if weight.operand is None else weight.operand
+        wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
+        products = ["output", "grad_weight"] if wants_w else ["output"]
+        x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
+        y = _multiply(x_operands[0], w.t(), dtype, bias)
 
-        if not trains:
-            return y.view(*x.shape[:-1], w.shape[0])
-        # Inner tensors are saved, not the subclass: hooks on saved tensors (offloading, counting) see what is really kept.
-        saved, ctx.x_from = _take_apart(x_saved[0]) if x_saved else ([], None)
-        ctx.save_for_backward(w, *saved)
-        ctx.recipe, ctx.x_shape, ctx.x_dtype = recipe, x.shape, x.dtype
+        x_saved = x_operands[1] if wants_w else None
+        if isinstance(x_saved, HadamardQuantTensor):
+            x_saved = x_saved.only("columns")
+        w_saved = (w if reuses_operand(recipe) else weight.master) if wants_x else None
+        x_tensors, ctx.put_x_together = _take_apart(x_saved)
+        w_tensors, ctx.put_w_together = _take_apart(w_saved)
+        ctx.save_for_backward(*x_tensors, *w_tensors)
+        ctx.x_count = len(x_tensors)
+        ctx.recipe, ctx.x_shape, ctx.x_dtype, ctx.w_dtype = recipe, x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], w.shape[0])
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("a converted linear layer has no second derivatives: rounding has none. dequantize_ the model")
-        recipe = ctx.recipe
-        w, *saved = ctx.saved_tensors
-        wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
+        recipe, saved = ctx.recipe, ctx.saved_tensors
+        x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])
         right, folds = {}, {}
-        if wants_x:
-            (right["grad_input"],) = quantize_operands(w, W, recipe, ["grad_input"], owner=w)
-        if wants_w:
-            right["grad_weight"] = ctx.x_from(saved)
+        if w is not None:
+            right["grad_input"] = w if reuses_operand(recipe) else quantize_operands(w, W, recipe, ["grad_input"])[0]
+        if x is not None:
+            right["grad_weight"] = x
         for product, operand in right.items():
             along = getattr(recipe, product).right.scale
             if along == PRODUCTS[product][2] and isinstance(operand, HadamardQuantTensor):
@@ -181,16 +194,16 @@ class _Linear(torch.autograd.Function):
         left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
 
         grad_x = grad_w = grad_bias = None
-        if wants_x:
+        if w is not None:
             grad_x = _multiply(left["grad_input"], right["grad_input"], ctx.x_dtype).view(ctx.x_shape)
-        if wants_w:
-            grad_w = _multiply(left["grad_weight"].t(), right["grad_weight"], w.dtype)
-        if wants_bias:
+        if x is not None:
+            grad_w = _multiply(left["grad_weight"].t(), right["grad_weight"], ctx.w_dtype)
+        if ctx.needs_input_grad[2]:
             grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_w, grad_bias, None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
     """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in].
 
     Args:
@@ -201,6 +214,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         ValueError: the shapes do not fit, or the dtypes differ outside autocast.
     """
     device = x.device.type
+    if weight.master is None and weight.requires_grad:
+        raise ValueError(
+            "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
+            "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
+        )
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     if torch.is_autocast_enabled(device):

@@ -127,6 +127,18 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             cls(x.shape, x.dtype, columns, {"scale_along": "column", "left": None, "right": None, "format": format}),
         )
 
+    def requantize_(self, x: torch.Tensor) -> None:
+        """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
+        assert self.codes is not None and self.codes_t is None
+        written = [self.codes] if self.scale is None else [self.codes, self.scale]
+        if self.format is None:
+            self.codes.copy_(ops.rotate(x, self.left, self.right))
+        else:
+            kind = "unit" if self.scale is None else self.scale_along
+            scale = self.codes.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
+            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, self.codes, scale)
+        torch.autograd.graph.increment_version(written)
+
     def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
         tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
         attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}

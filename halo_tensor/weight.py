@@ -2,7 +2,10 @@
 
 A weight subclass alone never sees the grad_weight product, since F.linear decomposes into aten ops whose backward does not
 touch the weight. So this wrapper catches ``F.linear`` itself and hands it to :mod:`halo_tensor.linear`; to everything else,
-optimisers and checkpoints above all, it is the dense high-precision weight it holds.
+optimisers and checkpoints above all, it is the dense high-precision weight it stands for.
+
+It also holds what the weight brings to its products, as codes that every write to it brings up to date. So a compiled graph
+reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
 import torch
@@ -10,8 +13,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from halo_tensor.linear import linear
+from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
+from halo_tensor.tensor import HadamardQuantTensor
 
 aten = torch.ops.aten
 _STAYS_A_WEIGHT = {
@@ -30,31 +34,59 @@ class HaloWeight(torch.Tensor):
     """A weight [out_features, in_features] whose ``F.linear`` follows a recipe.
 
     Attributes:
-        master: the high-precision weight, what optimisers update. Its gradient is an ordinary dense tensor.
+        master: the high-precision weight, what optimisers update; its gradient is an ordinary dense tensor. None if the
+            weight is frozen: then the codes are all there is.
+        operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain.
         recipe: how the three products of its layer are computed.
+
+    A view of it is a HaloWeight with the identity recipe and a ``base``, so that writes through the view reach the codes.
     """
 
-    master: torch.Tensor
+    master: torch.Tensor | None
+    operand: HadamardQuantTensor | None
     recipe: Recipe
+    base: "HaloWeight | None" = None
 
     @staticmethod
-    def __new__(cls, master: torch.Tensor, recipe: Recipe):
+    def __new__(cls, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
+        like = operand if master is None else master
+        assert like is not None
         return torch.Tensor._make_wrapper_subclass(
             cls,
-            master.shape,
-            strides=master.stride(),
-            storage_offset=master.storage_offset(),
-            dtype=master.dtype,
-            device=master.device,
-            requires_grad=master.requires_grad,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=like.device,
+            requires_grad=like.requires_grad,
         )
 
-    def __init__(self, master: torch.Tensor, recipe: Recipe):
-        self.master = master
-        self.recipe = recipe
+    def __init__(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
+        self.master, self.operand, self.recipe = master, operand, recipe
+
+    @classmethod
+    def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False) -> "HaloWeight":
+        """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W."""
+        operand = weight_operand(master, recipe)
+        return cls(None if frozen and operand is not None and reuses_operand(recipe) else master, operand, recipe)
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense weight: the master, or what the codes of a frozen weight stand for."""
+        if self.master is not None:
+            return self.master
+        assert self.operand is not None
+        return self.operand.dequantize()
+
+    def requantize(self, dense: torch.Tensor | None = None) -> None:
+        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself. ``dense`` is
+        the new value of a frozen weight."""
+        if self.base is not None:
+            self.base.requantize()
+        elif self.operand is not None:
+            self.operand.requantize_(self.dequantize() if dense is None else dense)
 
     def __repr__(self):
-        return f"HaloWeight({self.master}, recipe={self.recipe})"
+        return f"HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -76,39 +108,93 @@ class HaloWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func in (aten.detach.default, aten.alias.default):
             # The very same master, not a view of it: its version then tells of every write, also through .data.
-            return return_and_correct_aliasing(func, args, kwargs, cls(args[0].master, args[0].recipe))
-        plain_args, plain_kwargs = tree_map_only(cls, lambda weight: weight.master, (args, kwargs))
+            return return_and_correct_aliasing(func, args, kwargs, args[0]._alias())
+        if func is aten.copy_.default and _are_alike(*args[:2]):
+            return _copy(*args[:2])
+        weights = {id(w): w for w in tree_leaves((args, kwargs)) if isinstance(w, cls)}
+        dense = {key: w.dequantize() for key, w in weights.items()}
+        plain_args, plain_kwargs = tree_map_only(cls, lambda w: dense[id(w)], (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
         if func in _STAYS_A_WEIGHT and out.is_floating_point():
-            return return_and_correct_aliasing(func, args, kwargs, cls(out, args[0].recipe))
-        if not func._schema.is_mutable:
-            return out
-        # Autograd, which counts versions, is above this function and has only seen the wrappers.
-        written = [w for w in tree_leaves(_written_arguments(func, args, kwargs)) if isinstance(w, cls)]
-        torch.autograd.graph.increment_version([w.master for w in written])
-        wrapper = {id(w.master): w for w in written}  # an in-place op returns what it wrote to: the weight, not its master
-        return tree_map_only(torch.Tensor, lambda t: wrapper.get(id(t), t), out)
+            return return_and_correct_aliasing(func, args, kwargs, args[0]._like(func, out, args[1:], kwargs))
+        if func._schema.is_mutable:
+            written = {id(w) for w in tree_leaves(_written_arguments(func, args, kwargs)) if isinstance(w, cls)}
+            _bring_up_to_date([(weights[key], dense[key]) for key in written])
+            owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
+            return tree_map_only(torch.Tensor, lambda t: owner.get(id(t), t), out)
+        if func.is_view and not torch._C._len_torch_dispatch_stack():
+            return tree_map_only(torch.Tensor, args[0]._view, out)
+        return out
+
+    def _alias(self) -> "HaloWeight":
+        alias = HaloWeight(self.master, self.operand, self.recipe)
+        alias.base = self.base
+        return alias
+
+    def _view(self, view: torch.Tensor) -> "HaloWeight":
+        weight = HaloWeight(view, None, Recipe())
+        weight.base = self if self.base is None else self.base
+        return weight
+
+    def _like(self, func, out: torch.Tensor, args, kwargs) -> "HaloWeight":
+        """A copy of this weight, of which ``out`` is the dense value."""
+        if self.master is None:
+            operand = func(self.operand, *args, **kwargs)  # codes are copied as they are
+            return HaloWeight(None, operand, self.recipe)
+        return HaloWeight.from_hp(out, self.recipe)
 
     def _set_data(self, value: torch.Tensor) -> None:
         """``weight.data = value``."""
-        value = value.master if isinstance(value, HaloWeight) else value
+        value = value.dequantize() if isinstance(value, HaloWeight) else value
         if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
             raise ValueError(
                 f"a converted weight's data can only be replaced by a tensor like it, {list(self.shape)} {self.dtype} on "
                 f"{self.device}; got {list(value.shape)} {value.dtype} on {value.device}. Use module.to(...) to convert it"
             )
-        self.master = value.detach()
+        if self.master is not None:
+            self.master = value.detach()
+        self.requantize(value.detach())
 
     def __tensor_flatten__(self):
-        return ["master"], {"recipe": self.recipe}
+        return [name for name in ("master", "operand") if getattr(self, name) is not None], {"recipe": self.recipe}
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, size, stride):
-        return cls(tensors["master"], attributes["recipe"])
+        return cls(tensors.get("master"), tensors.get("operand"), attributes["recipe"])
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes."""
-        return repr((tuple(self.shape), self.dtype, self.recipe))
+        return repr((tuple(self.shape), self.dtype, self.master is None, self.recipe))
+
+
+def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the codes of one are what the codes of the other would be."""
+    if not (isinstance(a, HaloWeight) and isinstance(b, HaloWeight) and a.base is None and b.base is None):
+        return False
+    return (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
+
+
+def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
+    """Copy a weight with its codes. A compiled optimiser ends so: its new weights are quantised already."""
+    pairs: list = [] if target.master is None else [(target.master, source.master)]
+    if target.operand is not None:
+        names = target.operand.__tensor_flatten__()[0]
+        pairs += [(getattr(target.operand, name), getattr(source.operand, name)) for name in names]
+    for to, from_ in pairs:
+        to.copy_(from_)
+    torch.autograd.graph.increment_version([to for to, _ in pairs])
+    return target
+
+
+def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]]) -> None:
+    """After an op wrote to the dense values of weights."""
+    for weight, dense in written:
+        if weight.base is not None and weight.base.master is None:
+            raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
+        if weight.master is not None:
+            # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrapper.
+            torch.autograd.graph.increment_version(weight.master)
+        weight.requantize(dense)
 
 
 def _grad(outputs, inputs, *args, **kwargs):
@@ -119,11 +205,11 @@ def _grad(outputs, inputs, *args, **kwargs):
     return torch.autograd.grad(outputs, edges, *args, **kwargs)
 
 
-def convert_weight(module: torch.nn.Linear, recipe: Recipe) -> None:
+def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False) -> None:
     """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one."""
     weight = module.weight
-    master = weight.master if isinstance(weight, HaloWeight) else weight.detach()
-    module.weight = torch.nn.Parameter(HaloWeight(master, recipe), requires_grad=weight.requires_grad)
+    dense = weight.dequantize() if isinstance(weight, HaloWeight) else weight.detach()
+    module.weight = torch.nn.Parameter(HaloWeight.from_hp(dense, recipe, frozen), requires_grad=weight.requires_grad)
     if _save_plain not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_save_plain)
         module.register_load_state_dict_pre_hook(_load_plain)
@@ -133,7 +219,7 @@ def restore_weight(module: torch.nn.Linear) -> None:
     """The inverse of :func:`convert_weight`."""
     weight = module.weight
     assert isinstance(weight, HaloWeight)
-    module.weight = torch.nn.Parameter(weight.master, requires_grad=weight.requires_grad)
+    module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad)
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
@@ -143,14 +229,15 @@ def restore_weight(module: torch.nn.Linear) -> None:
 def _save_plain(module, state_dict, prefix, local_metadata):
     weight = state_dict[prefix + "weight"]
     if isinstance(weight, HaloWeight) and not weight.requires_grad:  # it does under keep_vars=True
-        state_dict[prefix + "weight"] = weight.master
+        state_dict[prefix + "weight"] = weight.dequantize()
 
 
 def _load_plain(module, state_dict, prefix, local_metadata, *_):
     """``load_state_dict(assign=True)`` puts a tensor of the state dict in the weight's place: make it one."""
     weight = state_dict.get(prefix + "weight")
     if local_metadata.get("assign_to_params_buffers") and weight is not None and not isinstance(weight, HaloWeight):
-        state_dict[prefix + "weight"] = HaloWeight(weight.detach(), module.weight.recipe)
+        frozen = module.weight.master is None
+        state_dict[prefix + "weight"] = HaloWeight.from_hp(weight.detach(), module.weight.recipe, frozen)
 
 
 def _written_arguments(func, args, kwargs) -> list:

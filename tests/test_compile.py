@@ -59,12 +59,11 @@ def test_graph_of_halo_0():
 forward:
   view
   halo.rotate_quantize(left=[], right=[], int8, row)
-  halo.rotate_quantize(left=[], right=[], int8, row)
   halo.scaled_mm
   view
+  t
 backward:
   view
-  halo.rotate_quantize(left=[], right=[], int8, row)
   halo.quantize_pair
   halo.scaled_mm
   view
@@ -79,12 +78,11 @@ def test_graph_of_halo_1():
 forward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], int8, row)
-  halo.rotate_quantize(left=[], right=[128, 0], int8, row)
   halo.scaled_mm
   view
+  t
 backward:
   view
-  halo.rotate_quantize(left=[], right=[128, 0], int8, row)
   halo.quantize_pair
   halo.scaled_mm
   view
@@ -99,12 +97,11 @@ def test_graph_of_halo_2():
 forward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
-  halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
   halo.scaled_mm
   view
+  t
 backward:
   view
-  halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
   halo.quantize_pair
   halo.scaled_mm
   view
@@ -126,7 +123,7 @@ def test_x_is_quantised_once_for_all_its_layers():
     model = Attention()
     quantize_(model, halo_config(1, "int8"))
     forward, backward = graphs(model, torch.randn(2, 64, 128, requires_grad=True)).split("backward:")
-    assert forward.count("rotate_quantize") == 1 + 3
+    assert forward.count("rotate_quantize") == 1, "of X; the weights come as codes"
     assert forward.count("scaled_mm") == 3
     assert backward.count("scaled_mm") == 6
 

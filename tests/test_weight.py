@@ -6,9 +6,11 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
+from halo_tensor.linear import weight_operand
 from tests.util import OpLog, saved_bytes
 
 
@@ -315,3 +317,161 @@ def test_other_uses_of_the_weight_see_the_master():
     assert type(weight + 1) is torch.Tensor
     assert "int8" in repr(weight)
     assert weight.int().dtype == torch.int32
+
+
+# The codes that a weight holds.
+
+
+def in_step(weight: HaloWeight) -> bool:
+    fresh = weight_operand(weight.master, weight.recipe)
+    return torch.equal(fresh.codes, weight.operand.codes) and torch.equal(fresh.scale, weight.operand.scale)
+
+
+WRITES = {
+    "in place": lambda w: w.mul_(2),
+    "foreach": lambda w: torch._foreach_add_([w], [torch.ones(w.shape)]),
+    "copy": lambda w: w.copy_(torch.randn(w.shape)),
+    "copy of another": lambda w: w.copy_(make()[1].up.weight.detach() + 1),
+    "copy of another kind": lambda w: w.copy_(converted(halo_config(0, "fp8")).weight),
+    "through .data": lambda w: w.data.neg_(),
+    "through .data of an item": lambda w: w.data.__setitem__(0, 7.0),
+    "new .data": lambda w: setattr(w, "data", torch.randn(w.shape)),
+    "an item": lambda w: w.__setitem__((3, 5), 100.0),
+    "a slice": lambda w: w[2:4].zero_(),
+    "a view of a view": lambda w: w.view(-1)[7:].t().fill_(3.0),
+    "one of several views": lambda w: w.chunk(2)[1].add_(1),
+    "init": lambda w: nn.init.kaiming_uniform_(w),
+    "out": lambda w: torch.add(torch.ones(w.shape), 1, out=w.data),
+}
+
+
+def converted(config, **kwargs) -> nn.Linear:
+    layer = nn.Linear(128, 256, bias=False, **kwargs)
+    quantize_(layer, config)
+    return layer
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("name", WRITES)
+def test_every_write_reaches_the_codes(name, granularity):
+    weight = converted(halo_config(1, "int8", granularity=granularity)).weight
+    before, codes = weight.master.clone(), weight.operand.codes
+    with torch.no_grad():
+        WRITES[name](weight)
+    assert not torch.equal(weight.master, before)
+    assert in_step(weight) and weight.operand.codes is codes
+
+
+def test_a_compiled_optimizer_writes_codes():
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step = torch.compile(optimizer.step)
+    for _ in range(2):
+        model(torch.randn(8, 128)).square().mean().backward()
+        step()
+    assert all(in_step(p) for p in model.parameters() if isinstance(p, HaloWeight))
+
+
+def test_a_weight_is_quantised_once_per_step():
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    with OpLog() as log:
+        for _ in range(3):  # micro-batches
+            model(torch.randn(8, 128)).sum().backward()
+        optimizer.step()
+    names = [name for name, _ in log.calls]
+    assert names.count("rotate_quantize_") == 4, "one per weight"
+    assert names.count("rotate_quantize") == 3 * 4, "of X alone"
+
+
+# Frozen weights.
+
+
+def frozen(config, layer: nn.Linear | None = None) -> nn.Linear:
+    layer = layer or nn.Linear(128, 256, bias=False)
+    layer.weight.requires_grad_(False)
+    quantize_(layer, config)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "fp6"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_frozen_weight_is_its_codes(level, dtype):
+    plain = nn.Linear(128, 256)
+    trained, held = copy.deepcopy(plain), frozen(halo_config(level, dtype), copy.deepcopy(plain))
+    quantize_(trained, halo_config(level, dtype))
+    assert held.weight.master is None
+    assert sum(s.nbytes() for s in get_untyped_storages(held.weight)) <= 256 * 128 + 256 * 4
+    x, e = torch.randn(64, 128, requires_grad=True), torch.randn(64, 256)
+    with OpLog() as log, saved_bytes() as saved:
+        y = held(x)
+    assert saved(held) == 0, "a frozen weight needs no X"
+    assert torch.equal(y, trained(x))
+    assert torch.equal(*(torch.autograd.grad(layer(x), x, e)[0] for layer in (held, trained)))
+    assert len(log.products()) == 1
+    error = (held.weight.dequantize() - plain.weight).norm() / plain.weight.norm()
+    assert 0.003 < error < (0.01 if dtype == "int8" else 0.06)
+
+
+def test_frozen_weights_compile():
+    held = frozen(halo_config(1, "int8"))
+    x = torch.randn(64, 128, requires_grad=True)
+    f = torch.compile(held, fullgraph=True)
+    torch.testing.assert_close(f(x), held(x))
+    torch.testing.assert_close(torch.autograd.grad(f(x).sum(), x), torch.autograd.grad(held(x).sum(), x))
+
+
+def test_a_frozen_weight_can_be_written_whole():
+    """As merging an adapter does."""
+    held = frozen(halo_config(1, "int8"))
+    before = held.weight.dequantize()
+    held.weight.data += 1
+    torch.testing.assert_close(held.weight.dequantize(), before + 1, atol=0.05, rtol=0)
+    held.weight.data = before
+    torch.testing.assert_close(held.weight.dequantize(), before, atol=2e-3, rtol=0)
+    with pytest.raises(RuntimeError, match="cannot be written through a view"):
+        held.weight.data[0] = 1
+
+
+def test_frozen_weights_in_the_life_of_a_model(tmp_path):
+    model = make(converted=False).requires_grad_(False)
+    quantize_(model, halo_config(1, "int8"))
+    x = torch.randn(8, 128)
+    expected = model(x)
+    for copied in (copy.deepcopy(model), model.to(torch.float64).float()):
+        assert copied[0].up.weight.master is None and torch.equal(copied(x), expected)
+    state = model.state_dict()
+    assert all(type(v) is torch.Tensor for v in state.values())
+    plain = make(converted=False)
+    plain.load_state_dict(state)
+    assert (plain(x) - expected).norm() < 0.02 * expected.norm()
+    fresh = make(converted=False, blocks=2).requires_grad_(False)
+    quantize_(fresh, halo_config(1, "int8"))
+    fresh.load_state_dict(state)
+    assert (fresh(x) - expected).norm() < 1e-3 * expected.norm(), "rounding twice is rounding once"
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), expected)
+    dequantize_(model)
+    assert torch.equal(model[0].up.weight, plain[0].up.weight)
+
+
+def test_frozen_by_request_and_not():
+    layer = converted(halo_config(1, "int8", frozen=True))
+    assert layer.weight.master is None and not layer.weight.requires_grad
+    layer = nn.Linear(128, 128).requires_grad_(False)
+    quantize_(layer, halo_config(1, "int8", frozen=False))
+    assert layer.weight.master is not None
+    layer.weight.requires_grad_(True)
+    layer(torch.randn(4, 128)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_unfreezing_is_a_clear_error():
+    held = frozen(halo_config(1, "int8"))
+    held.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"held as codes only, so it cannot be trained. Call dequantize_\(model\)"):
+        held(torch.randn(4, 128))
+    dequantize_(held)
+    quantize_(held, halo_config(1, "int8"))
+    held(torch.randn(4, 128)).sum().backward()
+    assert held.weight.grad is not None

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from math import sqrt
 
 import torch
+from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight
@@ -56,7 +57,6 @@ class OpLog(TorchDispatchMode):
 def saved_bytes():
     """Counts what autograd saves: yields a function that returns the bytes so far, each storage once, parameters left out."""
     storages = {}
-    parameters = set()
 
     def pack(t):
         if not isinstance(t, torch.nn.Parameter):
@@ -64,9 +64,7 @@ def saved_bytes():
         return t
 
     def total(model: torch.nn.Module) -> int:
-        for p in model.parameters():
-            inner = getattr(p, "master", p)
-            parameters.add(inner.untyped_storage()._cdata)
+        parameters = {s._cdata for p in model.parameters() for s in get_untyped_storages(p)}  # of subclasses, the inner
         return sum(s.nbytes() for key, s in storages.items() if key not in parameters)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

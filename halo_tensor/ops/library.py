@@ -18,6 +18,9 @@ _library.define(
     "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scales)"
 )
 _library.define(
+    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()"
+)
+_library.define(
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
     "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)"
 )
@@ -57,6 +60,19 @@ def rotate_quantize(
         x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
     )
     return codes if rows else None, codes_t if columns else None, scales
+
+
+def rotate_quantize_(
+    x: torch.Tensor,
+    left: Rotation | None,
+    right: Rotation | None,
+    format: Format,
+    scale: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
+    """:func:`rotate_quantize` again, in place of the row-major codes and the scales that it gave for a matrix like x."""
+    torch.ops.halo.rotate_quantize_(x, _encode(left), _encode(right), format.name, scale, codes, scales)
 
 
 def quantize_pair(
@@ -106,6 +122,12 @@ def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, row
     return codes if rows else nothing, transposed if columns else nothing, scales
 
 
+def _rotate_quantize_(x, left, right, format, scale, codes, scales):
+    new_codes, new_scales = reference.rotate_quantize(x, _decode(left), _decode(right), FORMATS[format], scale)
+    codes.copy_(new_codes)
+    scales.copy_(new_scales)
+
+
 def _quantize_pair(x, left, format, fold_columns, fold_rows):
     codes, _, row_scales = _rotate_quantize(x, left, [], format, "row", None, fold_columns, True, False)
     _, codes_t, column_scales = _rotate_quantize(x, [], [], format, "column", fold_rows, None, False, True)
@@ -124,7 +146,7 @@ def _unrotate(x, left, right, shape):
     return reference.unrotate(x, _decode(left), _decode(right), shape).to(x.dtype, copy=True).contiguous()
 
 
-for _op in (_rotate_quantize, _quantize_pair, _scaled_mm, _rotate, _unrotate):
+for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate):
     _library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
 
 
@@ -141,6 +163,15 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
     )
     nothing = scales.new_empty(0, dtype=code_dtype(FORMATS[format]))
     return nothing if codes is None else codes, nothing.clone() if codes_t is None else codes_t, scales
+
+
+def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    if scale == "block":
+        return _rotate_quantize_(x, left, right, format, scale, codes, scales)
+    into = codes, scales
+    launch.rotate_quantize(x, _decode(left), _decode(right), FORMATS[format], scale, None, None, True, False, into)
 
 
 def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
@@ -169,7 +200,7 @@ def _unrotate_cuda(x, left, right, shape):
     return launch.unrotate(x, _decode(left), _decode(right), shape, x.dtype)
 
 
-for _op in (_rotate_quantize_cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda):
+for _op in (_rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda):
     _library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, "CUDA")
 
 
@@ -196,6 +227,11 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
         _code_matrix(x, c, r, format, transposed=True, aligned=aligned) if columns else nothing,
         x.new_empty(scale_shape, dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("halo::rotate_quantize_", lib=_library)
+def _(x, left, right, format, scale, codes, scales):
+    return None
 
 
 @torch.library.register_fake("halo::quantize_pair", lib=_library)

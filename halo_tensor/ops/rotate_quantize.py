@@ -80,31 +80,32 @@ def rotate_quantize(
     fold_columns: torch.Tensor | None,
     rows: bool,
     columns: bool,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
-    codes, their transpose and the scales to write to, from an earlier call with rows and columns."""
+    codes and the scales to write to, from an earlier call with rows only."""
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     if _needs_rotating_first(x, left, right, scale, fold_rows):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if scale == "row" and left is None and fold_rows is None and x.shape[1] <= LARGEST_ROW:
-        codes, scales = _whole_rows(x, right, format, fold_columns, into and (into[0], into[2]))
-        codes_t = transposed(codes, format, into and into[1]) if columns else None
+        codes, scales = _whole_rows(x, right, format, fold_columns, into)
+        codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
     if scale == "row" or left or right:
         # Row-major codes first; their transpose, if it is wanted, from them.
         codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False)
-        result = codes if rows else None, transposed(codes, format) if columns else None, scales
+        result = codes if rows else None, transposed(codes) if columns else None, scales
     elif scale == "column":
         _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True)
-        result = transposed(codes_t, format) if rows else None, codes_t if columns else None, scales
+        result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
     else:
         codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns)
         result = codes, codes_t, both[0 if rows else 1]
     if into is not None:
-        for target, source in zip(into, result, strict=True):
-            target.copy_(source)
+        assert result[0] is not None
+        into[0].copy_(result[0])
+        into[1].copy_(result[2])
     return result
 
 
@@ -265,10 +266,10 @@ def _plan_tiles(
 # Codes transposed, and matrices rotated in high precision.
 
 
-def transposed(codes: torch.Tensor, format: Format, into: torch.Tensor | None = None) -> torch.Tensor:
-    """The transpose of a matrix of codes, in memory."""
+def transposed(codes: torch.Tensor) -> torch.Tensor:
+    """The transpose of a row-major matrix of codes, in memory."""
     m, k = codes.shape
-    out = code_matrix(codes, k, m, format) if into is None else into
+    out = codes.new_empty_strided((k, m), (_aligned(m), 1))
     _plan_transpose(m, k, codes.stride(0), out.stride(0))(codes.view(torch.int8), out.view(torch.int8))
     return out
 

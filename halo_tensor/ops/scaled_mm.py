@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.rotate_quantize import unrotate
+from halo_tensor.ops.rotate_quantize import transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 
@@ -199,8 +199,11 @@ def _kind(scale: torch.Tensor | None) -> int:
 
 
 def _readable(codes: torch.Tensor) -> torch.Tensor:
-    """``codes`` as a descriptor can read them: contiguous rows that begin at multiples of 16 bytes."""
+    """``codes`` as a descriptor can read them: contiguous rows that begin at multiples of 16 bytes. 8-bit tensor cores take
+    their operands in no other order, so a transposed view is transposed in memory first."""
     if codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0:
         return codes
+    if codes.stride(0) == 1:  # the transpose of a row-major matrix
+        return transposed(codes.t())
     stride = (codes.shape[1] + 15) // 16 * 16
     return codes.new_empty_strided(codes.shape, (stride, 1)).copy_(codes)
