@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor.weight import HaloWeight
 
 
 def _everything(module: nn.Module, name: str) -> bool:
@@ -45,3 +47,12 @@ CONTENDERS = {
 
 def convert(model: nn.Module, name: str) -> None:
     CONTENDERS[name](model)
+
+
+@torch.no_grad()
+def requantize(model: nn.Module) -> None:
+    """What the optimiser's write to the weights causes, once a step: they are quantised anew. For steps timed without one."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, HaloWeight) and hasattr(weight, "requantize"):
+            weight.requantize()

@@ -8,10 +8,12 @@ forward and backward ("graph"), and of plain calls ("plain"), where launching co
 """
 
 import argparse
+import sys
 
+import chart
 import results
 import torch
-from contenders import CONTENDERS, convert
+from contenders import CONTENDERS, convert, requantize
 from torch import nn
 from triton.testing import do_bench, do_bench_cudagraph
 
@@ -29,6 +31,7 @@ def measure(name: str, tokens: int, k: int, n: int, reps: int) -> tuple[float, f
     def step():
         x.grad = None
         layer.zero_grad()
+        requantize(layer)
         f(x).backward(e)
 
     step()
@@ -53,6 +56,8 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=200, help="milliseconds of repetitions")
     parser.add_argument("--name", default="linear")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/linear.py needs a CUDA device")
     rows = []
     for shape in args.shapes:
         k, n = map(int, shape.split("x"))
@@ -62,23 +67,24 @@ def main() -> None:
             try:
                 graph, plain, saved = measure(name, args.tokens, k, n, args.reps)
             except Exception as error:
-                print(f"{shape} {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                print(f"{shape} {name}: {error!r:.300}")
                 continue
-            reference = reference or (graph, plain)
+            reference = (graph, plain) if name == "bf16" else reference
             rows.append(
                 {
                     "in×out": shape,
                     "contender": name,
                     "graph ms": round(graph, 3),
-                    "× bf16": f"{reference[0] / graph:.2f}",
+                    "× bf16": f"{reference[0] / graph:.2f}" if reference else None,
                     "plain ms": round(plain, 3),
-                    "× bf16 (plain)": f"{reference[1] / plain:.2f}",
+                    "× bf16 (plain)": f"{reference[1] / plain:.2f}" if reference else None,
                     "TFLOP/s": round(operations / graph / 1e9),
                     "saved MiB": round(saved, 1),
                 }
             )
             print(rows[-1], flush=True)
     results.write(args.name, f"One linear layer, forward + backward, {args.tokens} tokens", rows)
+    chart.draw(args.name)
 
 
 if __name__ == "__main__":

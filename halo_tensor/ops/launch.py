@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Launch:
@@ -19,30 +20,28 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], constants: dict[str, Any]):
         self.kernel, self.integers, self.constants = kernel, integers, constants
         self.grid = (*grid, 1, 1)[:3]
-        self._compiled: Any = None
-        self._values: tuple = ()
+        self._run: Any = None
+        self._rest: tuple = ()
 
     def __call__(self, *tensors: Any) -> None:
         if 0 in self.grid:
             return
-        device = _base(tensors[0]).device
+        first = tensors[0]
+        device = (first.base if isinstance(first, TensorDescriptor) else first).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self._launch(tensors)
-        return self._launch(tensors)
+                return self._launch(tensors, device)
+        return self._launch(tensors, device)
 
-    def _launch(self, tensors: tuple) -> None:
+    def _launch(self, tensors: tuple, device: torch.device) -> None:
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
-        aligned = all(_base(t).data_ptr() % 16 == 0 for t in tensors)
+        aligned = not any(t.data_ptr() & 15 for t in tensors if not isinstance(t, TensorDescriptor))
         if not (aligned and isinstance(self.kernel, JITFunction)):  # or Triton's interpreter
             self.kernel[self.grid](*tensors, *self.integers, **self.constants)
             return
-        if self._compiled is None:
-            self._compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
+        if self._run is None:
+            compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
-            self._values = tuple(self.constants[name] for name in names)
-        self._compiled[self.grid](*tensors, *self.integers, *self._values)
-
-
-def _base(tensor: Any) -> torch.Tensor:
-    return getattr(tensor, "base", tensor)  # of a tensor descriptor
+            self._rest = (*self.integers, *(self.constants[name] for name in names))
+            self._run = compiled[self.grid]
+        self._run(*tensors, *self._rest, stream=torch._C._cuda_getCurrentRawStream(device.index))

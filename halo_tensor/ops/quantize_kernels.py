@@ -104,16 +104,19 @@ def whole_rows(
 
 
 @triton.jit
-def _rotated_tile(x_tile, left, right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, T: tl.constexpr):
-    """left · x · right of one [T, T] tile, in float32."""
+def _matrix(pointer, T: tl.constexpr):
     index = tl.arange(0, T)
+    return tl.load(pointer + index[:, None] * T + index[None, :])
+
+
+@triton.jit
+def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """h_left · x · h_right of one [T, T] tile, in float32."""
     y = x_tile
     if RIGHT:
-        h = tl.load(right + index[:, None] * T + index[None, :])
-        y = _product(y.to(h.dtype), h)
+        y = _product(y.to(h_right.dtype), h_right)
     if LEFT:
-        h = tl.load(left + index[:, None] * T + index[None, :])
-        y = _product(h.to(tl.float32), y) if RIGHT else _product(h, y.to(h.dtype))
+        y = _product(h_left.to(tl.float32), y) if RIGHT else _product(h_left, y.to(h_left.dtype))
     y = y.to(tl.float32)
     if LEFT or RIGHT:
         y = y * NORM
@@ -135,6 +138,8 @@ def amax_tiles(
     """
     rows = tl.program_id(0) * T + tl.arange(0, T)
     most = tl.zeros((T,), tl.float32)
+    h_left = _matrix(left, T) if LEFT and ALONG_ROWS else left
+    h_right = _matrix(right, T) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     for i in tl.range(0, TILES, num_stages=STAGES):
@@ -143,7 +148,7 @@ def amax_tiles(
         at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         if ALONG_ROWS:
-            y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+            y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
             if FOLD_COLUMNS:
                 y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
             most = _max(most, tl.reduce(tl.abs(y), 1, _max))
@@ -200,6 +205,8 @@ def cast_tiles(
     one = tl.full((T,), 1.0, tl.float32)
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
     rows = tile_row * T + tl.arange(0, T)
+    h_left = _matrix(left, T) if LEFT and ROWS else left
+    h_right = _matrix(right, T) if RIGHT and ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     if ROWS:
@@ -212,7 +219,7 @@ def cast_tiles(
         at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         if ROWS:
-            y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+            y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
             if FOLD_COLUMNS:
                 y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
             if ROW_SCALE > 0:
@@ -255,6 +262,8 @@ def rotate_tiles(
     columns = tl.program_id(1) * T + tl.arange(0, T)
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     x_tile = tl.load(x + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
-    y = _rotated_tile(x_tile, left, right, NORM, LEFT, RIGHT, T)
+    h_left = _matrix(left, T) if LEFT else left
+    h_right = _matrix(right, T) if RIGHT else right
+    y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
     out_at = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(out_at, y.to(out.dtype.element_ty), mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])

@@ -223,6 +223,13 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     return codes, codes_t, row_scales, column_scales
 
 
+def _tile_launch(kernel, rotated: bool) -> tuple[int, int, int, int]:
+    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md."""
+    if kernel is kernels.amax_tiles:
+        return (TILE, 8, 2, 4) if rotated else (TILE, 1, 1, 4)
+    return (TILE, 1, 1, 4) if rotated else (64, 1, 1, 2)
+
+
 @lru_cache(maxsize=4096)
 def _plan_tiles(
     x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns
@@ -238,8 +245,8 @@ def _plan_tiles(
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
     }  # fmt: skip
 
-    def tiled(kernel, launch, integers, **constants):
-        edge, per_program, stages, warps = launch
+    def tiled(kernel, integers, **constants):
+        edge, per_program, stages, warps = _tile_launch(kernel, rotated)
         per_program = min(per_program, triton.cdiv(k, edge))
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         options = {"T": edge, "TILES": per_program, "STAGES": stages, "num_warps": warps}
@@ -248,11 +255,11 @@ def _plan_tiles(
     amax_pass = None
     if measure_rows or measure_columns:
         amax_pass = tiled(
-            kernels.amax_tiles, (TILE, 2, 1, 8) if rotated else (TILE, 1, 1, 4), (m, k, *x.stride),
+            kernels.amax_tiles, (m, k, *x.stride),
             ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
         )  # fmt: skip
     cast_pass = tiled(
-        kernels.cast_tiles, (TILE, 1, 1, 8) if rotated else (64, 1, 1, 2), (m, k, m_out, *x.stride, _aligned(k), _aligned(m)),
+        kernels.cast_tiles, (m, k, m_out, *x.stride, _aligned(k), _aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
         **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
     )  # fmt: skip

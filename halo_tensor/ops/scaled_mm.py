@@ -32,13 +32,12 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-def tile_for(m: int, n: int, k: int, integer: bool, undo: int, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
+def tile_for(m: int, n: int, integer: bool, undo: int, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
     """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor."""
     if m <= 64:
         return Tile(64, 128, warps=4, stages=4), 1
     few = triton.cdiv(m, 128) * triton.cdiv(n, 256) < multiprocessors
-    # Triton waits for every int8 product before the next: a second program fills the gaps, unless the loop is long.
-    if few or (integer and k < 12288):
+    if few or integer:  # Triton waits for every int8 product before the next: a second program fills the gaps
         return Tile(128, 128, warps=4, stages=3), 2
     if wide_output and not undo:  # float32 results need the shared memory of the larger tile
         return Tile(128, 128, warps=8, stages=4), 1
@@ -178,7 +177,7 @@ def _plan(
     integer, undo = a_dtype == torch.int8, 0 if right is None else max(right.edge, 64)
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    tile, resident = tile_for(m, n, k, integer, undo, dtype.itemsize > 2, multiprocessors)
+    tile, resident = tile_for(m, n, integer, undo, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrix = block_diagonal(right, undo, matrix_dtype, device, transposed=True) if right else None
@@ -187,8 +186,8 @@ def _plan(
         "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None, "UNDO": undo,
         "NORM": 1.0 if right is None else right.edge**-0.5,
         # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
-        # a float accumulator meets another product inside a loop that is still running.
-        "FLATTEN": integer or not undo,
+        # an accumulator meets another product inside a loop that is still running.
+        "FLATTEN": not undo,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     return Launch(scaled_mm_kernel, (programs,), (m, n, k, n), constants), tile, matrix
