@@ -4,7 +4,8 @@ from expecttest import assert_expected_inline
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from halo_tensor import HadamardQuantTensor
+from halo_tensor import HadamardQuantTensor, halo_config, quantize_
+from halo_tensor.ops import library
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import FORMATS, FP8_E4M3, INT8, Rotation
 from tests.util import WIDTHS, OpLog, relative_error, rounding_bound, typical_error
@@ -242,3 +243,37 @@ def test_bad_input_gets_one_clear_error():
         torch.mm(from_hp(x, INT8, "block"), from_hp(w, INT8).t())
     with pytest.raises(NotImplementedError, match="aten.add"):
         q + 1
+
+
+def test_rotations_have_gradients():
+    """⟨e, rotate(x)⟩ = ⟨its gradient, x⟩, padded dimensions included."""
+    for shape, left, right in (
+        ((30, 64), Rotation(16), Rotation(32)),
+        ((7, 48), None, Rotation(16)),
+        ((5, 5), Rotation(8), None),
+    ):
+        x = torch.randn(shape, requires_grad=True)
+        y = library.rotate(x, left, right)
+        e = torch.randn_like(y)
+        (gradient,) = torch.autograd.grad(y, x, e)
+        torch.testing.assert_close((e * y).sum(), (gradient * x).sum())
+        z = library.unrotate(y.detach().requires_grad_(), left, right, shape)
+        torch.testing.assert_close(z, x)
+        assert z.requires_grad
+
+
+def test_flops_are_counted_as_for_a_plain_layer():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for config in (None, halo_config(1, "int8")):
+        layer = torch.nn.Linear(128, 256)
+        if config is not None:
+            quantize_(layer, config)
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(10, 128, requires_grad=True)).sum().backward()
+        counts.append(counter.get_total_flops())
+    a, b = torch.ones(4, 32, dtype=torch.int8), torch.ones(8, 32, dtype=torch.int8)
+    with FlopCounterMode(display=False) as counter:
+        library.scaled_mm(a, b, None, None, None, None, None, (4, 8), torch.float32)
+    assert counts == [3 * 2 * 10 * 128 * 256] * 2 and counter.get_total_flops() == 2 * 4 * 8 * 32

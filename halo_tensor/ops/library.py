@@ -7,6 +7,7 @@ A GPU runs the Triton kernels; every other device runs the reference, and so do 
 """
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
@@ -259,3 +260,29 @@ def _(x, left, right):
 @torch.library.register_fake("halo::unrotate", lib=_library)
 def _(x, left, right, shape):
     return x.new_empty(shape)
+
+
+# Rotations are linear, so these two have gradients: each is, up to padding, the other's transpose.
+
+
+def _remember(ctx, inputs, output):
+    ctx.left, ctx.right = inputs[1:3]
+    ctx.shape = inputs[0].shape
+
+
+def _unrotate_gradient(ctx, gradient):
+    return torch.ops.halo.unrotate(gradient, ctx.left, ctx.right, ctx.shape), None, None
+
+
+def _rotate_gradient(ctx, gradient):
+    return torch.ops.halo.rotate(gradient, ctx.left, ctx.right), None, None, None
+
+
+torch.library.register_autograd("halo::rotate", _unrotate_gradient, setup_context=_remember, lib=_library)
+torch.library.register_autograd("halo::unrotate", _rotate_gradient, setup_context=_remember, lib=_library)
+
+
+@register_flop_formula(torch.ops.halo.scaled_mm)
+def _flops(a_shape, b_t_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two operations per multiply-accumulate, as for aten.mm; undoing a rotation is not counted."""
+    return 2 * a_shape[0] * b_t_shape[0] * a_shape[1]
