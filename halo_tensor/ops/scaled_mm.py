@@ -2,11 +2,12 @@
 
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. One persistent program per multiprocessor
 walks the output tiles in groups that share operand rows (so that they meet in L2); tensor descriptors make the loads TMA on
-SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of the right rotation, the bias and the cast happen on the
-accumulator, before anything is written.
+SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of rotations, the bias and the cast happen on the accumulator,
+before anything is written.
 """
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate_quantize import transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
+#: columns of an output tile that an epilogue un-rotates at once
+EDGE = 128
+UNDO_EDGE = tl.constexpr(EDGE)
+
 
 class Tile(NamedTuple):
     """How one product is cut: output tile, depth, grouping of tiles, warps, pipeline stages."""
@@ -32,7 +37,7 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-def tile_for(m: int, n: int, integer: bool, undo: int, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
+def tile_for(m: int, n: int, integer: bool, undo: bool, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
     """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor."""
     if m <= 64:
         return Tile(64, 128, warps=4, stages=4), 1
@@ -45,33 +50,39 @@ def tile_for(m: int, n: int, integer: bool, undo: int, wide_output: bool, multip
 
 
 @triton.jit
-def _undo(y, matrix, U: tl.constexpr):
-    # ±1 times bf16 is exact, so the only rounding is that of y to bf16, as small as the result's own.
-    offsets = tl.arange(0, U)
-    h = tl.load(matrix + offsets[:, None] * U + offsets[None, :])
-    return tl.dot(y.to(h.dtype), h, out_dtype=tl.float32)
-
-
-@triton.jit
-def _store(out, y, row_scale, bias, rows, columns, M, N, stride, SCALED: tl.constexpr, BIASED: tl.constexpr):
+def _store(
+    out, y, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    # ±1 times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the result's own.
+    if RIGHT:
+        y = tl.dot(y.to(h_right.dtype), h_right, out_dtype=tl.float32)
     if SCALED:
         y = y * row_scale[:, None]
+    if LEFT:
+        y = tl.dot(h_left, y.to(h_left.dtype), out_dtype=tl.float32)
     if BIASED:
         y = y + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    inside = (rows < ROWS_OUT)[:, None] & (columns < N)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * stride + columns[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _matrix(pointer, EDGE: tl.constexpr):
+    index = tl.arange(0, EDGE)
+    return tl.load(pointer + index[:, None] * EDGE + index[None, :])
+
+
+@triton.jit
 def scaled_mm_kernel(
-    a, b, out, a_scale, b_scale, bias, matrix,
-    M, N, K, stride,
+    a, b, out, a_scale, b_scale, bias, left, right,
+    M, N, K, ROWS_OUT, stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIASED: tl.constexpr, UNDO: tl.constexpr,
-    NORM: tl.constexpr, FLATTEN: tl.constexpr,
+    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIASED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """``A_SCALE``, ``B_SCALE``: 0 none, 1 one number, 2 a vector. ``UNDO``: edge of the matrix that undoes the right rotation,
-    or 0; ``NORM`` is that rotation's 1/√block."""
+    """``A_SCALE``, ``B_SCALE``: 0 none, 1 one number, 2 a vector. LEFT, RIGHT: whether left [BM, BM] and right [128, 128] are
+    to undo a rotation; ``NORM`` is the product of these rotations' 1/√block."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
@@ -98,37 +109,26 @@ def scaled_mm_kernel(
             row_scale = row_scale * tl.load(a_scale)
         if B_SCALE == 1:
             row_scale = row_scale * tl.load(b_scale)
-        if UNDO:
+        if LEFT or RIGHT:
             row_scale = row_scale * NORM
-        SCALED: tl.constexpr = A_SCALE > 0 or B_SCALE == 1 or UNDO > 0
-
+        SCALED: tl.constexpr = A_SCALE > 0 or B_SCALE == 1 or LEFT or RIGHT
+        h_left = _matrix(left, BM) if LEFT else left
+        h_right = _matrix(right, UNDO_EDGE) if RIGHT else right
         first = tile_n * BN
-        if UNDO == 0 or UNDO == BN:
-            if UNDO:
-                y = _undo(y, matrix, UNDO)
+        if (LEFT or RIGHT) and BN == 2 * UNDO_EDGE:
+            y0, y1 = tl.split(tl.permute(tl.reshape(y, (BM, 2, UNDO_EDGE)), (0, 2, 1)))
+            columns = first + tl.arange(0, UNDO_EDGE)
+            _store(out, y0, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
+            columns += UNDO_EDGE
+            _store(out, y1, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
+        else:
             columns = first + tl.arange(0, BN)
-            _store(out, y, row_scale, bias, rows, columns, M, N, stride, SCALED, BIASED)
-        else:  # BN = 2·UNDO or 4·UNDO
-            HALF: tl.constexpr = BN // 2
-            y0, y1 = tl.split(tl.permute(tl.reshape(y, (BM, 2, HALF)), (0, 2, 1)))
-            if UNDO == HALF:
-                columns = first + tl.arange(0, UNDO)
-                _store(out, _undo(y0, matrix, UNDO), row_scale, bias, rows, columns, M, N, stride, SCALED, BIASED)
-                _store(out, _undo(y1, matrix, UNDO), row_scale, bias, rows, columns + HALF, M, N, stride, SCALED, BIASED)
-            else:
-                columns = first + tl.arange(0, UNDO)
-                y00, y01 = tl.split(tl.permute(tl.reshape(y0, (BM, 2, UNDO)), (0, 2, 1)))
-                y10, y11 = tl.split(tl.permute(tl.reshape(y1, (BM, 2, UNDO)), (0, 2, 1)))
-                _store(out, _undo(y00, matrix, UNDO), row_scale, bias, rows, columns, M, N, stride, SCALED, BIASED)
-                _store(out, _undo(y01, matrix, UNDO), row_scale, bias, rows, columns + UNDO, M, N, stride, SCALED, BIASED)
-                columns += HALF
-                _store(out, _undo(y10, matrix, UNDO), row_scale, bias, rows, columns, M, N, stride, SCALED, BIASED)
-                _store(out, _undo(y11, matrix, UNDO), row_scale, bias, rows, columns + UNDO, M, N, stride, SCALED, BIASED)
+            _store(out, y, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
 
 
-def fits_epilogue(rotation: Rotation) -> bool:
+def fits_epilogue(rotation: Rotation | None) -> bool:
     """Whether a rotation can be undone on an output tile."""
-    return rotation.edge in (16, 32, 64, 128)
+    return rotation is not None and rotation.edge in (16, 32, 64, 128)
 
 
 def scaled_mm(
@@ -143,54 +143,91 @@ def scaled_mm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See :func:`halo_tensor.ops.reference.scaled_mm`; scales are numbers or vectors."""
-    in_epilogue = right if right is not None and fits_epilogue(right) and b_t.shape[0] == shape[1] else None
-    afterwards = None if in_epilogue else right
-    if left is None and afterwards is None:
-        return _product(a, b_t, a_scale, b_scale, bias, in_epilogue, dtype)
+    in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
+    # Both in one int8 epilogue spill registers, which costs in proportion to k; a pass of its own does not.
+    spills = a.dtype == torch.int8 and in_right is not None and a.shape[1] > 8192
+    in_left = left if fits_epilogue(left) and not spills else None
+    if in_left == left and in_right == right:
+        return _product(a, b_t, a_scale, b_scale, bias, in_left, in_right, shape[0], dtype)
     # What the epilogue cannot undo is undone in a pass of its own, before the bias is added.
-    y = _product(a, b_t, a_scale, b_scale, None, in_epilogue, dtype)
-    y = unrotate(y, left, afterwards, shape, dtype)
+    rows = shape[0] if in_left else a.shape[0]
+    y = _product(a, b_t, a_scale, b_scale, None, in_left, in_right, rows, dtype)
+    y = unrotate(y, None if in_left else left, None if in_right else right, shape, dtype)
     return y if bias is None else y.add_(bias)
 
 
-def _product(a, b_t, a_scale, b_scale, bias, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
-    out = a.new_empty((a.shape[0], b_t.shape[0]), dtype=dtype)
+def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    a, b_t = _readable(a), _readable(b_t)
+    if _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
+        a_scale, b_scale = (
+            _ones(n, a.device) if s is None else s for s, n in ((a_scale, a.shape[0]), (b_scale, b_t.shape[0]))
+        )
+        y = torch._scaled_mm(a, b_t.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype, use_fast_accum=True)
+        return y[:rows]
+    out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    a, b_t = _readable(a), _readable(b_t)
-    launch, tile, matrix = _plan(
-        a.shape, b_t.shape[0], a.dtype, b_t.dtype, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype, right,
-        dtype, a.device,
+    launch, tile, matrices = _plan(
+        a.shape, b_t.shape[0], rows, a.dtype, b_t.dtype, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype,
+        left, right, dtype, a.device,
     )  # fmt: skip
-    left = TensorDescriptor(a, a.shape, a.stride(), [tile.m, tile.k])
-    right_t = TensorDescriptor(b_t, b_t.shape, b_t.stride(), [tile.n, tile.k])
-    launch(left, right_t, out, *(a if t is None else t for t in (a_scale, b_scale, bias, matrix)))
+    a_tiles = TensorDescriptor(a, a.shape, a.stride(), [tile.m, tile.k])
+    b_tiles = TensorDescriptor(b_t, b_t.shape, b_t.stride(), [tile.n, tile.k])
+    launch(a_tiles, b_tiles, out, *(a if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
     return out
+
+
+def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
+    """cuBLAS multiplies fp8 with row and column scales 3–9 % faster where the contraction is short (bench/NOTES.md)."""
+    (m, k), n = a.shape, b_t.shape[0]
+    return (
+        a.device.type == "cuda"
+        and a.dtype == b_t.dtype == torch.float8_e4m3fn
+        and dtype == torch.bfloat16
+        and rotation is None
+        and bias is None
+        and all(scale is None or scale.ndim == 1 for scale in (a_scale, b_scale))
+        and m >= 1024
+        and 1024 <= k <= 8192
+        and n >= 1024
+        and n % 16 == k % 16 == 0
+        and a.is_contiguous()
+        and b_t.is_contiguous()
+        and torch.cuda.get_device_capability(a.device) == (9, 0)
+    )
+
+
+@lru_cache
+def _ones(n: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(n, device=device)
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    a_shape, n, a_dtype, b_dtype, a_kind, b_kind, bias_dtype, right, dtype, device
-) -> tuple[Launch, Tile, torch.Tensor | None]:
+    a_shape, n, rows, a_dtype, b_dtype, a_kind, b_kind, bias_dtype, left, right, dtype, device
+) -> tuple[Launch, Tile, tuple]:
     """The launch for a product; the dtypes are here to be told apart."""
     m, k = a_shape
-    integer, undo = a_dtype == torch.int8, 0 if right is None else max(right.edge, 64)
+    integer, undo = a_dtype == torch.int8, left is not None or right is not None
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     tile, resident = tile_for(m, n, integer, undo, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
-    matrix = block_diagonal(right, undo, matrix_dtype, device, transposed=True) if right else None
+    matrices = (
+        block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
+        block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
+    )
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, "INTEGER": integer,
-        "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None, "UNDO": undo,
-        "NORM": 1.0 if right is None else right.edge**-0.5,
+        "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None,
+        "LEFT": left is not None, "RIGHT": right is not None, "NORM": prod(r.edge**-0.5 for r in (left, right) if r),
         # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
         # an accumulator meets another product inside a loop that is still running.
         "FLATTEN": not undo,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    return Launch(scaled_mm_kernel, (programs,), (m, n, k, n), constants), tile, matrix
+    return Launch(scaled_mm_kernel, (programs,), (m, n, k, rows, n), constants), tile, matrices
 
 
 def _kind(scale: torch.Tensor | None) -> int:
