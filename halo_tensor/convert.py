@@ -11,6 +11,7 @@ import torchao.quantization
 from torch import nn
 
 from halo_tensor.config import LinearConfig
+from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS
 from halo_tensor.weight import HaloWeight, restore_weight
@@ -85,9 +86,18 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module) -> None:
-    """Give back a plain ``nn.Linear`` with its high-precision weight for every converted layer, in place."""
+    """Give back a plain ``nn.Linear`` with its high-precision weight for every converted layer, in place.
+
+    Raises:
+        ValueError: FSDP has sharded the model.
+    """
     ties = _tied_parameters(model)
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_sharded(module.weight):
+            raise ValueError(
+                f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
+                "tensors, which load into a plain model"
+            )
         if isinstance(module, nn.Linear) and isinstance(module.weight, HaloWeight):
             restore_weight(module)
     _tie_again(model, ties)
@@ -96,12 +106,14 @@ def dequantize_(model: nn.Module) -> None:
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
     """The default filter: a ``filter_fn`` for :func:`quantize_`, this library's or torchao's.
 
-    It takes every ``nn.Linear`` but output embeddings, layers with tied weights, those that ``config.skip`` names, those
-    with fewer than ``config.min_features`` features on a side, and those whose features 8-bit units cannot address.
+    It takes every ``nn.Linear`` but output embeddings, layers with tied weights, PEFT's adapters, those that ``config.skip``
+    names, those with fewer than ``config.min_features`` features on a side, and those whose features 8-bit units cannot
+    address.
     """
     shared = _tied_parameters(model)
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    adapters = _adapters(model)
     reasons: dict[str, str] = {}
 
     def reason(module: nn.Linear, name: str) -> str | None:
@@ -109,6 +121,8 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
             return "its owner does not call it through F.linear"
         if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
             return f"its weight is a {type(module.weight).__name__}"
+        if module in adapters:
+            return "it belongs to an adapter"
         if id(module.weight) in shared:
             return "its weight is tied to another layer's"
         if module is output or module.in_features < module.out_features == vocabulary:
@@ -132,6 +146,13 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
 
     accept.reasons = reasons  # type: ignore[attr-defined]
     return accept
+
+
+def _adapters(model: nn.Module) -> set[nn.Module]:
+    """What PEFT's layers hold besides the layer they wrap: matrices too small to gain, of any rank."""
+    wrappers = [m for m in model.modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
+    owned = [child for m in wrappers for name, child in m.named_children() if name != "base_layer"]
+    return {module for child in owned for module in child.modules()}
 
 
 def _masters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -129,12 +129,10 @@ def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if isinstance(a, HadamardQuantTensor):
-        if bias is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        return torch.addmm(bias, a, b, out_dtype=dtype)
-    a, b = a.to(dtype), b.to(dtype)
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    if not isinstance(a, HadamardQuantTensor):
+        a, b = a.to(dtype), b.to(dtype)
+    options: Any = {} if a.dtype == b.dtype == dtype else {"out_dtype": dtype}
+    return torch.mm(a, b, **options) if bias is None else torch.addmm(bias, a, b, **options)
 
 
 def _take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callable]:
@@ -214,7 +212,7 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
         ValueError: the shapes do not fit, or the dtypes differ outside autocast.
     """
     device = x.device.type
-    if weight.master is None and weight.requires_grad:
+    if weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
             "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"

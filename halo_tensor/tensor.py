@@ -4,6 +4,8 @@ It is an operand, not a parameter: it lives from its quantisation to its product
 to backward). ``torch.mm`` on two of them multiplies their codes, applies their scales, and undoes the rotations that survive.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
@@ -11,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import factors
+from halo_tensor.ops.packing import can_pack, pack_rows, unpack_columns, unpack_rows
 from halo_tensor.recipe import Format, Rotation
 
 aten = torch.ops.aten
@@ -21,7 +24,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     """A matrix [r, c] held as Rᵀ_left · matrix · R_right ≈ codes · scale.
 
     Attributes:
-        codes: [r', c'], in the format's code dtype; None if only the transpose is held.
+        codes: [r', c'], in the format's code dtype; None if only the transpose is held. Or uint8 [r', c'·3/4], packed fp6
+            codes, which every product unpacks anew.
         codes_t: the transpose of the codes, [c', r'], or None. 8-bit tensor cores want both operands of a product contiguous
             along the contraction: a left operand is read from ``codes``, a right one from ``codes_t``.
         scale: float32, or None for 1 (a bare cast, or a scale that was folded into the other operand).
@@ -130,6 +134,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def requantize_(self, x: torch.Tensor) -> None:
         """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
         assert self.codes is not None and self.codes_t is None
+        if self.is_packed:
+            fresh = self.from_hp(x, self.format, self.scale_along, left=self.left, right=self.right).packed()
+            names = self.__tensor_flatten__()[0]
+            for name in names:
+                getattr(self, name).copy_(getattr(fresh, name))
+            torch.autograd.graph.increment_version([getattr(self, name) for name in names])
+            return
         written = [self.codes] if self.scale is None else [self.codes, self.scale]
         if self.format is None:
             self.codes.copy_(ops.rotate(x, self.left, self.right))
@@ -144,6 +155,25 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}
         return type(self)(self.shape if size is None else size, dtype or self.dtype, tensors, attributes)
 
+    @property
+    def is_packed(self) -> bool:
+        return self.codes is not None and self.codes.dtype is torch.uint8
+
+    def packed(self) -> "HadamardQuantTensor":
+        """The same in its smallest storage: fp6 codes held in rows are packed, anything else is itself."""
+        if self.codes is None or self.codes_t is not None or self.is_packed or not can_pack(self.codes, self.format):
+            return self
+        assert self.format is not None
+        return self._with(codes=pack_rows(self.codes, self.format))
+
+    def unpacked(self) -> "HadamardQuantTensor":
+        """The same with codes that a matrix unit reads."""
+        return self._with(codes=self.any_codes()) if self.is_packed else self
+
+    def _unpack(self, unpack: Callable[[torch.Tensor, Format], torch.Tensor]) -> torch.Tensor:
+        assert self.codes is not None and self.format is not None
+        return unpack(self.codes, self.format)
+
     def only(self, layout: str) -> "HadamardQuantTensor":
         """The same operand holding one layout, "rows" or "columns", so that the other can be freed."""
         return self._with(codes_t=None) if layout == "rows" else self._with(codes=None)
@@ -154,10 +184,14 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     def any_codes(self) -> torch.Tensor:
         """The codes [r', c'] in whichever layout is held."""
+        if self.is_packed:
+            return self._unpack(unpack_rows)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
         """Their transpose [c', r'] in whichever layout is held."""
+        if self.is_packed:
+            return self._unpack(unpack_columns)
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:
@@ -166,7 +200,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return ops.unrotate(y, self.left, self.right, self.shape).to(self.dtype)
 
     def __repr__(self):
-        layouts = "+".join(n for n, c in (("rows", self.codes), ("columns", self.codes_t)) if c is not None)
+        rows = "packed rows" if self.is_packed else "rows"
+        layouts = "+".join(n for n, c in ((rows, self.codes), ("columns", self.codes_t)) if c is not None)
         scale = "none" if self.scale is None else f"per {self.scale_along}"
         return (
             f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, left {self.left}, "
@@ -186,7 +221,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return self._with(**{name: fn(getattr(self, name)) for name in self.__tensor_flatten__()[0]})
 
 
-@HadamardQuantTensor.implements([aten.detach.default, aten.clone.default, aten.alias.default])
+@HadamardQuantTensor.implements(
+    [aten.detach.default, aten.clone.default, aten.alias.default, aten._pin_memory.default, aten.empty_like.default]
+)
 def _(func, types, args, kwargs):
     new = args[0]._apply_fn_to_data(lambda t: func(t, *args[1:], **kwargs))
     return return_and_correct_aliasing(func, args, kwargs, new)
@@ -213,7 +250,7 @@ def _(func, types, args, kwargs):
 # Above the dispatcher as well: an operand shared from outside of inference mode may then be transposed inside of it.
 @HadamardQuantTensor.implements_torch_function([torch.Tensor.t, torch.t])
 def _transpose(func, types, args, kwargs):
-    self = args[0]
+    self = args[0].unpacked()
     scale = self.scale.t().contiguous() if self.scale_along == "block" else self.scale
     return self._with(
         size=(self.shape[1], self.shape[0]),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from halo_tensor import fsdp
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
@@ -25,17 +26,19 @@ _STAYS_A_WEIGHT = {
     aten._pin_memory.default,
 }
 
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
+
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
 
 
-class HaloWeight(torch.Tensor):
+class HaloWeight(fsdp.Shardable, torch.Tensor):
     """A weight [out_features, in_features] whose ``F.linear`` follows a recipe.
 
     Attributes:
         master: the high-precision weight, what optimisers update; its gradient is an ordinary dense tensor. None if the
-            weight is frozen: then the codes are all there is.
+            weight is frozen: then the codes are all there is; and None of a weight gathered by FSDP, whose master is sharded.
         operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain.
         recipe: how the three products of its layer are computed.
 
@@ -46,6 +49,7 @@ class HaloWeight(torch.Tensor):
     operand: HadamardQuantTensor | None
     recipe: Recipe
     base: "HaloWeight | None" = None
+    fsdp: str | None = None
 
     @staticmethod
     def __new__(cls, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
@@ -68,7 +72,9 @@ class HaloWeight(torch.Tensor):
     def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False) -> "HaloWeight":
         """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W."""
         operand = weight_operand(master, recipe)
-        return cls(None if frozen and operand is not None and reuses_operand(recipe) else master, operand, recipe)
+        if frozen and operand is not None and reuses_operand(recipe):
+            return cls(None, operand.packed(), recipe)
+        return cls(master, operand, recipe)
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight: the master, or what the codes of a frozen weight stand for."""
@@ -93,6 +99,8 @@ class HaloWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
+            if isinstance(weight, cls):
+                fsdp.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
                 return _linear_in_graph(x, weight, bias)
         elif func == _SET_DATA:
@@ -111,7 +119,14 @@ class HaloWeight(torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, args[0]._alias())
         if func is aten.copy_.default and _are_alike(*args[:2]):
             return _copy(*args[:2])
+        if func in fsdp.SHARDING_OPS:
+            out = fsdp.SHARDING_OPS[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         weights = {id(w): w for w in tree_leaves((args, kwargs)) if isinstance(w, cls)}
+        if func in _PRODUCTS:
+            for weight in weights.values():
+                fsdp.check_whole(weight)
         dense = {key: w.dequantize() for key, w in weights.items()}
         plain_args, plain_kwargs = tree_map_only(cls, lambda w: dense[id(w)], (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
@@ -128,23 +143,33 @@ class HaloWeight(torch.Tensor):
 
     def _alias(self) -> "HaloWeight":
         alias = HaloWeight(self.master, self.operand, self.recipe)
-        alias.base = self.base
+        alias.base, alias.fsdp = self.base, self.fsdp
         return alias
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
         weight = HaloWeight(view, None, Recipe())
         weight.base = self if self.base is None else self.base
+        weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
         return weight
 
     def _like(self, func, out: torch.Tensor, args, kwargs) -> "HaloWeight":
         """A copy of this weight, of which ``out`` is the dense value."""
-        if self.master is None:
-            operand = func(self.operand, *args, **kwargs)  # codes are copied as they are
-            return HaloWeight(None, operand, self.recipe)
-        return HaloWeight.from_hp(out, self.recipe)
+        if self.master is not None:
+            return self.renewed(out)
+        weight = HaloWeight(None, func(self.operand, *args, **kwargs), self.recipe)  # codes are copied as they are
+        weight.fsdp = self.fsdp
+        return weight
+
+    def renewed(self, dense: torch.Tensor) -> "HaloWeight":
+        """A weight like this one, of another dense value."""
+        weight = HaloWeight.from_hp(dense, self.recipe, frozen=self.master is None)
+        weight.fsdp = self.fsdp
+        return weight
 
     def _set_data(self, value: torch.Tensor) -> None:
         """``weight.data = value``."""
+        if isinstance(value, HaloWeight) and value.operand is self.operand and value.master is self.master:
+            return  # the end of ``weight.data += …``, which has written already
         value = value.dequantize() if isinstance(value, HaloWeight) else value
         if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
             raise ValueError(
@@ -156,20 +181,28 @@ class HaloWeight(torch.Tensor):
         self.requantize(value.detach())
 
     def __tensor_flatten__(self):
-        return [name for name in ("master", "operand") if getattr(self, name) is not None], {"recipe": self.recipe}
+        return [name for name in ("master", "operand") if getattr(self, name) is not None], {
+            "recipe": self.recipe,
+            "fsdp": self.fsdp,
+        }
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, size, stride):
-        return cls(tensors.get("master"), tensors.get("operand"), attributes["recipe"])
+        weight = cls(tensors.get("master"), tensors.get("operand"), attributes["recipe"])
+        weight.fsdp = attributes["fsdp"]
+        return weight
 
     def _stable_hash_for_caching(self) -> str:
-        """Lets a compiled graph be cached across processes."""
-        return repr((tuple(self.shape), self.dtype, self.master is None, self.recipe))
+        """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
+        does not know to depend on this library's version."""
+        from halo_tensor import __version__
+
+        return repr((__version__, tuple(self.shape), self.dtype, self.master is None, self.recipe))
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the codes of one are what the codes of the other would be."""
-    if not (isinstance(a, HaloWeight) and isinstance(b, HaloWeight) and a.base is None and b.base is None):
+    if not (isinstance(a, HaloWeight) and isinstance(b, HaloWeight) and a.base is None):
         return False
     return (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
 
@@ -183,6 +216,8 @@ def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
     for to, from_ in pairs:
         to.copy_(from_)
     torch.autograd.graph.increment_version([to for to, _ in pairs])
+    if target.operand is not None:
+        fsdp.keep_common_scale(target.operand, source.operand)
     return target
 
 
@@ -209,7 +244,12 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False
     """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one."""
     weight = module.weight
     dense = weight.dequantize() if isinstance(weight, HaloWeight) else weight.detach()
-    module.weight = torch.nn.Parameter(HaloWeight.from_hp(dense, recipe, frozen), requires_grad=weight.requires_grad)
+    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen), weight.requires_grad)
+
+
+def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
+    """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
+    module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
     if _save_plain not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_save_plain)
         module.register_load_state_dict_pre_hook(_load_plain)
@@ -228,16 +268,21 @@ def restore_weight(module: torch.nn.Linear) -> None:
 
 def _save_plain(module, state_dict, prefix, local_metadata):
     weight = state_dict[prefix + "weight"]
-    if isinstance(weight, HaloWeight) and not weight.requires_grad:  # it does under keep_vars=True
+    if isinstance(weight, HaloWeight) and not isinstance(weight, torch.nn.Parameter):  # it is one under keep_vars=True
         state_dict[prefix + "weight"] = weight.dequantize()
+    elif fsdp.is_sharded(weight) and not isinstance(weight, torch.nn.Parameter):
+        state_dict[prefix + "weight"] = fsdp.map_shard(weight, HaloWeight.dequantize)
 
 
 def _load_plain(module, state_dict, prefix, local_metadata, *_):
     """``load_state_dict(assign=True)`` puts a tensor of the state dict in the weight's place: make it one."""
     weight = state_dict.get(prefix + "weight")
-    if local_metadata.get("assign_to_params_buffers") and weight is not None and not isinstance(weight, HaloWeight):
-        frozen = module.weight.master is None
-        state_dict[prefix + "weight"] = HaloWeight.from_hp(weight.detach(), module.weight.recipe, frozen)
+    if not local_metadata.get("assign_to_params_buffers") or weight is None or isinstance(weight, HaloWeight):
+        return
+    if fsdp.is_sharded(module.weight):
+        state_dict[prefix + "weight"] = fsdp.map_shard(weight.detach(), fsdp.local(module.weight).renewed)
+    else:
+        state_dict[prefix + "weight"] = module.weight.renewed(weight.detach())
 
 
 def _written_arguments(func, args, kwargs) -> list:

@@ -1,0 +1,322 @@
+"""FSDP2 sends a converted weight as its codes.
+
+``fully_shard`` cuts a parameter into shards of rows, one per rank, and gathers them where a block needs the whole weight. A
+row's rotation and scale concern that row alone, so every rank quantises its own rows when the optimiser writes to them, and
+what travels is codes: 1 byte per element, fp6 ¾ of one, and one float32 scale per row. What arrives is the operand that the
+products multiply with: nothing is cast, and nothing is quantised again.
+
+Where this is not the whole story:
+
+- Per-tensor scales are the one thing that ranks must agree on. :func:`precompute_scales` does so for all layers at once;
+  without it every weight costs a small all-reduce of its own.
+- Where the ranks do not divide out_features, FSDP accepts nothing but tensors of a padded shard's size. Row scales then
+  travel in a small all-gather of their own, and fp6 as whole bytes.
+- An operand that a recipe leaves in high precision is gathered in high precision.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from halo_tensor.linear import reuses_operand
+from halo_tensor.ops import library as ops
+from halo_tensor.ops import reference
+from halo_tensor.ops.packing import can_pack, pack_rows, unpack_rows
+from halo_tensor.recipe import Recipe
+from halo_tensor.tensor import HadamardQuantTensor
+
+aten = torch.ops.aten
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
+#: Layers whose recipe was found to be the same on every rank.
+_agreed: WeakSet = WeakSet()
+#: Codes of a shard -> their version when they were given a scale that all ranks share.
+_common_scale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class Shardable:
+    """The part of :class:`~halo_tensor.HaloWeight` that FSDP2 meets.
+
+    ``fsdp`` says what a weight is to it: None, a whole weight; "chunk", a part of one, to be copied; "padded", the rows of one
+    rank, and zeros up to as many as rank 0 has; "shard", those rows, the parameter that the optimiser sees; "gathered", a
+    whole weight whose master is in the shards, so that it has none and is trained all the same.
+    """
+
+    master: torch.Tensor | None
+    operand: HadamardQuantTensor | None
+    recipe: Recipe
+    fsdp: str | None
+    rows: Any = None  # of a padded weight: its shard
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """FSDP's hook: what this rank sends of its rows. Returns the tensors, and what :meth:`fsdp_post_all_gather` needs
+        to know besides them.
+
+        Raises:
+            ValueError: another rank converted this layer with another config, or as frozen.
+        """
+        _check_agreement(self, mesh, outer_size, module)
+        ranks = mesh.size()
+        rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
+        operand: Any = self.operand
+        if operand is None:
+            assert self.master is not None
+            return (_pad(self.master, rows).to(mp_policy.param_dtype or self.dtype),), {"rows": outer_size[0]}
+        if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
+            _share_scales([self], mesh)
+        operand = operand if even else operand.unpacked()
+        codes, scale = _pad(operand.codes, rows).contiguous(), operand.scale
+        metadata = {"rows": outer_size[0], "dtype": codes.dtype, "unpack": False, "scale": scale}
+        if even and not operand.is_packed and can_pack(codes, operand.format):
+            codes, metadata["unpack"] = pack_rows(codes, operand.format), True
+        sent = [codes.view(torch.uint8) if codes.itemsize == 1 else codes]  # gloo sends no fp8
+        if scale is not None and operand.scale_along != "tensor":
+            scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
+            if even and ranks > 1:  # of what a lone rank sends, FSDP only takes the first tensor
+                sent, metadata["scale"] = [*sent, scale], None
+            else:
+                metadata["scale"] = _all_gather(scale, mesh)[: outer_size[0]]
+        return tuple(sent), metadata
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        """FSDP's hook: the whole weight, made of what all ranks sent. The first time it is a new one, which stands for
+        ``param_dtype`` and so gets gradients of it, and the tensors to be freed with it; later ``out`` is brought up to
+        date, in place, since autograd has saved its codes."""
+        rows, operand = metadata["rows"], cast(Any, self.operand)
+        if operand is None:
+            return None if out is not None else (self._gathered(outputs[0][:rows], None), ())
+        scale, unpack = metadata["scale"], metadata["unpack"]
+        if out is not None:  # what it views of the outputs is up to date already
+            if unpack:
+                _overwrite(out.operand.codes, unpack_rows(outputs[0], operand.format))
+            if scale is not None:
+                _overwrite(out.operand.scale, scale)
+            return None
+        codes = unpack_rows(outputs[0], operand.format) if unpack else outputs[0].view(metadata["dtype"])[:rows]
+        scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
+        size = torch.Size((rows, self.shape[1]))
+        operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
+        return self._gathered(None, operand), (codes,) if unpack else ()
+
+    def _gathered(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None):
+        weight = type(self)(master, operand, self.recipe)  # type: ignore[call-arg]
+        # A frozen weight's master is nowhere: should it be asked to train, it says so.
+        weight.fsdp = None if self.master is None else "gathered"
+        return weight
+
+
+def precompute_scales(model: torch.nn.Module) -> None:
+    """Agree on the per-tensor scales of all weights of ``model`` in one all-reduce per mesh. To be called by every rank after
+    ``optimizer.step()``; without it each weight costs an all-reduce before it is gathered. Weights with other scales need
+    none, and a model without per-tensor scales is left as it is."""
+    weights: dict[tuple[DeviceMesh, int], list[Shardable]] = {}
+    parameter: Any
+    for parameter in model.parameters():
+        shard = local(parameter)
+        operand = shard.operand if isinstance(shard, Shardable) else None
+        if operand is not None and operand.scale is not None and operand.scale_along == "tensor":
+            dimension = next(i for i, p in enumerate(parameter.placements) if p.is_shard())
+            weights.setdefault((parameter.device_mesh, dimension), []).append(shard)
+    for (mesh, dimension), shards in weights.items():
+        _share_scales(shards, mesh, dimension)
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether this parameter is a converted weight that FSDP has sharded."""
+    return isinstance(local(weight), Shardable)
+
+
+def map_shard(weight: torch.Tensor, convert) -> DTensor:
+    """``weight``, a DTensor, with ``convert(shard)`` in place of its shard."""
+    assert isinstance(weight, DTensor)
+    shard = convert(local(weight))
+    return DTensor.from_local(
+        shard, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def local(weight: torch.Tensor) -> Any:
+    """The shard of a DTensor itself: ``to_local`` gives a view of it. None for another tensor."""
+    return weight._local_tensor if isinstance(weight, DTensor) else None
+
+
+# Scales that ranks agree on.
+
+
+def _has_common_scale(operand: HadamardQuantTensor) -> bool:
+    return operand.codes is not None and _common_scale.get(operand.codes) == operand.codes._version
+
+
+def keep_common_scale(target: Any, source: Any) -> None:
+    """After ``source`` was copied to ``target``. Every rank must come to the same answer, so padding, which only some ranks
+    need, must not lose what was agreed."""
+    if _has_common_scale(source):
+        _common_scale[target.codes] = target.codes._version
+
+
+@torch.no_grad()
+def _share_scales(shards: list[Shardable], mesh: DeviceMesh, dimension: int = 0) -> None:
+    """Quantise shards with the largest of all ranks' scales: that of the whole matrix's largest element."""
+    operands: list[Any] = [shard.operand for shard in shards]
+    scales = torch.stack([operand.scale for operand in operands]).to(mesh.device_type)
+    scales = scales.nan_to_num_(nan=torch.inf, posinf=torch.inf)  # a maximum may lose NaN; ∞ too makes the result NaN
+    dist.all_reduce(scales, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    for shard, operand, scale in zip(shards, operands, scales.to(operands[0].scale.device).unbind(), strict=True):
+        if shard.master is None:  # frozen: all there is to quantise are codes, which are rotated already
+            matrix, right = reference.dequantize(operand.any_codes(), operand.scale, "tensor"), None
+        else:
+            matrix, right = shard.master, operand.right
+        if matrix.shape[0]:
+            fold = (1.0 / scale).repeat(matrix.shape[0])
+            codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold)[0]
+            operand.codes.copy_(pack_rows(codes, operand.format) if operand.is_packed else codes)
+        operand.scale.copy_(scale)
+        torch.autograd.graph.increment_version([operand.codes, operand.scale])
+        _common_scale[operand.codes] = operand.codes._version
+
+
+# What the hooks are made of.
+
+
+def _check_agreement(weight: Shardable, mesh: DeviceMesh, outer_size: torch.Size, module: torch.nn.Module) -> None:
+    """Codes of one format look like those of another: that ranks convert a layer alike is checked once, when it is first
+    gathered."""
+    if module in _agreed:
+        return
+    here = f"{weight.recipe}, {list(outer_size)}, {weight.dtype}, {'frozen' if weight.master is None else 'trained'}"
+    digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
+    digests = _all_gather(torch.tensor([digest], device=mesh.device_type), mesh).tolist()
+    if len(set(digests)) > 1:
+        others = [rank for rank, other in enumerate(digests) if other != digest]
+        raise ValueError(
+            f"a weight of {list(outer_size)} [out, in] is converted differently on ranks {others} of its mesh than on rank "
+            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank. Here it is: {here}"
+        )
+    _agreed.add(module)
+
+
+def _all_gather(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The tensors of all ranks, one after the other."""
+    out = tensor.new_empty(mesh.size() * tensor.shape[0], *tensor.shape[1:])
+    _ALL_GATHER(out, tensor.contiguous(), group=mesh.get_group())
+    return out
+
+
+def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """In place, unseen by autograd: a weight gathered again for backward is the one that forward saved."""
+    with torch.autograd._unsafe_preserve_version_counter(tensor):
+        tensor.copy_(value)
+
+
+def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - tensor.shape[0]
+    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+# The ops with which FSDP makes shards. Any other op sees the dense weight.
+
+
+def _rows(weight: Any, start: int, stop: int, fsdp: str | None) -> Any:
+    """Some rows of a weight: a weight on the same memory."""
+    start, stop = min(start, weight.shape[0]), min(stop, weight.shape[0])
+    master = None if weight.master is None else weight.master[start:stop]
+    operand = weight.operand
+    if operand is not None:
+        scale = operand.scale
+        if operand.scale_along == "row" and scale is not None:
+            scale = scale[start:stop]
+        elif operand.scale_along == "block":
+            scale = scale[start // reference.BLOCK : -(-stop // reference.BLOCK)]
+        size = torch.Size((stop - start, weight.shape[1]))
+        operand = operand._with(size=size, codes=operand.codes[start:stop], scale=scale)
+    rows = type(weight)(master, operand, weight.recipe)
+    rows.fsdp = fsdp
+    return rows
+
+
+def _split(weight, size, dim=0):
+    """``torch.chunk`` of a whole weight: chunks along rows bring their codes along, to be copied to a shard."""
+    if weight.operand is None or weight.fsdp is not None or torch._C._len_torch_dispatch_stack():
+        return NotImplemented
+    if dim % 2:
+        if not torch.is_grad_enabled():  # as when FSDP shards
+            warnings.warn(
+                f"columns of a converted weight of {list(weight.shape)} are plain tensors: if shard_placement_fn asked for "
+                "them, this layer now trains in high precision. Shard it along dim 0",
+                stacklevel=3,
+            )
+        chunks = [weight._view(columns) for columns in weight.dequantize().split(size, dim)]
+    else:
+        chunks = [_rows(weight, start, start + size, None) for start in range(0, max(weight.shape[0], 1), size)]
+    for chunk in chunks:
+        chunk.base, chunk.fsdp = weight, "chunk"
+    return chunks
+
+
+def check_whole(weight: Any) -> None:
+    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor."""
+    if weight.fsdp not in (None, "gathered"):
+        raise ValueError(
+            f"a product with a part, {list(weight.shape)}, of a converted weight, as in tensor parallelism or sharded by "
+            "columns, is not supported: leave the layer out of parallelize_module or of quantize_ (skip, filter_fn)"
+        )
+
+
+def _new_zeros(weight, size, **options):
+    """A shard to be filled."""
+    changed = any(options.get(name) is not None for name in ("dtype", "device"))
+    if len(size) != 2 or size[1] != weight.shape[1] or weight.fsdp == "gathered" or changed:
+        return NotImplemented
+    if weight.operand is not None:
+        _check_shardable(weight, size[0])
+    zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+    padded = type(weight).from_hp(zeros, weight.recipe, frozen=weight.master is None)
+    padded.fsdp = "padded"
+    return padded
+
+
+def _check_shardable(weight, rows: int) -> None:
+    obstacle = None
+    if weight.operand.left is not None:
+        obstacle = "its recipe rotates out_features, which no shard of rows has whole"
+    elif not reuses_operand(weight.recipe):
+        obstacle = "in grad_input its recipe quantises it otherwise than in output, and only the latter's codes are gathered"
+    elif weight.operand.scale_along == "block" and rows % reference.BLOCK and rows != weight.shape[0]:
+        obstacle = f"{rows} rows per rank are not whole blocks of {reference.BLOCK}, each of which has one scale"
+    if obstacle:
+        raise ValueError(f"a weight of {list(weight.shape)} [out, in] cannot be sharded: {obstacle}")
+
+
+def _slice(padded, dim=0, start=None, stop=None, step=1):
+    """A shard without its padding. FSDP fills one and keeps another: both must have the same codes object, by which a common
+    scale is known."""
+    if padded.fsdp != "padded" or dim % 2 or start or step != 1:
+        return NotImplemented
+    rows = padded.shape[0] if stop is None else min(stop, padded.shape[0])
+    if padded.rows is None or padded.rows.shape[0] != rows:
+        padded.rows = _rows(padded, 0, rows, "shard")
+    return padded.rows._alias()
+
+
+def _as_strided(weight, size, stride, offset=None):
+    if (tuple(size), tuple(stride), offset or 0) != (tuple(weight.shape), weight.stride(), weight.storage_offset()):
+        return NotImplemented
+    return weight._alias()
+
+
+#: Called with the arguments of the op; NotImplemented leaves it to what weights do otherwise.
+SHARDING_OPS: dict[Any, Callable] = {
+    aten.split.Tensor: _split,
+    aten.new_zeros.default: _new_zeros,
+    aten.slice.Tensor: _slice,
+    aten.as_strided.default: _as_strided,
+}

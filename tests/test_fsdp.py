@@ -1,0 +1,447 @@
+"""FSDP2 on gloo with two and three processes: a converted model trains as in one process, and codes are what is sent.
+
+Starting processes is slow, so each number of them is started once and runs all of its checks, in order; a check is a function
+of the process group's size, run by every rank. Whatever hangs is ended after a while.
+"""
+
+import copy
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from halo_tensor import HadamardQuantTensor, HaloWeight, dequantize_, halo_config, quantize_, recipe_config
+from halo_tensor.fsdp import local, precompute_scales
+from tests.util import OpLog
+
+SECONDS = 300  # that a group of processes may take, on a busy machine
+FULL = StateDictOptions(full_state_dict=True)
+# Width and output features. 96 rows are shared out evenly among 2 and 3 ranks, 131 are not, 128 not among 3.
+EVEN, MIXED, UNEVEN = (96, 6), (96, 131), (128, 131)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
+        self.checkpointed = False
+
+    def forward(self, x):
+        if self.checkpointed:
+            return x + checkpoint(self._branch, x, use_reentrant=False)
+        return x + self._branch(x)
+
+    def _branch(self, x):
+        return self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+def make(config, size=EVEN, dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(1)
+    width, out = size
+    model = nn.Sequential(Mlp(width, 2 * width), nn.Linear(width, out)).to(dtype)
+    if config is not None:
+        quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear))
+    return model
+
+
+def shard(model: nn.Module, **options) -> nn.Module:
+    for layer in model:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def data(model: nn.Module, steps: int, world: int, dtype=torch.float32):
+    """Per step, per rank: x and target."""
+    out, width = model[-1].weight.shape
+    g = torch.Generator().manual_seed(2)
+    x, target = (torch.randn(steps, world, 32, n, generator=g).to(dtype) for n in (width, out))
+    return [list(zip(a, b, strict=True)) for a, b in zip(x, target, strict=True)]
+
+
+def alone(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32) -> list[float]:
+    """Losses of a single process that does the ranks' work one after the other. Only rank 0 does it."""
+    if dist.get_rank():
+        return []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for batch in data(model, steps, world, dtype):
+        optimizer.zero_grad()
+        each = [nn.functional.mse_loss(model(x), target) for x, target in batch]
+        for loss in each:
+            loss.backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= world
+        optimizer.step()
+        losses.append(sum(loss.item() for loss in each) / world)
+    return losses
+
+
+def together(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32, precompute: bool = False) -> list[float]:
+    """Losses of a sharded model, the mean of all ranks'."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for batch in data(model, steps, world, dtype):
+        optimizer.zero_grad()
+        x, target = batch[dist.get_rank()]
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        if precompute:
+            precompute_scales(model)
+        losses.append(loss.item())
+    everyone = [None] * world
+    dist.all_gather_object(everyone, losses)
+    return [sum(each) / world for each in zip(*everyone, strict=True)]
+
+
+def broadcast(value):
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return get_model_state_dict(model, options=FULL)
+
+
+def assert_same(world: int, losses, expected, sharded: nn.Module, single: nn.Module) -> None:
+    """Two gradients have one sum; three have several, by order."""
+    trained = weights(sharded)
+    if dist.get_rank():
+        return
+    if world == 2:
+        assert losses == expected
+    else:
+        assert losses == pytest.approx(expected, rel=1e-3)
+    for (name, a), b in zip(trained.items(), single.state_dict().values(), strict=True):
+        assert type(a) is torch.Tensor and a.shape == b.shape, name
+        if world == 2:
+            assert torch.equal(a, b), name
+        elif a.ndim == 2:  # AdamW moves a bias of no consequence by the sign of its gradient
+            assert (a - b).norm() < 0.05 * b.norm(), name
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what collectives bring: bytes all-gathered, and calls by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathered, self.calls = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, (HadamardQuantTensor, HaloWeight, DTensor)) for t in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append(func._opname)
+            if func._opname == "_allgather_base_":
+                self.gathered += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+# Checks of any number of ranks.
+
+
+def trains_as_one_process(level, dtype, granularity, size, world):
+    config = halo_config(level, dtype, granularity=granularity)
+    single, sharded = make(config, size), shard(make(config, size))
+    assert_same(world, together(sharded, world), alone(single, world), sharded, single)
+
+
+def other_recipes(world):
+    for config in (recipe_config("switchback"), recipe_config("ideal_int8"), halo_config(dtype="bf16")):
+        single, sharded = make(config), shard(make(config))
+        assert_same(world, together(sharded, world, 3), alone(single, world, 3), sharded, single)
+
+
+def a_rank_without_rows(world):
+    config, size = halo_config(1, "int8", granularity="tensor"), (128, world - 1)
+    single, sharded = make(config, size), shard(make(config, size))
+    assert_same(world, together(sharded, world, 4), alone(single, world, 4), sharded, single)
+
+
+def only_codes_are_sent(world):
+    """Measured against the same model in bf16, of which norms and biases remain as they are."""
+    gathered = {}
+    for dtype in (None, "int8", "fp8", "fp6"):
+        model = shard(make(dtype and halo_config(1, dtype), (384, 48), torch.bfloat16))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(2):
+            with OpLog() as log, Traffic() as traffic:
+                model(torch.randn(16, 384, dtype=torch.bfloat16)).float().square().mean().backward()
+            if step == 0:
+                optimizer.step()
+        gathered[dtype] = traffic.gathered
+        if dtype is None:
+            assert not log.calls
+            continue
+        names = [name for name, _ in log.calls]
+        codes = torch.int8 if dtype == "int8" else torch.float8_e4m3fn
+        assert log.products() == [codes] * 9, "three products of three layers"
+        assert "rotate_quantize_" not in names and names.count("rotate_quantize") == 3, "of X alone"
+    assert gathered[None] > 2 * 2 * 2 * 384 * 768, "of 2 bytes, 2 weights are gathered for forward and for backward"
+    print(f"bytes gathered by {world} ranks: { {k: f'{v / gathered[None]:.3f}' for k, v in gathered.items()} }")
+    assert gathered["int8"] <= 0.51 * gathered[None] and gathered["fp8"] <= 0.51 * gathered[None]
+    assert gathered["fp6"] <= 0.39 * gathered[None]
+
+
+def scales_are_precomputed_together(world):
+    config = halo_config(0, "fp8", granularity="tensor")
+    for size in (EVEN, UNEVEN):
+        single, sharded = make(config, size), shard(make(config, size))
+        precompute_scales(sharded)
+        assert_same(world, together(sharded, world, precompute=True), alone(single, world), sharded, single)
+        with Traffic() as traffic:
+            sharded(torch.randn(8, size[0])).sum().backward()
+            assert "allreduce_" not in traffic.calls
+        for p in sharded.parameters():
+            with torch.no_grad():
+                p.mul_(1.5)
+        with Traffic() as traffic:
+            precompute_scales(sharded)
+            assert traffic.calls == ["allreduce_"]
+    precompute_scales(make(None))
+
+
+def a_shard_holds_codes_in_step(world):
+    model = shard(make(halo_config(1, "int8"), UNEVEN))
+    together(model, world, 2)
+    for layer in (model[0].up, model[1]):
+        assert isinstance(layer.weight, DTensor)
+        rows = local(layer.weight)
+        assert rows.fsdp == "shard" and rows.shape[0] < layer.weight.shape[0]
+        fresh = HaloWeight.from_hp(rows.master, rows.recipe).operand
+        assert torch.equal(fresh.codes, rows.operand.codes) and torch.equal(fresh.scale, rows.operand.scale)
+    state = torch.optim.AdamW(model.parameters()).state
+    assert not any(isinstance(v, HaloWeight) for s in state.values() for v in s.values())
+
+
+def checkpoints_cross_world_sizes(world, folder):
+    config = halo_config(1, "int8")
+    model = shard(make(config, UNEVEN))
+    together(model, world, 2)
+    state = get_model_state_dict(model)
+    assert all(type(v.to_local()) is torch.Tensor for v in state.values()), "plain shards under plain names"
+    dcp.save(state, checkpoint_id=f"{folder}/{world}")
+    expected = weights(model)
+    assert list(expected) == list(make(None, UNEVEN).state_dict())
+    # Saved by all ranks, read by one.
+    if dist.get_rank() == 0:
+        plain = make(None, UNEVEN)
+        dcp.load(loaded := plain.state_dict(), checkpoint_id=f"{folder}/{world}", no_dist=True)
+        assert all(torch.equal(loaded[k], v) for k, v in expected.items())
+        plain.load_state_dict(loaded)
+        dcp.save(plain.state_dict(), checkpoint_id=f"{folder}/{world}-1", no_dist=True)
+    dist.barrier()
+    # Saved by one, read by all ranks; then set from a dense state dict of rank 0.
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
+    for how in ("dcp", "full"):
+        other = shard(make(config, UNEVEN))
+        for p in other.parameters():
+            torch.nn.init.zeros_(p)
+        if how == "dcp":
+            dcp.load(state := get_model_state_dict(other), checkpoint_id=f"{folder}/{world}-1")
+            set_model_state_dict(other, state)
+        else:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(other, dict(expected) if dist.get_rank() == 0 else {}, options=options)
+        assert all(torch.equal(v, expected[k]) for k, v in weights(other).items()), how
+        assert torch.equal(other(x), model(x)), how
+
+
+def frozen_weights(world):
+    """They are sharded, sent and held as codes, and give what they give in one process."""
+    for dtype, granularity, size in itertools.product(("int8", "fp6"), ("row", "tensor"), (EVEN, UNEVEN)):
+        model = make(None, size).requires_grad_(False)
+        quantize_(model, halo_config(1, dtype, granularity=granularity), filter_fn=lambda m, _: isinstance(m, nn.Linear))
+        single = copy.deepcopy(model)
+        shard(model)
+        assert local(model[0].up.weight).master is None
+        outputs = []
+        for m in (single, model):
+            x = torch.randn(16, size[0], generator=torch.Generator().manual_seed(4), requires_grad=True)
+            y = m(x)
+            y.square().sum().backward()
+            outputs += [y.detach(), x.grad]
+        assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3]), (dtype, granularity, size)
+        state = weights(model)
+        assert all(torch.equal(v, single.state_dict()[k]) for k, v in state.items())
+        set_model_state_dict(model, {k: 2 * v for k, v in state.items()}, options=FULL)
+        for name, value in weights(model).items():
+            assert (value - 2 * state[name]).norm() < (0.02 if dtype == "int8" else 0.06) * value.norm() + 1e-9, name
+
+
+def misuse(world):
+    with pytest.raises(ValueError, match=r"cannot be sharded: .* not whole blocks of 32"):
+        shard(make(recipe_config("jetfire"), EVEN))
+    with pytest.warns(UserWarning, match="trains in high precision"):
+        fully_shard(make(halo_config(1, "int8"))[0], shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    model = shard(make(halo_config(1, "int8")))
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        dequantize_(model)
+    with pytest.raises(ValueError, match="weight is a DTensor"):
+        quantize_(model[1], halo_config(1, "int8"))
+
+
+def unlike_configs(world):
+    """An error on every rank, and none of them waits for the others."""
+    for mine in (halo_config(dist.get_rank() % 2, "int8"), halo_config(1, "int8" if dist.get_rank() else "fp8")):
+        model = shard(make(mine))
+        with pytest.raises(ValueError, match="call quantize_ with the same config on every rank"):
+            model(torch.randn(4, 96))
+
+
+# Checks of ways to use FSDP, with two ranks.
+
+
+def resharding_and_mixed_precision(world):
+    config = halo_config(1, "int8")
+    bf16 = torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    single = make(config)
+    expected = broadcast(alone(single, world, 5))
+    for options in (
+        {"reshard_after_forward": False},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {"mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))},
+        {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))},
+    ):
+        sharded = shard(make(config), **options)
+        assert_same(world, together(sharded, world, 5), expected, sharded, single)
+    sharded = shard(make(config), mp_policy=policy)
+    seen = []
+    sharded[0].up.register_forward_hook(lambda m, *_: seen.append((m.weight.dtype, m.weight.operand.codes.dtype)))
+    losses = together(sharded, world, 5)
+    assert set(seen) == {(bf16, torch.int8)}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in sharded.parameters())
+    assert losses != expected and losses == pytest.approx(expected, rel=0.02)
+
+
+def accumulation_checkpointing_and_compilation(world):
+    config = halo_config(2, "int8")
+    single = make(config)
+    expected = broadcast(alone(single, world, 4))
+
+    sharded = make(config)
+    for block in sharded[:1]:
+        block.checkpointed = True
+    assert_same(world, together(shard(sharded), world, 4), expected, sharded, single)
+
+    # Each rank's gradients of two micro-batches are added before they are reduced.
+    grads = []
+    for synchronised in (True, False):
+        sharded = shard(make(config))
+        for i, (x, target) in enumerate(data(sharded, 1, 2)[0]):
+            sharded.set_requires_gradient_sync(synchronised or i == 1)
+            nn.functional.mse_loss(sharded(x), target).backward()
+        grads.append([p.grad.full_tensor() for p in sharded.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+    targets = []
+
+    def record(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    sharded = make(config)
+    sharded[0].compile(fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    shard(sharded)
+    assert together(sharded, world, 4) == pytest.approx(expected, rel=1e-3)
+    assert targets.count(torch.ops.halo.scaled_mm.default) == 6, "three products of two layers"
+    assert torch.ops.halo.rotate_quantize_.default not in targets
+
+
+def from_meta(world):
+    """The usual way to a large model: made and sharded without memory, then loaded."""
+    config = halo_config(1, "int8")
+    expected = make(config).state_dict()
+    with torch.device("meta"):
+        model = make(config)
+    shard(model).to_empty(device="cpu")
+    set_model_state_dict(model, expected, options=FULL)
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(model(x), make(config)(x))
+
+
+def curves(world: int) -> dict:
+    """All combinations in two processes, every other one in three."""
+    combinations = list(itertools.product((0, 1, 2), ("int8", "fp8", "fp6"), ("row", "tensor")))
+    return {
+        f"{level}-{dtype}-{granularity}": functools.partial(trains_as_one_process, level, dtype, granularity, MIXED)
+        for level, dtype, granularity in (combinations if world == 2 else combinations[::3] + combinations[1::6])
+    }
+
+
+ANY = [
+    other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
+    checkpoints_cross_world_sizes, frozen_weights, misuse, unlike_configs,
+]  # fmt: skip
+TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
+
+
+def checks(world: int) -> dict:
+    functions = ANY + TWO if world == 2 else ANY
+    return curves(world) | {f.__name__: f for f in functions}
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = open(f"{folder}/out-{rank}", "w", buffering=1)  # noqa: SIM115
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meeting", timeout=timedelta(seconds=20)
+    )
+    results = {}
+    for name, check in checks(world).items():
+        start = time.perf_counter()
+        try:
+            check(world, folder) if check is checkpoints_cross_world_sizes else check(world)
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+        print(f"{name}: {time.perf_counter() - start:.1f} s {'FAILED' if results[name] else ''}")
+        with open(f"{folder}/results-{rank}.json", "w") as file:
+            json.dump(results, file)
+        if results[name]:
+            break  # the others may have got further
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks(world, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, world, str(tmp_path)), daemon=True) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + SECONDS
+    for rank in ranks:
+        rank.join(max(deadline - time.monotonic(), 0))
+    late = [i for i, rank in enumerate(ranks) if rank.is_alive()]
+    for rank in ranks:
+        rank.kill()
+    for i in range(world):
+        print(f"rank {i}:", (tmp_path / f"out-{i}").read_text(), sep="\n")
+        path = tmp_path / f"results-{i}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        missing = checks(world).keys() - results.keys()
+        assert not any(results.values()), "\n".join(f"rank {i}, {k}:\n{v}" for k, v in results.items() if v)
+        assert not missing, f"rank {i} did not finish {missing}; late: {late}"
