@@ -86,6 +86,13 @@ def rotate_quantize(
     codes and the scales to write to, from an earlier call with rows only."""
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
+    if right is not None and x.shape[1] % right.edge:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % right.edge))
+    if not _folds_on_the_way(scale, fold_rows, fold_columns):
+        x, left, right = rotate(x, left, right, torch.float32), None, None
+        x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
+        x = x if fold_columns is None else x * fold_columns
+        fold_rows = fold_columns = None
     if _needs_rotating_first(x, left, right, scale, fold_rows):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if scale == "row" and left is None and fold_rows is None and x.shape[1] <= LARGEST_ROW:
@@ -123,6 +130,12 @@ def quantize_pair(
         )
     assert codes is not None and codes_t is not None
     return codes, codes_t, row_scales, column_scales
+
+
+def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
+    """Whether the kernels know these folds: along rows where scales lie along columns, and the other way round, which is what
+    recipes ask for."""
+    return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
 
 
 def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
