@@ -6,6 +6,7 @@ Triton's own dispatch looks at every argument of every call, which takes longer 
 from typing import Any
 
 import torch
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -40,8 +41,18 @@ class Launch:
             self.kernel[self.grid](*tensors, *self.integers, **self.constants)
             return
         if self._run is None:
-            compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
+            compiled = self._compile(tensors, device)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
             self._rest = (*self.integers, *(self.constants[name] for name in names))
             self._run = compiled[self.grid]
         self._run(*tensors, *self._rest, stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+    def _compile(self, tensors: tuple, device: torch.device) -> Any:
+        """With as many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
+        stages = "STAGES" if "STAGES" in self.constants else "num_stages"
+        available = max_shared_mem(device.index)
+        while True:
+            compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
+            if compiled.metadata.shared <= available or self.constants.get(stages, 1) == 1:
+                return compiled
+            self.constants = self.constants | {stages: self.constants[stages] - 1}

@@ -36,7 +36,7 @@ def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> t
             h_a, h_b = h_a.t(), h_b.t()
         else:
             blocks = blocks * d
-        blocks = (h_a.t() @ (blocks.view(-1, b) @ h_b).view(-1, a, b)).view(-1, edge)
+        blocks = (h_a.t() @ (blocks.reshape(-1, b) @ h_b).view(-1, a, b)).reshape(-1, edge)
         blocks = blocks * d if inverse else blocks
     return blocks.mul_(edge**-0.5).view(x.shape)
 

@@ -86,8 +86,7 @@ def rotate_quantize(
     codes and the scales to write to, from an earlier call with rows only."""
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
-    if right is not None and x.shape[1] % right.edge:
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % right.edge))
+    x = _whole_blocks(x, right)
     if not _folds_on_the_way(scale, fold_rows, fold_columns):
         x, left, right = rotate(x, left, right, torch.float32), None, None
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
@@ -121,7 +120,7 @@ def quantize_pair(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row-scaled codes of Rᵀ_left x diag(fold_columns) and column-scaled transposed codes of diag(fold_rows) x, in two reads
     of x: (codes, codes_t, row scales, column scales)."""
-    if left is not None and left.edge > TILE:
+    if left is not None and not _fits_tiles(x, left, None):
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
     else:
@@ -130,6 +129,12 @@ def quantize_pair(
         )
     assert codes is not None and codes_t is not None
     return codes, codes_t, row_scales, column_scales
+
+
+def _whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
+    """x with columns of zeros up to whole blocks. Rows need none: kernels read zeros beyond the last."""
+    missing = reference.padded(x.shape[1], right) - x.shape[1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
@@ -145,8 +150,13 @@ def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
     if right is not None and left is None and scale == "row" and fold_rows is None and x.shape[1] <= LARGEST_ROW:
         pair = factors(right.edge)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    widest = max(r.edge for r in (left, right) if r is not None)
-    return widest > TILE or TILE % widest != 0 or scale == "column" or fold_rows is not None
+    return not _fits_tiles(x, left, right) or scale == "column" or fold_rows is not None
+
+
+def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
+    """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
+    whole = all(r is None or (r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
+    return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
 
 
 # Whole rows.
@@ -290,18 +300,20 @@ def transposed(codes: torch.Tensor) -> torch.Tensor:
     """The transpose of a row-major matrix of codes, in memory."""
     m, k = codes.shape
     out = codes.new_empty_strided((k, m), (_aligned(m), 1))
-    _plan_transpose(m, k, codes.stride(0), out.stride(0))(codes.view(torch.int8), out.view(torch.int8))
+    _plan_transpose(m, k, codes.stride(0), out.stride(0), codes.device)(codes.view(torch.int8), out.view(torch.int8))
     return out
 
 
 @lru_cache(maxsize=4096)
-def _plan_transpose(m: int, k: int, stride: int, stride_out: int) -> Launch:
+def _plan_transpose(m: int, k: int, stride: int, stride_out: int, device: torch.device) -> Launch:
+    """``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in its plan."""
     grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
     return Launch(kernels.transpose_codes, grid, (m, k, stride, stride_out), {"T": TILE, "num_warps": 4})
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
     """Rᵀ_left x R_right, zero-padded to whole blocks."""
+    x = _whole_blocks(x, right)
     shape = (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right))
     return _rotate(x, left, right, shape, dtype, inverse=False)
 
@@ -314,18 +326,17 @@ def unrotate(
 
 
 def _rotate(x, left, right, shape, dtype, inverse):
-    widest = max((r.edge for r in (left, right) if r is not None), default=0)
-    if widest > TILE or (widest and TILE % widest) or (inverse and right is not None and x.shape[1] != shape[1]):
+    if not _fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
         y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)
-    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), inverse)
+    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), dtype, inverse)
     launch(x, *(x if matrix is None else matrix for matrix in matrices), out)
     return out
 
 
 @lru_cache(maxsize=4096)
-def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], inverse: bool) -> tuple[Launch, tuple]:
+def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
     matrices = (
         block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
         block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,

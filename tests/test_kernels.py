@@ -1,0 +1,523 @@
+"""Every Triton kernel does what the reference says.
+
+Where there is no GPU the kernels run in Triton's interpreter. It must be chosen before Triton is imported, so there one test
+runs this module again, in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip("triton")
+from triton.runtime.interpreter import ReduceOps
+
+from halo_tensor.ops import library, reference
+from halo_tensor.ops import rotate_quantize as quantizer
+from halo_tensor.ops import scaled_mm as product
+from halo_tensor.ops.formats import code_dtype, to_bits
+from halo_tensor.ops.launch import Launch
+from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
+from tests.util import relative_error
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+FORMAT = st.sampled_from(list(FORMATS.values()))
+# On a GPU almost every example compiles a kernel. Neither place has the time for shrinking.
+examples = settings(max_examples=25 if GPU else 60, phases=[Phase.explicit, Phase.generate])
+
+runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="see test_in_the_interpreter")
+in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=str)
+
+
+def reduce_by_halves(self, tensors):
+    """The interpreter reduces element by element, a second for each launch. Whole halves at once is what a GPU does."""
+    (x,) = tensors
+    y = np.moveaxis(x.handle.data, self.axis, 0)
+    while len(y) > 1:
+        half = len(y) // 2
+        y = self.combine_fn.fn(self.to_tensor(y[:half], x.dtype), self.to_tensor(y[half:], x.dtype)).handle.data
+    return [self.to_tensor(y[0], x.dtype)]
+
+
+if INTERPRETED:
+    ReduceOps.generic_reduce = reduce_by_halves
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert run.returncode == 0 and passed and int(passed[1]) > 40, run.stdout[-10000:] + run.stderr[-2000:]
+
+
+# What is compared, and how.
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "strided": lambda x: torch.stack([x, torch.full_like(x, 99)], dim=2)[:, :, 0],
+    "misaligned": lambda x: nn.functional.pad(x, (1, 0), value=99)[:, 1:],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+def matrix(rows, columns, dtype=torch.float32, layout="contiguous", integers=False):
+    """``integers``: small ones, of which every sum is exact in any order."""
+    x = torch.randint(-8, 9, (rows, columns)) if integers else torch.randn(rows, columns)
+    if rows > 2:
+        x[2] = 0
+    return LAYOUTS[layout](x.to(DEVICE, dtype))
+
+
+def ordinals(codes, format):
+    """The codes numbered in order of their values, NaN apart."""
+    if format.uniform:
+        return codes.int()
+    bits = to_bits(codes, format).int()
+    top = 1 << (format.bits - 1)
+    return torch.where(bits >= top, top - bits, bits)
+
+
+def assert_same_codes(codes, expected, format, exact):
+    """``exact``: the arithmetic has one answer. Otherwise a sum may end on the other side of a boundary between two codes,
+    which one of ten thousand may."""
+    assert codes.dtype == expected.dtype == code_dtype(format) and codes.shape == expected.shape
+    nan = expected.float().isnan()
+    if GPU or codes.dtype != torch.float8_e4m3fn:  # Triton's interpreter makes 384 of NaN
+        assert torch.equal(codes.float().isnan(), nan)
+    steps = (ordinals(codes, format) - ordinals(expected, format)).abs().masked_fill(nan, 0)
+    if exact or codes.numel() == 0:
+        assert not steps.any(), f"{steps.count_nonzero()} of {steps.numel()} codes differ"
+    else:
+        assert steps.max() <= 1 and steps.count_nonzero() <= 1 + 1e-4 * steps.numel()
+
+
+def assert_same_scales(scales, expected, exact=False, rtol=1e-6):
+    assert scales.dtype == torch.float32
+    torch.testing.assert_close(scales, expected, rtol=0 if exact else rtol, atol=0, equal_nan=True)
+
+
+def assert_same_bytes(codes, expected):
+    assert codes.dtype == expected.dtype and torch.equal(codes.view(torch.int8), expected.view(torch.int8))
+
+
+def assert_layout(codes):
+    """Rows that begin at multiples of 16 bytes, for TMA."""
+    assert codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
+def check(
+    x, left, right, format, scale, fold_rows=None, fold_columns=None, rows=True, columns=True, exact=False, rtol=1e-6,
+    quantize=quantizer.rotate_quantize,
+):  # fmt: skip
+    """rotate_quantize of ``x``, in the layouts asked for, against the reference."""
+    folds = {"fold_rows": fold_rows, "fold_columns": fold_columns}
+    codes, codes_t, scales = quantize(x, left, right, format, scale, **folds, rows=rows, columns=columns)
+    expected, expected_scales = reference.rotate_quantize(x.contiguous(), left, right, format, scale, **folds)
+    assert (codes is not None, codes_t is not None) == (rows, columns)
+    if codes is not None:
+        assert_layout(codes)
+        assert_same_codes(codes, expected, format, exact)
+    if codes_t is not None:
+        assert_layout(codes_t)
+        assert_same_codes(codes_t.t(), expected, format, exact)
+    if rows and columns:
+        assert_same_bytes(codes_t.t(), codes)
+    assert_same_scales(scales, expected_scales, exact, rtol)
+
+
+# Quantisation.
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 3, 5, 18]),
+    size=st.sampled_from(
+        [(1, None), (37, None), (200, None), (64, 16), (48, 16), (192, 64), (384, 128), (256, 256), (768, 256), (576, 576)]
+    ),
+    seed=st.sampled_from([None, 0, 7]),
+    format=FORMAT,
+    fold=st.booleans(),
+    layouts=st.sampled_from([(True, False), (False, True), (True, True)]),
+    dtype=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+    integers=st.booleans(),
+)
+@examples
+def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integers):
+    k, block = size
+    right = Rotation(block, seed) if block else None
+    x = matrix(m, k, dtype, layout, integers)
+    fold_columns = torch.rand(k, device=DEVICE) + 0.5 if fold else None
+    # A GPU keeps 16 bits of the sums over a full width.
+    rtol = 1e-5 if GPU and block == 576 else 1e-6
+    check(x, None, right, format, "row", None, fold_columns, *layouts, exact=right is None or integers, rtol=rtol)
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 37, 130]),
+    size=st.sampled_from([(1, None), (37, None), (200, None), (64, 16), (192, 64), (256, 128), (256, 256)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(32), Rotation(128)]),
+    scale=st.sampled_from(["row", "column", "tensor", "unit"]),
+    format=FORMAT,
+    fold=st.booleans(),
+    layouts=st.sampled_from([(True, False), (False, True), (True, True)]),
+    dtype=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+    integers=st.booleans(),
+)
+@examples
+def test_tiles(m, size, left, scale, format, fold, layouts, dtype, layout, integers):
+    k, block = size
+    right = Rotation(block, 5) if block else None
+    rotations = (left is not None) + (right is not None)
+    assume(rotations == 0 or (min(m, k) > 1 and layout != "expanded"))  # a sum that cancels, its own scale, is noise
+    integers = integers and rotations < 2  # two rotations are scaled in different order, which ends ties differently
+    x = matrix(m, k, dtype, layout, integers)
+    fold_rows = fold_columns = None
+    if fold and scale == "column":
+        fold_rows = torch.rand(reference.padded(m, left), device=DEVICE) + 0.5
+    elif fold and (scale == "row" or layouts == (True, False)):
+        fold_columns = torch.rand(k, device=DEVICE) + 0.5
+    check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=rotations == 0 or integers)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("scale", "folded", "layouts"),
+    [
+        ("row", "rows", (True, False)),
+        ("column", "columns", (False, True)),
+        ("tensor", "rows", (False, True)),
+        ("tensor", "rows", (True, False)),
+        ("tensor", "columns", (False, True)),
+        ("unit", "rows", (True, False)),
+        ("unit", "columns", (False, True)),
+    ],
+)
+def test_every_fold_reaches_every_layout(scale, folded, layouts):
+    x, fold = matrix(40, 40), torch.rand(40, device=DEVICE) + 2
+    folds = (fold, None) if folded == "rows" else (None, fold)
+    check(x, None, None, INT8, scale, *folds, *layouts, exact=True)
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 37, 150]),
+    k=st.sampled_from([1, 48, 200]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256)]),
+    format=FORMAT,
+    folds=st.booleans(),
+    dtype=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+@examples
+def test_pair(m, k, left, format, folds, dtype, layout):
+    assume(left is None or (k > 1 and layout != "expanded"))  # as above
+    x = matrix(m, k, dtype, layout)
+    fold_columns, fold_rows = (torch.rand(n, device=DEVICE) + 0.5 if folds else None for n in (k, m))
+    codes, codes_t, row_scales, column_scales = quantizer.quantize_pair(x, left, format, fold_columns, fold_rows)
+    expected, expected_scales = reference.rotate_quantize(x, left, None, format, "row", None, fold_columns)
+    assert_layout(codes)
+    assert_same_codes(codes, expected, format, exact=left is None)
+    assert_same_scales(row_scales, expected_scales, exact=left is None)
+    expected, expected_scales = reference.rotate_quantize(x, None, None, format, "column", fold_rows, None)
+    assert_layout(codes_t)
+    assert_same_codes(codes_t.t(), expected, format, exact=True)
+    assert_same_scales(column_scales, expected_scales, exact=True)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("left", "right", "scale"),
+    [(None, Rotation(64), "row"), (None, Rotation(256), "row"), (Rotation(32), None, "row"), (None, Rotation(64), "tensor")],
+    ids=str,
+)
+def test_into(left, right, scale):
+    """A matrix like an earlier one is quantised to where that one's codes are."""
+    earlier, later = matrix(37, 256), matrix(37, 256)
+    codes, _, scales = quantizer.rotate_quantize(earlier, left, right, FP8_E4M3, scale, None, None, True, False)
+    expected, _, expected_scales = quantizer.rotate_quantize(later, left, right, FP8_E4M3, scale, None, None, True, False)
+    assert not torch.equal(codes.view(torch.int8), expected.view(torch.int8))
+    quantizer.rotate_quantize(later, left, right, FP8_E4M3, scale, None, None, True, False, (codes, scales))
+    assert_same_bytes(codes, expected)
+    assert torch.equal(scales, expected_scales)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@in_every_format
+def test_nan_and_inf_show_in_the_result(format, bad):
+    """Where codes · scale is not finite; what the codes are there is of no concern. Other rows are as if nothing happened."""
+
+    def shown(codes, scales):
+        return ~(codes.float() * scales).isfinite()
+
+    x = matrix(5, 64)
+    x[3, 7] = bad
+    in_row, in_column = (torch.zeros(5, 64, dtype=torch.bool, device=DEVICE) for _ in range(2))
+    in_row[3], in_column[:, 7] = True, True
+    good = [0, 1, 2, 4]
+    for right in (None, Rotation(16), Rotation(64)):
+        codes, _, scales = quantizer.rotate_quantize(x, None, right, format, "row", None, None, True, False)
+        assert torch.equal(shown(codes, scales[:, None]), in_row)
+        expected, expected_scales = reference.rotate_quantize(x[good], None, right, format, "row")
+        assert_same_codes(codes[good], expected, format, exact=right is None)
+        assert_same_scales(scales[good], expected_scales)
+        codes, _, scales = quantizer.rotate_quantize(x, None, right, format, "tensor", None, None, True, False)
+        assert shown(codes, scales).all()
+    codes, _, scales = quantizer.rotate_quantize(x, None, None, format, "column", None, None, True, False)
+    assert torch.equal(shown(codes, scales), in_column)
+    codes, codes_t, row_scales, column_scales = quantizer.quantize_pair(x, None, format, None, None)
+    assert torch.equal(shown(codes, row_scales[:, None]), in_row)
+    assert torch.equal(shown(codes_t.t(), column_scales), in_column)
+    codes, _, scales = quantizer.rotate_quantize(x, Rotation(16), None, format, "row", None, None, True, False)
+    assert shown(codes, scales[:, None]).all(), "every row of its block"
+    if not format.uniform:  # a bare cast to integers hides it: they have neither NaN nor a scale
+        check(x, None, None, format, "unit")
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
+def test_nothing_is_quantised(scale):
+    x = torch.empty(0, 64, device=DEVICE)
+    codes, codes_t, scales = quantizer.rotate_quantize(x, None, None, INT8, scale, None, None, True, True)
+    expected, expected_scales = reference.rotate_quantize(x, None, None, INT8, scale)
+    assert codes.shape == codes_t.t().shape == expected.shape and scales.shape == expected_scales.shape
+    assert scales.isfinite().all() and (scales > 0).all()
+
+
+# Rotation and transposition.
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([0, 1, 37, 150]),
+    size=st.sampled_from([(37, None), (48, 16), (192, 64), (256, 128), (512, 256), (576, 576)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256)]),
+    dtype=DTYPES,
+    out=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+@examples
+def test_rotate_and_unrotate(m, size, left, dtype, out, layout):
+    k, block = size
+    right = Rotation(block, 5) if block else None
+    assume(m > 0 or layout == "contiguous")
+    assume(block != 576 or layout != "transposed")  # see test_full_width_of_a_transposed_matrix
+    tolerance = {"rtol": torch.finfo(out).eps + 4e-6, "atol": 4e-6}
+    x = matrix(m, k, dtype, layout)
+    y = quantizer.rotate(x, left, right, out)
+    torch.testing.assert_close(y, reference.rotate(x, left, right).to(out), **tolerance)
+    back = quantizer.unrotate(y, left, right, (m, k), out)
+    torch.testing.assert_close(back, reference.unrotate(y, left, right, (m, k)).to(out), **tolerance)
+    assert y.is_contiguous() and back.is_contiguous()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 200), (130, 300), (0, 5)])
+def test_transposed(shape, dtype):
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE).view(dtype)
+    assert_layout(quantizer.transposed(codes))
+    assert_same_bytes(quantizer.transposed(codes), codes.t())
+    assert_same_bytes(quantizer.transposed(codes[:, 1:]), codes[:, 1:].t())
+
+
+@runs_kernels
+def test_widths_are_padded_to_whole_blocks():
+    x, right = matrix(37, 100), Rotation(16)
+    torch.testing.assert_close(quantizer.rotate(x, None, right, torch.float32), reference.rotate(x, None, right))
+    for scale in ("row", "tensor"):
+        check(x, None, right, INT8, scale)
+
+
+@runs_kernels
+def test_full_width_of_a_transposed_matrix():
+    x, rotation = matrix(37, 576, layout="transposed"), Rotation(576)
+    expected = reference.rotate(x.contiguous(), None, rotation)
+    torch.testing.assert_close(quantizer.rotate(x, None, rotation, torch.float32), expected)
+
+
+# Products.
+
+
+def codes_of(shape, format, layout="contiguous"):
+    if format is INT8:
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
+    else:
+        codes, _ = reference.rotate_quantize(torch.randn(shape, device=DEVICE), None, None, format, "tensor")
+    return LAYOUTS[layout](codes.view(torch.int8)).view(codes.dtype)
+
+
+def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, right=None, shape=None):
+    y = a.double() @ b_t.double().t()
+    for scale, dim in ((a_scale, 1), (b_scale, 0)):
+        if scale is not None:
+            y = y * (scale.double().unsqueeze(dim) if scale.ndim else scale.double())
+    y = reference.unrotate(y, left, right, shape).double() if left or right else y
+    return y if bias is None else y + bias.double()
+
+
+#: Root mean square of the relative error of rounding to a dtype.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}
+
+
+@runs_kernels
+@given(
+    size=st.sampled_from([(1, 16, 1), (37, 48, 100), (70, 192, 200), (200, 576, 144), (300, 512, 64)]),
+    formats=st.sampled_from(
+        [(INT8, INT8), (FP8_E4M3, FP8_E4M3), (FP8_E5M2, FP8_E4M3), (FP6_E2M3, FP6_E2M3), (FP6_E3M2, FP6_E3M2)]
+    ),
+    left=st.sampled_from([None, None, Rotation(32, 5), Rotation(256)]),
+    right=st.sampled_from([None, 16, 64, 128, 256]),
+    scales=st.tuples(*[st.sampled_from([None, "one", "vector"])] * 2),
+    biased=st.booleans(),
+    dtype=DTYPES,
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "misaligned", "transposed"])] * 2),
+)
+@examples
+def test_scaled_mm(size, formats, left, right, scales, biased, dtype, layouts):
+    m, n, k = size
+    right = Rotation(right, 7) if right else None
+    rows, columns = reference.padded(m, left), reference.padded(n, right)
+    assume(dtype != torch.float16 or None not in scales)  # sums of codes are too large for it
+    assume(k > 1 or left is None)  # one product for a row may cancel
+    a, b_t = (codes_of((r, k), f, layout) for r, f, layout in zip((rows, columns), formats, layouts, strict=True))
+    a_scale, b_scale = (
+        None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / format.max
+        for kind, length, format in zip(scales, (rows, columns), formats, strict=True)
+    )
+    bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None
+    y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (m, n), dtype)
+    assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
+    error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, left, right, (m, n)))
+    # Up to three roundings to the result's dtype. Triton's interpreter truncates to bf16, which errs twice as much; a GPU
+    # rounds to bf16 before it undoes a rotation in the epilogue, and keeps about 14 bits of fp8 sums.
+    least, most = ROUNDING[dtype], 3 * ROUNDING[dtype] ** 2
+    if GPU:
+        most += 1.66e-3**2 * ((left is not None) + (right is not None)) + (2e-3**2 if a.dtype != torch.int8 else 0)
+    elif dtype == torch.bfloat16:
+        most *= 4
+    few = y.numel() < 1000  # a matter of chance
+    assert error < (3 if few else 1.2) * most**0.5 + 1e-6
+    assert error >= 0.8 * least or few
+
+
+@runs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (37, 48, 100), (130, 300, 261), (300, 520, 256)])
+def test_integer_products_are_exact(size, layout):
+    m, n, k = size
+    a, b_t = codes_of((m, k), INT8, layout), codes_of((n, k), INT8, layout)
+    y = product.scaled_mm(a, b_t, None, None, None, None, None, (m, n), torch.float32)
+    assert torch.equal(y.double(), exact_product(a, b_t))
+    scale, bias = torch.tensor(0.5, device=DEVICE), torch.arange(n, device=DEVICE, dtype=torch.float32)
+    y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32)
+    assert torch.equal(y.double(), exact_product(a, b_t) / 4 + bias)
+
+
+@runs_kernels
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [(0, 16, 64), (5, 0, 64), (5, 16, 0)])
+def test_nothing_is_multiplied(size, biased):
+    m, n, k = size
+    a, b_t = codes_of((m, k), INT8), codes_of((n, k), INT8)
+    bias = torch.randn(n, device=DEVICE) if biased else None
+    y = product.scaled_mm(a, b_t, None, None, bias, None, None, (m, n), torch.float32)
+    assert torch.equal(y, bias.expand(m, n) if biased else torch.zeros(m, n, device=DEVICE))
+
+
+# Sizes that only a GPU has the time for, through the public ops.
+
+
+@pytest.mark.gpu
+@runs_kernels
+@in_every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((1000, 4096), 128), ((513, 14336), 128), ((513, 14336), 14336), ((200, 18944), 18944)]
+)
+def test_real_rows(shape, block, dtype, format):
+    x = matrix(*shape, dtype)
+    check(x, None, Rotation(block), format, "row", rtol=1e-5 if block > 128 else 1e-6, quantize=library.rotate_quantize)
+
+
+@pytest.mark.gpu
+@runs_kernels
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+@pytest.mark.parametrize("size", [(1000, 1024, 4096), (4096, 4096, 1024), (16, 4096, 4096), (8192, 4096, 1000)])
+def test_real_products(size, format):
+    m, n, k = size
+    a, b_t = codes_of((m, k), format), codes_of((n, k), format)
+    a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
+    exact = exact_product(a, b_t, a_scale, b_scale)
+    for left, right in ((None, None), (None, Rotation(128)), (Rotation(128), Rotation(64)), (Rotation(16), None)):
+        if left is not None and m % left.edge:
+            continue
+        expected = reference.unrotate(exact, left, right, (m, n))
+        for dtype in (torch.float32, torch.bfloat16):
+            y = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype)
+            error = relative_error(y, expected)
+            assert error < 5e-3
+            if format is INT8 and dtype == torch.float32 and left is right is None:
+                assert error < 1e-6
+
+
+# That these tests can fail.
+
+
+@runs_kernels
+def test_the_kernels_are_what_is_tested(monkeypatch):
+    launched = set()
+    call = Launch.__call__
+    monkeypatch.setattr(
+        Launch, "__call__", lambda self, *tensors: launched.add(self.kernel.fn.__name__) or call(self, *tensors)
+    )
+    check(matrix(3, 64), None, Rotation(64), INT8, "row")
+    check(matrix(3, 64), None, None, INT8, "column")
+    quantizer.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
+    product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
+    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
+    assert launched == set(expected.split())
+
+
+@in_every_format
+def test_one_wrong_code_is_seen(format):
+    codes, scales = reference.rotate_quantize(torch.randn(10, 1000), None, None, format, "row")
+    number = ordinals(codes, format)
+    values, counts = number.unique(return_counts=True)
+    follows = values.diff() == 1
+    low = values[:-1][follows][counts[:-1][follows].argmax()]  # a common code, of which the next one up occurs as well
+
+    def changed(at, to):
+        """The codes with those numbered ``low`` at ``at`` replaced by a code of another number."""
+        other = codes.view(torch.int8).clone()
+        other.view(-1)[at] = other[number == to][0]
+        return other.view(codes.dtype)
+
+    at = (number.flatten() == low).nonzero().flatten()
+    assert_same_codes(codes, codes, format, exact=True)
+    assert_same_codes(changed(at[0], low + 1), codes, format, exact=False)
+    with pytest.raises(AssertionError, match="1 of 10000 codes differ"):
+        assert_same_codes(changed(at[0], low + 1), codes, format, exact=True)
+    with pytest.raises(AssertionError):
+        assert_same_codes(changed(at[0], values[0]), codes, format, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_codes(changed(at[:3], low + 1), codes, format, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_scales(scales * (1 + 3e-6), scales)
