@@ -90,6 +90,8 @@ def _operand(recipe: Recipe, product: str, dims: tuple[str, str]) -> Operand:
 
 
 def _is_shared(owner: torch.Tensor) -> bool:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
+        return False
     plain = type(owner) in (torch.Tensor, torch.nn.Parameter) and not owner.is_inference()
     return plain and not torch._C._len_torch_dispatch_stack()
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor.linear import _shared_operands
 from halo_tensor.ops.hadamard import hadamard, signs
 from halo_tensor.recipe import FORMATS, INT8, RECIPES, Operand, Product, Recipe, Rotation
 from halo_tensor.weight import convert_weight
@@ -235,6 +236,18 @@ def test_what_is_shared_is_not_stale():
     torch.testing.assert_close(layer(x), 16 * first)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x.clone()), 16 * first)
+
+
+def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):
+    """Not the codes of a warm-up, which a replay would never renew."""
+    layer = converted(nn.Linear(128, 128), halo_config(1, "int8"))
+    x = torch.randn(16, 128)
+    layer(x)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _shared_operands(x) == {}
+    monkeypatch.undo()
+    assert _shared_operands(x)
 
 
 def test_a_weight_written_between_forward_and_backward_is_an_error():
