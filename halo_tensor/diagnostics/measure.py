@@ -148,32 +148,30 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def swapped(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """``weights`` in the place of those of the linear layers named so; the very parameters are put back."""
-    layers = {name: model.get_submodule(name) for name in weights}
-    kept = {name: layer._parameters["weight"] for name, layer in layers.items()}
+def swapped(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """``parameters``, by their qualified names, in the place of the model's; the very same ones are put back."""
+    holders = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in parameters}
+    kept = {name: holder[name.rpartition(".")[2]] for name, holder in holders.items()}
     try:
-        for name, layer in layers.items():
-            layer._parameters["weight"] = weights[name]
+        for name, holder in holders.items():
+            holder[name.rpartition(".")[2]] = parameters[name]
         yield
     finally:
-        for name, layer in layers.items():
-            layer._parameters["weight"] = kept[name]
+        for name, holder in holders.items():
+            holder[name.rpartition(".")[2]] = kept[name]
 
 
-def dense_weights(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    """New high-precision parameters for the layers of ``names`` and all that are converted, sharing memory with the old ones,
-    so that neither hooks on the latter nor their ``.grad`` see what happens. Tied layers stay tied."""
+def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """New parameters in the place of all of the model's, by qualified name: dense, sharing memory with the old ones. Neither
+    these, nor hooks on them, nor their ``.grad`` then see what happens. Tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (name in names or isinstance(module.weight, HaloWeight)):
-            w = module.weight
-            if id(w) not in made:
-                dense = w.dequantize() if isinstance(w, HaloWeight) else w
-                made[id(w)] = nn.Parameter(dense.detach(), w.requires_grad)
-            weights[name] = made[id(w)]
-    return weights
+    parameters = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if type(p) is nn.Parameter or isinstance(p, HaloWeight):
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter((p.dequantize() if isinstance(p, HaloWeight) else p).detach(), p.requires_grad)
+            parameters[name] = made[id(p)]
+    return parameters
 
 
 def converted(weight: nn.Parameter, recipe: Recipe) -> nn.Parameter:
@@ -209,7 +207,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tenso
 
 
 def gradients(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The gradient of each parameter that has one, in float32: at most 65536 elements of each, the same random ones in every
+    """The gradient of each parameter that gets one, in float32: at most 65536 elements of each, the same random ones in every
     call, times √(elements/65536), so that sums of squares are those of the whole gradient's. No ``.grad`` is written."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     samples = {}

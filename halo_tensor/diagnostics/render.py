@@ -40,8 +40,9 @@ def notes(report: Report) -> str:
     return (
         f"Gradient cosine: of {report.gradient_of}, with all layers converted, against the model as it is. SQNR: of each "
         f"product of a layer alone, from {report.sampled} of its tokens, in dB (20 dB: an error of 10 %). Kurtosis: 3 for a "
-        "Gaussian; rotated: X and W along in_features, E along tokens. Speed is a model, not a measurement: these layers only, "
-        f"{report.step_tokens} tokens a step, launches free, at the rates of an {report.ceilings.name} ({report.ceilings.source})."
+        "Gaussian; rotated: X and W along in_features, E along tokens. Speed is a model, not a measurement: these layers "
+        f"only, {report.step_tokens} tokens a step, launches free, at the rates of an {report.ceilings.name} "
+        f"({report.ceilings.source})."
     )
 
 

@@ -78,36 +78,38 @@ def report(
     names = [name for name, _ in model.named_modules() if any(name in names for names in accepted.values())]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
 
-    with measure.untouched(model), measure.swapped(model, dense := measure.dense_weights(model, names)):
-        compared = {name: dense[name] for name in names if dense[name].requires_grad}
-        gradient_of = "the converted weights"
-        if not compared:
-            compared = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradient_of = "all trainable parameters (no converted weight is trained)"
+    dense = measure.dense_parameters(model)
+    weights = {name: dense[f"{name}.weight".lstrip(".")] for name in names}
+    trained = {name: p for name, p in dense.items() if p.requires_grad}
+    compared = {f"{name}.weight".lstrip(".") for name in names} & trained.keys()
+    gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
+    compared = compared or set(trained)
+
+    with measure.untouched(model), measure.swapped(model, dense):
         with measure.captured(layers, tokens) as operands:
             loss = measure.loss_of(model, batch, loss_fn)
             if not loss.isfinite():
                 raise ValueError(f"the loss is {loss.item()}: halo_tensor.find_nonfinite(model) names where that begins")
-            exact = measure.gradients(loss, compared)
+            exact = measure.gradients(loss, trained)  # of all, so that backward comes to every layer that training's does
         if not operands:
             raise ValueError("the batch reaches none of the eligible layers")
+        exact = {name: gradient for name, gradient in exact.items() if name in compared}
 
         def whole(name: str, config: LinearConfig | None, recipes: dict[str, Recipe]) -> CandidateReport:
-            weights = {layer: measure.converted(dense[layer], recipe) for layer, recipe in recipes.items()}
-            trained = {key: weights.get(key, parameter) for key, parameter in compared.items()}
-            with measure.swapped(model, weights):
+            swap = {f"{x}.weight".lstrip("."): measure.converted(weights[x], recipe) for x, recipe in recipes.items()}
+            with measure.swapped(model, swap):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
-                found = measure.gradients(quantized_loss, trained)
+                found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
             return CandidateReport(name, config, _cosine(found, exact), (quantized_loss - loss).item(), 1.0)
 
         rotation = _rotation(configs)
-        reached = [_layer(name, layers[name], operands, dense[name], rotation) for name in names if name in operands]
+        reached = [_layer(name, layers[name], operands, weights[name], rotation) for name in names if name in operands]
         total = max(own.tokens for own in operands.values())
         for layer in reached:
             recipes = {name: config.recipe for name, config in configs.items() if layer.name in accepted[name]}
-            _measure_layer(layer, operands[layer.name], dense[layer.name], recipes)
+            _measure_layer(layer, operands[layer.name], weights[layer.name], recipes)
             share = 1.0 if step_tokens is None else step_tokens / total
-            _model_time(layer, recipes, round(layer.tokens * share), dense[layer.name].requires_grad, ceilings)
+            _model_time(layer, recipes, round(layer.tokens * share), weights[layer.name].requires_grad, ceilings)
         measured = [whole(name, c, dict.fromkeys(accepted[name], c.recipe)) for name, c in configs.items()]
         for candidate in measured:
             candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
@@ -149,7 +151,7 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], Candid
         tried = f"{best.name}{' with exceptions' if found.exceptions else ''}"
         found.verdict = (
             f"none of the candidates is faithful: the best, {tried}, has a gradient cosine of {found.result.cosine:.4f}, "
-            f"below {found.min_cosine:g}. Keep high precision, or lower min_cosine"
+            f"below {found.min_cosine}. Keep high precision, or lower min_cosine"
         )
         found.recommended = found.result = None
         for layer in found.layers:
@@ -157,7 +159,7 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], Candid
         return
     speed = found.result.speed
     found.verdict = (
-        f"{best.name}: gradient cosine {found.result.cosine:.4f} (at least {found.min_cosine:g} wanted), modelled at "
+        f"{best.name}: gradient cosine {found.result.cosine:.4f} (at least {found.min_cosine} wanted), modelled at "
         f"{speed:.2f}× bf16's speed on an {found.ceilings.name}"
         + ("" if speed > 1 else ", so at these shapes it saves memory, and no time")
     )
