@@ -78,25 +78,26 @@ def report(
     names = [name for name, _ in model.named_modules() if any(name in names for names in accepted.values())]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
 
-    dense = measure.dense_parameters(model)
-    weights = {name: dense[f"{name}.weight".lstrip(".")] for name in names}
-    trained = {name: p for name, p in dense.items() if p.requires_grad}
-    compared = {f"{name}.weight".lstrip(".") for name in names} & trained.keys()
-    gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
-    compared = compared or set(trained)
-
-    with measure.untouched(model), measure.swapped(model, dense):
+    with measure.untouched(model), measure.swapped(model, dense := measure.dense_parameters(model)):
+        weights = {name: dense[_weight(name)] for name in names}
+        trained = {name: p for name, p in dense.items() if p.requires_grad}
+        compared = {_weight(name) for name in names} & trained.keys()
+        gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
         with measure.captured(layers, tokens) as operands:
             loss = measure.loss_of(model, batch, loss_fn)
-            if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()}: halo_tensor.find_nonfinite(model) names where that begins")
             exact = measure.gradients(loss, trained)  # of all, so that backward comes to every layer that training's does
+            if not all(t.isfinite().all() for t in (loss, *exact.values())):
+                raise ValueError(
+                    f"the loss is {loss.item()}, or a gradient is not finite: halo_tensor.find_nonfinite(model) names where "
+                    "that begins"
+                )
         if not operands:
             raise ValueError("the batch reaches none of the eligible layers")
-        exact = {name: gradient for name, gradient in exact.items() if name in compared}
+        exact = {name: gradient for name, gradient in exact.items() if name in (compared or trained)}
 
         def whole(name: str, config: LinearConfig | None, recipes: dict[str, Recipe]) -> CandidateReport:
-            swap = {f"{x}.weight".lstrip("."): measure.converted(weights[x], recipe) for x, recipe in recipes.items()}
+            made = {(weights[x], recipe): measure.converted(weights[x], recipe) for x, recipe in recipes.items()}
+            swap = {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}  # tied weights stay tied
             with measure.swapped(model, swap):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
                 found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
@@ -147,11 +148,11 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], Candid
     if found.exceptions:
         found.result = measure_mixture({x.name: x.recommended for x in found.layers if x.recommended != HIGH_PRECISION})
         found.result.speed = _speed(found.layers, {x.name: x.recommended for x in found.layers})
-    if not found.result.cosine >= found.min_cosine:
-        tried = f"{best.name}{' with exceptions' if found.exceptions else ''}"
+    if not found.result.cosine >= found.min_cosine or all(x.recommended == HIGH_PRECISION for x in found.layers):
         found.verdict = (
-            f"none of the candidates is faithful: the best, {tried}, has a gradient cosine of {found.result.cosine:.4f}, "
-            f"below {found.min_cosine}. Keep high precision, or lower min_cosine"
+            f"none of the candidates is faithful: the best, {best.name}, has a gradient cosine of {best.cosine:.4f} where "
+            f"{found.min_cosine} is wanted, and a product below {found.min_sqnr:g} dB in {len(found.exceptions)} of "
+            f"{len(found.layers)} layers. Keep high precision, or lower min_cosine and min_sqnr"
         )
         found.recommended = found.result = None
         for layer in found.layers:
@@ -172,6 +173,10 @@ def _fastest(faithful: list[CandidateReport]) -> CandidateReport:
         if other.speed > (1 - SPEED_MARGIN) * by_speed[0].speed and 1 - other.cosine <= (1 - best.cosine) / 2:
             best = other
     return best
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
 
 
 def _candidates(given, model: nn.Module) -> dict[str, LinearConfig]:
