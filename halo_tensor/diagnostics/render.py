@@ -18,7 +18,7 @@ OPERANDS = ("X", "W", "E")
 def summary(report: Report) -> str:
     """The recommendation, the candidates, and the layers by kind, as Markdown."""
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
-    parts = [headline(report), f"**{_sentence(report.verdict)}**", *_exceptions(report), _table(*candidate_rows(report))]
+    parts = [headline(report), f"**{sentence(report.verdict)}**", *_exceptions(report), _table(*candidate_rows(report))]
     parts += [f"Layers by kind: the median, and in brackets the worst, under {shown}.", _table(*kind_rows(report, shown))]
     return "\n\n".join([*parts, notes(report)])
 
@@ -73,8 +73,7 @@ def kind_rows(report: Report, candidate: str) -> tuple[list[str], list[list[str]
     ]
     kinds: dict[tuple, list[LayerReport]] = {}
     for layer in report.layers:
-        kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name) or "the model"
-        kinds.setdefault((kind, layer.in_features, layer.out_features), []).append(layer)
+        kinds.setdefault((kind_of(layer.name), layer.in_features, layer.out_features), []).append(layer)
     rows = []
     for (kind, n_in, n_out), layers in kinds.items():
         row = [f"{kind} ({len(layers)})", f"{n_in}→{n_out}"]
@@ -89,6 +88,11 @@ def kind_rows(report: Report, candidate: str) -> tuple[list[str], list[list[str]
         speeds = [layer.speed(candidate) for layer in layers]
         rows.append([*row, f"{median(speeds):.2f}×"])
     return header, rows
+
+
+def kind_of(name: str) -> str:
+    """A layer's name without its numbers: layers.3.mlp.up -> layers.*.mlp.up."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "the model"
 
 
 def layer_rows(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -121,7 +125,7 @@ def _spread(values: list[float], worst) -> str:
     return f"{median(values):.3g} ({worst(values):.3g})"
 
 
-def _sentence(verdict: str) -> str:
+def sentence(verdict: str) -> str:
     return f"Recommended: {verdict}." if not verdict.startswith("none") else f"{verdict[0].upper()}{verdict[1:]}."
 
 
@@ -167,7 +171,7 @@ def html(report: Report) -> str:
 <title>halo_tensor report: {escape(report.model)}</title>
 <style>{_STYLE}</style></head><body>
 <h1>{escape(report.model)}</h1><p>{escape(headline(report))}</p>
-<p class="verdict{"" if report.recommended else " none"}">{escape(_sentence(report.verdict))}</p>
+<p class="verdict{"" if report.recommended else " none"}">{escape(sentence(report.verdict))}</p>
 {f"<p>Except, for a product below {report.min_sqnr:g} dB:</p><ul>{exceptions}</ul>" if exceptions else ""}{code}
 <h2>Candidates</h2>{_html_table(*candidate_rows(report), chosen=report.recommended)}
 <h2>Layers by kind: the median, and in brackets the worst, under {escape(shown)}</h2>{_html_table(*kind_rows(report, shown))}

@@ -62,8 +62,9 @@ def report(
         min_cosine: of the whole gradient; 0.97 is a relative error of 24 %, about what lies between the exact gradients of two
             batches of a thousand tokens.
         min_sqnr: of each product of a layer, in dB; 20 is a relative error of 10 %.
-        tokens: rows of X and E, evenly spaced, that each layer's own products are measured with. With 128, SQNRs of
-            SmolLM2's products are within TODO dB of those with all rows (grad_weight contracts the sampled rows only).
+        tokens: rows of X and E, evenly spaced, that each layer's own products are measured with. Of SmolLM2's 210 layers, 128
+            rows give SQNRs that differ from those of all 512 by 0.06 dB in output and 0.2 in grad_input (int8 HALO-1;
+            medians). Of grad_weight, which contracts the sampled rows only, they are 1.8 dB higher: pass more for its sake.
         step_tokens: in a training step, for the model of time, if the batch is only a sample of one.
         ceilings: of the GPU to model.
 
