@@ -208,6 +208,13 @@ def test_no_candidate_is_recommended_below_the_threshold():
     assert damaged.recommended is None and "in 3 of 3 layers" in damaged.verdict
 
 
+def test_high_precision_can_compete_in_speed():
+    model, data, bf16 = Model(1), batch(), halo_config(dtype="bf16")
+    found = report(model, data, candidates=INT8_HALO | {"bf16": bf16})
+    assert (found.recommended, found.config) == ("bf16", bf16)  # nothing pays in layers as narrow as these
+    assert found.candidates[-1] == CandidateReport("bf16", bf16, pytest.approx(1.0), 0.0, 1.0)
+
+
 def test_layers_that_a_recipe_damages_are_exceptions():
     model = Model()
     add_outliers(model.blocks[1:], factor=1000)
@@ -373,6 +380,8 @@ def test_errors_say_what_to_do():
         report(model, data, filter_fn=lambda m, name: False)
     with pytest.raises(ValueError, match="no candidate"):
         report(model, data, candidates={})
+    with pytest.raises(TypeError, match="a candidate is a config of halo_config"):
+        report(model, data, candidates=["int8"])
     with pytest.raises(ValueError, match="reaches none"):
         report(model, data, loss_fn=lambda m, b: m.embed.weight.sum())
 

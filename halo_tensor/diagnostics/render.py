@@ -148,7 +148,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#212529;max-width:1280px;margin:2em auto;padding:0 1em}
+body{font:15px/1.45 system-ui,sans-serif;color:#212529;max-width:1440px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em;margin-bottom:0}h2{font-size:1.15em;margin-top:2em}p.verdict{font-size:1.1em;background:#e3f2f5;
 border-left:4px solid #0b7285;padding:.7em 1em}p.none{background:#fff4e6;border-color:#e8590c}
 .notes{color:#6c757d;font-size:.9em}
@@ -170,7 +170,7 @@ def html(report: Report) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>halo_tensor report: {escape(report.model)}</title>
 <style>{_STYLE}</style></head><body>
-<h1>{escape(report.model)}</h1><p>{escape(headline(report))}</p>
+<h1>halo_tensor report</h1><p>{escape(headline(report))}</p>
 <p class="verdict{"" if report.recommended else " none"}">{escape(sentence(report.verdict))}</p>
 {f"<p>Except, for a product below {report.min_sqnr:g} dB:</p><ul>{exceptions}</ul>" if exceptions else ""}{code}
 <h2>Candidates</h2>{_html_table(*candidate_rows(report), chosen=report.recommended)}

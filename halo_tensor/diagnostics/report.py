@@ -58,6 +58,7 @@ def report(
             The loss is the output's ``loss``, or the output itself. Time is that of 1 + candidates forwards and backwards.
         loss_fn: ``(model, batch) -> scalar``, for models that return no loss.
         candidates: configs, by name if it is a mapping; by default int8 HALO-0, 1, 2 and fp8 HALO-0, 1, those the device runs.
+            With ``halo_config(dtype="bf16")`` among them, high precision competes in speed as well.
         filter_fn: ``(module, qualified name) -> bool``, as in ``quantize_``.
         min_cosine: of the whole gradient; 0.97 is a relative error of 24 %, about what lies between the exact gradients of two
             batches of a thousand tokens.
@@ -69,6 +70,7 @@ def report(
         ceilings: of the GPU to model.
 
     Raises:
+        TypeError: a candidate is no such config.
         ValueError: no scalar, finite loss; no eligible layer (the message says why each was left alone), or no candidate.
         RuntimeError: the device cannot run one of the ``candidates`` passed.
     """
@@ -76,7 +78,7 @@ def report(
     model = getattr(model, "_orig_mod", model)
     configs = _candidates(candidates, model)
     accepted = _accepted(model, configs, filter_fn)
-    names = [name for name, _ in model.named_modules() if any(name in names for names in accepted.values())]
+    names = [name for name, _ in model.named_modules() if any(name in taken for taken in accepted.values())]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
 
     with measure.untouched(model), measure.swapped(model, dense := measure.dense_parameters(model)):
@@ -110,8 +112,8 @@ def report(
         for layer in reached:
             recipes = {name: config.recipe for name, config in configs.items() if layer.name in accepted[name]}
             _measure_layer(layer, operands[layer.name], weights[layer.name], recipes)
-            share = 1.0 if step_tokens is None else step_tokens / total
-            _model_time(layer, recipes, round(layer.tokens * share), weights[layer.name].requires_grad, ceilings)
+            step = round(layer.tokens * (step_tokens or total) / total)
+            _model_time(layer, recipes, step, weights[layer.name].requires_grad, ceilings)
         measured = [whole(name, c, dict.fromkeys(accepted[name], c.recipe)) for name, c in configs.items()]
         for candidate in measured:
             candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
@@ -187,6 +189,8 @@ def _candidates(given, model: nn.Module) -> dict[str, LinearConfig]:
     else:
         configs = dict(given) if isinstance(given, Mapping) else {str(config): config for config in given}
         for config in configs.values():
+            if not isinstance(config, LinearConfig):
+                raise TypeError(f"a candidate is a config of halo_config or recipe_config; got {config!r}")
             check_device(config.recipe.formats, device)
     if not configs:
         raise ValueError(f"there is no candidate recipe to measure on {device}")
