@@ -121,6 +121,9 @@ def test_outliers_before_and_after_rotation():
     before, after = Outliers.of(x), Outliers.rotated(x, 1, rotation)
     assert before.kurtosis > 100 and 3 < after.kurtosis < 12
     assert before.peak > 30 and after.peak < 10
+    rows = Outliers.rotated(x.T[:200], 0, rotation)  # whole blocks of them
+    assert Outliers.of(x.T[:200]).kurtosis > 100 and 2 < rows.kurtosis < 12
+    assert Outliers.rotated(x[:1], 0, rotation) == Outliers.of(x[:1])
     assert Outliers.of(torch.zeros(2, 2)) == Outliers(0.0, 0.0)
 
 
@@ -193,6 +196,8 @@ def test_the_fastest_is_recommended_unless_one_as_fast_is_far_more_faithful():
     assert _fastest([slow, fast, close]) is close
     little = candidate("little better", 0.985, 1.59)
     assert _fastest([slow, fast, little]) is fast
+    noise = candidate("better by noise", 0.9999, 1.59)
+    assert _fastest([candidate("faithful", 0.9995, 1.6), noise]).name == "faithful"
     assert _fastest([candidate("a", 0.98, 1.6), candidate("b", 0.981, 1.6)]).name == "b"
 
 

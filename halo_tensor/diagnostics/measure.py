@@ -57,9 +57,12 @@ class Outliers:
 
     @classmethod
     def rotated(cls, x: torch.Tensor, dim: int, rotation: Rotation) -> "Outliers":
-        """Of a matrix whose rows (``dim`` 0) or columns (1) are rotated, in the widest blocks that divide them."""
-        fitted = fit(rotation, x.shape[dim])
-        return cls.of(reference.rotate(x, *((fitted, None) if dim == 0 else (None, fitted))))
+        """Of a matrix whose columns (``dim`` 1) are rotated in the blocks that fit, or whose rows (0) are, as tokens: of as
+        many of them as whole blocks have."""
+        if dim == 1:
+            return cls.of(reference.rotate(x, None, fit(rotation, x.shape[1])))
+        edge = min(rotation.edge, 1 << (len(x).bit_length() - 1))
+        return cls.of(reference.rotate(x[: len(x) // edge * edge], replace(rotation, block=edge) if edge > 1 else None, None))
 
 
 @dataclass

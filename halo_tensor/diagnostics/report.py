@@ -19,6 +19,8 @@ from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, Rotation
 
 #: Two modelled speeds that differ by less are equal: tests bound the model's own error by 8 %.
 SPEED_MARGIN = 0.05
+#: As are two cosines: another seed of a rotation changes them by a few 1e-4.
+COSINE_MARGIN = 0.001
 CANDIDATES: dict[str, LinearConfig] = {
     **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
     **{f"fp8 HALO-{level}": halo_config(level, "fp8") for level in (0, 1)},
@@ -47,9 +49,10 @@ def report(
 
     The rule: a candidate is faithful if the cosine of the whole gradient with the exact one is at least ``min_cosine``. Of the
     faithful ones the fastest by the model is recommended, unless another, less than 5 % slower, has half its 1 − cosine or
-    less. But a layer of which one product has an SQNR below ``min_sqnr`` under that recipe takes the fastest candidate that
-    keeps all above, or high precision if none does. If no candidate is faithful, the one with the highest cosine is tried
-    with such exceptions; if that is not faithful either, high precision is recommended.
+    less, and a cosine higher by more than 0.001. But a layer of which one product has an SQNR below ``min_sqnr`` under that
+    recipe takes the fastest candidate that keeps all above, or high precision if none does. If no candidate is faithful, the
+    one with the highest cosine is tried with such exceptions; if that is not faithful either, or leaves no layer, high
+    precision is recommended.
 
     Args:
         model: plain, or converted already (then its dense weights are measured). It is left as it was: parameters, gradients,
@@ -173,7 +176,8 @@ def _fastest(faithful: list[CandidateReport]) -> CandidateReport:
     by_speed = sorted(faithful, key=lambda c: (-c.speed, -c.cosine))
     best = by_speed[0]
     for other in by_speed[1:]:
-        if other.speed > (1 - SPEED_MARGIN) * by_speed[0].speed and 1 - other.cosine <= (1 - best.cosine) / 2:
+        as_fast = other.speed > (1 - SPEED_MARGIN) * by_speed[0].speed
+        if as_fast and other.cosine > best.cosine + COSINE_MARGIN and 1 - other.cosine <= (1 - best.cosine) / 2:
             best = other
     return best
 
