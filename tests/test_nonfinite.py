@@ -82,6 +82,7 @@ def test_in_the_input(model):
     assert where(found) == ("norm", "forward", "output", "input") and not found.first.made_here
     assert (found.first.nan, found.first.inf) == (0, 1) and found.last_finite is None
     assert len(found.all) > 1 and "more that came later" in str(found)
+    assert not any(finding.made_here for finding in found.all)  # what followed from it is no news
 
 
 def test_made_between_two_modules(model):
@@ -183,6 +184,13 @@ def test_without_gradients_and_with_checkpointing(model):
         y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
         Scaled.apply(y, torch.nan).sum().backward()
     assert where(found) == ("c", "backward", "grad_input", "E")
+
+
+def test_a_parametrized_linear_is_watched():
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(128, 128))
+    with find_nonfinite(model) as found:
+        model(torch.full((2, 128), 3e38))
+    assert where(found) == ("", "forward", "output", None)
 
 
 def test_an_embedding_takes_integers():

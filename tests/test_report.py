@@ -112,6 +112,22 @@ def test_fidelity_of_known_differences():
     assert Fidelity.of(exact * torch.nan, exact) == Fidelity(0.0, -150.0)
 
 
+def test_autocast_and_bfloat16_are_compared_with_float32():
+    model, x = nn.Linear(256, 256), torch.randn(64, 256, requires_grad=True)
+
+    def measured(m, rows):
+        (layer,) = report(m, rows, loss_fn=lambda m, x: m(x).float().square().mean(), candidates=INT8_HALO).layers
+        return layer.fidelity["int8 HALO-1"]
+
+    exact = measured(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = measured(model, x)
+    low = measured(model.bfloat16(), x.detach().bfloat16().requires_grad_())
+    for product in PRODUCTS:
+        assert autocast[product].sqnr == pytest.approx(exact[product].sqnr, abs=0.5)
+        assert low[product].sqnr == pytest.approx(exact[product].sqnr, abs=0.5)
+
+
 def test_outliers_before_and_after_rotation():
     x = torch.randn(200, 256)
     assert Outliers.of(x).kurtosis == pytest.approx(3.0, abs=0.15)

@@ -181,7 +181,8 @@ def converted(weight: nn.Parameter, recipe: Recipe) -> nn.Parameter:
     """A parameter of the same value that follows ``recipe``."""
     if recipe.is_identity:
         return weight
-    return nn.Parameter(HaloWeight.from_hp(weight.detach(), recipe), weight.requires_grad)
+    with torch.autocast(weight.device.type, enabled=False):  # which would round what the reference rotates with
+        return nn.Parameter(HaloWeight.from_hp(weight.detach(), recipe), weight.requires_grad)
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
@@ -230,13 +231,16 @@ def gradients(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dic
 def products(
     x: torch.Tensor, weight: nn.Parameter, e: torch.Tensor | None, wanted: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    """``wanted`` of a layer's three products of x [t, in], weight [out, in] and e [t, out], by F.linear and its backward."""
-    inputs = {"grad_input": x.detach().requires_grad_("grad_input" in wanted), "grad_weight": weight}
-    y = F.linear(inputs["grad_input"], weight)
+    """``wanted`` of a layer's three products of x [t, in], weight [out, in] and e [t, out], by F.linear and its backward, in
+    the dtype of the weight."""
+    inputs = {"grad_input": x.to(weight.dtype).detach().requires_grad_("grad_input" in wanted), "grad_weight": weight}
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(inputs["grad_input"], weight)
     results = {"output": y.detach()}
     backward = [name for name in wanted if name != "output"]
     if backward:
-        found = torch.autograd.grad(y, [inputs[name] for name in backward], e)
+        assert e is not None
+        found = torch.autograd.grad(y, [inputs[name] for name in backward], e.to(y.dtype))
         results |= dict(zip(backward, found, strict=True))
     return results
 
@@ -245,8 +249,9 @@ def outliers(operands: Operands, weight: torch.Tensor, rotation: Rotation) -> di
     """Of X, W and E, as they are and rotated as HALO does: X and W along in_features, E along tokens."""
     rotation = replace(rotation, block=rotation.block or 128)
     matrices = {"X": (operands.x, 1), "W": (weight.detach(), 1), "E": (operands.e, 0)}
-    return {
-        name: (Outliers.of(matrix), Outliers.rotated(matrix, dim, rotation))
-        for name, (matrix, dim) in matrices.items()
-        if matrix is not None
-    }
+    with torch.autocast(weight.device.type, enabled=False):
+        return {
+            name: (Outliers.of(matrix), Outliers.rotated(matrix, dim, rotation))
+            for name, (matrix, dim) in matrices.items()
+            if matrix is not None
+        }

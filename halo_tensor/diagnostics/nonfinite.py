@@ -56,7 +56,8 @@ class Finding:
 
 @dataclass
 class Findings:
-    """What :func:`find_nonfinite` saw so far, in the order of events.
+    """What :func:`find_nonfinite` saw so far, in the order of events. What a module returns is not listed if its operands
+    explain it.
 
     Attributes:
         first: the first of ``all``, or None.
@@ -98,10 +99,10 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
         print(found)  # forward, layers.3.mlp.down_proj (Linear): 2 Inf in output …, made by the product output out of …
 
     Of a linear layer, plain or converted, it looks at the operands X, W, E and the bias, and at the products output,
-    grad_input and grad_weight; of any other module without children, at inputs, outputs and their gradients. So the first
-    finding is either a product that made it out of finite operands, or an operand that had it on arrival; ``last_finite``
-    then says between which two modules it was made. Every look waits for the device: for debugging only. Modules run
-    eagerly inside.
+    grad_input and grad_weight; of any other module without children, at inputs, parameters, outputs and gradients. So the
+    first finding is either a product that made it out of finite operands, or an operand that had it on arrival;
+    ``last_finite`` then says between which two modules it was made. Every look waits for the device: for debugging only.
+    Modules run eagerly inside.
 
     Args:
         stop: raise :class:`NonFiniteError` at the first finding.
@@ -111,7 +112,7 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
-            if not any(module.children()):
+            if isinstance(module, nn.Linear) or not any(module.children()):
                 watch.layer(stack, name, module)
         stack.callback(watch.close)
         yield watch.found
@@ -124,50 +125,65 @@ class _Watch:
     def close(self) -> None:
         self.open = False  # hooks on tensors of a graph that outlives the block
 
-    def look(self, tensor: Any, layer: str, module: nn.Module, phase: str, product: str, operand: str | None = None) -> None:
+    def is_finite(
+        self, tensor: Any, layer: str, module: nn.Module, phase: str, product: str, operand: str | None = None
+    ) -> bool:
+        """Whether a tensor is finite, which is noted either way. True of what is no floating tensor, and once closed."""
         if not self.open or not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
-            return
+            return True
         dense = tensor.detach()
         dense = dense.dequantize() if isinstance(dense, HaloWeight) else dense
         if bool(dense.isfinite().all()):
             if not self.found.all:
                 self.found.last_finite = f"{operand or product} of {layer or 'the model'}"
-            return
+            return True
         nan, inf = int(dense.isnan().sum()), int(dense.isinf().sum())
         kind = type(module).__name__
-        finding = Finding(layer, kind, phase, product, operand, nan, inf, tuple(dense.shape), dense.dtype)
-        self.found.all.append(finding)
+        self.found.all.append(Finding(layer, kind, phase, product, operand, nan, inf, tuple(dense.shape), dense.dtype))
         if self.stop:
             raise NonFiniteError(self.found)
+        return False
 
     def layer(self, stack: ExitStack, name: str, module: nn.Module) -> None:
-        linear = isinstance(module, nn.Linear)
-        operand, gradient = ("X", "E") if linear else ("input", "grad_output")
+        operand, gradient = ("X", "E") if isinstance(module, nn.Linear) else ("input", "grad_output")
+        finite = {"forward": True, "backward": True}  # the operands of the latest call
 
-        def look(tensor: Any, phase: str, product: str, operand: str | None = None) -> None:
-            self.look(tensor, name, module, phase, product, operand)
+        def arrives(tensor: Any, phase: str, product: str, operand: str) -> None:
+            finite[phase] &= self.is_finite(tensor, name, module, phase, product, operand)
+
+        def results(tensor: Any, phase: str, product: str) -> None:
+            if finite["forward"] and finite[phase]:  # else it only follows from what was found
+                self.is_finite(tensor, name, module, phase, product)
+
+        def enter(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            arrives(x, "forward", "output", operand)
+            if not (x.requires_grad and torch.is_grad_enabled()):
+                return x
+            x = x.view_as(x)  # of its own, so that its gradient is this module's share
+            x.register_hook(lambda g: results(g, "backward", "grad_input"))
+            return x
 
         def before(module, args, kwargs):
-            def enter(x):
-                if not isinstance(x, torch.Tensor):
-                    return x
-                look(x, "forward", "output", operand)
-                if not (x.requires_grad and torch.is_grad_enabled()):
-                    return x
-                x = x.view_as(x)  # of its own, so that its gradient is this module's share
-                x.register_hook(lambda g: look(g, "backward", "grad_input"))
-                return x
-
+            finite["forward"] = True
             args, kwargs = tuple(enter(x) for x in args), {key: enter(x) for key, x in kwargs.items()}
             for key, parameter in module.named_parameters(recurse=False):
-                look(parameter, "forward", "output", "W" if key == "weight" else key)
+                arrives(parameter, "forward", "output", "W" if key == "weight" else key)
             return args, kwargs
+
+        def leave(g):
+            finite["backward"] = True
+            arrives(g, "backward", "grad_input", gradient)
 
         def after(module, args, kwargs, output):
             for y in output if isinstance(output, (tuple, list)) else (output,):
-                look(y, "forward", "output")
+                results(y, "forward", "output")
                 if isinstance(y, torch.Tensor) and y.requires_grad:
-                    y.register_hook(lambda g: look(g, "backward", "grad_input", gradient))
+                    y.register_hook(leave)
+
+        def on_gradient(product: str) -> Callable:
+            return lambda g: results(g, "backward", product)
 
         handles: list[Any] = [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -175,12 +191,6 @@ class _Watch:
         ]
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                handles.append(
-                    parameter.register_hook(_gradient_hook(look, "grad_weight" if key == "weight" else f"grad_{key}"))
-                )
+                handles.append(parameter.register_hook(on_gradient("grad_weight" if key == "weight" else f"grad_{key}")))
         for handle in handles:
             stack.callback(handle.remove)
-
-
-def _gradient_hook(look: Callable, product: str) -> Callable:
-    return lambda g: look(g, "backward", product)

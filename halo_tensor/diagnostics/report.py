@@ -252,9 +252,9 @@ def _layer(name, module: nn.Linear, operands: dict[str, Operands], weight: nn.Pa
 def _measure_layer(layer: LayerReport, own: Operands, weight: nn.Parameter, recipes: dict[str, Recipe]) -> None:
     assert own.x is not None
     exact_weight = nn.Parameter(weight.detach().float(), weight.requires_grad)
-    exact = measure.products(own.x.float(), exact_weight, None if own.e is None else own.e.float(), layer.products)
+    exact = measure.products(own.x, exact_weight, own.e, layer.products)
     for name, recipe in recipes.items():
-        quantized = measure.products(own.x.to(weight.dtype), measure.converted(weight, recipe), own.e, layer.products)
+        quantized = measure.products(own.x, measure.converted(weight, recipe), own.e, layer.products)
         layer.fidelity[name] = {product: Fidelity.of(quantized[product], exact[product]) for product in layer.products}
 
 

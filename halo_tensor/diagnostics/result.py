@@ -68,6 +68,9 @@ class Report:
     number; ``to_html`` and ``to_png`` draw it. ``quantize_(model, report.config)`` follows the recommendation.
 
     Attributes:
+        loss, tokens: of the batch, in high precision. step_tokens: those that time is modelled for.
+        sampled: the rows that the layers' own products were measured with, at most.
+        seconds: what all this took. gradient_of: which parameters' gradient was compared.
         recommended: the name of a candidate, or None if high precision is.
         result: the model under the recommendation, with the layers that differ from it; None if high precision is recommended.
         verdict: the recommendation in words, with what it follows from.
