@@ -210,6 +210,8 @@ def test_the_fastest_is_recommended_unless_one_as_fast_is_far_more_faithful():
     assert _fastest([slow, fast]) is fast
     close = candidate("close", 0.995, 1.55)
     assert _fastest([slow, fast, close]) is close
+    closer = candidate("closer", 0.998, 1.5)  # within 5 % of close, not of fast
+    assert _fastest([slow, fast, close, closer]) is closer and _fastest([slow, fast, closer]) is fast
     little = candidate("little better", 0.985, 1.59)
     assert _fastest([slow, fast, little]) is fast
     noise = candidate("better by noise", 0.9999, 1.59)
@@ -246,6 +248,7 @@ def test_layers_that_a_recipe_damages_are_exceptions():
         assert layer.worst("no rotation")[0] < 20 and layer.recommended == HIGH_PRECISION
     assert found.result.name == "as recommended" and found.result.cosine > 0.9 and found.candidates[0].cosine < 0.9
     assert "blocks.1.up" in str(found).split("recipe")[0] and "<code>blocks.1.up</code>" in found.to_html()
+    assert "`quantize_(model, report.config)  # 4 layers by name`" in str(found)
     conversion = quantize_(model, found.config)
     assert conversion.converted == ["blocks.0.gate", "blocks.0.up", "blocks.0.down", "blocks.1.down"]
 
@@ -491,6 +494,7 @@ def test_markdown_and_json(found, tmp_path):
     for row in [*found.layers, *found.candidates]:
         assert row.name in text
     assert "a model, not a measurement" in str(found) and found.recommended in str(found)
+    assert f"`quantize_(model, {found.config!r})`" in str(found)
     columns = {block.splitlines()[0].count("|") for block in str(found).split("\n\n") if block.startswith("|")}
     for block in (b for b in str(found).split("\n\n") if b.startswith("|")):
         assert {line.count("|") for line in block.splitlines()} == {block.splitlines()[0].count("|")}
@@ -522,7 +526,7 @@ def test_html_is_whole_and_self_contained(found, tmp_path):
     page = found.to_html(tmp_path / "report.html")
     check = Check()
     check.feed(page)
-    assert not check.open and check.rows == 1 + 5 + 1 + 3 + 2 + 6
+    assert not check.open and check.rows == 1 + 5 + 1 + 3 + 2 + 6  # headers, candidates, kinds, layers
     assert all(layer.name in page for layer in found.layers)
 
 

@@ -234,14 +234,14 @@ def products(
     """``wanted`` of a layer's three products of x [t, in], weight [out, in] and e [t, out], by F.linear and its backward, in
     the dtype of the weight."""
     inputs = {"grad_input": x.to(weight.dtype).detach().requires_grad_("grad_input" in wanted), "grad_weight": weight}
+    backward = [name for name in wanted if name != "output"]
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(inputs["grad_input"], weight)
-    results = {"output": y.detach()}
-    backward = [name for name in wanted if name != "output"]
-    if backward:
-        assert e is not None
-        found = torch.autograd.grad(y, [inputs[name] for name in backward], e.to(y.dtype))
-        results |= dict(zip(backward, found, strict=True))
+        results = {"output": y.detach()}
+        if backward:
+            assert e is not None
+            found = torch.autograd.grad(y, [inputs[name] for name in backward], e.to(y.dtype))
+            results |= dict(zip(backward, found, strict=True))
     return results
 
 

@@ -7,6 +7,7 @@ from html import escape
 from statistics import median
 from typing import TYPE_CHECKING
 
+from halo_tensor.config import LinearConfig
 from halo_tensor.recipe import PRODUCTS
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ OPERANDS = ("X", "W", "E")
 def summary(report: Report) -> str:
     """The recommendation, the candidates, and the layers by kind, as Markdown."""
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
-    parts = [headline(report), f"**{sentence(report.verdict)}**", *_exceptions(report), _table(*candidate_rows(report))]
+    parts = [headline(report), f"**{sentence(report.verdict)}**", *_exceptions(report)]
+    parts += [f"`{call}`" for call in _call(report)] + [_table(*candidate_rows(report))]
     parts += [f"Layers by kind: the median, and in brackets the worst, under {shown}.", _table(*kind_rows(report, shown))]
     return "\n\n".join([*parts, notes(report)])
 
@@ -129,6 +131,15 @@ def sentence(verdict: str) -> str:
     return f"Recommended: {verdict}." if not verdict.startswith("none") else f"{verdict[0].upper()}{verdict[1:]}."
 
 
+def _call(report: Report) -> list[str]:
+    """How to follow the recommendation, if there is one."""
+    if report.config is None:
+        return []
+    if isinstance(report.config, LinearConfig):
+        return [f"quantize_(model, {report.config!r})"]
+    return [f"quantize_(model, report.config)  # {len(report.config.fqn_to_config)} layers by name"]
+
+
 def _exceptions(report: Report) -> list[str]:
     if not report.exceptions:
         return []
@@ -162,7 +173,7 @@ td{border-bottom:1px solid #e9ecef;white-space:nowrap}tr.chosen td{font-weight:6
 def html(report: Report) -> str:
     """A self-contained page: the verdict, the candidates, kinds of layers, and every layer's SQNRs in colour."""
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
-    code = "" if report.config is None else f"<pre>quantize_(model, {escape(repr(report.config))})</pre>"
+    code = "".join(f"<pre>{escape(call)}</pre>" for call in _call(report))
     exceptions = "".join(
         f"<li><code>{escape(x.name)}</code>: {escape(x.recommended)} ({escape(_reason(x, report))})</li>"
         for x in report.exceptions

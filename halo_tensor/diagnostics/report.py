@@ -49,10 +49,10 @@ def report(
 
     The rule: a candidate is faithful if the cosine of the whole gradient with the exact one is at least ``min_cosine``. Of the
     faithful ones the fastest by the model is recommended, unless another, less than 5 % slower, has half its 1 − cosine or
-    less, and a cosine higher by more than 0.001. But a layer of which one product has an SQNR below ``min_sqnr`` under that
-    recipe takes the fastest candidate that keeps all above, or high precision if none does. If no candidate is faithful, the
-    one with the highest cosine is tried with such exceptions; if that is not faithful either, or leaves no layer, high
-    precision is recommended.
+    less, and a cosine higher by more than 0.001; and so on from that one. But a layer of which one product has an SQNR below
+    ``min_sqnr`` under that recipe takes the fastest candidate that keeps all above, or high precision if none does. If no
+    candidate is faithful, the one with the highest cosine is tried with such exceptions; if that is not faithful either, or
+    leaves no layer, high precision is recommended.
 
     Args:
         model: plain, or converted already (then its dense weights are measured). It is left as it was: parameters, gradients,
@@ -176,7 +176,7 @@ def _fastest(faithful: list[CandidateReport]) -> CandidateReport:
     by_speed = sorted(faithful, key=lambda c: (-c.speed, -c.cosine))
     best = by_speed[0]
     for other in by_speed[1:]:
-        as_fast = other.speed > (1 - SPEED_MARGIN) * by_speed[0].speed
+        as_fast = other.speed > (1 - SPEED_MARGIN) * best.speed
         if as_fast and other.cosine > best.cosine + COSINE_MARGIN and 1 - other.cosine <= (1 - best.cosine) / 2:
             best = other
     return best
