@@ -231,6 +231,19 @@ def test_no_candidate_is_recommended_below_the_threshold():
     assert damaged.recommended is None and "in 3 of 3 layers" in damaged.verdict
 
 
+def test_candidates_that_take_different_layers():
+    skips = {"all": "lm_head", "some": "gate|lm_head", "none": "blocks|lm_head"}
+    configs = {name: halo_config(1, "int8", skip=skip) for name, skip in skips.items()}
+    found = report(Model(1), batch(), candidates=configs)
+    by_layer = {layer.name: set(layer.fidelity) for layer in found.layers}
+    assert by_layer == {"blocks.0.gate": {"all"}, "blocks.0.up": {"all", "some"}, "blocks.0.down": {"all", "some"}}
+    speeds = {c.name: c.speed for c in found.candidates}
+    assert speeds["none"] == 1 > speeds["some"] > speeds["all"]
+    assert found.recommended == "some" and [layer.name for layer in found.exceptions] == ["blocks.0.gate"]
+    assert found.exceptions[0].recommended == HIGH_PRECISION and "some leaves it alone" in found.to_markdown()
+    assert len(quantize_(Model(1), found.config).converted) == 2
+
+
 def test_high_precision_can_compete_in_speed():
     model, data, bf16 = Model(1), batch(), halo_config(dtype="bf16")
     found = report(model, data, candidates=INT8_HALO | {"bf16": bf16})

@@ -53,10 +53,12 @@ def candidate_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     rows = []
     for c in report.candidates:
         layers = [layer for layer in report.layers if c.name in layer.fidelity]
-        (sqnr, product), name = min((layer.worst(c.name), layer.name) for layer in layers)
         below = sum(layer.worst(c.name)[0] < report.min_sqnr for layer in layers)
         mark = "**" if c.name == report.recommended else ""
-        worst = f"{sqnr:.1f} dB, {product} of {name or 'the model'}"
+        worst = "–"
+        if layers:
+            (sqnr, product), name = min((layer.worst(c.name), layer.name) for layer in layers)
+            worst = f"{sqnr:.1f} dB, {product} of {name or 'the model'}"
         cosine = f"{mark}{c.cosine:.4f}{mark}"
         rows.append([f"{mark}{c.name}{mark}", cosine, f"{c.loss_change:+.4f}", worst, str(below), f"{c.speed:.2f}×"])
     if report.result is not None and report.exceptions:
@@ -144,7 +146,7 @@ def _exceptions(report: Report) -> list[str]:
     if not report.exceptions:
         return []
     lines = [f"- `{layer.name}`: {layer.recommended} ({_reason(layer, report)})" for layer in report.exceptions]
-    return [f"Except, for a product below {report.min_sqnr:g} dB:\n\n" + "\n".join(lines)]
+    return ["Except:\n\n" + "\n".join(lines)]
 
 
 def _reason(layer: LayerReport, report: Report) -> str:
@@ -183,7 +185,7 @@ def html(report: Report) -> str:
 <style>{_STYLE}</style></head><body>
 <h1>halo_tensor report</h1><p>{escape(headline(report))}</p>
 <p class="verdict{"" if report.recommended else " none"}">{escape(sentence(report.verdict))}</p>
-{f"<p>Except, for a product below {report.min_sqnr:g} dB:</p><ul>{exceptions}</ul>" if exceptions else ""}{code}
+{f"<p>Except:</p><ul>{exceptions}</ul>" if exceptions else ""}{code}
 <h2>Candidates</h2>{_html_table(*candidate_rows(report), chosen=report.recommended)}
 <h2>Layers by kind: the median, and in brackets the worst, under {escape(shown)}</h2>{_html_table(*kind_rows(report, shown))}
 <h2>Every layer: SQNR of its products in dB</h2><div class="scroll">{_heatmap(report)}</div>

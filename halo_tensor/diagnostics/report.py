@@ -142,8 +142,9 @@ def report(
 
 def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], CandidateReport]) -> None:
     """Apply the rule of :func:`report`. ``measure_mixture`` runs the model with layer -> candidate."""
-    faithful = [c for c in found.candidates if c.cosine >= found.min_cosine]
-    best = _fastest(faithful) if faithful else max(found.candidates, key=lambda c: c.cosine)
+    converting = [c for c in found.candidates if any(c.name in layer.fidelity for layer in found.layers)]
+    faithful = [c for c in converting if c.cosine >= found.min_cosine]
+    best = _fastest(faithful) if faithful else max(converting, key=lambda c: c.cosine)
     for layer in found.layers:
         fit = [c for c in layer.fidelity if layer.worst(c)[0] >= found.min_sqnr]
         if best.name in fit:
