@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from halo_tensor.config import HaloConfig, LinearConfig, RecipeConfig, halo_config, recipe_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
+from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight
 
@@ -23,10 +24,15 @@ __all__ = [
     "HaloConfig",
     "HaloWeight",
     "LinearConfig",
+    "NonFiniteError",
     "RecipeConfig",
+    "Report",
     "dequantize_",
+    "environment",
+    "find_nonfinite",
     "halo_config",
     "layer_filter",
     "quantize_",
     "recipe_config",
+    "report",
 ]
