@@ -179,6 +179,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad_output):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("a converted linear layer has no second derivatives: rounding has none. dequantize_ the model")
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _Linear._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx, grad_output):
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])
