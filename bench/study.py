@@ -75,8 +75,9 @@ class Study:
         self.args, self.runs, self.started = args, [], time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.plain, self.tokenizer = load_model(args.model, getattr(torch, args.dtype), self.device)
-        del self.plain.model.layers[args.layers :]
-        self.plain.config.num_hidden_layers = len(self.plain.model.layers)
+        if args.smoke:
+            del self.plain.model.layers[3:]
+            self.plain.config.num_hidden_layers = 3
         self.plain.requires_grad_(False)
         self.states = {MODELS[0]: deepcopy(self.plain.state_dict())}
         inject_outliers(self.plain)
@@ -298,7 +299,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny: 2 steps, 1 seed, 3 blocks; results go to outputs/")
     parser.add_argument("--name", default="study", help="of the result files")
     args = parser.parse_args()
-    args.layers = 3 if args.smoke else None
     if args.smoke:
         args.seeds, args.steps, args.batch, args.length, args.prompts, args.new_tokens = 1, 2, 2, 128, 3, 4
     return args

@@ -40,7 +40,12 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     except OSError as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot load the model {name!r} ({reason}); offline, pass --model with the path of a saved model")
-    return model.to(device), tokenizer
+    if "gguf_file" in options:  # dequantised, but transformers goes on calling it quantised
+        dequantised, config = model, model.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.load_state_dict(dequantised.state_dict())
+    return model.to(device).eval(), tokenizer
 
 
 def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:

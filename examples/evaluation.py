@@ -39,7 +39,9 @@ def answers(model, tokenizer, chats: list[Chat], batch: int, limit: int) -> list
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        written += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        written += tokenizer.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     tokenizer.padding_side = side
     return written
 
