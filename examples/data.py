@@ -22,13 +22,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the Hugging Face hub: arguments of ``load_dataset``, and a row as a prompt and its answer."""
+    """A data set of the Hugging Face hub: arguments of ``load_dataset``, a row as a prompt and its answer, and the paper's
+    learning rate for it."""
 
     name: tuple[str, ...]
     train: str
     valid: str
     prompt: Callable[[dict], str]
     answer: Callable[[dict], str]
+    lr: float
 
 
 SOURCES = {
@@ -41,6 +43,7 @@ SOURCES = {
             f" context: {row['context']}\n\n question: {row['question']}"
         ),
         lambda row: row["answer"],
+        lr=3e-5,
     ),
     "viggo": Source(
         ("GEM/viggo",),
@@ -51,8 +54,11 @@ SOURCES = {
             f"inform(name[Portal], rating[good]).\n\n sentence: {row['target']}"
         ),
         lambda row: row["meaning_representation"],
+        lr=4e-5,
     ),
-    "gsm8k": Source(("openai/gsm8k", "main"), "train", "test", lambda row: row["question"], lambda row: row["answer"]),
+    "gsm8k": Source(
+        ("openai/gsm8k", "main"), "train", "test", lambda row: row["question"], lambda row: row["answer"], lr=6e-6
+    ),
 }
 
 
