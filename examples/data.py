@@ -31,6 +31,7 @@ class Source:
     prompt: Callable[[dict], str]
     answer: Callable[[dict], str]
     lr: float
+    revision: str | None = None
 
 
 SOURCES = {
@@ -55,6 +56,7 @@ SOURCES = {
         ),
         lambda row: row["meaning_representation"],
         lr=4e-5,
+        revision="refs/convert/parquet",  # the main branch is a loading script, which datasets no longer runs
     ),
     "gsm8k": Source(
         ("openai/gsm8k", "main"), "train", "test", lambda row: row["question"], lambda row: row["answer"], lr=6e-6
@@ -73,7 +75,7 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
     try:
         from datasets import load_dataset
 
-        splits = [load_dataset(*source.name, split=split) for split in (source.train, source.valid)]
+        splits = [load_dataset(*source.name, split=s, revision=source.revision) for s in (source.train, source.valid)]
     except Exception as error:  # every layer below has its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(
