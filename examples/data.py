@@ -15,7 +15,7 @@ IGNORED = -100  # the label of a token that is not learnt
 
 # For tokenizers that have none.
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token | default('') + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 
@@ -82,7 +82,7 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
             f"cannot load {source.name[0]} from the hub ({reason}): pip install datasets and be online, or pass --dataset "
             "with a .jsonl that has messages in every line"
         )
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         [
             [{"role": "user", "content": source.prompt(row)}, {"role": "assistant", "content": source.answer(row)}]
             for row in split.select(range(min(limit or len(split), len(split))))

@@ -1,5 +1,6 @@
 """examples/finetune.py and what it is made of: data, packing, scores, exact resuming, adapters and FSDP."""
 
+import copy
 import json
 import os
 import subprocess
@@ -76,11 +77,13 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer):
     assert all(label in (i, data.IGNORED) for i, label in zip(ids, labels, strict=True))
 
 
-def test_a_tokenizer_without_a_template_gets_one(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", None)
-    ids, _ = data.encode(tokenizer, chat(1))
-    assert tokenizer.decode(ids) == "user:\nHow many rows has table t1?~\nassistant:\nSELECT COUNT(*) FROM t1~\n"
-    assert data.prompt_of(tokenizer, chat(1)).endswith("~\nassistant:\n")
+def test_a_tokenizer_without_a_template_gets_one(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    ids, _ = data.encode(bare, chat(1))
+    assert bare.decode(ids) == "user:\nHow many rows has table t1?~\nassistant:\nSELECT COUNT(*) FROM t1~\n"
+    bare.eos_token = None
+    assert data.prompt_of(bare, chat(1)) == "user:\nHow many rows has table t1?\nassistant:\n"
 
 
 def test_packing_changes_no_loss(folder, tokenizer):
