@@ -199,3 +199,22 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SystemExit, match=r"cannot load b-mc2/sql-create-context.*pip install datasets.*\.jsonl"):
         data.load_chats("sql")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("sql", {"question": "How many?", "context": "CREATE TABLE t (a INTEGER)", "answer": "SELECT COUNT(*) FROM t"}),
+        ("viggo", {"target": "Portal is good.", "meaning_representation": "give_opinion(name[Portal], rating[good])"}),
+        ("gsm8k", {"question": "What is 6 × 7?", "answer": "6 × 7 = <<6*7=42>>42\n#### 42"}),
+    ],
+)
+def test_rows_of_the_hub_become_chats_that_can_be_scored(name, row, tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list([row] * 3))
+    train, valid = data.load_chats(name, limit=2)
+    assert len(train) == len(valid) == 2 and [message["role"] for message in train[0]] == ["user", "assistant"]
+    assert all(row[column] in train[0][0]["content"] for column in row if column not in ("answer", "meaning_representation"))
+    key, _ = evaluation.EXACT[name]
+    assert evaluation.exact_match([train[0][1]["content"]] * 2, valid, key) == 1
+    assert any(label != data.IGNORED for label in data.encode(tokenizer, train[0])[1])
