@@ -12,6 +12,7 @@ This is written against Inductor's internals as of torch 2.11–2.13.
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -151,7 +152,7 @@ class _Call(ir.ExternKernel):
         written: list[Any] = []
         for argument in arguments:
             self.templates.append(self._template(argument, written))
-        inputs = [self.unwrap_storage_for_input(self.realize_input(box)) for box in self.boxes]
+        self.tensors = inputs = [self.unwrap_storage_for_input(self.realize_input(box)) for box in self.boxes]
         self.device = inputs[0].get_device()
         super().__init__(None, ir.NoneLayout(device=self.device), inputs)
         self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=self.device), box, self) for box in written]
@@ -175,7 +176,7 @@ class _Call(ir.ExternKernel):
         return source if argument.dtype == memory.dtype else f"{source}.view({argument.dtype})"
 
     def codegen(self, wrapper) -> None:
-        names = [x.codegen_reference() for x in self.inputs]
+        names = [x.codegen_reference() for x in self.tensors]
         source = self.launch.source()
         name = f"halo_{sha256(source.encode()).hexdigest()[:12]}"
         for line in (*_IMPORTS, f"{name} = {source}"):
@@ -204,13 +205,21 @@ _IMPORTS = (
 )
 
 
+def _fingerprint() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+# Graphs are cached on disk. Theirs are the launches of this version.
+torch.compiler.config.cache_key_tag += f" halo_tensor:{_fingerprint()}"
+
+
 def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
     as_op = lowering.fallback_handler(op)
 
     @lowering.register_lowering(op, type_promotion_kind=None)
     def lowered(*args):
-        device = next(a for a in args if isinstance(a, ir.TensorBox)).get_device()
-        if V.graph.cpp_wrapper or not library.runs_kernels(device):
+        if V.graph.cpp_wrapper or not library.runs_kernels(args[0].get_device()):
             return as_op(*args)
         recording = _Recording()
         try:
