@@ -7,7 +7,7 @@ model = torch.compile(model)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from halo_tensor.config import HaloConfig, LinearConfig, RecipeConfig, halo_config, recipe_config
+from halo_tensor.config import HaloConfig, HotConfig, LinearConfig, RecipeConfig, halo_config, hot_config, recipe_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight
@@ -22,10 +22,12 @@ __all__ = [
     "HadamardQuantTensor",
     "HaloConfig",
     "HaloWeight",
+    "HotConfig",
     "LinearConfig",
     "RecipeConfig",
     "dequantize_",
     "halo_config",
+    "hot_config",
     "layer_filter",
     "quantize_",
     "recipe_config",

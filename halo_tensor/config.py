@@ -23,6 +23,8 @@ DTYPES: dict[str, Format | None] = {
     "fp6_e3m2": recipes.FP6_E3M2,
     "bf16": None,
 }
+#: bits of HOT's products -> format
+BITS = {4: recipes.INT4, 8: recipes.INT8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,39 @@ class HaloConfig(LinearConfig):
     @property
     def recipe(self) -> Recipe:
         return _halo(self.level, self.dtype, self.granularity, self.block_size, self.seed)
+
+
+@dataclass(frozen=True)
+class HotConfig(LinearConfig):
+    """HOT with a rank, a block, bits and scales. Made by :func:`hot_config`, which explains the fields."""
+
+    rank: int | None = 8
+    block_size: int = field(default=16, kw_only=True)
+    grad_input_bits: int = field(default=4, kw_only=True)
+    grad_weight_bits: int = field(default=8, kw_only=True)
+    scale: str = field(default="tensor", kw_only=True)
+    granularity: str = field(default="tensor", kw_only=True)
+    rounding: str = field(default="stochastic", kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+    adapters: bool = field(default=False, kw_only=True)
+    min_features: int = field(default=64, kw_only=True)
+
+    def __post_init__(self):
+        _one_of("block_size", self.block_size, (16, 32, 64, 128, 256))
+        _one_of("grad_input_bits", self.grad_input_bits, tuple(BITS))
+        _one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
+        _one_of("scale", self.scale, ("tensor", "tokens"))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        if self.rank is not None and self.seed is not None:
+            raise ValueError("a seed signs whole blocks (rank=None); a low rank takes seed=None")
+        self.recipe  # noqa: B018  checks the rank, the seed and the rounding
+
+    @property
+    def recipe(self) -> Recipe:
+        return _hot(
+            self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.scale, self.granularity,
+            self.rounding, self.seed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,47 @@ def halo_config(
     )  # fmt: skip
 
 
+def hot_config(
+    rank: int | None = 8,
+    *,
+    block_size: int = 16,
+    grad_input_bits: int = 4,
+    grad_weight_bits: int = 8,
+    scale: str = "tensor",
+    granularity: str = "tensor",
+    rounding: str = "stochastic",
+    seed: int | None = None,
+    adapters: bool = False,
+    skip: str = "lm_head",
+    min_features: int = 64,
+    frozen: bool | None = None,
+) -> HotConfig:
+    """HOT (arXiv 2503.21261) as a config for ``quantize_``: the forward stays as it is, the backward runs in few bits, and of
+    each layer's input only ``rank``/``block_size`` is saved, in ``grad_weight_bits``. It converts ``nn.Conv2d`` and
+    transformers' ``Conv1D`` too. Made for vision models; for LLMs take ``recipe_config("hot_llm")``.
+
+    Args:
+        rank: how many of the ``block_size`` sequencies of each block of tokens grad_weight keeps; None for all.
+        block_size: of both products' rotations: 16, 32, 64, 128 or 256.
+        grad_input_bits, grad_weight_bits: 4 or 8. INT4 values are multiplied as INT8, which no GPU of Hopper's generation does
+            more slowly.
+        scale: of E in grad_input, "tensor" or "tokens". :func:`~halo_tensor.calibrate` chooses layer by layer.
+        granularity: of all other operands, "tensor" as published, or "row": along the dimension that the product keeps.
+        rounding: of E in grad_input, "stochastic" or "nearest".
+        seed: of the signs of whole blocks (``rank=None``).
+        adapters: convert PEFT's adapters too, of whatever rank.
+        skip, min_features, frozen: see :class:`LinearConfig`.
+
+    Raises:
+        ValueError: a value that is not among the valid ones, which the message lists.
+    """
+    return HotConfig(
+        rank, block_size=block_size, grad_input_bits=grad_input_bits, grad_weight_bits=grad_weight_bits, scale=scale,
+        granularity=granularity, rounding=rounding, seed=seed, adapters=adapters, skip=skip, min_features=min_features,
+        frozen=frozen,
+    )  # fmt: skip
+
+
 def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128, frozen: bool | None = None) -> RecipeConfig:
     """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there).
 
@@ -142,7 +218,16 @@ def _halo(level: int, dtype: str, granularity: str, block_size: int | None, seed
     return recipes.halo(level, format, granularity, Rotation(block_size, seed))
 
 
+@lru_cache
+def _hot(rank, block, grad_input_bits, grad_weight_bits, scale, granularity, rounding, seed) -> Recipe:
+    return recipes.hot(
+        rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits], scale=scale,
+        granularity=granularity, rounding=rounding, seed=seed,
+    )  # fmt: skip
+
+
 @register_quantize_module_handler(HaloConfig)
+@register_quantize_module_handler(HotConfig)
 @register_quantize_module_handler(RecipeConfig)
 def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
     """torchao's hook: make the weight of a linear layer follow ``config``, in place."""

@@ -72,7 +72,7 @@ def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | N
         return None
     (a, fold_columns), (b, fold_rows) = wanted
     plain_b = replace(a, scale=dims[1], tokens=None)
-    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b:
+    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b or a.rounding != "nearest":
         return None
     return a.format, a.tokens, fold_columns, fold_rows
 
@@ -127,12 +127,16 @@ def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.
         fold_columns=fold if dims[1] in contracted else None,
         rows=dims[1] in contracted,
         columns=dims[0] in contracted,
+        rounding=operand.rounding,
     )
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not isinstance(a, HadamardQuantTensor):
+    if isinstance(a, HadamardQuantTensor) != isinstance(b, HadamardQuantTensor):
+        a, b = (t if isinstance(t, HadamardQuantTensor) else HadamardQuantTensor.plain(t) for t in (a, b))
+    elif not isinstance(a, HadamardQuantTensor):
         a, b = a.to(dtype), b.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     options: Any = {} if a.dtype == b.dtype == dtype else {"out_dtype": dtype}
     return torch.mm(a, b, **options) if bias is None else torch.addmm(bias, a, b, **options)
 
