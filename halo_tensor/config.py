@@ -7,10 +7,11 @@ import torch
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 from torchao.quantization import register_quantize_module_handler
 
+from halo_tensor import layers
 from halo_tensor import recipe as recipes
 from halo_tensor.ops.device import check_device
 from halo_tensor.recipe import Format, Recipe, Rotation
-from halo_tensor.weight import HaloWeight, convert_weight
+from halo_tensor.weight import HaloWeight
 
 LEVELS = (0, 1, 2)
 GRANULARITIES = ("row", "tensor")
@@ -37,11 +38,13 @@ class LinearConfig(AOBaseConfig):
         min_features: layers with fewer input or output features gain nothing and are left alone.
         frozen: hold weights as codes only, without a high-precision copy: half of bf16's memory or less, and such a weight
             cannot be trained. None freezes the weights that do not require a gradient when they are converted.
+        adapters: convert PEFT's adapters too, of whatever rank.
     """
 
     skip: str = "lm_head"
     min_features: int = 128
     frozen: bool | None = None
+    adapters: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -84,7 +87,6 @@ class HotConfig(LinearConfig):
     granularity: str = field(default="tensor", kw_only=True)
     rounding: str = field(default="stochastic", kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
-    adapters: bool = field(default=False, kw_only=True)
     min_features: int = field(default=64, kw_only=True)
 
     def __post_init__(self):
@@ -182,8 +184,7 @@ def hot_config(
         granularity: of all other operands, "tensor" as published, or "row": along the dimension that the product keeps.
         rounding: of E in grad_input, "stochastic" or "nearest".
         seed: of the signs of whole blocks (``rank=None``).
-        adapters: convert PEFT's adapters too, of whatever rank.
-        skip, min_features, frozen: see :class:`LinearConfig`.
+        adapters, skip, min_features, frozen: see :class:`LinearConfig`.
 
     Raises:
         ValueError: a value that is not among the valid ones, which the message lists.
@@ -230,24 +231,25 @@ def _hot(rank, block, grad_input_bits, grad_weight_bits, scale, granularity, rou
 @register_quantize_module_handler(HotConfig)
 @register_quantize_module_handler(RecipeConfig)
 def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
-    """torchao's hook: make the weight of a linear layer follow ``config``, in place."""
-    bypasses = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if not isinstance(module, torch.nn.Linear) or bypasses or parameter_name != "weight":
+    """torchao's hook: make a layer follow ``config``, in place."""
+    recipe, weight = config.recipe, module.weight
+    obstacle = layers.misfit(module, recipe) if layers.features(module) else "no layer of a kind that it knows"
+    if obstacle or parameter_name != "weight":
         raise ValueError(
-            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear; got "
-            f"{parameter_name!r} of {type(module).__name__}"
+            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear, and with a "
+            f"plain forward nn.Conv2d and Conv1D; got {parameter_name!r} of {type(module).__name__}"
+            + (f": {obstacle}" if obstacle else "")
         )
-    weight = module.weight
     if (type(weight) is not torch.nn.Parameter and not isinstance(weight, HaloWeight)) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "
             "can be converted. Convert before any other quantisation or sharding"
         )
-    check_device(config.recipe.formats, weight.device)
+    check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)
-    convert_weight(module, config.recipe, frozen)
+    layers.convert(module, recipe, frozen)
     return module
 
 
