@@ -92,7 +92,8 @@ class _Conv2d(torch.autograd.Function):
         recipe = ctx.recipe if geometry.is_pointwise else _whole_rank(ctx.recipe)
         xs: list = [put_together(saved[start:stop]) for start, stop, put_together in ctx.put_together]
         x_shape = torch.Size((ctx.x_shape[0], ctx.x_shape[1] // geometry.groups, *ctx.x_shape[2:]))
-        grads_x, grads_w = [], []
+        grads_x: list = []
+        grads_w: list = []
         for i, (e, w) in enumerate(zip(grad_output.chunk(geometry.groups, 1), weight.chunk(geometry.groups), strict=True)):
             x = xs[i] if xs else None
             if x is not None and not geometry.is_pointwise:

@@ -74,9 +74,8 @@ def quantize_(
         elif name in reasons or isinstance(model.get_submodule(name), nn.Linear):
             report.skipped[name] = reasons.get(name, "filter_fn or the config says so")
     if not report.converted and isinstance(config, LinearConfig):
-        why = "\n".join(str(report).splitlines()[1:]) or "  it has no nn.Linear" + ", nn.Conv2d or Conv1D" * (
-            config.recipe.output == Product()
-        )
+        kinds = "nn.Linear, nn.Conv2d or Conv1D" if config.recipe.output == Product() else "nn.Linear"
+        why = "\n".join(str(report).splitlines()[1:]) or f"  it has no {kinds}"
         raise ValueError(
             f"no layer of this {type(model).__name__} was converted:\n{why}\n"
             "Pass filter_fn, or a config with another skip or min_features"

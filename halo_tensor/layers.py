@@ -15,7 +15,7 @@ from halo_tensor.recipe import Product, Recipe
 from halo_tensor.weight import HaloWeight, convert_weight, restore_weight
 
 
-def _conv1d() -> type:
+def _conv1d() -> Any:
     """transformers' Conv1D, or if it has not been imported, what no layer is an instance of."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", type(None))
 
