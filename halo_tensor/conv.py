@@ -44,7 +44,7 @@ class Geometry(NamedTuple):
 
     def fold(self, windows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The transpose of :meth:`windows`: each element of an x of ``shape`` is the sum of its occurrences."""
-        batch, _, *size = shape
+        batch, size = shape[0], tuple(shape[2:])
         if self.is_identity:
             return windows.view(batch, *size, -1).permute(0, 3, 1, 2)
         columns = windows.view(batch, -1, windows.shape[1]).transpose(1, 2)
@@ -72,7 +72,8 @@ class _Conv2d(torch.autograd.Function):
         ctx.recipe, ctx.geometry, ctx.x_shape, ctx.x_dtype = recipe, geometry, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
-        tensors, ctx.put_together = [], []
+        tensors: list = []
+        ctx.put_together = []
         for part in x.chunk(geometry.groups, 1) if wants_w else ():
             matrix = geometry.windows(part) if geometry.is_pointwise else positions(part)
             (operand,) = quantize_operands(matrix, X, recipe, ["grad_weight"])
