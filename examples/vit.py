@@ -162,3 +162,7 @@ def main() -> None:
             rows.append(run(name, recipe, data, args))
             print(rows[-1], flush=True)
     report(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,17 @@ model = torch.compile(model)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from halo_tensor.config import HaloConfig, HotConfig, LinearConfig, RecipeConfig, halo_config, hot_config, recipe_config
+from halo_tensor.calibrate import calibrate
+from halo_tensor.config import (
+    HaloConfig,
+    HotConfig,
+    LayerConfigs,
+    LinearConfig,
+    RecipeConfig,
+    halo_config,
+    hot_config,
+    recipe_config,
+)
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight
@@ -23,8 +33,10 @@ __all__ = [
     "HaloConfig",
     "HaloWeight",
     "HotConfig",
+    "LayerConfigs",
     "LinearConfig",
     "RecipeConfig",
+    "calibrate",
     "dequantize_",
     "halo_config",
     "hot_config",

@@ -1,10 +1,13 @@
 """What a user asks for: configs for ``quantize_``, validated when they are made."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import register_quantize_module_handler
 
 from halo_tensor import layers
@@ -119,6 +122,33 @@ class RecipeConfig(LinearConfig):
     @property
     def recipe(self) -> Recipe:
         return recipes.RECIPES[self.name]
+
+
+@dataclass(frozen=True)
+class LayerConfigs(AOBaseConfig):
+    """A config for each layer, by qualified name: what :func:`~halo_tensor.calibrate` chooses and ``quantize_`` takes. Layers
+    that it does not name are left alone. ``measured``: the figures that the choice rests on.
+    """
+
+    layers: dict[str, LinearConfig]
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        configs = {name: config_to_dict(config) for name, config in self.layers.items()}
+        Path(path).write_text(json.dumps({"layers": configs, "measured": self.measured}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerConfigs":
+        """Read what :meth:`save` wrote."""
+        record = json.loads(Path(path).read_text())
+        return cls({name: config_from_dict(config) for name, config in record["layers"].items()}, record["measured"])
+
+    def __str__(self) -> str:
+        counts = Counter(self.layers.values())
+        return "\n".join(
+            [f"configs of {len(self.layers)} layers", *(f"  {n} × {config}" for config, n in counts.most_common())]
+        )
 
 
 def halo_config(

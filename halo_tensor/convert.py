@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 import torchao.quantization
 from torch import nn
+from torchao.quantization import FqnToConfig
 
 from halo_tensor import layers
-from halo_tensor.config import LinearConfig
+from halo_tensor.config import LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS, Product
@@ -52,19 +54,26 @@ def quantize_(
 
     Args:
         model: changed in place. Call this before making the optimiser, ``torch.compile`` and FSDP.
-        config: of :func:`~halo_tensor.halo_config` or :func:`~halo_tensor.recipe_config`, or a torchao ``FqnToConfig`` of
-            such. A converted model can be converted again, with another config.
+        config: of :func:`~halo_tensor.halo_config`, :func:`~halo_tensor.hot_config` or :func:`~halo_tensor.recipe_config`;
+            what :func:`~halo_tensor.calibrate` chose; or a torchao ``FqnToConfig``. A converted model can be converted again,
+            with another config.
         filter_fn: ``(module, qualified name) -> bool``, in place of the default :func:`layer_filter`.
         device: where to move the layers first, as in torchao.
 
     Raises:
-        ValueError: no layer is eligible; the message says why each was left alone.
+        ValueError: no layer is eligible; the message says why each was left alone. Or calibrated configs name layers that the
+            model lacks.
     """
     if isinstance(config, LinearConfig) and filter_fn is None:
         filter_fn = layer_filter(model, config)
     ties = _tied_parameters(model)
     before = _marks(model)
-    torchao.quantization.quantize_(model, config, filter_fn=filter_fn, device=device)
+    torchao_config = config
+    if isinstance(config, LayerConfigs):
+        if unknown := config.layers.keys() - before.keys():
+            raise ValueError(f"the configs name {len(unknown)} layers that this model lacks, {min(unknown)} among them")
+        torchao_config = FqnToConfig(OrderedDict(config.layers))
+    torchao.quantization.quantize_(model, torchao_config, filter_fn=filter_fn, device=device)
     _tie_again(model, ties)
 
     report, reasons = Conversion(config), getattr(filter_fn, "reasons", {})
