@@ -21,19 +21,22 @@ from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
 @dataclass(frozen=True)
 class Shape:
     """A layer at work, one group of it if it is a convolution: its ``tokens`` are output positions, its ``in_features`` C·k·k.
-    ``saved`` is the matrix as which X is kept: [tokens, in_features], or [input positions, C] of a k×k convolution."""
+    ``saved`` is the matrix as which X is kept: [tokens, in_features], or [input positions, C] of a k×k convolution. ``first``
+    is False of a linear layer whose X another one before it has saved already."""
 
     tokens: int
     in_features: int
     out_features: int
     groups: int
     saved: tuple[int, int]
+    first: bool = True
 
 
 def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
     """The shape of every layer that some recipe can govern in ``model(*args, **kwargs)``, by name. Runs the forward once; of a
     layer that is called several times the last call counts."""
     found: dict[str, Shape] = {}
+    seen: dict[int, torch.Tensor] = {}
 
     def record(name: str):
         def hook(module, inputs, output):
@@ -45,7 +48,8 @@ def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
                 found[name] = Shape(tokens, sides[0] * window, sides[1], module.groups, saved)
             else:
                 tokens = x.numel() // sides[0]
-                found[name] = Shape(tokens, *sides, 1, (tokens, sides[0]))
+                found[name] = Shape(tokens, *sides, 1, (tokens, sides[0]), id(x) not in seen)
+                seen[id(x)] = x
 
         return hook
 
