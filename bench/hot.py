@@ -102,10 +102,9 @@ def main() -> None:
         args.batch = min(args.batch, 2)
     layers = TINY_LAYERS if args.tiny else LAYERS
     jobs = [(title, lambda config, shape=shape: measure_layer(config, *shape, args)) for title, shape in layers.items()]
-    for model in args.models:
-        jobs.append(
-            (model if args.tiny else memory.MODELS[model][2], lambda config, model=model: measure_model(config, model, args))
-        )
+    for name in args.models:
+        title = name if args.tiny else memory.MODELS[name][2]
+        jobs.append((title, lambda config, name=name: measure_model(config, name, args)))
     rows = []
     for title, job in jobs:
         base = None

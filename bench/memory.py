@@ -164,10 +164,10 @@ def main() -> None:
         args.name,
         f"Memory for backward, batch {args.batch}, bf16",
         rows,
-        "Saved by them: by the forward of converted layers, each storage once, parameters left out; other ops may save the "
+        "Saved by them: by the forward of converted layers, each storage once, parameters left out. Other ops may save the "
         "same tensor (a ReLU its result, which is a convolution's X), and HOT does not make them let go of it: 'in all' shows "
-        "what is left. Analytic: from shapes, X shared by several linear layers counted once. Peak: of a forward and "
-        "backward, gradients of weights included, weights not; on a CPU without what ops allocate for themselves. Bit operations count "
+        "what is left. Analytic: from shapes, X of several linear layers counted once. Peak: of a forward and backward, "
+        "gradients of weights included, weights not; on a CPU without what ops allocate for themselves. Bit operations count "
         "the method (halo_tensor/analysis.py); Hopper multiplies INT4 values as INT8, exactly.",
     )
 
