@@ -1,7 +1,9 @@
-"""Train a small ViT and a small ResNet from scratch, in high precision and by HOT's recipes, side by side.
+"""Train a small ViT and a small ResNet from scratch, in high precision and by HOT's recipes, side by side: ``hot``, ``hot_lqs`` (a
+quantiser chosen for each layer), ``hot_int4`` (INT4 for grad_weight too, which HOT's authors found to fail), or any other name
+for ``recipe_config``.
 
     python examples/vit.py                                                  # scikit-learn's digits, three seeds
-    python examples/vit.py --models vit --recipes high hot hot_int4 --seeds 0
+    python examples/vit.py --models vit --recipes high hot hot_llm --seeds 0
     python examples/vit.py --data path/to/folder --image-size 64 --patch 8  # one folder of images per class
 
 The models are transformers' own, randomly initialised. Prints a table, and keeps it in a file.
@@ -19,7 +21,7 @@ from common import environment, fail
 from torch import nn
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, quantize_, recipe_config
+from halo_tensor import calibrate, dequantize_, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import measure_saved
 
 
@@ -50,7 +52,7 @@ def make_vit(channels: int, classes: int, size: int, patch: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=size,
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, image_size=size,
         patch_size=patch, num_channels=channels, num_labels=classes,
     )  # fmt: skip
     return ViTForImageClassification(config)
@@ -96,6 +98,14 @@ def train(model: nn.Module, data: tuple, args: argparse.Namespace, title: str) -
     return 100 * (predicted == test_labels).float().mean().item(), sorted(times)[len(times) // 2]
 
 
+def config_of(recipe: str, model: nn.Module, data: tuple, batch: int):
+    """ "hot_lqs": HOT with a quantiser for each layer, chosen on four training batches; else a recipe's name."""
+    if recipe != "hot_lqs":
+        return recipe_config(recipe, min_features=64)
+    batches = [{"pixel_values": x, "labels": y} for x, y in zip(data[0].split(batch)[:4], data[1].split(batch), strict=False)]
+    return calibrate(model, batches, hot_config())
+
+
 def run(name: str, recipe: str, data: tuple, args: argparse.Namespace) -> dict:
     """One line of the table: means over the seeds."""
     accuracies, seconds = [], []
@@ -103,7 +113,7 @@ def run(name: str, recipe: str, data: tuple, args: argparse.Namespace) -> dict:
         torch.manual_seed(seed)
         model = MODELS[name](data[0].shape[1], int(data[1].max()) + 1, args.image_size, args.patch).to(data[0].device)
         # What the backward of converted layers saves is counted on the same layers in high precision.
-        report = quantize_(model, recipe_config("hot" if recipe == "high" else recipe, min_features=64))
+        report = quantize_(model, config_of("hot" if recipe == "high" else recipe, model, data, args.batch))
         if recipe == "high":
             dequantize_(model)
         with measure_saved(model, report.converted) as saved:
@@ -137,7 +147,7 @@ def report(rows: list[dict], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--recipes", nargs="+", default=["high", "hot", "hot_int4"], help="high, or names for recipe_config")
+    parser.add_argument("--recipes", nargs="+", default=["high", "hot", "hot_lqs", "hot_int4"], help="names")
     parser.add_argument("--data", help="a folder with one folder of images per class (default: scikit-learn's digits)")
     parser.add_argument("--image-size", type=int, default=32, help="to which images are scaled")
     parser.add_argument("--patch", type=int, default=4)
