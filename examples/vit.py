@@ -1,12 +1,12 @@
-"""Train a small ViT and a small ResNet from scratch, in high precision and by HOT's recipes, side by side: ``hot``, ``hot_lqs`` (a
-quantiser chosen for each layer), ``hot_int4`` (INT4 for grad_weight too, which HOT's authors found to fail), or any other name
-for ``recipe_config``.
+"""Train a small ViT and a small ResNet from scratch, in high precision and by HOT's recipes, side by side.
 
     python examples/vit.py                                                  # scikit-learn's digits, three seeds
     python examples/vit.py --models vit --recipes high hot hot_llm --seeds 0
     python examples/vit.py --data path/to/folder --image-size 64 --patch 8  # one folder of images per class
 
-The models are transformers' own, randomly initialised. Prints a table, and keeps it in a file.
+Recipes: "hot", "hot_lqs" (a quantiser chosen for each layer), "hot_int4" (INT4 for grad_weight too, which HOT's authors found
+to fail), or any other name for ``recipe_config``. The models are transformers' own, randomly initialised. Prints a table, and
+keeps it in a file.
 """
 
 import argparse
