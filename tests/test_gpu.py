@@ -1,5 +1,11 @@
 """What only a GPU can show: real shapes, no synchronisation, CUDA graphs. Kernels one by one: test_kernels.py."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +93,22 @@ def test_a_step_does_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
     fresh = weight_operand(linear.weight.master, linear.weight.recipe)
     assert torch.equal(fresh.codes, linear.weight.operand.codes), "the codes followed the optimiser"
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs CUDA's compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    """On small, ragged shapes. PyTorch's caching of memory would hide a write beyond the end of a tensor."""
+    module = Path(__file__).with_name("test_kernels.py")
+    small = (
+        "test_into or test_every_fold or test_transposed or test_integer_products or test_nothing or padded_to_whole_blocks"
+    )
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module), "-k", small]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, cwd=module.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "SUMMARY: 0 " in done.stdout and " passed" in done.stdout
 
 
 def test_cuda_graphs():

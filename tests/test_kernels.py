@@ -259,6 +259,17 @@ def test_into(left, right, scale):
 
 
 @runs_kernels
+def test_into_codes_that_were_copied():
+    """A copy has rows without padding between them, and what follows them is another's memory."""
+    x = matrix(37, 100)
+    codes, _, scales = quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False)
+    memory = torch.full((37 * 100 + 1000,), 77, dtype=torch.int8, device=DEVICE)
+    copied = memory[: 37 * 100].view(37, 100)
+    quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False, (copied, scales))
+    assert torch.equal(copied, codes) and (memory[37 * 100 :] == 77).all()
+
+
+@runs_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @in_every_format
 def test_nan_and_inf_show_in_the_result(format, bad):

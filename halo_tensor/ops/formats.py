@@ -16,6 +16,11 @@ def code_dtype(format: Format) -> torch.dtype:
     return torch.int8 if format.uniform else _NATIVE.get(format, torch.float8_e4m3fn)
 
 
+def aligned(width: int) -> int:
+    """The stride of rows of ``width`` codes on a GPU: TMA and vector loads want them to begin at multiples of 16 bytes."""
+    return (width + 15) // 16 * 16
+
+
 def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even, or
     stochastically with ``noise``, uniform in [0, 1) of the same shape: up with the probability that makes the mean exact.

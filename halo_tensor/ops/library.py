@@ -10,7 +10,7 @@ A GPU runs the Triton kernels; every other device runs the reference, and so do 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from halo_tensor.ops import reference
+from halo_tensor.ops import formats, reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.recipe import FORMATS, Format, Rotation
 
@@ -223,24 +223,24 @@ for _op in (_rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, 
 # Under tracing: shapes, dtypes and strides.
 
 
-def _code_matrix(x, rows, columns, format, transposed=False, aligned=True):
+def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
     """What an op returns for codes [rows, columns]."""
     dtype = code_dtype(FORMATS[format])
     if x.device.type == "cpu":
         return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
-    stride = (columns + 15) // 16 * 16 if aligned else columns
+    stride = formats.aligned(columns) if pad else columns
     return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
 
 
 @torch.library.register_fake("halo::rotate_quantize", lib=_library)
 def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     r, c = reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right))
-    b, aligned = reference.BLOCK, scale != "block"
+    b, pad = reference.BLOCK, scale != "block"
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
     nothing = x.new_empty([0], dtype=code_dtype(FORMATS[format]))
     return (
-        _code_matrix(x, r, c, format, aligned=aligned) if rows else nothing,
-        _code_matrix(x, c, r, format, transposed=True, aligned=aligned) if columns else nothing,
+        _code_matrix(x, r, c, format, pad=pad) if rows else nothing,
+        _code_matrix(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
         x.new_empty(scale_shape, dtype=torch.float32),
     )
 

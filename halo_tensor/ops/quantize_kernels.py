@@ -104,7 +104,7 @@ def whole_rows(
 
 
 @triton.jit
-def _matrix(pointer, T: tl.constexpr):
+def load_square(pointer, T: tl.constexpr):
     index = tl.arange(0, T)
     return tl.load(pointer + index[:, None] * T + index[None, :])
 
@@ -138,8 +138,8 @@ def amax_tiles(
     """
     rows = tl.program_id(0) * T + tl.arange(0, T)
     most = tl.zeros((T,), tl.float32)
-    h_left = _matrix(left, T) if LEFT and ALONG_ROWS else left
-    h_right = _matrix(right, T) if RIGHT and ALONG_ROWS else right
+    h_left = load_square(left, T) if LEFT and ALONG_ROWS else left
+    h_right = load_square(right, T) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     for i in tl.range(0, TILES, num_stages=STAGES):
@@ -205,8 +205,8 @@ def cast_tiles(
     one = tl.full((T,), 1.0, tl.float32)
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
     rows = tile_row * T + tl.arange(0, T)
-    h_left = _matrix(left, T) if LEFT and ROWS else left
-    h_right = _matrix(right, T) if RIGHT and ROWS else right
+    h_left = load_square(left, T) if LEFT and ROWS else left
+    h_right = load_square(right, T) if RIGHT and ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     if ROWS:
@@ -262,8 +262,8 @@ def rotate_tiles(
     columns = tl.program_id(1) * T + tl.arange(0, T)
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     x_tile = tl.load(x + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
-    h_left = _matrix(left, T) if LEFT else left
-    h_right = _matrix(right, T) if RIGHT else right
+    h_left = load_square(left, T) if LEFT else left
+    h_right = load_square(right, T) if RIGHT else right
     y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
     out_at = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(out_at, y.to(out.dtype.element_ty), mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])

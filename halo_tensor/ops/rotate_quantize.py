@@ -13,7 +13,7 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.formats import code_dtype
+from halo_tensor.ops.formats import aligned, code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, rotation_signs
 from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -45,11 +45,7 @@ class Matrix(NamedTuple):
 
 def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> torch.Tensor:
     """An uninitialised [rows, columns] of codes."""
-    return like.new_empty_strided((rows, columns), (_aligned(columns), 1), dtype=code_dtype(format))
-
-
-def _aligned(width: int) -> int:
-    return (width + 15) // 16 * 16
+    return like.new_empty_strided((rows, columns), (aligned(columns), 1), dtype=code_dtype(format))
 
 
 @lru_cache
@@ -87,14 +83,14 @@ def rotate_quantize(
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     x = _whole_blocks(x, right)
-    if not _folds_on_the_way(scale, fold_rows, fold_columns):
+    folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
+    if not folds_on_the_way or _needs_rotating_first(x, left, right, scale):
         x, left, right = rotate(x, left, right, torch.float32), None, None
+    if not folds_on_the_way:
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
-    if _needs_rotating_first(x, left, right, scale, fold_rows):
-        x, left, right = rotate(x, left, right, torch.float32), None, None
-    if scale == "row" and left is None and fold_rows is None and x.shape[1] <= LARGEST_ROW:
+    if scale == "row" and left is None and x.shape[1] <= LARGEST_ROW:
         codes, scales = _whole_rows(x, right, format, fold_columns, into)
         codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
@@ -143,16 +139,18 @@ def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: 
     return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
 
 
-def _needs_rotating_first(x, left, right, scale, fold_rows) -> bool:
-    """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales or folds that only plain tiles know."""
+def _needs_rotating_first(x, left, right, scale) -> bool:
+    """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
     if any(r is not None and r.rank is not None for r in (left, right)):
         return True
-    if right is not None and left is None and scale == "row" and fold_rows is None and x.shape[1] <= LARGEST_ROW:
+    if right is not None and left is None and scale == "row" and x.shape[1] <= LARGEST_ROW:
+        if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
+            return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    return not _fits_tiles(x, left, right) or scale == "column" or fold_rows is not None
+    return not _fits_tiles(x, left, right) or scale == "column"
 
 
 def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
@@ -166,14 +164,14 @@ def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) 
 
 def _whole_rows(x, right, format, fold, into):
     m, k = x.shape
-    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None)
     codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
+    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None, codes.stride(0))
     launch(x, *(x if matrix is None else matrix for matrix in matrices), x if fold is None else fold, codes, scales)
     return codes, scales
 
 
 @lru_cache(maxsize=4096)
-def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: bool) -> tuple[Launch, tuple]:
+def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: bool, stride: int) -> tuple[Launch, tuple]:
     m, k = x.shape
     a, b = (right and factors(right.edge)) or (1, 0)
     full = a > 1
@@ -195,7 +193,7 @@ def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: 
         **_format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)
-    return Launch(kernels.whole_rows, grid, (m, k, *x.stride, _aligned(k)), constants), (matrix, left_matrix, signs)
+    return Launch(kernels.whole_rows, grid, (m, k, *x.stride, stride), constants), (matrix, left_matrix, signs)
 
 
 @lru_cache
@@ -284,7 +282,7 @@ def _plan_tiles(
             ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
         )  # fmt: skip
     cast_pass = tiled(
-        kernels.cast_tiles, (m, k, m_out, *x.stride, _aligned(k), _aligned(m)),
+        kernels.cast_tiles, (m, k, m_out, *x.stride, aligned(k), aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
         **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
     )  # fmt: skip
@@ -301,7 +299,7 @@ def _plan_tiles(
 def transposed(codes: torch.Tensor) -> torch.Tensor:
     """The transpose of a row-major matrix of codes, in memory."""
     m, k = codes.shape
-    out = codes.new_empty_strided((k, m), (_aligned(m), 1))
+    out = codes.new_empty_strided((k, m), (aligned(m), 1))
     _plan_transpose(m, k, codes.stride(0), out.stride(0), codes.device)(codes.view(torch.int8), out.view(torch.int8))
     return out
 

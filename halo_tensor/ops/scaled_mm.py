@@ -16,8 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.ops.device import check_device
+from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.quantize_kernels import load_square
 from halo_tensor.ops.rotate_quantize import transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
@@ -68,12 +70,6 @@ def _store(
 
 
 @triton.jit
-def _matrix(pointer, EDGE: tl.constexpr):
-    index = tl.arange(0, EDGE)
-    return tl.load(pointer + index[:, None] * EDGE + index[None, :])
-
-
-@triton.jit
 def scaled_mm_kernel(
     a, b, out, a_scale, b_scale, bias, left, right,
     M, N, K, ROWS_OUT, stride,
@@ -112,8 +108,8 @@ def scaled_mm_kernel(
         if LEFT or RIGHT:
             row_scale = row_scale * NORM
         SCALED: tl.constexpr = A_SCALE > 0 or B_SCALE == 1 or LEFT or RIGHT
-        h_left = _matrix(left, BM) if LEFT else left
-        h_right = _matrix(right, UNDO_EDGE) if RIGHT else right
+        h_left = load_square(left, BM) if LEFT else left
+        h_right = load_square(right, UNDO_EDGE) if RIGHT else right
         first = tile_n * BN
         if (LEFT or RIGHT) and BN == 2 * UNDO_EDGE:
             y0, y1 = tl.split(tl.permute(tl.reshape(y, (BM, 2, UNDO_EDGE)), (0, 2, 1)))
@@ -241,5 +237,4 @@ def _readable(codes: torch.Tensor) -> torch.Tensor:
         return codes
     if codes.stride(0) == 1:  # the transpose of a row-major matrix
         return transposed(codes.t())
-    stride = (codes.shape[1] + 15) // 16 * 16
-    return codes.new_empty_strided(codes.shape, (stride, 1)).copy_(codes)
+    return codes.new_empty_strided(codes.shape, (aligned(codes.shape[1]), 1)).copy_(codes)
