@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor import analysis, dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor.analysis import Shape, bit_operations, measure_saved, shapes
 from halo_tensor.ops import library, reference
 from halo_tensor.ops.formats import round_to
 from halo_tensor.ops.hadamard import hadamard, sequency_order
@@ -247,3 +248,112 @@ def test_there_and_back():
     assert list(model.state_dict()) == list(state) and all(type(t) is torch.Tensor for t in model.state_dict().values())
     dequantize_(model)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
+
+
+def small_vit() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, image_size=8, patch_size=2,
+            num_channels=1, num_labels=10,
+        )
+    )  # fmt: skip
+
+
+def test_int4_is_for_grad_input_not_for_grad_weight():
+    """The paper's ablation, on real images: what int4 costs the gradients of the weights through each of the two products."""
+    images, labels = (t[:64] for t in digits())
+
+    def gradient(config=None):
+        model = small_vit()
+        if config is not None:
+            quantize_(model, config)
+        loss = model(pixel_values=images, labels=labels).loss
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+
+    exact = gradient()
+    error = {
+        name: relative_error(gradient(hot_config(None, scale="tokens", grad_input_bits=x, grad_weight_bits=w)), exact)
+        for name, x, w in (("neither", 8, 8), ("grad_input", 4, 8), ("grad_weight", 8, 4))
+    }
+    assert error["neither"] < 0.03
+    assert error["grad_weight"] > 1.5 * error["grad_input"] > 1.5 * error["neither"], error
+
+
+def test_a_vit_learns_as_in_high_precision():
+    images, labels = digits()
+
+    def train(config=None) -> float:
+        model = small_vit()
+        if config is not None:
+            assert len(quantize_(model, config).converted) == 6
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(60):
+            chosen = slice(step % 12 * 128, step % 12 * 128 + 128)
+            loss = model(pixel_values=images[chosen], labels=labels[chosen]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            return model(pixel_values=images[1536:], labels=labels[1536:]).loss.item()
+
+    exact, hot = train(), train(hot_config(scale="tokens"))
+    assert exact < 1 and hot < exact + 0.25, (exact, hot)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_lora(adapters):
+    """A frozen base saves nothing of X for itself; adapters follow HOT if asked to. It trains."""
+    peft = pytest.importorskip("peft")
+    images, labels = (t[:128] for t in digits())
+    model = small_vit().requires_grad_(False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", modules_to_save=["classifier"]))
+    report = quantize_(model, hot_config(adapters=adapters))
+    lora = [name for name in report.converted if "lora" in name]
+    assert len(report.converted) - len(lora) == 6 and len(lora) == (12 if adapters else 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    base = [name for name in report.converted if "base_layer" in name]
+    with measure_saved(model, base) as saved:
+        first = model(pixel_values=images, labels=labels).loss
+    assert saved.layers == 0
+    for _ in range(12):
+        loss = model(pixel_values=images, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.8 * first
+    assert all(p.grad is None for name, p in model.named_parameters() if "base_layer" in name)
+
+
+@pytest.mark.parametrize("name", ["hot", "hot_llm", "lbp_wht", "luq"])
+def test_what_is_counted_is_what_is_saved(name):
+    """The layers that read one X save it once; a k×k convolution saves positions, not windows."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 1, groups=2), nn.Flatten(2), nn.Linear(64, 48))
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    recipe = RECIPES[name]
+    layers = quantize_(model, recipe_config(name, min_features=16)).converted
+    with measure_saved(model, layers) as saved:
+        model(x)
+    found = shapes(model, x)
+    assert layers == list(found) == ["0", "1", "3"]
+    assert found["0"] == Shape(128, 16 * 9, 32, 1, (128, 16)) and found["1"] == Shape(128, 16, 16, 2, (128, 16))
+    high = 32
+    assert saved.layers == sum(analysis.saved_bytes(recipe, shape, high) for shape in found.values())
+    assert saved.total >= saved.layers
+
+
+def test_bit_operations():
+    shape = Shape(tokens=208, in_features=64, out_features=128, groups=1, saved=(208, 64))
+    counts, products = bit_operations(RECIPES["hot"], shape), 208 * 64 * 128
+    assert counts["output"] == products * 16 * 16
+    assert counts["grad_input"] == products * 4 * 4
+    assert counts["grad_weight"] == products // 2 * 8 * 8
+    assert 0 < counts["transforms"] < 0.2 * products * 16 * 16
+    external = bit_operations(RECIPES["lbp_wht"], shape)
+    assert external["grad_input"] == external["grad_weight"] == products // 2 * 16 * 16
