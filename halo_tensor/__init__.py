@@ -19,6 +19,7 @@ from halo_tensor.config import (
     recipe_config,
 )
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
+from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight
 
@@ -35,12 +36,17 @@ __all__ = [
     "HotConfig",
     "LayerConfigs",
     "LinearConfig",
+    "NonFiniteError",
     "RecipeConfig",
+    "Report",
     "calibrate",
     "dequantize_",
+    "environment",
+    "find_nonfinite",
     "halo_config",
     "hot_config",
     "layer_filter",
     "quantize_",
     "recipe_config",
+    "report",
 ]

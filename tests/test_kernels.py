@@ -4,13 +4,6 @@ Where there is no GPU the kernels run in Triton's interpreter. It must be chosen
 runs this module again, in a process of its own.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
@@ -18,49 +11,27 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
-from triton.runtime.interpreter import ReduceOps
-
 from halo_tensor.ops import library, reference
 from halo_tensor.ops import rotate_quantize as quantizer
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.ops.formats import code_dtype, to_bits
 from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
+from tests import interpreter
+from tests.interpreter import DEVICE, GPU, runs_kernels
 from tests.util import relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 FORMAT = st.sampled_from(list(FORMATS.values()))
 # On a GPU almost every example compiles a kernel. Neither place has the time for shrinking.
 examples = settings(max_examples=25 if GPU else 60, phases=[Phase.explicit, Phase.generate])
 
-runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="see test_in_the_interpreter")
 in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=str)
 
 
-def reduce_by_halves(self, tensors):
-    """The interpreter reduces element by element, a second for each launch. Whole halves at once is what a GPU does."""
-    (x,) = tensors
-    y = np.moveaxis(x.handle.data, self.axis, 0)
-    while len(y) > 1:
-        half = len(y) // 2
-        y = self.combine_fn.fn(self.to_tensor(y[:half], x.dtype), self.to_tensor(y[half:], x.dtype)).handle.data
-    return [self.to_tensor(y[0], x.dtype)]
-
-
-if INTERPRETED:
-    ReduceOps.generic_reduce = reduce_by_halves
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert run.returncode == 0 and passed and int(passed[1]) > 40, run.stdout[-10000:] + run.stderr[-2000:]
+    interpreter.run(__file__, at_least=41)
 
 
 # What is compared, and how.

@@ -27,12 +27,19 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         if 0 in self.grid:
             return
-        first = tensors[0]
-        device = (first.base if isinstance(first, TensorDescriptor) else first).device
+        first = tensors[0].base if isinstance(tensors[0], TensorDescriptor) else tensors[0]
+        if not isinstance(first, torch.Tensor):  # a stand-in for one, in a graph that is being compiled
+            return first.record(self, tensors)
+        device = first.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self._launch(tensors, device)
         return self._launch(tensors, device)
+
+    def source(self) -> str:
+        """An expression that makes this launch again, where the modules of kernels are imported."""
+        function = self.kernel.fn
+        return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants})"
 
     def _launch(self, tensors: tuple, device: torch.device) -> None:
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.

@@ -7,6 +7,9 @@ functions of this module are the typed face of the ops; nothing else calls ``tor
 A GPU runs the Triton kernels; every other device runs the reference, and so do block scales, which exist for comparison.
 """
 
+import os
+from functools import cache
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -15,23 +18,24 @@ from halo_tensor.ops.formats import code_dtype
 from halo_tensor.recipe import FORMATS, Format, Rotation
 
 _library = torch.library.Library("halo", "DEF")
-_library.define(
+#: Triton's interpreter runs the kernels on a CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
-    "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scales)"
-)
-_library.define(
-    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()"
-)
-_library.define(
+    "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scales)",
+    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()",
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
-    "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)"
-)
-_library.define(
+    "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
     "scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] left, int[] right, "
-    "SymInt[] shape, ScalarType dtype) -> Tensor"
-)
-_library.define("rotate(Tensor x, int[] left, int[] right) -> Tensor")
-_library.define("unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor")
+    "SymInt[] shape, ScalarType dtype) -> Tensor",
+    "rotate(Tensor x, int[] left, int[] right) -> Tensor",
+    "unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+
+
+def runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
 
 
 def _encode(rotation: Rotation | None) -> list[int]:
@@ -132,7 +136,7 @@ def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, row
         x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns
     )
     codes, nothing = codes.contiguous(), codes.new_empty(0)
-    if x.device.type != "cpu":
+    if runs_kernels(x.device):
         return codes if rows else nothing, codes.t().contiguous() if columns else nothing, scales
     transposed = (codes.clone() if rows else codes).t()  # outputs of an op may not share memory
     return codes if rows else nothing, transposed if columns else nothing, scales
@@ -177,8 +181,9 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
     codes, codes_t, scales = launch.rotate_quantize(
         x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns
     )
-    nothing = scales.new_empty(0, dtype=code_dtype(FORMATS[format]))
-    return nothing if codes is None else codes, nothing.clone() if codes_t is None else codes_t, scales
+    dtype = code_dtype(FORMATS[format])
+    codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
+    return codes, codes_t, scales
 
 
 def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales):
@@ -217,22 +222,42 @@ def _unrotate_cuda(x, left, right, shape):
 
 
 for _op in (_rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda):
-    _library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, "CUDA")
+    for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        _library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
 
 
 # Under tracing: shapes, dtypes and strides.
 
 
+@cache
+def _teach_inductor() -> None:
+    """Import what lowers the ops. Not before something is traced: importing Inductor takes seconds."""
+    import halo_tensor.ops.inductor  # noqa: F401
+
+
+def _register_fake(op: str):
+    def register(function):
+        def fake(x, *args):
+            if runs_kernels(x.device):
+                _teach_inductor()
+            return function(x, *args)
+
+        torch.library.register_fake(f"halo::{op}", fake, lib=_library)
+        return function
+
+    return register
+
+
 def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
     """What an op returns for codes [rows, columns]."""
     dtype = code_dtype(FORMATS[format])
-    if x.device.type == "cpu":
+    if not runs_kernels(x.device):
         return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
     stride = formats.aligned(columns) if pad else columns
     return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
 
 
-@torch.library.register_fake("halo::rotate_quantize", lib=_library)
+@_register_fake("rotate_quantize")
 def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     r, c = reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right))
     b, pad = reference.BLOCK, scale != "block"
@@ -245,12 +270,12 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
     )
 
 
-@torch.library.register_fake("halo::rotate_quantize_", lib=_library)
+@_register_fake("rotate_quantize_")
 def _(x, left, right, format, scale, codes, scales):
     return None
 
 
-@torch.library.register_fake("halo::quantize_pair", lib=_library)
+@_register_fake("quantize_pair")
 def _(x, left, format, fold_columns, fold_rows):
     (r, c), r_padded = x.shape, reference.rotated(x.shape[0], _decode(left))
     return (
@@ -261,18 +286,18 @@ def _(x, left, format, fold_columns, fold_rows):
     )
 
 
-@torch.library.register_fake("halo::scaled_mm", lib=_library)
+@_register_fake("scaled_mm")
 def _(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
     torch._check(a.shape[1] == b_t.shape[1], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
     return a.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("halo::rotate", lib=_library)
+@_register_fake("rotate")
 def _(x, left, right):
     return x.new_empty(reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right)))
 
 
-@torch.library.register_fake("halo::unrotate", lib=_library)
+@_register_fake("unrotate")
 def _(x, left, right, shape):
     return x.new_empty(shape)
 

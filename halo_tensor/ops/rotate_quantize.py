@@ -166,7 +166,7 @@ def _whole_rows(x, right, format, fold, into):
     m, k = x.shape
     codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
     launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None, codes.stride(0))
-    launch(x, *(x if matrix is None else matrix for matrix in matrices), x if fold is None else fold, codes, scales)
+    launch(x, *(codes if t is None else t for t in (*matrices, fold)), codes, scales)  # any pointer for what is not there
     return codes, scales
 
 
@@ -241,8 +241,8 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     column_scales = new(k if column_scale == "column" else (), dtype=torch.float32)
     operands = [x, *matrices, fold_columns, fold_rows, row_amax, column_amax]
     if amax_pass is not None:
-        amax_pass(*(x if t is None else t for t in operands))
-    cast_pass(*(x if t is None else t for t in [*operands, codes, codes_t, row_scales, column_scales]))
+        amax_pass(*(amax if t is None else t for t in operands))
+    cast_pass(*(amax if t is None else t for t in [*operands, codes, codes_t, row_scales, column_scales]))
     return codes, codes_t, row_scales, column_scales
 
 
@@ -331,7 +331,7 @@ def _rotate(x, left, right, shape, dtype, inverse):
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)
     launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), dtype, inverse)
-    launch(x, *(x if matrix is None else matrix for matrix in matrices), out)
+    launch(x, *(out if matrix is None else matrix for matrix in matrices), out)
     return out
 
 

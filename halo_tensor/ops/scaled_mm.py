@@ -154,13 +154,13 @@ def scaled_mm(
 
 def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
     a, b_t = _readable(a), _readable(b_t)
+    out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
     if _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
         a_scale, b_scale = (
             _ones(n, a.device) if s is None else s for s, n in ((a_scale, a.shape[0]), (b_scale, b_t.shape[0]))
         )
-        y = torch._scaled_mm(a, b_t.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype, use_fast_accum=True)
-        return y[:rows]
-    out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
+        VendorProduct()(a, b_t, a_scale, b_scale, out)
+        return out
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
     launch, tile, matrices = _plan(
@@ -169,8 +169,21 @@ def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torc
     )  # fmt: skip
     a_tiles = TensorDescriptor(a, a.shape, a.stride(), [tile.m, tile.k])
     b_tiles = TensorDescriptor(b_t, b_t.shape, b_t.stride(), [tile.n, tile.k])
-    launch(a_tiles, b_tiles, out, *(a if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
+    launch(a_tiles, b_tiles, out, *(out if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
     return out
+
+
+class VendorProduct:
+    """cuBLAS's product with row and column scales, called like a :class:`Launch`."""
+
+    def __call__(self, a, b_t, a_scale, b_scale, out) -> None:
+        if not isinstance(a, torch.Tensor):
+            return a.record(self, (a, b_t, a_scale, b_scale, out))
+        scales = {"scale_a": a_scale[:, None], "scale_b": b_scale[None]}
+        torch._scaled_mm(a, b_t.t(), **scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
+
+    def source(self) -> str:
+        return "halo_tensor.ops.scaled_mm.VendorProduct()"
 
 
 def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:

@@ -1,0 +1,88 @@
+"""``environment``: what a bug report should say about the machine. No paths, names of users or hosts, and no secrets."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from halo_tensor.ops.device import check_device
+from halo_tensor.recipe import FORMATS
+
+PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
+
+
+class Environment(dict):
+    """A dictionary that JSON can hold; ``str`` lists it, a line per entry."""
+
+    def __str__(self) -> str:
+        lines = []
+        for key, value in self.items():
+            if key != "devices":
+                lines.append(f"{key}: {value}")
+        for device in self["devices"]:
+            details = "; ".join(
+                f"{key} {value}" for key, value in device.items() if key not in ("device", "formats", "cannot run")
+            )
+            lines.append(f"{device['device']}: {details}")
+            lines.append(f"  formats: {', '.join(device['formats']) or 'none'}")
+            if device["cannot run"]:
+                lines.append(f"  cannot run: {', '.join(device['cannot run'])}")
+        return "\n".join(lines)
+
+
+def environment() -> Environment:
+    """Versions, devices, the formats each device can run, and what runs the products there: kernels or the reference."""
+    from halo_tensor import __version__
+
+    found = Environment({"halo_tensor": __version__, "python": platform.python_version()})
+    found["platform"] = f"{platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        found[name] = _version(name)
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    if torch.version.hip is not None:
+        found["ROCm of torch"] = torch.version.hip
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    found["devices"] = [_device(device) for device in devices]
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device(device: torch.device) -> dict:
+    runs = [name for name, format in FORMATS.items() if _can_run(format, device)]
+    described = {"device": str(device), **(_gpu(device) if device.type == "cuda" else _cpu())}
+    return described | {"formats": runs, "cannot run": [name for name in FORMATS if name not in runs]}
+
+
+def _can_run(format, device: torch.device) -> bool:
+    try:
+        check_device((format,), device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _cpu() -> dict:
+    return {
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "products by": "the reference in plain PyTorch (accuracy, not speed)",
+    }
+
+
+def _gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    triton = _version("triton")
+    return {
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "products by": "Triton kernels" if triton != "not installed" else "nothing: triton is not installed",
+    }

@@ -1,0 +1,282 @@
+"""``report``: which recipe a model can be trained with, by measuring every product of every layer, and the whole gradient."""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import sqrt
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from halo_tensor.config import LinearConfig, halo_config
+from halo_tensor.convert import layer_filter
+from halo_tensor.diagnostics import measure, roofline
+from halo_tensor.diagnostics.measure import Fidelity, LossFn, Operands
+from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport, LayerReport, Report
+from halo_tensor.diagnostics.roofline import H100, Ceilings
+from halo_tensor.ops.device import check_device
+from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, Rotation
+
+#: Two modelled speeds that differ by less are equal: tests bound the model's own error by 8 %.
+SPEED_MARGIN = 0.05
+#: As are two cosines: another seed of a rotation changes them by a few 1e-4.
+COSINE_MARGIN = 0.001
+CANDIDATES: dict[str, LinearConfig] = {
+    **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
+    **{f"fp8 HALO-{level}": halo_config(level, "fp8") for level in (0, 1)},
+}
+
+
+def report(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    candidates: Mapping[str, LinearConfig] | Iterable[LinearConfig] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    min_cosine: float = 0.97,
+    min_sqnr: float = 20.0,
+    tokens: int = 128,
+    step_tokens: int | None = None,
+    ceilings: Ceilings = H100,
+) -> Report:
+    """Measure what each candidate recipe does to a model's gradient, and recommend one.
+
+    The model runs forward and backward once exactly, in its own dtype, and once under every candidate, converted as
+    ``quantize_`` would. Besides, each layer's three products are computed from sampled rows of the exact X and E, by the
+    very autograd function that training runs, and compared with float32's. The time on a GPU is modelled, not measured
+    (``diagnostics/roofline.py``).
+
+    The rule: a candidate is faithful if the cosine of the whole gradient with the exact one is at least ``min_cosine``. Of the
+    faithful ones the fastest by the model is recommended, unless another, less than 5 % slower, has half its 1 − cosine or
+    less, and a cosine higher by more than 0.001; and so on from that one. But a layer of which one product has an SQNR below
+    ``min_sqnr`` under that recipe takes the fastest candidate that keeps all above, or high precision if none does. If no
+    candidate is faithful, the one with the highest cosine is tried with such exceptions; if that is not faithful either, or
+    leaves no layer, high precision is recommended.
+
+    Args:
+        model: plain, or converted already (then its dense weights are measured). It is left as it was: parameters, gradients,
+            modes, hooks and random state, also after an error. It runs in evaluation mode.
+        batch: called as ``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple and anything else.
+            The loss is the output's ``loss``, or the output itself. Time is that of 1 + candidates forwards and backwards.
+        loss_fn: ``(model, batch) -> scalar``, for models that return no loss.
+        candidates: configs, by name if it is a mapping; by default int8 HALO-0, 1, 2 and fp8 HALO-0, 1, those the device runs.
+            With ``halo_config(dtype="bf16")`` among them, high precision competes in speed as well.
+        filter_fn: ``(module, qualified name) -> bool``, as in ``quantize_``.
+        min_cosine: of the whole gradient; 0.97 is a relative error of 24 %, about what lies between the exact gradients of two
+            batches of a thousand tokens.
+        min_sqnr: of each product of a layer, in dB; 20 is a relative error of 10 %.
+        tokens: rows of X and E, evenly spaced, that each layer's own products are measured with. Of SmolLM2's 210 layers, 128
+            rows give SQNRs that differ from those of all 512 by 0.06 dB in output and 0.2 in grad_input (int8 HALO-1;
+            medians). Of grad_weight, which contracts the sampled rows only, they are 1.8 dB higher: pass more for its sake.
+        step_tokens: in a training step, for the model of time, if the batch is only a sample of one.
+        ceilings: of the GPU to model.
+
+    Raises:
+        TypeError: a candidate is no such config.
+        ValueError: no scalar, finite loss; no eligible layer (the message says why each was left alone), or no candidate.
+        RuntimeError: the device cannot run one of the ``candidates`` passed.
+    """
+    start = perf_counter()
+    model = getattr(model, "_orig_mod", model)
+    configs = _candidates(candidates, model)
+    accepted = _accepted(model, configs, filter_fn)
+    names = [name for name, _ in model.named_modules() if any(name in taken for taken in accepted.values())]
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+
+    with measure.untouched(model), measure.swapped(model, dense := measure.dense_parameters(model)):
+        weights = {name: dense[_weight(name)] for name in names}
+        trained = {name: p for name, p in dense.items() if p.requires_grad}
+        compared = {_weight(name) for name in names} & trained.keys()
+        gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
+        with measure.captured(layers, tokens) as operands:
+            loss = measure.loss_of(model, batch, loss_fn)
+            exact = measure.gradients(loss, trained)  # of all, so that backward comes to every layer that training's does
+            if not all(t.isfinite().all() for t in (loss, *exact.values())):
+                raise ValueError(
+                    f"the loss is {loss.item()}, or a gradient is not finite: halo_tensor.find_nonfinite(model) names where "
+                    "that begins"
+                )
+        if not operands:
+            raise ValueError("the batch reaches none of the eligible layers")
+        exact = {name: gradient for name, gradient in exact.items() if name in (compared or trained)}
+
+        def whole(name: str, config: LinearConfig | None, recipes: dict[str, Recipe]) -> CandidateReport:
+            made = {(weights[x], recipe): measure.converted(weights[x], recipe) for x, recipe in recipes.items()}
+            swap = {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}  # tied weights stay tied
+            with measure.swapped(model, swap):
+                quantized_loss = measure.loss_of(model, batch, loss_fn)
+                found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
+            return CandidateReport(name, config, _cosine(found, exact), (quantized_loss - loss).item(), 1.0)
+
+        rotation = _rotation(configs)
+        reached = [_layer(name, layers[name], operands, weights[name], rotation) for name in names if name in operands]
+        total = max(own.tokens for own in operands.values())
+        for layer in reached:
+            recipes = {name: config.recipe for name, config in configs.items() if layer.name in accepted[name]}
+            _measure_layer(layer, operands[layer.name], weights[layer.name], recipes)
+            step = round(layer.tokens * (step_tokens or total) / total)
+            _model_time(layer, recipes, step, weights[layer.name].requires_grad, ceilings)
+        measured = [whole(name, c, dict.fromkeys(accepted[name], c.recipe)) for name, c in configs.items()]
+        for candidate in measured:
+            candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
+        found = Report(
+            type(model).__name__,
+            loss.item(),
+            total,
+            step_tokens or total,
+            max(len(o.x) for o in operands.values() if o.x is not None),
+            reached,
+            measured,
+            min_cosine,
+            min_sqnr,
+            ceilings,
+            0.0,
+            gradient_of,
+            _by_name=filter_fn is not None,
+        )
+        _recommend(found, lambda chosen: whole("as recommended", None, {k: configs[c].recipe for k, c in chosen.items()}))
+    found.seconds = perf_counter() - start
+    return found
+
+
+def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], CandidateReport]) -> None:
+    """Apply the rule of :func:`report`. ``measure_mixture`` runs the model with layer -> candidate."""
+    converting = [c for c in found.candidates if any(c.name in layer.fidelity for layer in found.layers)]
+    faithful = [c for c in converting if c.cosine >= found.min_cosine]
+    best = _fastest(faithful) if faithful else max(converting, key=lambda c: c.cosine)
+    for layer in found.layers:
+        fit = [c for c in layer.fidelity if layer.worst(c)[0] >= found.min_sqnr]
+        if best.name in fit:
+            layer.recommended = best.name
+        elif best.name in layer.fidelity and fit:
+            layer.recommended = min(fit, key=layer.seconds.__getitem__)
+    found.recommended, found.result = best.name, best
+    if found.exceptions:
+        found.result = measure_mixture({x.name: x.recommended for x in found.layers if x.recommended != HIGH_PRECISION})
+        found.result.speed = _speed(found.layers, {x.name: x.recommended for x in found.layers})
+    if not found.result.cosine >= found.min_cosine or all(x.recommended == HIGH_PRECISION for x in found.layers):
+        found.verdict = (
+            f"none of the candidates is faithful: the best, {best.name}, has a gradient cosine of {best.cosine:.4f} where "
+            f"{found.min_cosine} is wanted, and a product below {found.min_sqnr:g} dB in {len(found.exceptions)} of "
+            f"{len(found.layers)} layers. Keep high precision, or lower min_cosine and min_sqnr"
+        )
+        found.recommended = found.result = None
+        for layer in found.layers:
+            layer.recommended = HIGH_PRECISION
+        return
+    speed = found.result.speed
+    found.verdict = (
+        f"{best.name}: gradient cosine {found.result.cosine:.4f} (at least {found.min_cosine} wanted), modelled at "
+        f"{speed:.2f}× bf16's speed on an {found.ceilings.name}"
+        + ("" if speed > 1 else ", so at these shapes it saves memory, and no time")
+    )
+
+
+def _fastest(faithful: list[CandidateReport]) -> CandidateReport:
+    by_speed = sorted(faithful, key=lambda c: (-c.speed, -c.cosine))
+    best = by_speed[0]
+    for other in by_speed[1:]:
+        as_fast = other.speed > (1 - SPEED_MARGIN) * best.speed
+        if as_fast and other.cosine > best.cosine + COSINE_MARGIN and 1 - other.cosine <= (1 - best.cosine) / 2:
+            best = other
+    return best
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _candidates(given, model: nn.Module) -> dict[str, LinearConfig]:
+    device = next(model.parameters()).device
+    if given is None:
+        configs = {name: config for name, config in CANDIDATES.items() if _runs(config.recipe, device)}
+    else:
+        configs = dict(given) if isinstance(given, Mapping) else {str(config): config for config in given}
+        for config in configs.values():
+            if not isinstance(config, LinearConfig):
+                raise TypeError(f"a candidate is a config of halo_config or recipe_config; got {config!r}")
+            check_device(config.recipe.formats, device)
+    if not configs:
+        raise ValueError(f"there is no candidate recipe to measure on {device}")
+    return configs
+
+
+def _runs(recipe: Recipe, device: torch.device) -> bool:
+    try:
+        check_device(recipe.formats, device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _accepted(model: nn.Module, configs: dict[str, LinearConfig], filter_fn: Callable | None) -> dict[str, list[str]]:
+    """Candidate -> the layers that ``quantize_`` would convert."""
+    accepted: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for candidate, config in configs.items():
+        accept = filter_fn or layer_filter(model, config)
+        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        accepted[candidate] = [name for name, module in linears if accept(module, name)]
+        reasons |= getattr(accept, "reasons", {})
+    if not any(accepted.values()):
+        why = "".join(f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:8]) or ": filter_fn took none"
+        raise ValueError(f"no layer of this {type(model).__name__} is eligible{why}")
+    return accepted
+
+
+def _rotation(configs: dict[str, LinearConfig]) -> Rotation:
+    """The one that outliers are shown under: the first that a candidate has, or the default."""
+    operands = [side for c in configs.values() for p in PRODUCTS for side in vars(getattr(c.recipe, p)).values()]
+    return next((r for o in operands for d in DIMENSIONS if (r := o.rotation(d)) is not None), Rotation())
+
+
+def _layer(name, module: nn.Linear, operands: dict[str, Operands], weight: nn.Parameter, rotation: Rotation) -> LayerReport:
+    own = operands[name]
+    arrived = own.e is not None
+    computed = {
+        "output": True,
+        "grad_input": arrived and own.needs_grad_input,
+        "grad_weight": arrived and weight.requires_grad,
+    }
+    return LayerReport(
+        name,
+        module.in_features,
+        module.out_features,
+        own.tokens,
+        tuple(product for product in PRODUCTS if computed[product]),
+        sum(other.x_group == own.x_group for other in operands.values()),
+        measure.outliers(own, weight, rotation),
+    )
+
+
+def _measure_layer(layer: LayerReport, own: Operands, weight: nn.Parameter, recipes: dict[str, Recipe]) -> None:
+    assert own.x is not None
+    exact_weight = nn.Parameter(weight.detach().float(), weight.requires_grad)
+    exact = measure.products(own.x, exact_weight, own.e, layer.products)
+    for name, recipe in recipes.items():
+        quantized = measure.products(own.x, measure.converted(weight, recipe), own.e, layer.products)
+        layer.fidelity[name] = {product: Fidelity.of(quantized[product], exact[product]) for product in layer.products}
+
+
+def _model_time(layer: LayerReport, recipes: dict[str, Recipe], tokens: int, trained: bool, ceilings: Ceilings) -> None:
+    sizes = {"tokens": tokens, "in_features": layer.in_features, "out_features": layer.out_features}
+    for name, recipe in ({HIGH_PRECISION: Recipe()} | recipes).items():
+        layer.seconds[name] = roofline.seconds(
+            recipe, sizes, layer.products, trained=trained, sharing=layer.sharing, ceilings=ceilings
+        )
+
+
+def _speed(layers: list[LayerReport], chosen: dict[str, str]) -> float:
+    """Of the layers together under layer -> candidate, × high precision."""
+    time = sum(layer.seconds[HIGH_PRECISION] / layer.speed(chosen[layer.name]) for layer in layers)
+    return sum(layer.seconds[HIGH_PRECISION] for layer in layers) / time
+
+
+def _cosine(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    sums = [0.0, 0.0, 0.0]
+    for name, e in exact.items():
+        f = found[name]
+        for i, (u, v) in enumerate(((f, e), (f, f), (e, e))):
+            sums[i] += float(u @ v)
+    return sums[0] / sqrt(sums[1] * sums[2]) if sums[1] * sums[2] > 0 else 0.0

@@ -1,0 +1,232 @@
+"""In a compiled graph, launches without a dispatcher.
+
+Called as an op, a kernel costs the CPU a dispatch, the Python that decides what to launch, and allocations: 70–90 µs, and
+three times that in a model, whose other code pushes it out of the caches. That is longer than smaller kernels run. But where
+shapes are known, all of it is known when the graph is compiled. So each op is lowered by running its launcher on stand-ins
+for tensors: what it allocates becomes buffers of the graph, planned and reused by Inductor, and each launch a line of the
+generated code. An op with dynamic shapes, or whose launcher computes with tensors on the way, stays an op.
+
+This is written against Inductor's internals as of torch 2.11–2.13.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import ir, lowering
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from halo_tensor.ops import library
+
+
+class _Unsupported(Exception):
+    """A launcher asked a stand-in for what it cannot give."""
+
+
+class _Recording:
+    """What a launcher did: the launches, each with its arguments."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, tuple]] = []
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What a stand-in stands for: a buffer of the graph, or one to be allocated, filled with ``fill`` or not."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    fill: float | None = None
+    box: Any = None
+    given: bool = False
+
+    def realized(self) -> Any:
+        if self.box is None:
+            size, dtype, device = [*self.shape], self.dtype, self.device
+            if self.fill is None:
+                self.box = lowering.empty_strided(size, [*self.stride], dtype=dtype, device=device)
+            else:
+                self.box = lowering.full(size, self.fill, dtype=dtype, device=device)
+                self.box.realize()
+        return self.box
+
+
+class _StandIn:
+    """As much of a tensor as launchers look at."""
+
+    def __init__(self, recording: _Recording, memory: _Memory, shape=None, stride=None, dtype=None, offset: int = 0):
+        self.recording, self.memory, self.offset = recording, memory, offset
+        self.shape = torch.Size(memory.shape if shape is None else shape)
+        self.strides = tuple(memory.stride if stride is None else stride)
+        self.dtype, self.device = dtype or memory.dtype, memory.device
+
+    @classmethod
+    def of(cls, recording: _Recording, box: Any) -> "_StandIn":
+        box = ir.ExternKernel.realize_input(box)
+        box.freeze_layout()
+        layout = box.get_layout()
+        if not all(isinstance(n, (int, sympy.Integer)) for n in (*layout.size, *layout.stride)):
+            raise _Unsupported("a dynamic shape")
+        shape, stride = (tuple(map(int, sizes)) for sizes in (layout.size, layout.stride))
+        return cls(recording, _Memory(shape, stride, layout.dtype, layout.device, box=box, given=True))
+
+    def __getattr__(self, name: str):
+        raise _Unsupported(name)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise _Unsupported(function)
+
+    def __mul__(self, other):
+        raise _Unsupported("mul")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, dim: int | None = None):
+        return self.strides if dim is None else self.strides[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def data_ptr(self) -> int:
+        return 0  # aligned; each launch looks at the real pointer
+
+    def is_contiguous(self) -> bool:
+        return self.strides == _contiguous(self.shape)
+
+    def t(self) -> "_StandIn":
+        return _StandIn(self.recording, self.memory, self.shape[::-1], self.strides[::-1], self.dtype, self.offset)
+
+    def view(self, dtype: torch.dtype) -> "_StandIn":
+        if not isinstance(dtype, torch.dtype) or dtype.itemsize != self.dtype.itemsize:
+            raise _Unsupported("view")
+        return _StandIn(self.recording, self.memory, self.shape, self.strides, dtype, self.offset)
+
+    def __getitem__(self, part: slice) -> "_StandIn":
+        if not isinstance(part, slice) or self.ndim != 1:
+            raise _Unsupported("index")
+        start, stop, _ = part.indices(self.shape[0])
+        return _StandIn(self.recording, self.memory, [stop - start], self.strides, self.dtype, self.offset + start)
+
+    def new_empty_strided(self, shape, stride, dtype: torch.dtype | None = None, fill: float | None = None) -> "_StandIn":
+        memory = _Memory(tuple(shape), tuple(stride), dtype or self.dtype, self.device, fill)
+        return _StandIn(self.recording, memory)
+
+    def new_empty(self, shape, dtype: torch.dtype | None = None, fill: float | None = None) -> "_StandIn":
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        return self.new_empty_strided(shape, _contiguous(shape), dtype, fill)
+
+    def new_zeros(self, shape, dtype: torch.dtype | None = None) -> "_StandIn":
+        return self.new_empty(shape, dtype, 0)
+
+    def new_ones(self, shape, dtype: torch.dtype | None = None) -> "_StandIn":
+        return self.new_empty(shape, dtype, 1)
+
+    def record(self, launch, arguments: tuple) -> None:
+        """Called by ``launch``, where it would launch on a tensor."""
+        self.recording.launches.append((launch, arguments))
+
+
+def _contiguous(shape) -> tuple[int, ...]:
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
+class _Call(ir.ExternKernel):
+    """One line of generated code: a launch, which writes to buffers that are there."""
+
+    def __init__(self, launch, arguments: tuple):
+        self.launch = launch
+        self.templates: list[str] = []
+        self.boxes: list[Any] = []
+        written: list[Any] = []
+        for argument in arguments:
+            self.templates.append(self._template(argument, written))
+        inputs = [self.unwrap_storage_for_input(self.realize_input(box)) for box in self.boxes]
+        self.device = inputs[0].get_device()
+        super().__init__(None, ir.NoneLayout(device=self.device), inputs)
+        self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=self.device), box, self) for box in written]
+        V.graph.register_operation(self)
+
+    def _template(self, argument: Any, written: list) -> str:
+        """The argument as source, with {i} where the name of input i belongs."""
+        if isinstance(argument, TensorDescriptor):
+            base = self._template(argument.base, written)
+            return f"TensorDescriptor({base}, {[*argument.shape]}, {[*argument.strides]}, {argument.block_shape})"
+        if isinstance(argument, torch.Tensor):  # the matrix of a rotation
+            self.boxes.append(V.graph.add_tensor_constant(argument))
+            return f"{{{len(self.boxes) - 1}}}"
+        memory = argument.memory
+        self.boxes.append(memory.realized())
+        if not memory.given and memory.box not in written:
+            written.append(memory.box)
+        source = f"{{{len(self.boxes) - 1}}}"
+        if argument.offset or argument.shape.numel() < torch.Size(memory.shape).numel():
+            source += f"[{argument.offset}:{argument.offset + argument.shape.numel()}]"
+        return source if argument.dtype == memory.dtype else f"{source}.view({argument.dtype})"
+
+    def codegen(self, wrapper) -> None:
+        names = [x.codegen_reference() for x in self.inputs]
+        source = self.launch.source()
+        name = f"halo_{sha256(source.encode()).hexdigest()[:12]}"
+        for line in (*_IMPORTS, f"{name} = {source}"):
+            wrapper.add_import_once(line)
+        wrapper.writeline(f"{name}({', '.join(template.format(*names) for template in self.templates)})")
+
+    def get_outputs(self) -> list:
+        return list(self.mutation_outputs)
+
+    def get_device(self):
+        return self.device
+
+    def should_allocate(self) -> bool:
+        return False
+
+    def get_unbacked_symbol_defs(self):
+        return OrderedSet()
+
+
+_IMPORTS = (
+    "import torch",
+    "import triton",
+    "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
+    "from halo_tensor.ops.launch import Launch",
+    "from triton.tools.tensor_descriptor import TensorDescriptor",
+)
+
+
+def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
+    as_op = lowering.fallback_handler(op)
+
+    @lowering.register_lowering(op, type_promotion_kind=None)
+    def lowered(*args):
+        device = next(a for a in args if isinstance(a, ir.TensorBox)).get_device()
+        if V.graph.cpp_wrapper or not library.runs_kernels(device):
+            return as_op(*args)
+        recording = _Recording()
+        try:
+            stand_ins = [_StandIn.of(recording, a) if isinstance(a, ir.TensorBox) else a for a in args]
+            with _disable_current_modes():  # launchers make constants, which must be real
+                made = launcher(*stand_ins)
+        except _Unsupported:
+            return as_op(*args)
+        for launch, arguments in recording.launches:
+            _Call(launch, arguments)
+        boxes = tuple(x.memory.realized() for x in (made if isinstance(made, tuple) else (made,)))
+        return boxes if isinstance(made, tuple) else boxes[0]
+
+
+_lower(torch.ops.halo.rotate_quantize.default, library._rotate_quantize_cuda)
+_lower(torch.ops.halo.quantize_pair.default, library._quantize_pair_cuda)
+_lower(torch.ops.halo.scaled_mm.default, library._scaled_mm_cuda)
+_lower(torch.ops.halo.rotate.default, library._rotate_cuda)
+_lower(torch.ops.halo.unrotate.default, library._unrotate_cuda)

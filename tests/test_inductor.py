@@ -1,0 +1,68 @@
+"""A compiled graph launches the kernels itself, and computes what eager mode does."""
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+pytest.importorskip("triton")
+from halo_tensor import halo_config, quantize_, recipe_config
+from tests import interpreter
+from tests.interpreter import DEVICE, runs_kernels
+from tests.util import relative_error, typical_error
+
+
+@pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
+def test_in_the_interpreter():
+    interpreter.run(__file__, at_least=5)
+
+
+def model(config) -> nn.Module:
+    torch._dynamo.reset()
+    mlp = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128, bias=False)).to(DEVICE, torch.bfloat16)
+    quantize_(mlp, config)
+    return mlp
+
+
+def step(f, mlp, x, e) -> list[torch.Tensor]:
+    y = f(x)
+    return [y, *torch.autograd.grad(y, [x, *mlp.parameters()], e[: len(y)])]
+
+
+def data(tokens: int = 20) -> list[torch.Tensor]:
+    return [torch.randn(tokens, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=i == 0) for i in range(2)]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("level", "dtype", "granularity"), [(0, "fp8", "row"), (1, "int8", "row"), (2, "int8", "tensor")])
+def test_no_op_is_left(level, dtype, granularity):
+    mlp, (x, e) = model(halo_config(level, dtype, granularity=granularity)), data()
+    f = torch.compile(mlp, fullgraph=True)
+    expected = step(mlp, mlp, x, e)
+    with fresh_cache():
+        results, code = run_and_get_code(lambda: step(f, mlp, x, e))
+    assert not any("torch.ops.halo" in source for source in code), "every op became launches"
+    # X of two layers and its transpose, two products; E's two passes or four, W and E transposed for two products each
+    launches = [sum(line.lstrip().startswith("halo_") and "Launch" not in line for line in s.splitlines()) for s in code]
+    assert len(code) == 2 and launches[0] in (6, 8) and 10 <= launches[1] <= 16
+    for a, b in zip(results, expected, strict=True):
+        assert relative_error(a, b) < 0.6 * typical_error(mlp[0].weight.operand.format)
+
+
+@runs_kernels
+def test_dynamic_shapes_stay_ops():
+    mlp, (x, e) = model(halo_config(1, "int8")), data(40)
+    f = torch.compile(mlp, fullgraph=True, dynamic=True)
+    _, code = run_and_get_code(lambda: step(f, mlp, x, e))
+    assert all("torch.ops.halo" in source for source in code)
+    for tokens in (20, 33):
+        part = x[:tokens].detach().requires_grad_()
+        for a, b in zip(step(f, mlp, part, e), step(mlp, mlp, part, e), strict=True):
+            assert relative_error(a, b) < 0.01
+
+
+@runs_kernels
+def test_what_launchers_compute_with_tensors_stays_an_op():
+    mlp, (x, e) = model(recipe_config("jetfire")), data()
+    _, code = run_and_get_code(lambda: step(torch.compile(mlp, fullgraph=True), mlp, x, e))
+    assert all("torch.ops.halo" in source for source in code)
