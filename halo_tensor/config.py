@@ -203,13 +203,14 @@ def hot_config(
 ) -> HotConfig:
     """HOT (arXiv 2503.21261) as a config for ``quantize_``: the forward stays as it is, the backward runs in few bits, and of
     each layer's input only ``rank``/``block_size`` is saved, in ``grad_weight_bits``. It converts ``nn.Conv2d`` and
-    transformers' ``Conv1D`` too. Made for vision models; for LLMs take ``recipe_config("hot_llm")``.
+    transformers' ``Conv1D`` too. Made for vision models, whose tokens are redundant. On a language model its gradient is
+    useless (bench/results/accuracy_hot.md): take ``recipe_config("hot_llm")`` there.
 
     Args:
         rank: how many of the ``block_size`` sequencies of each block of tokens grad_weight keeps; None for all.
         block_size: of both products' rotations: 16, 32, 64, 128 or 256.
-        grad_input_bits, grad_weight_bits: 4 or 8. INT4 values are multiplied as INT8, which no GPU of Hopper's generation does
-            more slowly.
+        grad_input_bits, grad_weight_bits: 4 or 8. INT4 values are multiplied as INT8, exactly: Hopper has no INT4 units, so 4
+            bits are no faster there.
         scale: of E in grad_input, "tensor" or "tokens". :func:`~halo_tensor.calibrate` chooses layer by layer.
         granularity: of all other operands, "tensor" as published, or "row": along the dimension that the product keeps.
         rounding: of E in grad_input, "stochastic" or "nearest".
