@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["high", "hot", "hot_lqs", "hot_int4"], help="names")
     parser.add_argument("--data", help="a folder with one folder of images per class (default: scikit-learn's digits)")
     parser.add_argument("--image-size", type=int, default=32, help="to which images are scaled")
-    parser.add_argument("--patch", type=int, default=4)
+    parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
