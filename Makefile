@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/finetune.py $(ARGS)
+	$(BIN)/python examples/compare.py $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)

@@ -1,171 +1,213 @@
-"""Fine-tune a causal LM in high precision and under HALO, side by side.
+"""Fine-tune a causal LM under HALO, with the settings of the paper, and see what it has learnt.
 
-    python examples/finetune.py                                    # SmolLM2-135M on Python's documentation, on this machine
-    python examples/finetune.py --model meta-llama/Llama-3.2-1B --data chats.jsonl --recipes high halo2-int8
+    python examples/finetune.py                                         # text-to-SQL from the hub, HALO-2 int8
+    python examples/finetune.py --dataset chats.jsonl --model meta-llama/Llama-3.2-1B-Instruct --level 1
+    torchrun --nproc-per-node 8 examples/finetune.py --model meta-llama/Llama-3.1-8B-Instruct --checkpointing    # FSDP2
+    python examples/finetune.py --dataset gsm8k --lora 16               # adapters on a frozen base of 8-bit codes
 
-Prints a table and writes the loss curves to a PNG.
+Conversations are packed into rows, each with its own attention and positions, and answers only are learnt. The trained model
+is exported plain, read back, and asked. A run that was cut off goes on with --resume, exactly as it would have.
 """
 
 import argparse
-import re
+import json
+import os
+import sys
 import time
-from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import batches, environment, fail, load_model, load_tokens, saved_for_backward
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from common import environment, fail, load_model
+from data import IGNORED, SOURCES, Rows, batches, encode, load_chats, pack, steps_per_epoch
+from evaluation import EXACT, answers, exact_match, mean_loss
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, halo_config, quantize_, recipe_config
-from halo_tensor.recipe import RECIPES
+from halo_tensor import dequantize_, halo_config, quantize_
 
 
-@dataclass
-class Run:
-    name: str
-    losses: list[float] = field(default_factory=list)
-    validation: float = float("nan")  # of the fine-tuned weights, exported plain
-    quantised: float = float("nan")  # the same, run by the recipe
-    seconds: float = float("nan")
-    saved: int = 0
+def prepare(model, args: argparse.Namespace):
+    """Convert, adapt, compile and shard: in this order."""
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model.requires_grad_(False)  # what is frozen is held as codes only
+    report = quantize_(model, halo_config(args.level, args.dtype, granularity=args.granularity))
+    if args.main:
+        print(report)
+    if args.lora:
+        torch.manual_seed(args.seed)
+        lora = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for block in blocks if args.compile else []:
+        block.compile()  # one graph serves all blocks
+    if args.world > 1:
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+    return model.train()
 
 
-def config_of(name: str):
-    """ "high" -> None, "halo1-int8" or "halo1-int8-tensor" -> that halo_config, else a recipe's name."""
-    if name == "high":
-        return None
-    if halo := re.fullmatch(r"halo(\d)-(\w+?)(?:-(row|tensor))?", name):
-        return halo_config(int(halo[1]), halo[2], granularity=halo[3] or "row")
-    return recipe_config(name)
-
-
-def finetune(model, name: str, train: torch.Tensor, valid: torch.Tensor, args) -> Run:
-    config, run = config_of(name), Run(name)
-    if config is not None:
-        print(quantize_(model, config))
-    step_model = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    warmup = max(args.steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, (args.steps - i) / max(args.steps - warmup, 1))
-    )
-    times = []
-    data = batches(train, args.batch, args.length)
-    bar = tqdm(range(args.steps), desc=name)
+def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
+    """AdamW with a linear warm-up and decay; logs every step, and saves what a resumed run needs."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    steps = args.steps or args.epochs * steps_per_epoch(examples, args.batch, args.length)
+    first = restore(model, optimizer, args.resume) if args.resume else 0
+    data = batches(examples, args.batch, args.length, pad, args.seed, first)
+    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not args.main)
+    log = (args.output / "log.jsonl").open("a" if first else "w") if args.main else None
     for step in bar:
         start = time.perf_counter()
-        ids = next(data).to(model.device)
-        if step == 0 and not args.compile:  # hooks on saved tensors would split a compiled graph
-            with saved_for_backward(model) as saved:
-                loss = model(input_ids=ids, labels=ids).loss
-            run.saved = saved[0]
-        else:
-            loss = step_model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        decayed = (steps - step) / max(steps - args.warmup, 1)
+        lr = args.lr * min((step + 1) / args.warmup, decayed) if args.warmup else args.lr * decayed
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = accumulate(model, next(data), args)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        run.losses.append(loss.item())  # waits for the device
-        times.append(time.perf_counter() - start)
-        bar.set_postfix(loss=f"{run.losses[-1]:.4f}")
-    run.seconds = sorted(times)[len(times) // 2]
-    run.quantised = run.validation = validate(model, valid, args)
-    if config is not None:
-        dequantize_(model)
-        run.validation = validate(model, valid, args)
-    return run
+        if args.world > 1:
+            dist.all_reduce(loss)
+        if log:
+            line = {"step": step + 1, "loss": loss.item(), "lr": lr, "seconds": time.perf_counter() - start}
+            print(json.dumps(line), file=log, flush=True)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save(model, optimizer, step + 1, args.output / f"step-{step + 1}")
 
 
-@torch.no_grad()
-def validate(model, tokens: torch.Tensor, args) -> float:
-    rows = tokens[: len(tokens) // args.length * args.length].view(-1, args.length).to(model.device)
-    losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in rows.split(args.batch)]
-    return sum(losses) / len(rows)
+def accumulate(model, rows: Rows, args: argparse.Namespace) -> torch.Tensor:
+    """Backward of the mean loss over all learnt tokens of ``rows`` [batch, length], however they are spread over ranks and
+    micro-batches. Returns this rank's share of it."""
+    learnt = int((rows["labels"] != IGNORED).sum())
+    mine = {name: values.chunk(args.world)[args.rank].to(args.device) for name, values in rows.items()}
+    total = torch.zeros((), device=args.device)
+    for i in range(0, len(mine["labels"]), args.micro):
+        micro = {name: values[i : i + args.micro] for name, values in mine.items()}
+        loss = model(**micro, use_cache=False, num_items_in_batch=learnt).loss
+        (loss * args.world).backward()  # FSDP takes the mean over ranks
+        total += loss.detach()
+    return total
 
 
-def table(runs: list[Run]) -> str:
-    """Markdown. "Validation" is the loss of the fine-tuned weights in high precision, "by recipe" that of the same weights
-    run by the recipe; changes are against the first run."""
-    lines = [
-        "| recipe | train loss | validation loss | change | by recipe | s/step | saved by linears for backward |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        change = run.validation / runs[0].validation - 1
-        train = sum(run.losses[-4:]) / len(run.losses[-4:])
-        saved = f"{run.saved / 2**20:.1f} MiB ({run.saved / runs[0].saved:.2f}×)" if run.saved and runs[0].saved else "–"
-        lines.append(
-            f"| {run.name} | {train:.4f} | {run.validation:.4f} | {change:+.2%} | {run.quantised:.4f} "
-            f"| {run.seconds:.2f} | {saved} |"
-        )
-    return "\n".join(lines)
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # a frozen base is what it was
 
 
-def plot(runs: list[Run], path: Path, title: str) -> None:
-    import matplotlib
+def save(model, optimizer, step: int, folder: Path) -> None:
+    """The state of the training: of every rank its own shards, so that another number of ranks can go on with it."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    dcp.save({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=folder)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, run in enumerate(runs):
-        label = f"{run.name}: validation {run.validation:.4f}"
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=label, linestyle="-" if i == 0 else "--", linewidth=1.8)
-    axes.set(xlabel="step", ylabel="training loss", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=140)
+def restore(model, optimizer, folder: Path) -> int:
+    """Returns the number of steps done."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    state = {"model": weights, "optimizer": moments, "step": 0}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED)
+    return state["step"]
+
+
+def export(model, tokenizer, args: argparse.Namespace) -> Path:
+    """Write what everybody can read: a plain checkpoint, or PEFT's adapter."""
+    folder = args.output / ("adapter" if args.lora else "model")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = None if args.world == 1 else get_model_state_dict(model, options=options)
+    if args.main:
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluate(model, tokenizer, chats: list, pad: int, args: argparse.Namespace) -> dict:
+    """Validation loss, and the share of exact answers where it is known what makes one exact."""
+    model.eval()
+    result = {"validation loss": mean_loss(model, pack([encode(tokenizer, c) for c in chats], args.length, pad), args.micro)}
+    if args.metric and args.answers:
+        key, limit = EXACT[args.metric]
+        asked = chats[: args.answers]
+        written = answers(model, tokenizer, asked, 32, limit)
+        result |= {"exact match": exact_match(written, asked, key), "answers": len(asked), "example": written[0]}
+    return result
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or hub name of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--data", help=".txt, or .jsonl with a text or messages field (default: Python's documentation)")
-    parser.add_argument(
-        "--recipes",
-        nargs="+",
-        default=["high", "halo1-int8", "halo0-fp8"],
-        help=f"high, haloLEVEL-DTYPE[-tensor], {', '.join(RECIPES)}; the first is what the others are compared with",
-    )
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--valid", type=int, default=16, help="sequences held out for validation")
-    parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="of the master weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the table and the plot")
-    return parser.parse_args()
+    parser.add_argument("--dataset", default="sql", help=f"{', '.join(SOURCES)}, or a .jsonl with messages in every line")
+    parser.add_argument("--limit", type=int, help="conversations to train on, and to validate with, at most")
+    parser.add_argument("--level", type=int, default=2)
+    parser.add_argument("--dtype", default="int8", help="int8, fp8, fp6, …, or bf16: no quantisation")
+    parser.add_argument("--granularity", default="row", help="row, or tensor as in the paper")
+    parser.add_argument("--weights", help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, on a frozen base")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="in place of --epochs")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step, of all ranks; 8 hold about 32 chats of sql")
+    parser.add_argument("--micro", type=int, default=8, help="rows at once")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--lr", type=float, help="default: the paper's for the data set, else 3e-5")
+    parser.add_argument("--warmup", type=int, default=20, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the data, and of adapters")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--metric", choices=list(EXACT), help="what makes an answer exact (default: the data set's)")
+    parser.add_argument("--answers", type=int, default=200, help="validation prompts to answer, at most")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints to resume from")
+    parser.add_argument("--resume", type=Path, help="such a checkpoint, outputs/finetune/step-N; pass the same other options")
+    parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
+    args = parser.parse_args()
+    known = SOURCES.get(args.dataset)
+    args.lr = args.lr or (known.lr if known else 3e-5)
+    args.metric = args.metric or (args.dataset if known else None)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.main = args.rank == 0
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if args.batch % args.world:
+        fail(f"--batch {args.batch} rows cannot be shared out among {args.world} ranks")
+    if args.lora and args.world > 1:
+        fail("--lora trains in one process: the base is codes, half of its bf16 size or less")
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    for name in args.recipes:
-        try:
-            config_of(name)
-        except ValueError as error:
-            fail(f"--recipes {name}: {error}")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    model, tokenizer = load_model(args.model, dtype, args.device)
-    tokens = load_tokens(tokenizer, args.data, (args.valid + args.steps * args.batch) * args.length)
-    valid, train = tokens.split([args.valid * args.length, len(tokens) - args.valid * args.length])
-
-    runs: list[Run] = []
-    try:
-        for name in args.recipes:
-            runs.append(finetune(deepcopy(model), name, train, valid, args))
-    except KeyboardInterrupt:
-        if not runs:
-            fail("interrupted before the first run was done; nothing was written")
-        print(f"\ninterrupted: {len(runs)} of {len(args.recipes)} runs are done, and only they are reported")
+    if args.device != "cpu":
+        torch.cuda.set_device(args.device)
+    if args.world > 1:
+        dist.init_process_group()
+    weights = getattr(torch, args.weights or ("bfloat16" if args.device != "cpu" else "float32"))
+    model, tokenizer = load_model(args.model, weights, args.device)
+    chats, valid = load_chats(args.dataset, args.limit)
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     args.output.mkdir(parents=True, exist_ok=True)
-    title = f"{args.model or 'SmolLM2-135M-Instruct'} on {args.data or 'Python documentation'}"
-    report = f"{title}, {args.steps} steps of {args.batch}×{args.length} tokens\n{environment()}\n\n{table(runs)}\n"
-    (args.output / "finetune.md").write_text(report)
-    plot(runs, args.output / "finetune.png", title)
-    print(f"\n{report}\nwritten to {args.output}/finetune.md and finetune.png")
+    try:
+        model = prepare(model, args)
+    except ValueError as error:
+        fail(str(error))
+    train(model, [encode(tokenizer, chat) for chat in chats], pad, args)
+    folder = export(model, tokenizer, args)
+    if args.world > 1:
+        dist.destroy_process_group()
+    if not args.main:
+        return
+    if args.lora:
+        dequantize_(model)
+    else:
+        del model
+        model, _ = load_model(str(folder), weights, args.device)
+    result = {"model": args.model, "dataset": args.dataset, **evaluate(model, tokenizer, valid, pad, args)}
+    result |= {"environment": environment(), "command": " ".join(sys.argv)}
+    (args.output / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+    print(f"written to {folder}, {args.output}/log.jsonl and result.json")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,12 @@
 PEFT is used as it is. Prints a table, and keeps it in a file.
 """
 
-import argparse
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from common import batches, environment, fail, load_model, load_tokens, saved_for_backward
-from finetune import config_of, validate
+from common import batches, compared_model_and_data, comparison_arguments, config_of, report, saved_for_backward, validate
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 from tqdm import tqdm
@@ -98,47 +95,14 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="path or hub name of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--data", help=".txt, or .jsonl with a text or messages field (default: Python's documentation)")
-    parser.add_argument(
-        "--recipes",
-        nargs="+",
-        default=["high", "halo1-int8", "halo0-fp8", "halo1-fp6"],
-        help="of the base: high, haloLEVEL-DTYPE[-tensor]; the first is what the others are compared with",
-    )
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--valid", type=int, default=8, help="sequences held out for validation")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=None, help="of the base (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the table")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    for name in args.recipes:
-        try:
-            config_of(name)
-        except ValueError as error:
-            fail(f"--recipes {name}: {error}")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    model, tokenizer = load_model(args.model, dtype, args.device)
-    tokens = load_tokens(tokenizer, args.data, (args.valid + args.steps * args.batch) * args.length)
-    valid, rest = tokens.split([args.valid * args.length, len(tokens) - args.valid * args.length])
-
-    runs = [train(deepcopy(model), name, rest, valid, args) for name in args.recipes]
-    title = f"{args.model or 'SmolLM2-135M-Instruct'} on {args.data or 'Python documentation'}"
-    report = f"{title}, LoRA of rank {args.rank}, {args.steps} steps of {args.batch}×{args.length} tokens\n{environment()}\n"
-    report += f"\n{table(runs)}\n"
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "lora.md").write_text(report)
-    print(f"\n{report}\nwritten to {args.output}/lora.md")
+    recipes = ["high", "halo1-int8", "halo0-fp8", "halo1-fp6"]
+    parser = comparison_arguments(__doc__, recipes, valid=8, lr=5e-4)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    model, tokens, valid, title = compared_model_and_data(args)
+    runs = [train(deepcopy(model), name, tokens, valid, args) for name in args.recipes]
+    report(args, "lora", f"{title}, LoRA of rank {args.rank}", table(runs))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         refuse_second_derivatives()
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _Conv2d._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx, grad_output):
         geometry, (weight, *saved) = ctx.geometry, ctx.saved_tensors
         recipe = ctx.recipe if geometry.is_pointwise else _whole_rank(ctx.recipe)
         xs: list = [put_together(saved[start:stop]) for start, stop, put_together in ctx.put_together]

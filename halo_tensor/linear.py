@@ -218,6 +218,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         refuse_second_derivatives()
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _Linear._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx, grad_output):
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])

@@ -1,4 +1,4 @@
-"""Fine-tuning a small Llama end to end, through transformers, and the example script on it."""
+"""Fine-tuning a small Llama end to end, through transformers, and the comparison of recipes on it."""
 
 import json
 import pydoc_data.topics
@@ -85,10 +85,11 @@ def test_a_finetuned_model_exports_to_plain_transformers(tmp_path):
 
 def save_small_model(folder: Path) -> None:
     """A model and a tokenizer as ``from_pretrained`` wants them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator([TEXT], trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -97,7 +98,7 @@ def save_small_model(folder: Path) -> None:
 
 
 def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments]
+    command = [sys.executable, str(ROOT / "examples" / "compare.py"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -109,8 +110,8 @@ def test_the_example_takes_any_model_and_data(tmp_path):
     recipes = ["--recipes", "high", "halo1-int8", "halo0-fp8-tensor", "switchback"]
     done = run_example("--model", "model", "--data", "data.jsonl", *options, *recipes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    report = (tmp_path / "outputs" / "finetune.md").read_text()
-    assert (tmp_path / "outputs" / "finetune.png").stat().st_size > 10_000
+    report = (tmp_path / "outputs" / "compare.md").read_text()
+    assert (tmp_path / "outputs" / "compare.png").stat().st_size > 10_000
     lines = [line.split("|") for line in report.splitlines() if line.startswith("| ")][1:]
     assert [cells[1].strip() for cells in lines] == recipes[1:]
     high, ours, *_ = (float(cells[3]) for cells in lines)

@@ -319,3 +319,19 @@ def test_every_format_has_a_typical_error():
     for format in FORMATS.values():
         y = torch.mm(HadamardQuantTensor.from_hp(x, format), HadamardQuantTensor.from_hp(w, format).t())
         assert 0.75 < relative_error(y, x.double() @ w.double().t()) / typical_error(format) < 1.3, format
+
+
+def test_autocast_does_not_reach_the_rotations():
+    """Neither of a weight that is quantised inside it, nor of a backward pass that is run inside it."""
+    x, e = torch.randn(32, 128, requires_grad=True), torch.randn(32, 128)
+    layer = nn.Linear(128, 128, bias=False)
+
+    def gradient(*, inside: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            quantize_(layer, halo_config(1, "int8"))
+            with torch.autocast("cpu", enabled=False):
+                y = layer(x)
+            return layer.weight.operand.codes, *torch.autograd.grad(y, [x, layer.weight], e)
+
+    for a, b in zip(gradient(inside=True), gradient(inside=False), strict=True):
+        assert torch.equal(a, b)

@@ -42,8 +42,14 @@ class Launch:
         return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants})"
 
     def _launch(self, tensors: tuple, device: torch.device) -> None:
+        arguments, bits = [], 0
+        for tensor in tensors:
+            if not isinstance(tensor, TensorDescriptor):
+                tensor = tensor.data_ptr()  # of a tensor, Triton would ask the driver whether the GPU can reach it
+                bits |= tensor
+            arguments.append(tensor)
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
-        aligned = not any(t.data_ptr() & 15 for t in tensors if not isinstance(t, TensorDescriptor))
+        aligned = bits & 15 == 0
         if not (aligned and isinstance(self.kernel, JITFunction)):  # or Triton's interpreter
             self.kernel[self.grid](*tensors, *self.integers, **self.constants)
             return
@@ -52,7 +58,7 @@ class Launch:
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
             self._rest = (*self.integers, *(self.constants[name] for name in names))
             self._run = compiled[self.grid]
-        self._run(*tensors, *self._rest, stream=torch._C._cuda_getCurrentRawStream(device.index))
+        self._run(*arguments, *self._rest, stream=torch._C._cuda_getCurrentRawStream(device.index))
 
     def _compile(self, tensors: tuple, device: torch.device) -> Any:
         """With as many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""

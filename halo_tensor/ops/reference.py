@@ -4,6 +4,8 @@ Rotations are passed as concrete :class:`~halo_tensor.recipe.Rotation` objects (
 dimension that its block does not divide is padded with zero rows, which no product notices.
 """
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,18 @@ def rotated(width: int, rotation: Rotation | None) -> int:
     return whole if rotation is None or rotation.rank is None else whole // rotation.edge * rotation.rank
 
 
+def _without_autocast(function):
+    """Autocast would multiply in bfloat16."""
+
+    @wraps(function)
+    def run(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> torch.Tensor:
     """x R, or x Rᵀ if ``inverse``, along the last dimension. float32 in and out; the last dimension must be whole blocks."""
     edge = rotation.edge
@@ -143,6 +157,7 @@ def multiply_codes(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
     return a.to(torch.float32) @ b_t.to(torch.float32).t()
 
 
+@_without_autocast
 def scaled_mm(
     a: torch.Tensor,
     b_t: torch.Tensor,

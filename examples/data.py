@@ -1,0 +1,177 @@
+"""Chats to fine-tune on: where they come from, what of them is learnt, and how they are packed into rows."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import fail
+
+Chat = list[dict[str, str]]  # of {"role": "user", "content": "…"}; the answer to learn comes last
+Rows = dict[str, torch.Tensor]  # input_ids, labels and position_ids, each [rows, length] of int64
+IGNORED = -100  # the label of a token that is not learnt
+
+# For tokenizers that have none.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token | default('') + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of the Hugging Face hub: arguments of ``load_dataset``, a row as a prompt and its answer, and the paper's
+    learning rate for it."""
+
+    name: tuple[str, ...]
+    train: str
+    valid: str
+    prompt: Callable[[dict], str]
+    answer: Callable[[dict], str]
+    lr: float
+    revision: str | None = None
+
+
+SOURCES = {
+    "sql": Source(
+        ("b-mc2/sql-create-context",),
+        "train[1000:]",
+        "train[:1000]",
+        lambda row: (
+            "Write a SQL query to answer the question based on the table schema.\n\n"
+            f" context: {row['context']}\n\n question: {row['question']}"
+        ),
+        lambda row: row["answer"],
+        lr=3e-5,
+    ),
+    "viggo": Source(
+        ("GEM/viggo",),
+        "train",
+        "validation",
+        lambda row: (
+            "Write the meaning of this sentence as one function with its attributes, like "
+            f"inform(name[Portal], rating[good]).\n\n sentence: {row['target']}"
+        ),
+        lambda row: row["meaning_representation"],
+        lr=4e-5,
+        revision="refs/convert/parquet",  # the main branch is a loading script, which datasets no longer runs
+    ),
+    "gsm8k": Source(
+        ("openai/gsm8k", "main"), "train", "test", lambda row: row["question"], lambda row: row["answer"], lr=6e-6
+    ),
+}
+
+
+def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Chat]]:
+    """Chats to train on and to validate with, at most ``limit`` of either: of one of ``SOURCES``, or of a JSONL file with
+    "messages" in every line, the last tenth of which (at most 1000) is for validation."""
+    if name not in SOURCES:
+        chats = read_chats(name)
+        held_out = min(len(chats) // 10 + 1, 1000)
+        return chats[:-held_out][:limit], chats[-held_out:][:limit]
+    source = SOURCES[name]
+    try:
+        from datasets import load_dataset
+
+        splits = [load_dataset(*source.name, split=s, revision=source.revision) for s in (source.train, source.valid)]
+    except Exception as error:  # every layer below has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(
+            f"cannot load {source.name[0]} from the hub ({reason}): pip install datasets and be online, or pass --dataset "
+            "with a .jsonl that has messages in every line"
+        )
+    return tuple(
+        [
+            [{"role": "user", "content": source.prompt(row)}, {"role": "assistant", "content": source.answer(row)}]
+            for row in split.select(range(min(limit or len(split), len(split))))
+        ]
+        for split in splits
+    )
+
+
+def read_chats(path: str) -> list[Chat]:
+    """The "messages" of every line of a JSONL file."""
+    if not Path(path).is_file():
+        fail(f"there is no file {path!r}: pass one of {', '.join(SOURCES)}, or a .jsonl with messages in every line")
+    chats = [json.loads(line).get("messages") for line in Path(path).read_text().splitlines() if line.strip()]
+    if not chats or not all(chat and chat[-1]["role"] == "assistant" for chat in chats):
+        fail(f"every line of {path!r} must have messages, the last of them the assistant's")
+    return chats
+
+
+def render(tokenizer, chat: Chat, **options) -> str:
+    template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
+
+
+def prompt_of(tokenizer, chat: Chat) -> str:
+    """What the model sees before it writes the last answer."""
+    return render(tokenizer, chat[:-1], add_generation_prompt=True)
+
+
+def encode(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a chat: what the assistant says, its end of turn included, is learnt, and the rest is given.
+    Prompts and answers are tokenised apart, as in generation."""
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for turn in (i for i, message in enumerate(chat) if message["role"] == "assistant"):
+        prompt = render(tokenizer, chat[:turn], add_generation_prompt=True)
+        whole = render(tokenizer, chat[: turn + 1])
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            fail("this tokenizer's chat template rewrites earlier turns, so what is learnt cannot be told from what is given")
+        for text, learnt in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
+            piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += piece
+            labels += piece if learnt else [IGNORED] * len(piece)
+        done = whole
+    return ids, labels
+
+
+def pack(examples: list[tuple[list[int], list[int]]], length: int, pad: int) -> Rows:
+    """Examples, each whole, in rows of ``length`` tokens; what is longer is cut.
+
+    Positions start from 0 in every example. Called with them and without a cache, transformers keeps the attention of each
+    example to itself, so that the loss is what it would be without packing.
+    """
+    rows: list[list[tuple[list[int], list[int]]]] = []
+    room: list[int] = []
+    for ids, labels in examples:
+        size = min(len(ids), length)
+        first = max(len(rows) - 32, 0)  # older rows are full, or nearly
+        row = next((i for i in range(first, len(rows)) if room[i] >= size), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append((ids[:size], labels[:size]))
+        room[row] -= size
+    packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row, left in zip(rows, room, strict=True):
+        pieces = row + [([pad] * left, [IGNORED] * left)]
+        packed["input_ids"].append([token for ids, _ in pieces for token in ids])
+        packed["labels"].append([label for _, labels in pieces for label in labels])
+        packed["position_ids"].append([i for ids, _ in pieces for i in range(len(ids))])
+    return {name: torch.tensor(values) for name, values in packed.items()}
+
+
+def batches(examples: list, batch: int, length: int, pad: int, seed: int, start: int = 0) -> Iterator[Rows]:
+    """Endless batches of ``batch`` rows from the ``start``-th on. Every epoch shuffles the examples and packs them anew, by
+    ``seed``, so that the same call always gives the same batches."""
+    step = 0
+    for epoch in range(2**31):
+        order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
+        rows = pack(order, length, pad)
+        whole = len(rows["input_ids"]) // batch
+        if not whole:
+            fail(f"{len(examples)} examples do not fill one batch of {batch} rows of {length} tokens")
+        for i in range(whole):
+            if step >= start:
+                yield {name: values[i * batch : (i + 1) * batch] for name, values in rows.items()}
+            step += 1
+
+
+def steps_per_epoch(examples: list, batch: int, length: int) -> int:
+    """Of :func:`batches`, nearly: every epoch packs a little differently."""
+    return max(len(pack(examples, length, 0)["input_ids"]) // batch, 1)
