@@ -11,7 +11,7 @@ import torch
 from common import load_model, load_tokens, saved_for_backward
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, halo_config, quantize_, recipe_config
+from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
 
 CONFIGS = {
     **{f"int8 HALO-{level}, tensor": halo_config(level, "int8", granularity="tensor") for level in (0, 1, 2)},
@@ -23,6 +23,11 @@ CONFIGS = {
     "fp6_e3m2 HALO-0": halo_config(0, "fp6_e3m2"),
     "switchback": recipe_config("switchback"),
     "jetfire": recipe_config("jetfire"),
+    "hot": hot_config(),
+    "hot, E per token": hot_config(scale="tokens"),
+    "hot, whole rank, E per token": hot_config(None, scale="tokens"),
+    "hot, int8": hot_config(grad_input_bits=8, scale="tokens", rounding="nearest"),
+    "hot_llm": recipe_config("hot_llm"),
 }
 
 

@@ -7,7 +7,17 @@ model = torch.compile(model)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from halo_tensor.config import HaloConfig, LinearConfig, RecipeConfig, halo_config, recipe_config
+from halo_tensor.calibrate import calibrate
+from halo_tensor.config import (
+    HaloConfig,
+    HotConfig,
+    LayerConfigs,
+    LinearConfig,
+    RecipeConfig,
+    halo_config,
+    hot_config,
+    recipe_config,
+)
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
 from halo_tensor.tensor import HadamardQuantTensor
@@ -23,14 +33,18 @@ __all__ = [
     "HadamardQuantTensor",
     "HaloConfig",
     "HaloWeight",
+    "HotConfig",
+    "LayerConfigs",
     "LinearConfig",
     "NonFiniteError",
     "RecipeConfig",
     "Report",
+    "calibrate",
     "dequantize_",
     "environment",
     "find_nonfinite",
     "halo_config",
+    "hot_config",
     "layer_filter",
     "quantize_",
     "recipe_config",

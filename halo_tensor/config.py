@@ -1,16 +1,20 @@
 """What a user asks for: configs for ``quantize_``, validated when they are made."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import register_quantize_module_handler
 
+from halo_tensor import layers
 from halo_tensor import recipe as recipes
 from halo_tensor.ops.device import check_device
 from halo_tensor.recipe import Format, Recipe, Rotation
-from halo_tensor.weight import HaloWeight, convert_weight
+from halo_tensor.weight import HaloWeight
 
 LEVELS = (0, 1, 2)
 GRANULARITIES = ("row", "tensor")
@@ -23,6 +27,8 @@ DTYPES: dict[str, Format | None] = {
     "fp6_e3m2": recipes.FP6_E3M2,
     "bf16": None,
 }
+#: bits of HOT's products -> format
+BITS = {4: recipes.INT4, 8: recipes.INT8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +41,13 @@ class LinearConfig(AOBaseConfig):
         min_features: layers with fewer input or output features gain nothing and are left alone.
         frozen: hold weights as codes only, without a high-precision copy: half of bf16's memory or less, and such a weight
             cannot be trained. None freezes the weights that do not require a gradient when they are converted.
+        adapters: convert PEFT's adapters too, of whatever rank.
     """
 
     skip: str = "lm_head"
     min_features: int = 128
     frozen: bool | None = None
+    adapters: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -71,6 +79,38 @@ class HaloConfig(LinearConfig):
 
 
 @dataclass(frozen=True)
+class HotConfig(LinearConfig):
+    """HOT with a rank, a block, bits and scales. Made by :func:`hot_config`, which explains the fields."""
+
+    rank: int | None = 8
+    block_size: int = field(default=16, kw_only=True)
+    grad_input_bits: int = field(default=4, kw_only=True)
+    grad_weight_bits: int = field(default=8, kw_only=True)
+    scale: str = field(default="tensor", kw_only=True)
+    granularity: str = field(default="tensor", kw_only=True)
+    rounding: str = field(default="stochastic", kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+    min_features: int = field(default=64, kw_only=True)
+
+    def __post_init__(self):
+        _one_of("block_size", self.block_size, (16, 32, 64, 128, 256))
+        _one_of("grad_input_bits", self.grad_input_bits, tuple(BITS))
+        _one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
+        _one_of("scale", self.scale, ("tensor", "tokens"))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        if self.rank is not None and self.seed is not None:
+            raise ValueError("a seed signs whole blocks (rank=None); a low rank takes seed=None")
+        self.recipe  # noqa: B018  checks the rank, the seed and the rounding
+
+    @property
+    def recipe(self) -> Recipe:
+        return _hot(
+            self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.scale, self.granularity,
+            self.rounding, self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RecipeConfig(LinearConfig):
     """A recipe of ``halo_tensor.recipe.RECIPES``, by name. Made by :func:`recipe_config`."""
 
@@ -82,6 +122,33 @@ class RecipeConfig(LinearConfig):
     @property
     def recipe(self) -> Recipe:
         return recipes.RECIPES[self.name]
+
+
+@dataclass(frozen=True)
+class LayerConfigs(AOBaseConfig):
+    """A config for each layer, by qualified name: what :func:`~halo_tensor.calibrate` chooses and ``quantize_`` takes. Layers
+    that it does not name are left alone. ``measured``: the figures that the choice rests on.
+    """
+
+    layers: dict[str, LinearConfig]
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        configs = {name: config_to_dict(config) for name, config in self.layers.items()}
+        Path(path).write_text(json.dumps({"layers": configs, "measured": self.measured}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerConfigs":
+        """Read what :meth:`save` wrote."""
+        record = json.loads(Path(path).read_text())
+        return cls({name: config_from_dict(config) for name, config in record["layers"].items()}, record["measured"])
+
+    def __str__(self) -> str:
+        counts = Counter(self.layers.values())
+        return "\n".join(
+            [f"configs of {len(self.layers)} layers", *(f"  {n} × {config}" for config, n in counts.most_common())]
+        )
 
 
 def halo_config(
@@ -119,6 +186,47 @@ def halo_config(
     )  # fmt: skip
 
 
+def hot_config(
+    rank: int | None = 8,
+    *,
+    block_size: int = 16,
+    grad_input_bits: int = 4,
+    grad_weight_bits: int = 8,
+    scale: str = "tensor",
+    granularity: str = "tensor",
+    rounding: str = "stochastic",
+    seed: int | None = None,
+    adapters: bool = False,
+    skip: str = "lm_head",
+    min_features: int = 64,
+    frozen: bool | None = None,
+) -> HotConfig:
+    """HOT (arXiv 2503.21261) as a config for ``quantize_``: the forward stays as it is, the backward runs in few bits, and of
+    each layer's input only ``rank``/``block_size`` is saved, in ``grad_weight_bits``. It converts ``nn.Conv2d`` and
+    transformers' ``Conv1D`` too. Made for vision models, whose tokens are redundant. On a language model its gradient is
+    useless (bench/results/accuracy_hot.md): take ``recipe_config("hot_llm")`` there.
+
+    Args:
+        rank: how many of the ``block_size`` sequencies of each block of tokens grad_weight keeps; None for all.
+        block_size: of both products' rotations: 16, 32, 64, 128 or 256.
+        grad_input_bits, grad_weight_bits: 4 or 8. INT4 values are multiplied as INT8, exactly: Hopper has no INT4 units, so 4
+            bits are no faster there.
+        scale: of E in grad_input, "tensor" or "tokens". :func:`~halo_tensor.calibrate` chooses layer by layer.
+        granularity: of all other operands, "tensor" as published, or "row": along the dimension that the product keeps.
+        rounding: of E in grad_input, "stochastic" or "nearest".
+        seed: of the signs of whole blocks (``rank=None``).
+        adapters, skip, min_features, frozen: see :class:`LinearConfig`.
+
+    Raises:
+        ValueError: a value that is not among the valid ones, which the message lists.
+    """
+    return HotConfig(
+        rank, block_size=block_size, grad_input_bits=grad_input_bits, grad_weight_bits=grad_weight_bits, scale=scale,
+        granularity=granularity, rounding=rounding, seed=seed, adapters=adapters, skip=skip, min_features=min_features,
+        frozen=frozen,
+    )  # fmt: skip
+
+
 def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128, frozen: bool | None = None) -> RecipeConfig:
     """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there).
 
@@ -142,27 +250,37 @@ def _halo(level: int, dtype: str, granularity: str, block_size: int | None, seed
     return recipes.halo(level, format, granularity, Rotation(block_size, seed))
 
 
+@lru_cache
+def _hot(rank, block, grad_input_bits, grad_weight_bits, scale, granularity, rounding, seed) -> Recipe:
+    return recipes.hot(
+        rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits], scale=scale,
+        granularity=granularity, rounding=rounding, seed=seed,
+    )  # fmt: skip
+
+
 @register_quantize_module_handler(HaloConfig)
+@register_quantize_module_handler(HotConfig)
 @register_quantize_module_handler(RecipeConfig)
 def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
-    """torchao's hook: make the weight of a linear layer follow ``config``, in place."""
-    bypasses = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if not isinstance(module, torch.nn.Linear) or bypasses or parameter_name != "weight":
+    """torchao's hook: make a layer follow ``config``, in place."""
+    recipe, weight = config.recipe, module.weight
+    obstacle = layers.misfit(module, recipe) if layers.features(module) else "no layer of a kind that it knows"
+    if obstacle or parameter_name != "weight":
         raise ValueError(
-            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear; got "
-            f"{parameter_name!r} of {type(module).__name__}"
+            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear, and with a "
+            f"plain forward nn.Conv2d and Conv1D; got {parameter_name!r} of {type(module).__name__}"
+            + (f": {obstacle}" if obstacle else "")
         )
-    weight = module.weight
     if (type(weight) is not torch.nn.Parameter and not isinstance(weight, HaloWeight)) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "
             "can be converted. Convert before any other quantisation or sharding"
         )
-    check_device(config.recipe.formats, weight.device)
+    check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)
-    convert_weight(module, config.recipe, frozen)
+    layers.convert(module, recipe, frozen)
     return module
 
 

@@ -3,18 +3,22 @@
 import logging
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torchao.quantization
 from torch import nn
+from torchao.quantization import FqnToConfig
 
-from halo_tensor.config import LinearConfig
+from halo_tensor import layers
+from halo_tensor.config import LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
-from halo_tensor.recipe import PRODUCTS
-from halo_tensor.weight import HaloWeight, restore_weight
+from halo_tensor.recipe import PRODUCTS, Product
+from halo_tensor.weight import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -23,14 +27,14 @@ ALIGNMENT = 16
 
 @dataclass
 class Conversion:
-    """What :func:`quantize_` did: ``converted`` layer names, and ``skipped`` linear layers with the reason."""
+    """What :func:`quantize_` did: ``converted`` layer names, and ``skipped`` layers of these kinds with the reason."""
 
     config: object
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} of {len(self.converted) + len(self.skipped)} linear layers follow {self.config}"]
+        lines = [f"{len(self.converted)} of {len(self.converted) + len(self.skipped)} layers follow {self.config}"]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -50,32 +54,37 @@ def quantize_(
 
     Args:
         model: changed in place. Call this before making the optimiser, ``torch.compile`` and FSDP.
-        config: of :func:`~halo_tensor.halo_config` or :func:`~halo_tensor.recipe_config`, or a torchao ``FqnToConfig`` of
-            such. A converted model can be converted again, with another config.
+        config: of :func:`~halo_tensor.halo_config`, :func:`~halo_tensor.hot_config` or :func:`~halo_tensor.recipe_config`;
+            what :func:`~halo_tensor.calibrate` chose; or a torchao ``FqnToConfig``. A converted model can be converted again,
+            with another config.
         filter_fn: ``(module, qualified name) -> bool``, in place of the default :func:`layer_filter`.
         device: where to move the layers first, as in torchao.
 
     Raises:
-        ValueError: no layer is eligible; the message says why each was left alone.
+        ValueError: no layer is eligible; the message says why each was left alone. Or calibrated configs name layers that the
+            model lacks.
     """
     if isinstance(config, LinearConfig) and filter_fn is None:
         filter_fn = layer_filter(model, config)
     ties = _tied_parameters(model)
-    masters = _masters(model)
-    torchao.quantization.quantize_(model, config, filter_fn=filter_fn, device=device)
+    before = _marks(model)
+    torchao_config = config
+    if isinstance(config, LayerConfigs):
+        if unknown := config.layers.keys() - before.keys():
+            raise ValueError(f"the configs name {len(unknown)} layers that this model lacks, {min(unknown)} among them")
+        torchao_config = FqnToConfig(OrderedDict(config.layers))
+    torchao.quantization.quantize_(model, torchao_config, filter_fn=filter_fn, device=device)
     _tie_again(model, ties)
 
-    report = Conversion(config)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if isinstance(module.weight, HaloWeight) and module.weight is not masters.get(name):
+    report, reasons = Conversion(config), getattr(filter_fn, "reasons", {})
+    for name, mark in _marks(model).items():
+        if mark is not None and mark is not before[name]:
             report.converted.append(name)
-        else:
-            reason = getattr(filter_fn, "reasons", {}).get(name, "filter_fn or the config says so")
-            report.skipped[name] = reason
+        elif name in reasons or isinstance(model.get_submodule(name), nn.Linear):
+            report.skipped[name] = reasons.get(name, "filter_fn or the config says so")
     if not report.converted and isinstance(config, LinearConfig):
-        why = "\n".join(str(report).splitlines()[1:]) or "  it has no nn.Linear"
+        kinds = "nn.Linear, nn.Conv2d or Conv1D" if config.recipe.output == Product() else "nn.Linear"
+        why = "\n".join(str(report).splitlines()[1:]) or f"  it has no {kinds}"
         raise ValueError(
             f"no layer of this {type(model).__name__} was converted:\n{why}\n"
             "Pass filter_fn, or a config with another skip or min_features"
@@ -86,7 +95,7 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module) -> None:
-    """Give back a plain ``nn.Linear`` with its high-precision weight for every converted layer, in place.
+    """Give back a plain layer with its high-precision weight for every converted one, in place.
 
     Raises:
         ValueError: FSDP has sharded the model.
@@ -98,46 +107,50 @@ def dequantize_(model: nn.Module) -> None:
                 f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
                 "tensors, which load into a plain model"
             )
-        if isinstance(module, nn.Linear) and isinstance(module.weight, HaloWeight):
-            restore_weight(module)
+        if layers.recipe_of(module) is not None:
+            layers.restore(module)
     _tie_again(model, ties)
 
 
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
     """The default filter: a ``filter_fn`` for :func:`quantize_`, this library's or torchao's.
 
-    It takes every ``nn.Linear`` but output embeddings, layers with tied weights, PEFT's adapters, those that ``config.skip``
-    names, those with fewer than ``config.min_features`` features on a side, and those whose features 8-bit units cannot
-    address.
+    It takes every ``nn.Linear``, and where the config's forward is plain every ``nn.Conv2d`` and ``Conv1D``, but output
+    embeddings, layers with tied weights, PEFT's adapters, those that ``config.skip`` names, those with fewer than
+    ``config.min_features`` features on a side (channels of a group), and those whose features 8-bit units cannot address.
     """
     shared = _tied_parameters(model)
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    adapters = _adapters(model)
+    adapters, plain = _adapters(model), config.recipe.output == Product()
     reasons: dict[str, str] = {}
 
-    def reason(module: nn.Linear, name: str) -> str | None:
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "its owner does not call it through F.linear"
+    def reason(module: Any, name: str) -> str | None:
+        sides = layers.features(module)
+        if sides is None:
+            return "of convolutions, only nn.Conv2d is converted"
+        if obstacle := layers.misfit(module, config.recipe):
+            return obstacle
         if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
             return f"its weight is a {type(module.weight).__name__}"
-        if module in adapters:
+        is_adapter = module in adapters
+        if is_adapter and not config.adapters:
             return "it belongs to an adapter"
         if id(module.weight) in shared:
             return "its weight is tied to another layer's"
-        if module is output or module.in_features < module.out_features == vocabulary:
+        if module is output or sides[0] < sides[1] == vocabulary:
             return "it is the output embedding"
         if config.skip and re.search(config.skip, name):
             return f"its name matches skip={config.skip!r}"
-        small = min(module.in_features, module.out_features)
-        if small < config.min_features:
+        if min(sides) < config.min_features and not is_adapter:
             return f"fewer than min_features={config.min_features} features on a side"
-        if module.in_features % ALIGNMENT or module.out_features % ALIGNMENT:
+        if any(side % ALIGNMENT for side in sides):
             return f"a width that is no multiple of {ALIGNMENT}"
         return None
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not isinstance(module, nn.Linear):
+        convolves = isinstance(module, nn.modules.conv._ConvNd) or layers.features(module) is not None
+        if not (isinstance(module, nn.Linear) or (plain and convolves)):
             return False
         why = reason(module, name)
         if why is not None:
@@ -155,8 +168,13 @@ def _adapters(model: nn.Module) -> set[nn.Module]:
     return {module for child in owned for module in child.modules()}
 
 
-def _masters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def _marks(model: nn.Module) -> dict[str, object]:
+    """For every layer that could be converted, an object that a conversion renews; None if it is not converted."""
+    found = ((name, m) for name, m in model.named_modules() if layers.features(m) or isinstance(m, nn.modules.conv._ConvNd))
+    return {
+        name: None if (recipe := layers.recipe_of(m)) is None else m.weight if isinstance(m, nn.Linear) else recipe
+        for name, m in found
+    }
 
 
 def _tied_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -181,10 +199,11 @@ def _warn_of_unrotated(model: nn.Module, report: Conversion) -> None:
     """One warning for all layers with a feature dimension that the recipe rotates and no block fits."""
     unrotated = []
     for name in report.converted:
-        weight = model.get_parameter(f"{name}.weight".lstrip("."))
-        assert isinstance(weight, HaloWeight)
-        widths = {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-        operands = [o for p in PRODUCTS for o in (getattr(weight.recipe, p).left, getattr(weight.recipe, p).right)]
+        module = model.get_submodule(name)
+        sides, recipe = layers.features(module), layers.recipe_of(module)
+        assert sides and recipe
+        widths = {"out_features": sides[1], "in_features": sides[0]}
+        operands = [o for p in PRODUCTS for o in (getattr(recipe, p).left, getattr(recipe, p).right)]
         for dimension, width in widths.items():
             wanted = {o.rotation(dimension) for o in operands} - {None}
             if any(fit(rotation, width) is None for rotation in wanted):

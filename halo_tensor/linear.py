@@ -72,7 +72,7 @@ def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | N
         return None
     (a, fold_columns), (b, fold_rows) = wanted
     plain_b = replace(a, scale=dims[1], tokens=None)
-    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b:
+    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b or a.rounding != "nearest":
         return None
     return a.format, a.tokens, fold_columns, fold_rows
 
@@ -127,17 +127,50 @@ def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.
         fold_columns=fold if dims[1] in contracted else None,
         rows=dims[1] in contracted,
         columns=dims[0] in contracted,
+        rounding=operand.rounding,
     )
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not isinstance(a, HadamardQuantTensor):
+    if isinstance(a, HadamardQuantTensor) != isinstance(b, HadamardQuantTensor):
+        a, b = (t if isinstance(t, HadamardQuantTensor) else HadamardQuantTensor.plain(t) for t in (a, b))
+    elif not isinstance(a, HadamardQuantTensor):
         a, b = a.to(dtype), b.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     options: Any = {} if a.dtype == b.dtype == dtype else {"out_dtype": dtype}
     return torch.mm(a, b, **options) if bias is None else torch.addmm(bias, a, b, **options)
 
 
-def _take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callable]:
+def multiply_backward(
+    recipe: Recipe,
+    e: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """E_X [tokens, in] of ``x_dtype`` and G [out, in] of ``w_dtype``; None where ``w`` or ``x`` is.
+
+    Args:
+        e: E [tokens, out]. x: what X brings to grad_weight. w: the operand of W that output used, if grad_input uses it too,
+            else W itself.
+    """
+    right, folds = {}, {}
+    if w is not None:
+        right["grad_input"] = w if reuses_operand(recipe) else quantize_operands(w, W, recipe, ["grad_input"])[0]
+    if x is not None:
+        right["grad_weight"] = x
+    for product, operand in right.items():
+        along = getattr(recipe, product).right.scale
+        if along == PRODUCTS[product][2] and isinstance(operand, HadamardQuantTensor):
+            folds[product], right[product] = operand.scale, operand.without_scale()
+    left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
+    grad_x = None if w is None else _multiply(left["grad_input"], right["grad_input"], x_dtype)
+    grad_w = None if x is None else _multiply(left["grad_weight"].t(), right["grad_weight"], w_dtype)
+    return grad_x, grad_w
+
+
+def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callable]:
     """The tensors to save for an operand, and the function that puts them together again. Inner tensors are saved, not the
     subclass: hooks on saved tensors (offloading, counting) see what is really kept."""
     if operand is None:
@@ -154,10 +187,17 @@ def _take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Calla
     return [getattr(operand, name) for name in names], put_together
 
 
+def refuse_second_derivatives() -> None:
+    """To be called in a backward: gradients are recorded there under create_graph=True only."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype, trains):
-        recipe, w = weight.recipe, weight.master if weight.operand is None else weight.operand
+    def forward(ctx, x, weight, bias, recipe, dtype, trains):
+        master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
+        w = master if operand is None else operand
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
         products = ["output", "grad_weight"] if wants_w else ["output"]
         x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
@@ -166,9 +206,9 @@ class _Linear(torch.autograd.Function):
         x_saved = x_operands[1] if wants_w else None
         if isinstance(x_saved, HadamardQuantTensor):
             x_saved = x_saved.only("columns")
-        w_saved = (w if reuses_operand(recipe) else weight.master) if wants_x else None
-        x_tensors, ctx.put_x_together = _take_apart(x_saved)
-        w_tensors, ctx.put_w_together = _take_apart(w_saved)
+        w_saved = (w if reuses_operand(recipe) else master) if wants_x else None
+        x_tensors, ctx.put_x_together = take_apart(x_saved)
+        w_tensors, ctx.put_w_together = take_apart(w_saved)
         ctx.save_for_backward(*x_tensors, *w_tensors)
         ctx.x_count = len(x_tensors)
         ctx.recipe, ctx.x_shape, ctx.x_dtype, ctx.w_dtype = recipe, x.shape, x.dtype, weight.dtype
@@ -177,8 +217,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("a converted linear layer has no second derivatives: rounding has none. dequantize_ the model")
+        refuse_second_derivatives()
         with torch.autocast(grad_output.device.type, enabled=False):
             return _Linear._gradients(ctx, grad_output)
 
@@ -187,29 +226,30 @@ class _Linear(torch.autograd.Function):
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])
-        right, folds = {}, {}
-        if w is not None:
-            right["grad_input"] = w if reuses_operand(recipe) else quantize_operands(w, W, recipe, ["grad_input"])[0]
-        if x is not None:
-            right["grad_weight"] = x
-        for product, operand in right.items():
-            along = getattr(recipe, product).right.scale
-            if along == PRODUCTS[product][2] and isinstance(operand, HadamardQuantTensor):
-                folds[product], right[product] = operand.scale, operand.without_scale()
-        left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
-
-        grad_x = grad_w = grad_bias = None
-        if w is not None:
-            grad_x = _multiply(left["grad_input"], right["grad_input"], ctx.x_dtype).view(ctx.x_shape)
-        if x is not None:
-            grad_w = _multiply(left["grad_weight"].t(), right["grad_weight"], ctx.w_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_w, grad_bias, None, None
+        grad_x, grad_w = multiply_backward(recipe, e, x, w, ctx.x_dtype, ctx.w_dtype)
+        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
+        grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_w, grad_bias, None, None, None
 
 
-def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in].
+def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    """What a layer computes in: autocast's dtype, or the one that all three have.
+
+    Raises ValueError if they differ outside autocast.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f"{name}: input {x.dtype}, weight {weight.dtype} and bias {None if bias is None else bias.dtype} must be of one "
+            "dtype; convert the model or the input with .to(dtype), or use torch.autocast"
+        )
+    return x.dtype
+
+
+def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, recipe: Recipe | None = None) -> torch.Tensor:
+    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, whose output is
+    plain, of any weight.
 
     Args:
         x: [..., in], of the weight's dtype; bias: [out] or None. Under autocast the result has its dtype, while X and W
@@ -219,21 +259,13 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
         ValueError: the shapes do not fit, or the dtypes differ outside autocast.
     """
     device = x.device.type
-    if weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
+    if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
             "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
         )
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    elif x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
-        dtype = x.dtype
-    else:
-        raise ValueError(
-            f"linear: input {x.dtype}, weight {weight.dtype} and bias {None if bias is None else bias.dtype} must be of one "
-            "dtype; convert the model or the input with .to(dtype), or use torch.autocast"
-        )
+    dtype = product_dtype("linear", x, weight, bias)
     with torch.autocast(device, enabled=False):
-        return _Linear.apply(x, weight, bias, dtype, torch.is_grad_enabled())
+        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled())

@@ -34,7 +34,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         format: the number format of the codes; None for a rotated matrix left in high precision.
         dtype: what it stands in for, and what its products return.
 
-    r' and c' are r and c padded to whole blocks of a rotation. Make one with :meth:`from_hp`.
+    r' and c' are r and c padded to whole blocks of a rotation, or what its rank keeps of them. Make one with :meth:`from_hp`.
     """
 
     _tensors = ("codes", "codes_t", "scale")
@@ -72,6 +72,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         fold_columns: torch.Tensor | None = None,
         rows: bool = True,
         columns: bool = False,
+        rounding: str = "nearest",
     ) -> "HadamardQuantTensor":
         """Rotate and quantise a matrix.
 
@@ -83,6 +84,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             fold_rows, fold_columns: float32 [r'], [c'], multiplied into the rotated matrix before it is quantised: the scale
                 of another operand that lies along the dimension contracted with this one.
             rows, columns: which layouts to hold, ``codes`` and ``codes_t``.
+            rounding: "nearest" or "stochastic".
 
         Raises:
             TypeError: ``x`` is not floating. ValueError: it is not a matrix, a rotation has no definite block that can be
@@ -104,8 +106,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None
         else:
             codes, codes_t, scales = ops.rotate_quantize(
-                x, left, right, format, scale, fold_rows=fold_rows, fold_columns=fold_columns, rows=rows, columns=columns
-            )
+                x, left, right, format, scale, fold_rows=fold_rows, fold_columns=fold_columns, rows=rows, columns=columns,
+                rounding=rounding,
+            )  # fmt: skip
         if scale == "unit":
             scale, scales = "tensor", None
         tensors = {"codes": codes, "codes_t": codes_t, "scale": scales}
@@ -130,6 +133,12 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             cls(x.shape, x.dtype, rows, {"scale_along": "row", "left": left, "right": None, "format": format}),
             cls(x.shape, x.dtype, columns, {"scale_along": "column", "left": None, "right": None, "format": format}),
         )
+
+    @classmethod
+    def plain(cls, x: torch.Tensor) -> "HadamardQuantTensor":
+        """A matrix as it is, as the partner of one that is rotated and not quantised."""
+        tensors = {"codes": x, "codes_t": None, "scale": None}
+        return cls(x.shape, x.dtype, tensors, {"scale_along": "tensor", "left": None, "right": None, "format": None})
 
     def requantize_(self, x: torch.Tensor) -> None:
         """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
@@ -195,7 +204,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:
-        """The un-rotated high-precision matrix [r, c] that the codes stand for."""
+        """The un-rotated high-precision matrix [r, c] that the codes stand for; what a rank has dropped is zero."""
         y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
         return ops.unrotate(y, self.left, self.right, self.shape).to(self.dtype)
 
@@ -312,7 +321,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
     dtype, shape = dtype or a.dtype, (a.shape[0], b.shape[1])
     left, right = a.any_codes(), b.any_codes_t()
     if a.format is None:
-        y = ops.unrotate(torch.mm(left, right.t()), a.left, b.right, shape)
+        y = ops.unrotate(torch.mm(left.to(dtype), right.t().to(dtype)), a.left, b.right, shape)
         return (y if bias is None else y + bias).to(dtype)
     if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
         return _multiply(a, b, None, dtype) + bias

@@ -66,8 +66,8 @@ backward:
   view
   halo.quantize_pair
   halo.scaled_mm
-  view
-  halo.scaled_mm""",
+  halo.scaled_mm
+  view""",
     )
 
 
@@ -85,8 +85,8 @@ backward:
   view
   halo.quantize_pair
   halo.scaled_mm
-  view
-  halo.scaled_mm""",
+  halo.scaled_mm
+  view""",
     )
 
 
@@ -104,8 +104,8 @@ backward:
   view
   halo.quantize_pair
   halo.scaled_mm
-  view
-  halo.scaled_mm""",
+  halo.scaled_mm
+  view""",
     )
 
 

@@ -43,7 +43,7 @@ def test_the_default_filter(tied, caplog):
         "head": "its weight is tied to another layer's" if tied else "it is the output embedding",
     }
     assert [n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), HaloWeight)] == BLOCKS
-    assert ("4 of 6 linear layers" in str(report) and "tied" in str(report)) or not tied
+    assert ("4 of 6 layers" in str(report) and "tied" in str(report)) or not tied
     assert str(report) in caplog.text
     assert (model.head.weight is model.embed.weight) == tied
 

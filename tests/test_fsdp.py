@@ -168,7 +168,8 @@ def trains_as_one_process(level, dtype, granularity, size, world):
 
 
 def other_recipes(world):
-    for config in (recipe_config("switchback"), recipe_config("ideal_int8"), halo_config(dtype="bf16")):
+    names = ("switchback", "ideal_int8", "hot_llm")
+    for config in (*map(recipe_config, names), halo_config(dtype="bf16")):
         single, sharded = make(config), shard(make(config))
         assert_same(world, together(sharded, world, 3), alone(single, world, 3), sharded, single)
 

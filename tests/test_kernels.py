@@ -142,7 +142,7 @@ def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integer
 @given(
     m=st.sampled_from([1, 37, 130]),
     size=st.sampled_from([(1, None), (37, None), (200, None), (64, 16), (192, 64), (256, 128), (256, 256)]),
-    left=st.sampled_from([None, Rotation(16, 3), Rotation(32), Rotation(128)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(32), Rotation(128), Rotation(16, None, 8)]),
     scale=st.sampled_from(["row", "column", "tensor", "unit"]),
     format=FORMAT,
     fold=st.booleans(),
@@ -161,7 +161,7 @@ def test_tiles(m, size, left, scale, format, fold, layouts, dtype, layout, integ
     x = matrix(m, k, dtype, layout, integers)
     fold_rows = fold_columns = None
     if fold and scale == "column":
-        fold_rows = torch.rand(reference.padded(m, left), device=DEVICE) + 0.5
+        fold_rows = torch.rand(reference.rotated(m, left), device=DEVICE) + 0.5
     elif fold and (scale == "row" or layouts == (True, False)):
         fold_columns = torch.rand(k, device=DEVICE) + 0.5
     check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=rotations == 0 or integers)
@@ -290,7 +290,7 @@ def test_nothing_is_quantised(scale):
 @given(
     m=st.sampled_from([0, 1, 37, 150]),
     size=st.sampled_from([(37, None), (48, 16), (192, 64), (256, 128), (512, 256), (576, 576)]),
-    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256), Rotation(16, None, 8)]),
     dtype=DTYPES,
     out=DTYPES,
     layout=st.sampled_from(list(LAYOUTS)),

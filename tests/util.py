@@ -30,7 +30,9 @@ def rounding_bound(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torc
 
 def typical_error(format: Format) -> float:
     """Of a product of two Gaussian matrices with row scales, relative (Frobenius)."""
-    one = {"int8": 0.0076, "int4": 0.14}.get(format.name) or 2.0 ** -(format.mantissa_bits + 1) * 0.42
+    one = {"int8": 0.0076, "int4": 0.14, "fp4_e1m2": 0.14, "fp4_e3m0": 0.2}.get(format.name) or 2.0 ** -(
+        format.mantissa_bits + 1
+    ) * 0.42
     return sqrt(2) * one
 
 
@@ -45,7 +47,7 @@ class OpLog(TorchDispatchMode):
         if any(issubclass(t, (HadamardQuantTensor, HaloWeight)) for t in types):
             return NotImplemented  # let the subclass take it apart; its inner ops come here again
         if func.namespace == "halo":
-            dtype = args[0].dtype if "mm" in func._opname else args[3]
+            dtype = args[0].dtype if "mm" in func._opname else args[3] if "quantize" in func._opname else None
             self.calls.append((func._opname, dtype))
         return func(*args, **(kwargs or {}))
 

@@ -21,18 +21,26 @@ def aligned(width: int) -> int:
     return (width + 15) // 16 * 16
 
 
-def round_to(x: torch.Tensor, format: Format) -> torch.Tensor:
-    """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even,
-    saturating at ±max. NaN becomes NaN where the format has one, and 0 in a uniform format, whose scale then carries it."""
+def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even, or
+    stochastically with ``noise``, uniform in [0, 1) of the same shape: up with the probability that makes the mean exact.
+    Saturates at ±max. NaN becomes NaN where the format has one, and 0 in a uniform format, whose scale then carries it."""
     x = x.clamp(-format.max, format.max)  # a copy, so the rest may be in place
     if format.uniform:
-        return x.round_().nan_to_num_(0.0).to(torch.int8)
-    if format not in _NATIVE:
+        x = x.round_() if noise is None else _up_or_down(x, noise).clamp_(-format.max, format.max)
+        return x.nan_to_num_(0.0).to(torch.int8)
+    if format not in _NATIVE or noise is not None:
         # frexp's exponent is that of a mantissa in [½, 1): one more than IEEE's.
         exponent = (torch.frexp(x).exponent - 1).clamp_min(format.min_exponent)
         quantum = torch.exp2((exponent - format.mantissa_bits).float())
-        x = x.div_(quantum).round_().mul_(quantum)
+        x = x.div_(quantum)
+        x = (x.round_() if noise is None else _up_or_down(x, noise)).mul_(quantum).clamp_(-format.max, format.max)
     return x.to(code_dtype(format))
+
+
+def _up_or_down(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """x, in units of its step, up to a whole number with a probability equal to its fraction, else down; in place."""
+    return x.add_(noise).floor_()
 
 
 def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:

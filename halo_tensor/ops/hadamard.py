@@ -78,6 +78,14 @@ def hadamard(n: int) -> torch.Tensor:
     return _paley(n, q)
 
 
+@lru_cache
+def sequency_order(n: int) -> torch.Tensor:
+    """The columns of ``hadamard(n)``, from the fewest changes of sign to the most: [n], int64. For powers of two (Walsh's
+    order) each number from 0 to n − 1 occurs once."""
+    h = hadamard(n)
+    return (h[1:] != h[:-1]).sum(0).argsort(stable=True)
+
+
 def factors(block: int) -> tuple[int, int] | None:
     """``(a, b)`` with a·b = block and H_block = H_a ⊗ H_b: (1, block) for powers of two up to 256, else b a power of two of at
     most 128 and a of at most 256; None if there is no such pair."""
@@ -104,7 +112,9 @@ def fit(rotation: Rotation | None, width: int) -> Rotation | None:
         return rotation
     power = width & -width  # the largest power of two that divides it
     block = min(power, rotation.block or LARGEST_FACTOR)
-    return replace(rotation, block=block) if block >= SMALLEST_BLOCK else None
+    if block < SMALLEST_BLOCK:
+        return None
+    return replace(rotation, block=block, rank=rotation.rank and max(1, rotation.rank * block // rotation.edge))
 
 
 # Constants of a rotation as float32 on a device, kept for the life of the process. ±1 throughout: the factor 1/√block is
@@ -125,8 +135,11 @@ def rotation_signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def signed_hadamard(rotation: Rotation, device: torch.device) -> torch.Tensor:
-    """D·H of one block, [block, block], for blocks of a single factor."""
-    return (signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)).to(device=device, dtype=torch.float32)
+    """D·H of one block, [block, block], or the columns [block, rank] that a rank keeps; for blocks of a single factor."""
+    matrix = signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)
+    if rotation.rank is not None:
+        matrix = matrix[:, sequency_order(rotation.edge)[: rotation.rank]]
+    return matrix.to(device=device, dtype=torch.float32)
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """The ops as ``torch.ops.halo.*``: opaque to the compiler, functional, with fake implementations.
 
-A rotation crosses the dispatcher as an ``int[]``: empty for none, else [block, seed], with seed −1 for no signs. The
+A rotation crosses the dispatcher as an ``int[]``: empty for none, else [block, seed], with seed −1 for no signs, or
+[block, seed, rank]. The
 functions of this module are the typed face of the ops; nothing else calls ``torch.ops.halo``.
 
 A GPU runs the Triton kernels; every other device runs the reference, and so do block scales, which exist for comparison.
@@ -38,11 +39,14 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def _encode(rotation: Rotation | None) -> list[int]:
-    return [] if rotation is None else [rotation.edge, -1 if rotation.seed is None else rotation.seed]
+    if rotation is None:
+        return []
+    code = [rotation.edge, -1 if rotation.seed is None else rotation.seed]
+    return code if rotation.rank is None else [*code, rotation.rank]
 
 
 def _decode(code: list[int]) -> Rotation | None:
-    return Rotation(code[0], None if code[1] < 0 else code[1]) if code else None
+    return Rotation(code[0], None if code[1] < 0 else code[1], *code[2:]) if code else None
 
 
 def rotate_quantize(
@@ -56,15 +60,26 @@ def rotate_quantize(
     fold_columns: torch.Tensor | None = None,
     rows: bool = True,
     columns: bool = False,
+    rounding: str = "nearest",
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
     transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
     multiples of 16 bytes; a CPU's products read either order at the same speed: there the transpose is a view of row-major
-    memory."""
+    memory. Stochastic rounding draws its noise from torch's generator of x's device."""
+    if rounding == "stochastic":
+        return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
         x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
     )
     return codes if rows else None, codes_t if columns else None, scales
+
+
+def _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+    """In PyTorch's ops, so that a compiler sees the noise: it is drawn where it is used, and never stored."""
+    y = x if left is None and right is None else rotate(x, left, right)
+    noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
+    codes, scales = reference.rotate_quantize(y, None, None, format, scale, fold_rows, fold_columns, noise)
+    return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
 
 
 def rotate_quantize_(
@@ -244,7 +259,7 @@ def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
 
 @_register_fake("rotate_quantize")
 def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
-    r, c = reference.padded(x.shape[0], _decode(left)), reference.padded(x.shape[1], _decode(right))
+    r, c = reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right))
     b, pad = reference.BLOCK, scale != "block"
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
     nothing = x.new_empty([0], dtype=code_dtype(FORMATS[format]))
@@ -262,7 +277,7 @@ def _(x, left, right, format, scale, codes, scales):
 
 @_register_fake("quantize_pair")
 def _(x, left, format, fold_columns, fold_rows):
-    (r, c), r_padded = x.shape, reference.padded(x.shape[0], _decode(left))
+    (r, c), r_padded = x.shape, reference.rotated(x.shape[0], _decode(left))
     return (
         _code_matrix(x, r_padded, c, format),
         _code_matrix(x, c, r, format, transposed=True),
@@ -279,7 +294,7 @@ def _(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
 
 @_register_fake("rotate")
 def _(x, left, right):
-    return x.new_empty(reference.padded(x.shape[0], _decode(left)), reference.padded(x.shape[1], _decode(right)))
+    return x.new_empty(reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right)))
 
 
 @_register_fake("unrotate")

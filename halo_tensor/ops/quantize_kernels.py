@@ -39,13 +39,13 @@ def _product(a, b):
 
 @triton.jit
 def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and 0 for
+    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and −2 for
     formats that the hardware converts to. ``MAX`` above 0 saturates there."""
     if MAX > 0:  # a bare cast; a scaled value is inside already
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    if MANTISSA < 0:
+    if MANTISSA == -1:
         return (y + ROUNDER).to(tl.int32, bitcast=True).to(CODE)
-    if MANTISSA > 0:  # a grid inside fp8's: round at the exponent's quantum
+    if MANTISSA >= 0:  # a grid inside fp8's: round at the exponent's quantum
         exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
         rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta

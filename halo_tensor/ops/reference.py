@@ -23,6 +23,12 @@ def padded(width: int, rotation: Rotation | None) -> int:
     return width if rotation is None else -(-width // rotation.edge) * rotation.edge
 
 
+def rotated(width: int, rotation: Rotation | None) -> int:
+    """How wide a dimension is once rotated: padded, or what a rank keeps of that."""
+    whole = padded(width, rotation)
+    return whole if rotation is None or rotation.rank is None else whole // rotation.edge * rotation.rank
+
+
 def _without_autocast(function):
     """Autocast would multiply in bfloat16."""
 
@@ -38,8 +44,9 @@ def _without_autocast(function):
 def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> torch.Tensor:
     """x R, or x Rᵀ if ``inverse``, along the last dimension. float32 in and out; the last dimension must be whole blocks."""
     edge = rotation.edge
+    before, after = (rotation.rank or edge, edge) if inverse else (edge, rotation.rank or edge)
     a, b = factors(edge) or (edge, 1)
-    blocks = x.reshape(-1, edge)
+    blocks = x.reshape(-1, before)
     if a == 1:
         matrix = signed_hadamard(rotation, x.device)
         blocks = blocks @ (matrix.t() if inverse else matrix)
@@ -52,7 +59,7 @@ def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> t
             blocks = blocks * d
         blocks = (h_a.t() @ (blocks.reshape(-1, b) @ h_b).view(-1, a, b)).reshape(-1, edge)
         blocks = blocks * d if inverse else blocks
-    return blocks.mul_(edge**-0.5).view(x.shape)
+    return blocks.mul_(edge**-0.5).view(*x.shape[:-1], x.shape[-1] // before * after)
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> torch.Tensor:
@@ -66,7 +73,8 @@ def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> to
 
 
 def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int]) -> torch.Tensor:
-    """The inverse of :func:`rotate`: R_left x Rᵀ_right without the padding, of the given ``shape``, in float32."""
+    """R_left x Rᵀ_right without the padding, of the given ``shape``, in float32: the inverse of :func:`rotate`, or with a rank
+    the way back of a projection."""
     x = x.to(torch.float32)
     x = rotate_last(x, right, inverse=True) if right else x
     x = rotate_last(x.t(), left, inverse=True).t() if left else x
@@ -105,14 +113,16 @@ def rotate_quantize(
     scale: str,
     fold_rows: torch.Tensor | None = None,
     fold_columns: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a matrix: Rᵀ_left x R_right, times the folded scales, ≈ codes · scale.
 
     Args:
         x: [r, c], any floating dtype and strides.
         scale: "row" (scales [r']), "column" ([c']), "tensor" ([]), "block" ([⌈r'/32⌉, ⌈c'/32⌉]) or "unit" (all ones, []),
-            where r', c' are r, c padded to whole blocks of a rotation.
+            where r', c' are r, c :func:`rotated`.
         fold_rows, fold_columns: float32 [r'] and [c'] that multiply the rotated matrix before it is scaled.
+        noise: float32 [r', c'], uniform in [0, 1), for stochastic rounding.
 
     Returns:
         codes [r', c'] of ``code_dtype(format)`` and float32 scales: amax/format.max. An all-zero group has codes 0; a
@@ -124,10 +134,10 @@ def rotate_quantize(
     if fold_columns is not None:
         y = y * fold_columns
     if scale == "unit":
-        return round_to(y, format), y.new_ones(())
+        return round_to(y, format, noise), y.new_ones(())
     # The scale is a product and its reciprocal a division, both rounded once: kernels do the same to the bit.
     s = (_amax(y, scale) * (1.0 / format.max)).clamp_min(SMALLEST_SCALE)
-    return round_to(y * _along(1.0 / s, scale, y.shape), format), s
+    return round_to(y * _along(1.0 / s, scale, y.shape), format, noise), s
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:

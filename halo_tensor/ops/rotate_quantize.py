@@ -54,7 +54,7 @@ def _format_options(format: Format, device: torch.device, saturate: bool = False
     native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda"
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
-        "MANTISSA": -1 if format.uniform else 0 if native else format.mantissa_bits,
+        "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
         "MAX": format.max if saturate else 0.0,
         "INVERSE_MAX": 1.0 / format.max,
@@ -143,6 +143,8 @@ def _needs_rotating_first(x, left, right, scale) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
+    if any(r is not None and r.rank is not None for r in (left, right)):
+        return True
     if right is not None and left is None and scale == "row" and x.shape[1] <= LARGEST_ROW:
         if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
             return True  # matrices and products in three tf32 parts exceed every shared memory
@@ -153,7 +155,7 @@ def _needs_rotating_first(x, left, right, scale) -> bool:
 
 def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
     """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
-    whole = all(r is None or (r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
+    whole = all(r is None or (r.rank is None and r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
     return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
 
 

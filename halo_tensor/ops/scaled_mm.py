@@ -124,7 +124,7 @@ def scaled_mm_kernel(
 
 def fits_epilogue(rotation: Rotation | None) -> bool:
     """Whether a rotation can be undone on an output tile."""
-    return rotation is not None and rotation.edge in (16, 32, 64, 128)
+    return rotation is not None and rotation.rank is None and rotation.edge in (16, 32, 64, 128)
 
 
 def scaled_mm(

@@ -1,0 +1,19 @@
+"""transformers' ``Conv1D``, GPT-2's linear layer with a transposed weight, by a recipe with a plain forward.
+
+Imports transformers; :mod:`halo_tensor.convert` imports this module when it meets such a layer.
+"""
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from halo_tensor.linear import linear
+from halo_tensor.recipe import Recipe
+
+
+class HaloConv1D(Conv1D):
+    """A ``Conv1D`` that follows ``recipe``; its weight stays [in, out]."""
+
+    recipe: Recipe
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight.t(), self.bias, self.recipe)

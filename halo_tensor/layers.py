@@ -1,0 +1,75 @@
+"""The kinds of layer that can follow a recipe, and how each is made to.
+
+``nn.Linear`` follows any: its weight becomes a :class:`~halo_tensor.weight.HaloWeight`. ``nn.Conv2d`` and transformers'
+``Conv1D`` follow recipes with a plain forward: their weights stay as they are, and a subclass takes over.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from halo_tensor.conv import HaloConv2d
+from halo_tensor.recipe import Product, Recipe
+from halo_tensor.weight import HaloWeight, convert_weight, restore_weight
+
+
+def _conv1d() -> Any:
+    """transformers' Conv1D, or if it has not been imported, what no layer is an instance of."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", type(None))
+
+
+def features(module: Any) -> tuple[int, int] | None:
+    """(in, out) features of a layer that some recipe can govern, of a group if it is a convolution; None of other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels // module.groups, module.out_channels // module.groups
+    if isinstance(module, _conv1d()):
+        return module.nx, module.nf
+    return None
+
+
+def misfit(module: nn.Module, recipe: Recipe) -> str | None:
+    """Why a layer cannot follow ``recipe``, if it cannot."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its owner does not call it through F.linear"
+    if isinstance(module, nn.Linear):
+        return None
+    if recipe.output != Product():
+        return f"a {type(module).__name__} follows recipes with a plain forward only"
+    if type(module) not in (nn.Conv2d, _conv1d()) and recipe_of(module) is None:
+        return f"it is a {type(module).__name__}, whose forward may be its own"
+    return None
+
+
+def recipe_of(module: nn.Module) -> Recipe | None:
+    """What a converted layer follows; None of any other module."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return weight.recipe if isinstance(weight, HaloWeight) else None
+    return module.__dict__.get("recipe") if features(module) else None
+
+
+def convert(module: Any, recipe: Recipe, frozen: bool) -> None:
+    """Make a layer follow ``recipe``, in place. ``frozen``: see :class:`~halo_tensor.config.LinearConfig`."""
+    if isinstance(module, nn.Linear):
+        convert_weight(module, recipe, frozen)
+        return
+    if isinstance(module, nn.Conv2d):
+        module.__class__ = HaloConv2d
+    else:
+        from halo_tensor.conv1d import HaloConv1D
+
+        module.__class__ = HaloConv1D
+    module.recipe = replace(recipe)  # a new object each time: it tells that the layer was converted
+
+
+def restore(module: Any) -> None:
+    """The inverse of :func:`convert`."""
+    if isinstance(module, nn.Linear):
+        restore_weight(module)
+    else:
+        del module.recipe
+        module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else _conv1d()
