@@ -34,7 +34,13 @@ class Conversion:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} of {len(self.converted) + len(self.skipped)} layers follow {self.config}"]
+        layers = len(self.converted) + len(self.skipped)
+        return f"{len(self.converted)} of {layers} layers follow {self.config}\n{self.reasons}".rstrip()
+
+    @property
+    def reasons(self) -> str:
+        """Why layers were left alone, a line for each reason."""
+        lines = []
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -84,12 +90,12 @@ def quantize_(
             report.skipped[name] = reasons.get(name, "filter_fn or the config says so")
     if not report.converted and isinstance(config, LinearConfig):
         kinds = "nn.Linear, nn.Conv2d or Conv1D" if config.recipe.output == Product() else "nn.Linear"
-        why = "\n".join(str(report).splitlines()[1:]) or f"  it has no {kinds}"
+        why = report.reasons or f"  it has no {kinds}"
         raise ValueError(
             f"no layer of this {type(model).__name__} was converted:\n{why}\n"
             "Pass filter_fn, or a config with another skip or min_features"
         )
-    _warn_of_unrotated(model, report)
+    warn_of_unrotated(model, report)
     logger.info("%s", report)
     return report
 
@@ -195,7 +201,7 @@ def _tie_again(model: nn.Module, ties: dict[int, list[tuple[nn.Module, str]]]) -
             setattr(module, name, new[-1])
 
 
-def _warn_of_unrotated(model: nn.Module, report: Conversion) -> None:
+def warn_of_unrotated(model: nn.Module, report: Conversion) -> None:
     """One warning for all layers with a feature dimension that the recipe rotates and no block fits."""
     unrotated = []
     for name in report.converted:

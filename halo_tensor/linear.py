@@ -184,7 +184,7 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
         inner = dict(zip(names, tensors, strict=True))
         return HadamardQuantTensor.__tensor_unflatten__(inner, attributes, size, stride)
 
-    return [getattr(operand, name) for name in names], put_together
+    return operand.parts, put_together
 
 
 def refuse_second_derivatives() -> None:

@@ -140,15 +140,19 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         tensors = {"codes": x, "codes_t": None, "scale": None}
         return cls(x.shape, x.dtype, tensors, {"scale_along": "tensor", "left": None, "right": None, "format": None})
 
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors that it holds: codes and scales."""
+        return [getattr(self, name) for name in self.__tensor_flatten__()[0]]
+
     def requantize_(self, x: torch.Tensor) -> None:
         """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
         assert self.codes is not None and self.codes_t is None
         if self.is_packed:
             fresh = self.from_hp(x, self.format, self.scale_along, left=self.left, right=self.right).packed()
-            names = self.__tensor_flatten__()[0]
-            for name in names:
-                getattr(self, name).copy_(getattr(fresh, name))
-            torch.autograd.graph.increment_version([getattr(self, name) for name in names])
+            for old, new in zip(self.parts, fresh.parts, strict=True):
+                old.copy_(new)
+            torch.autograd.graph.increment_version(self.parts)
             return
         written = [self.codes] if self.scale is None else [self.codes, self.scale]
         if self.format is None:

@@ -22,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halo_tensor.config import HaloConfig, halo_config
-from halo_tensor.convert import Conversion, _warn_of_unrotated, dequantize_, layer_filter
+from halo_tensor.convert import Conversion, dequantize_, layer_filter, warn_of_unrotated
 from halo_tensor.ops import formats
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import fit
@@ -113,14 +113,14 @@ class HaloQuantizer(HfQuantizer):
             else:
                 self.report.converted.append(name)
         if not self.report.converted:
-            why = "\n".join(str(self.report).splitlines()[1:]) or "  it has no nn.Linear"
+            why = self.report.reasons or "  it has no nn.Linear"
             raise ValueError(f"no layer of this {type(model).__name__} can be quantised:\n{why}")
         self.weights = {f"{name}.weight" for name in self.report.converted}
         logger.info("%s", self.report)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         held = [name for name in self.report.converted if isinstance(model.get_submodule(name).weight, HaloWeight)]
-        _warn_of_unrotated(model, Conversion(self.report.config, held))
+        warn_of_unrotated(model, Conversion(self.report.config, held))
         return model
 
     # From a plain checkpoint.

@@ -123,6 +123,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             out = fsdp.SHARDING_OPS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
+            return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
         weights = {id(w): w for w in tree_leaves((args, kwargs)) if isinstance(w, cls)}
         if func in _PRODUCTS:
             for weight in weights.values():
@@ -130,8 +132,6 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         dense = {key: w.dequantize() for key, w in weights.items()}
         plain_args, plain_kwargs = tree_map_only(cls, lambda w: dense[id(w)], (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
-        if func in _STAYS_A_WEIGHT and out.is_floating_point():
-            return return_and_correct_aliasing(func, args, kwargs, args[0]._like(func, out, args[1:], kwargs))
         if func._schema.is_mutable:
             written = {id(w) for w in tree_leaves(_written_arguments(func, args, kwargs)) if isinstance(w, cls)}
             _bring_up_to_date([(weights[key], dense[key]) for key in written])
@@ -152,10 +152,10 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
         return weight
 
-    def _like(self, func, out: torch.Tensor, args, kwargs) -> "HaloWeight":
-        """A copy of this weight, of which ``out`` is the dense value."""
+    def _copied(self, func, args, kwargs) -> "HaloWeight":
+        """What ``func``, which copies a tensor, makes of this weight."""
         if self.master is not None:
-            return self.renewed(out)
+            return self.renewed(func(self.master, *args, **kwargs))
         weight = HaloWeight(None, func(self.operand, *args, **kwargs), self.recipe)  # codes are copied as they are
         weight.fsdp = self.fsdp
         return weight
@@ -211,8 +211,8 @@ def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
     """Copy a weight with its codes. A compiled optimiser ends so: its new weights are quantised already."""
     pairs: list = [] if target.master is None else [(target.master, source.master)]
     if target.operand is not None:
-        names = target.operand.__tensor_flatten__()[0]
-        pairs += [(getattr(target.operand, name), getattr(source.operand, name)) for name in names]
+        assert source.operand is not None
+        pairs += zip(target.operand.parts, source.operand.parts, strict=True)
     for to, from_ in pairs:
         to.copy_(from_)
     torch.autograd.graph.increment_version([to for to, _ in pairs])
