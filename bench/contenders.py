@@ -17,11 +17,12 @@ def _ours(config, model: nn.Module) -> None:
     quantize_(model, config, filter_fn=_everything)
 
 
-def _torchao_float8(recipe: str, model: nn.Module) -> None:
+def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything) -> None:
+    """``recipe``: "tensorwise" or "rowwise"."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(recipe)
-    convert_to_float8_training(model, config=config, module_filter_fn=_everything)
+    convert_to_float8_training(model, config=config, module_filter_fn=filter_fn)
 
 
 def _torchao_int8(model: nn.Module) -> None:
@@ -33,8 +34,8 @@ def _torchao_int8(model: nn.Module) -> None:
 
 CONTENDERS = {
     "bf16": lambda model: None,
-    "torchao-tensorwise": partial(_torchao_float8, "tensorwise"),
-    "torchao-rowwise": partial(_torchao_float8, "rowwise"),
+    "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
+    "torchao-rowwise": partial(torchao_float8, "rowwise"),
     "torchao-int8": _torchao_int8,
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
     **{
@@ -54,5 +55,5 @@ def requantize(model: nn.Module) -> None:
     """What the optimiser's write to the weights causes, once a step: they are quantised anew. For steps timed without one."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, HaloWeight) and hasattr(weight, "requantize"):
+        if isinstance(weight, HaloWeight):
             weight.requantize()

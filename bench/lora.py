@@ -16,6 +16,7 @@ import chart
 import results
 import torch
 from block import DEVICE, SHAPES, Llama, forget
+from contenders import torchao_float8
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
@@ -52,11 +53,7 @@ def convert(llama: nn.Module, name: str) -> None:
     if name == "bf16":
         return
     if name.startswith("torchao-"):
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-        config = Float8LinearConfig.from_recipe_name(name.removeprefix("torchao-"))
-        convert_to_float8_training(llama, config=config, module_filter_fn=is_base)
-        return
+        return torchao_float8(name.removeprefix("torchao-"), llama, is_base)
     halo = re.fullmatch(r"halo(\d)-(\w+?)(-A)?", name)
     if halo is None:
         sys.exit(f"bench/lora.py: there is no contender {name!r}; there are {', '.join(DEFAULT)} and haloLEVEL-DTYPE[-A]")
