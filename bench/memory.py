@@ -148,6 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for model in args.models:
+        base = None
         for contender in tqdm(args.contenders, desc=model):
             try:
                 row = measure(model, contender, args)
@@ -156,7 +157,7 @@ def main() -> None:
                 continue
             if contender == "bf16":
                 base = row["saved by them, MiB"]
-            row["× bf16"] = f"{row['saved by them, MiB'] / base:.3f}" if "bf16" in args.contenders else None
+            row["× bf16"] = f"{row['saved by them, MiB'] / base:.3f}" if base else None
             rows.append(row)
             print(row, flush=True)
             gc.collect()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import halo_config, recipe_config
+from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
 
 
@@ -152,31 +152,11 @@ def saved_for_backward(model: nn.Module):
     Yields a one-element list that holds the count once the block is left.
     """
     total = [0]
-    inside = [0]
-    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        if inside[0]:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    def enter(*_):
-        inside[0] += 1
-
-    def leave(*_):
-        inside[0] -= 1
-
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
-    hooks = [h for m in linears for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            yield total
-    finally:
-        for hook in hooks:
-            hook.remove()
-        parameters = {s.data_ptr() for p in model.parameters() for s in get_untyped_storages(p)}  # of subclasses, the inner
-        total[0] = sum(s.nbytes() for address, s in storages.items() if address not in parameters)
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    with measure_saved(model, linears) as saved:
+        yield total
+    total[0] = saved.layers
 
 
 def environment() -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from halo_tensor import calibrate, dequantize_, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import measure_saved
+from halo_tensor.recipe import RECIPES
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +148,13 @@ def report(rows: list[dict], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--recipes", nargs="+", default=["high", "hot", "hot_lqs", "hot_int4"], help="names")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["high", "hot", "hot_lqs", "hot_int4"],
+        choices=["high", "hot_lqs", *RECIPES],
+        metavar="RECIPE",
+    )
     parser.add_argument("--data", help="a folder with one folder of images per class (default: scikit-learn's digits)")
     parser.add_argument("--image-size", type=int, default=32, help="to which images are scaled")
     parser.add_argument("--patch", type=int, default=8)
@@ -165,6 +172,8 @@ def main() -> None:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     cut = len(images) * 4 // 5
     train_set, test_set = order[:cut], order[cut:]
+    if args.batch > cut:
+        fail(f"--batch {args.batch} is more than the {cut} images to train on")
     data = (images[train_set], labels[train_set].to(device), images[test_set], labels[test_set].to(device))
     rows = []
     for name in args.models:

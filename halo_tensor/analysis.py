@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import layers
+from halo_tensor.ops.hadamard import fit
 from halo_tensor.ops.reference import rotated
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
 
@@ -33,14 +34,14 @@ class Shape:
 
 
 def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
-    """The shape of every layer that some recipe can govern in ``model(*args, **kwargs)``, by name. Runs the forward once; of a
-    layer that is called several times the last call counts."""
+    """The shape of every layer that some recipe can govern in ``model(*args, **kwargs)``, by name. Runs the forward
+    once, as it is (a BatchNorm in training mode takes note); of a layer that is called several times the last call counts."""
     found: dict[str, Shape] = {}
     seen: dict[int, torch.Tensor] = {}
 
     def record(name: str):
-        def hook(module, inputs, output):
-            sides, x = layers.features(module), inputs[0]
+        def hook(module, inputs, named, output):
+            sides, x = layers.features(module), layers.input_of(inputs, named)
             assert sides is not None
             if isinstance(module, nn.Conv2d):
                 tokens, window = output.numel() // output.shape[-3], prod(module.kernel_size)
@@ -53,7 +54,9 @@ def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
 
         return hook
 
-    hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if layers.features(m)]
+    hooks = [
+        m.register_forward_hook(record(name), with_kwargs=True) for name, m in model.named_modules() if layers.features(m)
+    ]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
@@ -63,8 +66,14 @@ def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
     return found
 
 
+def _rotation(dimension: str, size: int, operand: Operand) -> Rotation | None:
+    """As a layer carries it: tokens are padded to whole blocks, features take the block that divides them."""
+    rotation = operand.rotation(dimension)
+    return rotation if dimension == "tokens" else fit(rotation, size)
+
+
 def _width(dimension: str, size: int, operand: Operand) -> int:
-    return rotated(size, operand.rotation(dimension))
+    return rotated(size, _rotation(dimension, size, operand))
 
 
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
@@ -103,9 +112,9 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
             if (operand, dims) not in transformed:
                 transformed.add((operand, dims))
                 elements = sizes[dims[0]] * sizes[dims[1]]
-                transforms += sum(_butterfly(operand.rotation(d)) for d in dims) * elements * high
+                transforms += sum(_butterfly(_rotation(d, sizes[d], operand)) for d in dims) * elements * high
                 transforms += elements * high * high if operand.format else 0
-        undone = sum(_butterfly(o.rotation(d)) for o, dims in sides for d in dims if d != contracted)
+        undone = sum(_butterfly(_rotation(d, sizes[d], o)) for o, dims in sides for d in dims if d != contracted)
         transforms += undone * m * n * high
     return {name: shape.groups * count for name, count in counts.items()} | {"transforms": shape.groups * transforms}
 

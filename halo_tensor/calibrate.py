@@ -5,6 +5,7 @@ its INT4 error, any other the one scale that is cheaper. The same run can choose
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,8 @@ def calibrate(
     """
     if level not in (None, "auto"):
         raise ValueError(f"level must be 'auto', or None for HOT; got {level!r}")
+    if level == "auto" and not candidates:
+        raise ValueError("level='auto' needs at least one candidate")
     if level == "auto":
         choice: _Choice = _Cosines(candidates, target)
     else:
@@ -79,15 +82,17 @@ def calibrate(
         counts[name] = counts.get(name, 0) + 1
 
     def watch(name: str):
-        def hook(module, inputs, output):
+        def hook(module, inputs, named, output):
             if output.requires_grad:
-                output.register_hook(lambda e: observe(name, module, inputs[0], e))
+                output.register_hook(lambda e: observe(name, module, layers.input_of(inputs, named), e))
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in chosen.items()]
+    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in chosen.items()]
     gradients = {p: p.grad for p in model.parameters()}
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    for parameter in gradients:
+        parameter.grad = None  # autograd would add to the user's tensors, in place
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         with torch.random.fork_rng(sorted({p.device.index for p in gradients if p.is_cuda})):
             for batch in batches:
@@ -98,10 +103,16 @@ def calibrate(
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
                 buffer.copy_(value)
+                module._buffers[name] = buffer  # a forward may have put another in its place
     if not sums:
         raise ValueError("no layer that this config converts got a gradient from these batches")
+    if idle := [name for name in chosen if name not in sums]:
+        warnings.warn(
+            f"{len(idle)} layers got no gradient from these batches and will be left in high precision: {', '.join(idle)}",
+            stacklevel=2,
+        )
     measured = {name: {k: v / counts[name] for k, v in sums[name].items()} for name in chosen if name in sums}
     return LayerConfigs({name: choice.choose(m) for name, m in measured.items()}, measured)
 
@@ -180,15 +191,17 @@ class _Cosines(_Choice):
         exact = gradients_under(module, None, x, e)
         measured = {}
         for i, candidate in enumerate(self.candidates):
+            if layers.misfit(module, candidate.recipe):
+                continue
             actual = gradients_under(module, candidate.recipe, x, e)
             cosines = [_cosine(a, b) for a, b in zip(actual, exact, strict=True)]
             measured[f"cosine of candidate {i}"] = min(cosines)
         return measured
 
     def choose(self, measured):
-        cosines = list(measured.values())
-        enough = (i for i, cosine in enumerate(cosines) if cosine >= self.target)
-        return self.candidates[next(enough, max(range(len(cosines)), key=cosines.__getitem__))]
+        cosines = {int(key.split()[-1]): cosine for key, cosine in measured.items()}
+        enough = (i for i, cosine in cosines.items() if cosine >= self.target)
+        return self.candidates[next(enough, max(cosines, key=cosines.__getitem__))]
 
 
 def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

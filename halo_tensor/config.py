@@ -98,6 +98,9 @@ class HotConfig(LinearConfig):
         _one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
         _one_of("scale", self.scale, ("tensor", "tokens"))
         _one_of("granularity", self.granularity, GRANULARITIES)
+        for name in ("rank", "seed"):
+            if type(getattr(self, name)) not in (int, type(None)):
+                raise ValueError(f"{name} must be an integer or None; got {getattr(self, name)!r}")
         if self.rank is not None and self.seed is not None:
             raise ValueError("a seed signs whole blocks (rank=None); a low rank takes seed=None")
         self.recipe  # noqa: B018  checks the rank, the seed and the rounding
@@ -227,17 +230,20 @@ def hot_config(
     )  # fmt: skip
 
 
-def recipe_config(name: str, *, skip: str = "lm_head", min_features: int = 128, frozen: bool | None = None) -> RecipeConfig:
-    """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there).
+def recipe_config(
+    name: str, *, skip: str = "lm_head", min_features: int = 128, frozen: bool | None = None, adapters: bool = False
+) -> RecipeConfig:
+    """A recipe that is not HALO's, by its name in ``halo_tensor.recipe.RECIPES`` (add your own there). The rest: see
+    :class:`LinearConfig`.
 
     Raises:
         ValueError: there is none of that name; the message lists those there are.
     """
-    return RecipeConfig(name, skip=skip, min_features=min_features, frozen=frozen)
+    return RecipeConfig(name, skip=skip, min_features=min_features, frozen=frozen, adapters=adapters)
 
 
 def _one_of(what: str, value, valid: tuple) -> None:
-    if value not in valid or isinstance(value, bool):
+    if value not in valid or type(value) not in map(type, valid):  # 8.0 and True equal integers
         raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}; got {value!r}")
 
 

@@ -45,6 +45,8 @@ class Geometry(NamedTuple):
     def fold(self, windows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The transpose of :meth:`windows`: each element of an x of ``shape`` is the sum of its occurrences."""
         batch, size = shape[0], tuple(shape[2:])
+        if batch == 0:
+            return windows.new_zeros(shape)
         if self.is_identity:
             return windows.view(batch, *size, -1).permute(0, 3, 1, 2)
         columns = windows.view(batch, -1, windows.shape[1]).transpose(1, 2)
@@ -72,6 +74,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.recipe, ctx.geometry, ctx.x_shape, ctx.x_dtype = recipe, geometry, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
+        y = F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *geometry[1:])
         tensors: list = []
         ctx.put_together = []
         for part in x.chunk(geometry.groups, 1) if wants_w else ():
@@ -83,8 +86,7 @@ class _Conv2d(torch.autograd.Function):
             tensors += inner
         ctx.save_for_backward(weight, *tensors)
         ctx.wants_x = wants_x
-        bias = None if bias is None else bias.to(dtype)
-        return F.conv2d(x.to(dtype), weight.to(dtype), bias, *geometry[1:])
+        return y
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -104,7 +106,7 @@ class _Conv2d(torch.autograd.Function):
             x = xs[i] if xs else None
             if x is not None and not geometry.is_pointwise:
                 x = x.dequantize() if isinstance(x, HadamardQuantTensor) else x
-                windows = geometry.windows(x.view(x_shape[0], *x_shape[2:], -1).permute(0, 3, 1, 2))
+                windows = geometry.windows(x.view(x_shape[0], *x_shape[2:], x_shape[1]).permute(0, 3, 1, 2))
                 (x,) = quantize_operands(windows, X, recipe, ["grad_weight"])
             w = w.flatten(1) if ctx.wants_x else None
             grad_x, grad_w = multiply_backward(recipe, positions(e), x, w, ctx.x_dtype, weight.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torchao.quantization
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchao.quantization import FqnToConfig
 
 from halo_tensor import layers
@@ -86,7 +87,7 @@ def quantize_(
     for name, mark in _marks(model).items():
         if mark is not None and mark is not before[name]:
             report.converted.append(name)
-        elif name in reasons or isinstance(model.get_submodule(name), nn.Linear):
+        elif name in reasons or isinstance(config, LayerConfigs) or isinstance(model.get_submodule(name), nn.Linear):
             report.skipped[name] = reasons.get(name, "filter_fn or the config says so")
     if not report.converted and isinstance(config, LinearConfig):
         kinds = "nn.Linear, nn.Conv2d or Conv1D" if config.recipe.output == Product() else "nn.Linear"
@@ -108,7 +109,7 @@ def dequantize_(model: nn.Module) -> None:
     """
     ties = _tied_parameters(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_sharded(module.weight):
+        if is_sharded(getattr(module, "weight", None)) or (layers.recipe_of(module) and isinstance(module.weight, DTensor)):
             raise ValueError(
                 f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
                 "tensors, which load into a plain model"

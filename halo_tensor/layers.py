@@ -31,6 +31,11 @@ def features(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def input_of(args: tuple, kwargs: dict) -> Any:
+    """The input of a layer that was called with these."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def misfit(module: nn.Module, recipe: Recipe) -> str | None:
     """Why a layer cannot follow ``recipe``, if it cannot."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

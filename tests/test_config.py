@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 
-from halo_tensor import halo_config, recipe_config
+from halo_tensor import halo_config, hot_config, recipe_config
 from halo_tensor.ops import device
 from halo_tensor.recipe import FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, RECIPES, Recipe, Rotation
 
@@ -55,6 +55,13 @@ def test_equal_configs_share_one_recipe():
 def test_unknown_values_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         halo_config(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"rank": 4.0}, {"rank": True}, {"seed": 1.0, "rank": None}, {"block_size": 16.0}])
+def test_numbers_that_are_no_integers(arguments):
+    """4.0 would share a cached recipe with 4."""
+    with pytest.raises(ValueError, match=r"must be (an integer|a power of two|one of)"):
+        hot_config(**arguments)
 
 
 def test_unknown_recipes_are_named():

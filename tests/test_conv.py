@@ -57,6 +57,15 @@ def test_any_geometry(options, hp):
     assert unbatched[0].shape == e[0].shape and relative_error(unbatched[1], actual[1][0]) < 0.03
 
 
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 3}], ids=str)
+def test_an_empty_batch(options):
+    layer = nn.Sequential(nn.Conv2d(64, 64, **options))
+    quantize_(layer, hot_config())
+    x = torch.randn(0, 64, 8, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and layer[0].weight.grad.abs().max() == 0
+
+
 def test_a_pointwise_convolution_is_a_linear_layer():
     """hot.md's two paths, in float64, on positions as tokens. Rounding to nearest, to be comparable."""
     plain = nn.Conv2d(32, 64, 1)
@@ -131,6 +140,7 @@ def test_there_and_back():
     names = list(model.state_dict())
     assert quantize_(model, hot_config()).converted == quantize_(model, hot_config(4)).converted == ["0", "1"]
     assert model[0].recipe == hot_config(4).recipe
+    assert quantize_(model, hot_config(4)).converted == ["0", "1"], "the same config again"
     again = pickle.loads(pickle.dumps(model))
     assert again[0].recipe == model[0].recipe and list(model.state_dict()) == names
     dequantize_(model)

@@ -65,7 +65,7 @@ def rotate_quantize(
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
     transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
     multiples of 16 bytes; a CPU's products read either order at the same speed: there the transpose is a view of row-major
-    memory. Stochastic rounding draws its noise from torch's generator of x's device."""
+    memory. Stochastic rounding draws its noise from torch's generator of x's device, and gives contiguous codes."""
     if rounding == "stochastic":
         return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
@@ -75,8 +75,9 @@ def rotate_quantize(
 
 
 def _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
-    """In PyTorch's ops, so that a compiler sees the noise: it is drawn where it is used, and never stored."""
-    y = x if left is None and right is None else rotate(x, left, right)
+    """In PyTorch's ops, so that a compiler sees the noise, draws it where it is used, and never stores it."""
+    # In float32, as the op: rounded to x's dtype before it is rounded up or down, the mean would not be exact.
+    y = x if left is None and right is None else rotate(x.to(torch.float32), left, right)
     noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
     codes, scales = reference.rotate_quantize(y, None, None, format, scale, fold_rows, fold_columns, noise)
     return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
