@@ -38,7 +38,7 @@ OTHERS = (
     "halo2-fp6",
 )
 OUTLIERS, FACTOR = 6, 32
-SETTINGS = ("model", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
+SETTINGS = ("model", "data", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
 NOTES = (
     "{steps} steps of {batch}×{length} packed tokens ({examples} conversations; answers only are learnt), AdamW, learning "
     "rate {lr:g} with warm-up and linear decay; weights and activations in {dtype}, with float32 copies of the weights in "
@@ -308,7 +308,9 @@ def main() -> None:
     args = parse_args()
     folder = Path("outputs") if args.smoke else results.FOLDER
     settings = {name: getattr(args, name) for name in SETTINGS}
-    path, runs = folder / f"{args.name}.json", []
+    path, runs, failed = folder / f"{args.name}.json", [], 0
+    if args.smoke:
+        path.unlink(missing_ok=True)
     if path.exists():
         record = json.loads(path.read_text())
         if record["settings"] != settings:
@@ -323,7 +325,7 @@ def main() -> None:
 
     def record(run: dict) -> None:
         runs.append(run)
-        title = "Fine-tuning SmolLM2-135M-Instruct on text-to-SQL"
+        title = f"Fine-tuning {args.model or 'SmolLM2-135M-Instruct'} on {args.data}"
         results.write(args.name, title, table(runs), notes, folder, quiet=True, settings=settings, runs=runs)
         print(json.dumps(run, ensure_ascii=False), flush=True)
 
@@ -342,8 +344,11 @@ def main() -> None:
             longest[new] = max(longest[new], runs[-1]["seconds"]) if new else runs[-1]["seconds"] * 1.5
         except Exception as error:
             print(f"{task} failed: {error!r:.500}", file=sys.stderr, flush=True)
+            failed += 1
     draw(args.name, runs, folder)
     print((folder / f"{args.name}.md").read_text())
+    if failed:
+        fail(f"{failed} runs failed")
 
 
 if __name__ == "__main__":

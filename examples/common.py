@@ -125,6 +125,8 @@ def compared_model_and_data(args: argparse.Namespace):
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     model, tokenizer = load_model(args.model, dtype, args.device)
     tokens = load_tokens(tokenizer, args.data, (args.valid + args.steps * args.batch) * args.length)
+    if len(tokens) <= args.valid * args.length:
+        fail(f"{len(tokens)} tokens are too few for --valid {args.valid} sequences of {args.length}: pass more --data")
     valid, train = tokens.split([args.valid * args.length, len(tokens) - args.valid * args.length])
     return model, train, valid, f"{args.model or 'SmolLM2-135M-Instruct'} on {args.data or 'Python documentation'}"
 

@@ -54,7 +54,7 @@ def sql(text: str) -> str:
 def number(text: str) -> str | None:
     """What follows ####, without thousands separators and trailing zeros."""
     found = re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
-    return None if found is None else f"{float(found[1].replace(',', '')):g}"
+    return None if found is None else f"{float(found[1].replace(',', '')):.15g}"
 
 
 def meaning(text: str) -> tuple[str, list[tuple[str, str]]] | None:

@@ -62,7 +62,7 @@ def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
     first = restore(model, optimizer, args.resume) if args.resume else 0
     data = batches(examples, args.batch, args.length, pad, args.seed, first)
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not args.main)
-    log = (args.output / "log.jsonl").open("a" if first else "w") if args.main else None
+    log = open_log(args.output / "log.jsonl", first) if args.main else None
     for step in bar:
         start = time.perf_counter()
         decayed = (steps - step) / max(steps - args.warmup, 1)
@@ -94,6 +94,13 @@ def accumulate(model, rows: Rows, args: argparse.Namespace) -> torch.Tensor:
         (loss * args.world).backward()  # FSDP takes the mean over ranks
         total += loss.detach()
     return total
+
+
+def open_log(path: Path, steps: int):
+    """To write to after ``steps`` steps. Of a run that was cut off, what came after its checkpoint is done again."""
+    lines = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps))
+    return path.open("a")
 
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # a frozen base is what it was

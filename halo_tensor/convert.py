@@ -109,7 +109,8 @@ def dequantize_(model: nn.Module) -> None:
     """
     ties = _tied_parameters(model)
     for name, module in model.named_modules():
-        if is_sharded(getattr(module, "weight", None)) or (layers.recipe_of(module) and isinstance(module.weight, DTensor)):
+        weight: Any = getattr(module, "weight", None)
+        if is_sharded(weight) or (layers.recipe_of(module) and isinstance(weight, DTensor)):
             raise ValueError(
                 f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
                 "tensors, which load into a plain model"

@@ -123,6 +123,7 @@ def test_batches_can_start_anywhere(tokenizer):
     [
         (evaluation.sql, ['SELECT  a FROM t WHERE b = "x";', "select a from t\nwhere b = 'x'"], "SELECT a FROM t"),
         (evaluation.number, ["so 3*4\n#### 1,200", "#### 1200.0 apples"], "1200"),
+        (evaluation.number, ["#### 1,234,567", "1234567.0 #### 1234567"], "#### 1234568"),
         (
             evaluation.meaning,
             ["inform(name[Portal], year[2007])", "inform( year[2007],name[portal] )"],
@@ -142,9 +143,8 @@ def test_a_resumed_run_is_the_run_it_resumes(folder, tmp_path, monkeypatch):
     whole, result = run(monkeypatch, folder, tmp_path / "a", "--save-every", "2")
     assert len(whole) == 4 and whole[-1] < whole[0]
     assert result["validation loss"] < whole[0] and result["answers"] == 2
-    (tmp_path / "a" / "log.jsonl").write_text("")
     resumed, again = run(monkeypatch, folder, tmp_path / "a", "--resume", str(tmp_path / "a" / "step-2"))
-    assert resumed == whole[2:]
+    assert resumed == whole
     assert again["validation loss"] == result["validation loss"]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     assert not any("halo" in type(p).__module__ for p in plain.parameters())
@@ -157,10 +157,9 @@ def test_adapters(folder, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     whole, result = run(monkeypatch, folder, tmp_path, "--lora", "4", "--save-every", "2", "--dtype", "fp8", "--level", "0")
     assert whole[-1] < whole[0] and result["validation loss"] < whole[0]
-    (tmp_path / "log.jsonl").write_text("")
     more = ("--lora", "4", "--dtype", "fp8", "--level", "0", "--resume", str(tmp_path / "step-2"))
     resumed, _ = run(monkeypatch, folder, tmp_path, *more)
-    assert resumed == whole[2:]
+    assert resumed == whole
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 

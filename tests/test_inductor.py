@@ -1,5 +1,7 @@
 """A compiled graph launches the kernels itself, and computes what eager mode does."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 pytest.importorskip("triton")
 from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor.ops import library
+from halo_tensor.recipe import INT8, Rotation
 from tests import interpreter
 from tests.interpreter import DEVICE, runs_kernels
 from tests.util import relative_error, typical_error
@@ -14,7 +18,7 @@ from tests.util import relative_error, typical_error
 
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=5)
+    interpreter.run(__file__, at_least=8)
 
 
 def model(config) -> nn.Module:
@@ -47,6 +51,41 @@ def test_no_op_is_left(level, dtype, granularity):
     assert len(code) == 2 and launches[0] in (6, 8) and 10 <= launches[1] <= 16
     for a, b in zip(results, expected, strict=True):
         assert relative_error(a, b) < 0.6 * typical_error(mlp[0].weight.operand.format)
+
+
+@runs_kernels
+def test_each_dtype_has_its_launch():
+    """A launch loads its kernel once, and then hands it pointers, whatever they point to."""
+
+    def f(a, b):
+        return [library.rotate_quantize(x, None, None, INT8, "row")[0] for x in (a, b)]
+
+    a, b = torch.randn(2, 32, 64, device=DEVICE)
+    torch._dynamo.reset()
+    codes, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), a, b.bfloat16())
+    assert len(set(re.findall(r"^halo_\w+(?= = Launch)", code, re.MULTILINE))) == 2
+    for x, y in zip(codes, f(a, b.bfloat16()), strict=True):
+        assert torch.equal(x, y)
+
+
+@runs_kernels
+def test_codes_that_lie_askew_are_copied():
+    w = torch.randint(-9, 9, (48, 80), device=DEVICE, dtype=torch.int8)
+    f = lambda a, w: library.scaled_mm(a, w[:, 8:72], None, None, None, None, None, (16, 48), torch.float32)  # noqa: E731
+    torch._dynamo.reset()
+    a = w[:16, :64].contiguous()
+    assert torch.equal(torch.compile(f, fullgraph=True)(a, w), (a.double() @ w[:, 8:72].double().t()).float())
+
+
+@runs_kernels
+def test_a_regions_graph_keeps_its_ops():
+    @torch.compiler.nested_compile_region
+    def region(x):
+        return library.rotate(x, None, Rotation(16)) * 2
+
+    x = torch.randn(32, 64, device=DEVICE)
+    torch._dynamo.reset()
+    assert relative_error(torch.compile(region, fullgraph=True)(x), region(x)) < 1e-6
 
 
 @runs_kernels

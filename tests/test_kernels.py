@@ -241,6 +241,20 @@ def test_into_codes_that_were_copied():
 
 
 @runs_kernels
+def test_vectors_of_any_stride():
+    """An expanded or sliced bias, scale or fold is read as what it is."""
+    x, fold = matrix(37, 64), torch.rand(2 * 64, device=DEVICE) + 0.5
+    actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2], True, False)
+    expected = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2].contiguous(), True, False)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    a, ones = codes_of((37, 64), INT8), torch.ones(1, device=DEVICE)
+    options = (None, None, (37, 37), torch.float32)
+    y = product.scaled_mm(a, a, fold[:74:2], ones.expand(37), fold[:74:2], *options)
+    expected = product.scaled_mm(a, a, fold[:74:2].contiguous(), None, fold[:74:2].contiguous(), *options)
+    assert torch.equal(y, expected)
+
+
+@runs_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @in_every_format
 def test_nan_and_inf_show_in_the_result(format, bad):

@@ -36,7 +36,7 @@ class Fidelity:
         noise = float((a - e).square().sum())
         if noise == 0:
             return cls(1.0, LOSSLESS)
-        if not signal * power > 0 or noise != noise:
+        if not 0 < signal * power < float("inf") or not noise < float("inf"):
             return cls(0.0, -LOSSLESS)
         return cls(dot / sqrt(signal * power), min(10 * log10(signal / noise), LOSSLESS))
 
@@ -80,12 +80,13 @@ class Operands:
 
     def gather(self, limit: int) -> None:
         """Put what several calls of the layer have left together, in at most ``limit`` rows."""
-        calls = [c for c in self._calls if c[1] is not None] or self._calls
+        calls = [c for c in self._calls if c[1] is not None] or self._calls  # recomputed calls (checkpointing) have no E
         self._calls = []
-        rows = torch.cat([x for x, _ in calls])
+        self.tokens = sum(n for _, _, n in calls)
+        rows = torch.cat([x for x, _, _ in calls])
         kept = _evenly(len(rows), limit, rows.device)
         self.x = rows[kept]
-        self.e = None if calls[0][1] is None else torch.cat([e for _, e in calls])[kept]
+        self.e = None if calls[0][1] is None else torch.cat([e for _, e, _ in calls])[kept]
 
 
 def _evenly(n: int, limit: int, device: torch.device) -> torch.Tensor:
@@ -109,8 +110,7 @@ def captured(layers: Mapping[str, nn.Linear], limit: int) -> Iterator[dict[str, 
             operands = seen.setdefault(name, Operands(x_group=latest[1]))
             rows = x.detach().reshape(-1, x.shape[-1])
             kept = _evenly(len(rows), limit, rows.device)
-            call = [rows[kept], None]
-            operands.tokens += len(rows)
+            call = [rows[kept], None, len(rows)]
             operands.needs_grad_input |= x.requires_grad
             operands._calls.append(call)
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 OPERANDS = ("X", "W", "E")
 
 
+def _change(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:+.4f}"
+
+
 def summary(report: Report) -> str:
     """The recommendation, the candidates, and the layers by kind, as Markdown."""
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
@@ -60,10 +64,10 @@ def candidate_rows(report: Report) -> tuple[list[str], list[list[str]]]:
             (sqnr, product), name = min((layer.worst(c.name), layer.name) for layer in layers)
             worst = f"{sqnr:.1f} dB, {product} of {name or 'the model'}"
         cosine = f"{mark}{c.cosine:.4f}{mark}"
-        rows.append([f"{mark}{c.name}{mark}", cosine, f"{c.loss_change:+.4f}", worst, str(below), f"{c.speed:.2f}×"])
+        rows.append([f"{mark}{c.name}{mark}", cosine, _change(c.loss_change), worst, str(below), f"{c.speed:.2f}×"])
     if report.result is not None and report.exceptions:
         c = report.result
-        rows.append([c.name, f"{c.cosine:.4f}", f"{c.loss_change:+.4f}", "", "0", f"{c.speed:.2f}×"])
+        rows.append([c.name, f"{c.cosine:.4f}", _change(c.loss_change), "", "0", f"{c.speed:.2f}×"])
     return header, rows
 
 

@@ -1,7 +1,7 @@
 """``report``: which recipe a model can be trained with, by measuring every product of every layer, and the whole gradient."""
 
 from collections.abc import Callable, Iterable, Mapping
-from math import sqrt
+from math import isfinite, sqrt
 from time import perf_counter
 from typing import Any
 
@@ -107,7 +107,8 @@ def report(
             with measure.swapped(model, swap):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
                 found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
-            return CandidateReport(name, config, _cosine(found, exact), (quantized_loss - loss).item(), 1.0)
+            change = (quantized_loss - loss).item()
+            return CandidateReport(name, config, _cosine(found, exact), change if isfinite(change) else None, 1.0)
 
         rotation = _rotation(configs)
         reached = [_layer(name, layers[name], operands, weights[name], rotation) for name in names if name in operands]
@@ -279,4 +280,5 @@ def _cosine(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> f
         f = found[name]
         for i, (u, v) in enumerate(((f, e), (f, f), (e, e))):
             sums[i] += float(u @ v)
-    return sums[0] / sqrt(sums[1] * sums[2]) if sums[1] * sums[2] > 0 else 0.0
+    product = sums[1] * sums[2]
+    return sums[0] / sqrt(product) if 0 < product < float("inf") else 0.0

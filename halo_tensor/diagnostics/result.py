@@ -58,7 +58,7 @@ class CandidateReport:
     name: str
     config: LinearConfig | None
     cosine: float
-    loss_change: float
+    loss_change: float | None  # None: the loss was not finite
     speed: float
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir, lowering
+from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
@@ -100,7 +101,7 @@ class _StandIn:
         return self.shape.numel()
 
     def data_ptr(self) -> int:
-        return 0  # aligned; each launch looks at the real pointer
+        return 0  # aligned; each launch, and each descriptor, looks at the real pointer
 
     def is_contiguous(self) -> bool:
         return self.strides == _contiguous(self.shape)
@@ -162,7 +163,7 @@ class _Call(ir.ExternKernel):
         """The argument as source, with {i} where the name of input i belongs."""
         if isinstance(argument, TensorDescriptor):
             base = self._template(argument.base, written)
-            return f"TensorDescriptor({base}, {[*argument.shape]}, {[*argument.strides]}, {argument.block_shape})"
+            return f"descriptor({base}, {[*argument.shape]}, {[*argument.strides]}, {argument.block_shape})"
         if isinstance(argument, torch.Tensor):  # the matrix of a rotation
             self.boxes.append(V.graph.add_tensor_constant(argument))
             return f"{{{len(self.boxes) - 1}}}"
@@ -178,7 +179,9 @@ class _Call(ir.ExternKernel):
     def codegen(self, wrapper) -> None:
         names = [x.codegen_reference() for x in self.tensors]
         source = self.launch.source()
-        name = f"halo_{sha256(source.encode()).hexdigest()[:12]}"
+        # One for each dtype and device: a launch loads its kernel once, for the tensors that it meets first.
+        dtypes = [x.get_dtype() for x in self.tensors]
+        name = f"halo_{sha256(repr((source, dtypes, self.device)).encode()).hexdigest()[:12]}"
         for line in (*_IMPORTS, f"{name} = {source}"):
             wrapper.add_import_once(line)
         wrapper.writeline(f"{name}({', '.join(template.format(*names) for template in self.templates)})")
@@ -200,8 +203,7 @@ _IMPORTS = (
     "import torch",
     "import triton",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
-    "from halo_tensor.ops.launch import Launch",
-    "from triton.tools.tensor_descriptor import TensorDescriptor",
+    "from halo_tensor.ops.launch import Launch, descriptor",
 )
 
 
@@ -211,7 +213,13 @@ def _fingerprint() -> str:
 
 
 # Graphs are cached on disk. Theirs are the launches of this version.
-torch.compiler.config.cache_key_tag += f" halo_tensor:{_fingerprint()}"
+_TAG = f" halo_tensor:{_fingerprint()}"
+
+
+def tag_caches() -> None:
+    """In the thread that compiles: torch's configuration is each thread's own."""
+    if _TAG not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _TAG
 
 
 def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
@@ -223,10 +231,13 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
             return as_op(*args)
         recording = _Recording()
         try:
-            stand_ins = [_StandIn.of(recording, a) if isinstance(a, ir.TensorBox) else a for a in args]
+            stand_ins = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args]
             with _disable_current_modes():  # launchers make constants, which must be real
                 made = launcher(*stand_ins)
         except _Unsupported:
+            return as_op(*args)
+        constant = any(isinstance(x, torch.Tensor) for _, arguments in recording.launches for x in arguments)
+        if constant and isinstance(V.graph, SubgraphLowering):  # whose constants Inductor does not hand to the generated code
             return as_op(*args)
         for launch, arguments in recording.launches:
             _Call(launch, arguments)

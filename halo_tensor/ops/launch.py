@@ -11,6 +11,13 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
+def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """In a compiled graph, where nothing was known of the pointer: of a copy if TMA cannot read ``base`` where it lies."""
+    if base.data_ptr() % 16:
+        base = torch.empty_strided(shape, strides, dtype=base.dtype, device=base.device).copy_(base)
+    return TensorDescriptor(base, shape, strides, block)
+
+
 class Launch:
     """A kernel with its grid, its integers and its compile-time constants.
 

@@ -8,7 +8,6 @@ A GPU runs the Triton kernels; every other device runs the reference, and so do 
 """
 
 import os
-from functools import cache
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -230,10 +229,11 @@ for _op in (_rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, 
 # Under tracing: shapes, dtypes and strides.
 
 
-@cache
 def _teach_inductor() -> None:
     """Import what lowers the ops. Not before something is traced: importing Inductor takes seconds."""
-    import halo_tensor.ops.inductor  # noqa: F401
+    from halo_tensor.ops import inductor
+
+    inductor.tag_caches()
 
 
 def _register_fake(op: str):

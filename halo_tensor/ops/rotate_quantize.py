@@ -80,6 +80,7 @@ def rotate_quantize(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
     codes and the scales to write to, from an earlier call with rows only."""
+    fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     x = _whole_blocks(x, right)
@@ -116,6 +117,7 @@ def quantize_pair(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row-scaled codes of Rᵀ_left x diag(fold_columns) and column-scaled transposed codes of diag(fold_rows) x, in two reads
     of x: (codes, codes_t, row scales, column scales)."""
+    fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if left is not None and not _fits_tiles(x, left, None):
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
@@ -125,6 +127,11 @@ def quantize_pair(
         )
     assert codes is not None and codes_t is not None
     return codes, codes_t, row_scales, column_scales
+
+
+def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """As kernels read scales, folds and biases: one after the other."""
+    return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
 
 
 def _whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
@@ -270,7 +277,7 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
-        per_program = min(per_program, triton.cdiv(k, edge))
+        per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         options = {"T": edge, "TILES": per_program, "STAGES": stages, "num_warps": warps}
         return Launch(kernel, grid, integers, options | flags | constants)

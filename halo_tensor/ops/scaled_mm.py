@@ -20,7 +20,7 @@ from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.quantize_kernels import load_square
-from halo_tensor.ops.rotate_quantize import transposed, unrotate
+from halo_tensor.ops.rotate_quantize import dense, transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 #: columns of an output tile that an epilogue un-rotates at once
@@ -154,6 +154,7 @@ def scaled_mm(
 
 def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
     a, b_t = _readable(a), _readable(b_t)
+    a_scale, b_scale, bias = dense(a_scale), dense(b_scale), dense(bias)
     out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
     if _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
         a_scale, b_scale = (
