@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from util import relative_error, typical_error
+from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import HaloWeight, halo_config, quantize_, recipe_config, report
@@ -21,6 +21,7 @@ from halo_tensor.diagnostics.measure import Fidelity, Outliers
 from halo_tensor.diagnostics.report import CANDIDATES, _fastest
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport
 from halo_tensor.recipe import INT8, PRODUCTS, Recipe
+from tests.util import relative_error, typical_error
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 INT8_HALO = {f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1)}
@@ -110,6 +111,12 @@ def test_fidelity_of_known_differences():
     assert Fidelity.of(torch.tensor([[-4.0, 3.0]]), exact).cosine == pytest.approx(0.0)
     assert Fidelity.of(exact, exact) == Fidelity.of(exact * 0, exact * 0) == Fidelity(1.0, 150.0)
     assert Fidelity.of(exact * torch.nan, exact) == Fidelity(0.0, -150.0)
+
+
+def test_noise_beyond_float32_is_no_error():
+    """A candidate may overflow; the report is then of the others."""
+    fidelity = Fidelity.of(torch.tensor([1e30, 0.0]), torch.tensor([1.0, 2.0]))
+    assert fidelity == Fidelity(0.0, -150.0)
 
 
 def test_autocast_and_bfloat16_are_compared_with_float32():
@@ -388,6 +395,20 @@ def test_a_layer_called_twice_and_one_never_called():
     found = report(Twice(), torch.randn(100, 128), candidates=INT8_HALO, tokens=64)
     assert [layer.name for layer in found.layers] == ["a"]
     assert found.layers[0].tokens == 200 and found.sampled == 64 and 0.99 < found.candidates[1].cosine < 1
+
+
+def test_calls_that_checkpointing_repeats_count_once():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.second(self.first(x).tanh()), x, use_reentrant=False).square().mean()
+
+    x = torch.randn(64, 128, requires_grad=True)
+    found = report(Checkpointed(), x, candidates=INT8_HALO)
+    assert [layer.tokens for layer in found.layers] == [64, 64]
 
 
 def test_batches_and_losses():
