@@ -8,6 +8,8 @@ It also holds what the weight brings to its products, as codes that every write 
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -103,6 +105,12 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 fsdp.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
                 return _linear_in_graph(x, weight, bias)
+            if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
+                warnings.warn(
+                    f"F.linear with a view {list(weight.shape)} of a converted weight {list(weight.base.shape)} runs in high "
+                    "precision; multiply with the whole weight, or leave its layer out with skip or filter_fn",
+                    stacklevel=2,
+                )
         elif func == _SET_DATA:
             return args[0]._set_data(args[1])
         elif func is torch.autograd.grad:

@@ -2,9 +2,11 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils.checkpoint import checkpoint
@@ -475,3 +477,15 @@ def test_unfreezing_is_a_clear_error():
     quantize_(held, halo_config(1, "int8"))
     held(torch.randn(4, 128)).sum().backward()
     assert held.weight.grad is not None
+
+
+def test_a_product_with_a_part_of_a_weight_says_that_it_is_not_quantised():
+    layer = nn.Linear(128, 128)
+    quantize_(layer, halo_config(1, "int8"))
+    x = torch.randn(4, 128)
+    with pytest.warns(UserWarning, match=r"view \[64, 128\] of a converted weight \[128, 128\] runs in high precision"):
+        y = F.linear(x, layer.weight[:64])
+    torch.testing.assert_close(y, x @ layer.weight.master[:64].t())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.linear(x, layer.weight), layer(x)
