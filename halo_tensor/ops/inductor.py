@@ -31,13 +31,6 @@ class _Unsupported(Exception):
     """A launcher asked a stand-in for what it cannot give."""
 
 
-class _Recording:
-    """What a launcher did: the launches, each with its arguments."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, tuple]] = []
-
-
 @dataclass(eq=False)
 class _Memory:
     """What a stand-in stands for: a buffer of the graph, or one to be allocated, filled with ``fill`` or not."""
@@ -62,16 +55,17 @@ class _Memory:
 
 
 class _StandIn:
-    """As much of a tensor as launchers look at."""
+    """As much of a tensor as launchers look at. ``recording`` is what all stand-ins of one launcher have in common: the
+    launches, each with its arguments."""
 
-    def __init__(self, recording: _Recording, memory: _Memory, shape=None, stride=None, dtype=None, offset: int = 0):
+    def __init__(self, recording: list[tuple], memory: _Memory, shape=None, stride=None, dtype=None, offset: int = 0):
         self.recording, self.memory, self.offset = recording, memory, offset
         self.shape = torch.Size(memory.shape if shape is None else shape)
         self.strides = tuple(memory.stride if stride is None else stride)
         self.dtype, self.device = dtype or memory.dtype, memory.device
 
     @classmethod
-    def of(cls, recording: _Recording, box: Any) -> "_StandIn":
+    def of(cls, recording: list[tuple], box: Any) -> "_StandIn":
         box = ir.ExternKernel.realize_input(box)
         box.freeze_layout()
         layout = box.get_layout()
@@ -136,7 +130,7 @@ class _StandIn:
 
     def record(self, launch, arguments: tuple) -> None:
         """Called by ``launch``, where it would launch on a tensor."""
-        self.recording.launches.append((launch, arguments))
+        self.recording.append((launch, arguments))
 
 
 def _contiguous(shape) -> tuple[int, ...]:
@@ -169,7 +163,7 @@ class _Call(ir.ExternKernel):
             return f"{{{len(self.boxes) - 1}}}"
         memory = argument.memory
         self.boxes.append(memory.realized())
-        if not memory.given and memory.box not in written:
+        if not (memory.given or any(memory.box is box for box in written)):
             written.append(memory.box)
         source = f"{{{len(self.boxes) - 1}}}"
         if argument.offset or argument.shape.numel() < torch.Size(memory.shape).numel():
@@ -229,17 +223,17 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
     def lowered(*args):
         if V.graph.cpp_wrapper or not library.runs_kernels(args[0].get_device()):
             return as_op(*args)
-        recording = _Recording()
+        recording: list[tuple] = []
         try:
             stand_ins = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args]
             with _disable_current_modes():  # launchers make constants, which must be real
                 made = launcher(*stand_ins)
         except _Unsupported:
             return as_op(*args)
-        constant = any(isinstance(x, torch.Tensor) for _, arguments in recording.launches for x in arguments)
+        constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
         if constant and isinstance(V.graph, SubgraphLowering):  # whose constants Inductor does not hand to the generated code
             return as_op(*args)
-        for launch, arguments in recording.launches:
+        for launch, arguments in recording:
             _Call(launch, arguments)
         boxes = tuple(x.memory.realized() for x in (made if isinstance(made, tuple) else (made,)))
         return boxes if isinstance(made, tuple) else boxes[0]
