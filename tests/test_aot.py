@@ -143,7 +143,7 @@ def on_every_gpu(names):
                 continue
             lacks = capability in TOO_LARGE.get(name, ())
             reason = f"its tile, chosen on an H100 and for bf16, takes more shared memory than sm_{capability} has"
-            marks = [pytest.mark.xfail(raises=OutOfResources, strict=True, reason=reason)] if lacks else []
+            marks = [pytest.mark.xfail(raises=RuntimeError, strict=True, reason=reason)] if lacks else []
             yield pytest.param(capability, name, marks=marks, id=f"sm_{capability}-{name}")
 
 

@@ -73,6 +73,12 @@ class Launch:
         available = max_shared_mem(device.index)
         while True:
             compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
-            if compiled.metadata.shared <= available or self.constants.get(stages, 1) == 1:
+            if compiled.metadata.shared <= available:
                 return compiled
+            if self.constants.get(stages, 1) == 1:
+                raise RuntimeError(
+                    f"{torch.cuda.get_device_name(device)} gives a kernel {available} bytes of shared memory, and "
+                    f"{self.kernel.fn.__name__} needs {compiled.metadata.shared} for rows this wide: take a smaller block_size, "
+                    "or weights in bfloat16"
+                )
             self.constants = self.constants | {stages: self.constants[stages] - 1}
