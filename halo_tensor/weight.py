@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from halo_tensor import fsdp
 from halo_tensor.linear import linear, reuses_operand, weight_operand
+from halo_tensor.ops.library import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -202,10 +203,10 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
-        does not know to depend on this library's version."""
+        does not know to depend on this library's sources."""
         from halo_tensor import __version__
 
-        return repr((__version__, tuple(self.shape), self.dtype, self.master is None, self.recipe))
+        return repr((__version__, fingerprint(), tuple(self.shape), self.dtype, self.master is None, self.recipe))
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ This is written against Inductor's internals as of torch 2.11–2.13.
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -201,19 +200,12 @@ _IMPORTS = (
 )
 
 
-def _fingerprint() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
-
-
-# Graphs are cached on disk. Theirs are the launches of this version.
-_TAG = f" halo_tensor:{_fingerprint()}"
-
-
 def tag_caches() -> None:
-    """In the thread that compiles: torch's configuration is each thread's own."""
-    if _TAG not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += _TAG
+    """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
+    configuration is each thread's own."""
+    tag = f" halo_tensor:{library.fingerprint()}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
 
 
 def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:

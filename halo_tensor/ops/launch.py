@@ -78,7 +78,7 @@ class Launch:
             if self.constants.get(stages, 1) == 1:
                 raise RuntimeError(
                     f"{torch.cuda.get_device_name(device)} gives a kernel {available} bytes of shared memory, and "
-                    f"{self.kernel.fn.__name__} needs {compiled.metadata.shared} for rows this wide: take a smaller block_size, "
-                    "or weights in bfloat16"
+                    f"{self.kernel.fn.__name__} needs {compiled.metadata.shared} for rows this wide: take a smaller "
+                    "block_size, or weights in bfloat16"
                 )
             self.constants = self.constants | {stages: self.constants[stages] - 1}

@@ -8,6 +8,9 @@ A GPU runs the Triton kernels; every other device runs the reference, and so do 
 """
 
 import os
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -35,6 +38,13 @@ for _schema in (
 
 def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+@cache
+def fingerprint() -> str:
+    """Of the sources of the ops: what was compiled with others must not be taken from a cache."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def _encode(rotation: Rotation | None) -> list[int]:
