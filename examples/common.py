@@ -6,12 +6,14 @@ import json
 import pydoc_data.topics
 import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from halo_tensor import halo_config, recipe_config
 from halo_tensor.analysis import measure_saved
@@ -129,6 +131,31 @@ def compared_model_and_data(args: argparse.Namespace):
         fail(f"{len(tokens)} tokens are too few for --valid {args.valid} sequences of {args.length}: pass more --data")
     valid, train = tokens.split([args.valid * args.length, len(tokens) - args.valid * args.length])
     return model, train, valid, f"{args.model or 'SmolLM2-135M-Instruct'} on {args.data or 'Python documentation'}"
+
+
+def train(run, model, optimizer, tokens: torch.Tensor, args: argparse.Namespace, step_model=None, schedule=None) -> None:
+    """Train, and note in ``run`` its losses, the median seconds of a step, and what the first step saves for backward.
+
+    ``step_model``: what is called in the place of ``model``, if that is compiled; nothing saved is then counted, since hooks
+    on saved tensors would split the graph.
+    """
+    data, times = batches(tokens, args.batch, args.length), []
+    bar = tqdm(range(args.steps), desc=run.name)
+    for step in bar:
+        start = time.perf_counter()
+        ids = next(data).to(model.device)
+        with saved_for_backward(model) if step == 0 and step_model is None else nullcontext([run.saved]) as saved:
+            loss = (step_model or model)(input_ids=ids, labels=ids).loss
+        run.saved = saved[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
+        run.losses.append(loss.item())  # waits for the device
+        times.append(time.perf_counter() - start)
+        bar.set_postfix(loss=f"{run.losses[-1]:.4f}")
+    run.seconds = sorted(times)[len(times) // 2]
 
 
 @torch.no_grad()

@@ -6,23 +6,20 @@
 Prints a table and writes the loss curves to a PNG.
 """
 
-import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from common import (
-    batches,
     compared_model_and_data,
     comparison_arguments,
     config_of,
     fail,
     report,
-    saved_for_backward,
+    train,
     validate,
 )
-from tqdm import tqdm
 
 from halo_tensor import dequantize_, quantize_
 
@@ -37,36 +34,16 @@ class Run:
     saved: int = 0
 
 
-def finetune(model, name: str, train: torch.Tensor, valid: torch.Tensor, args) -> Run:
+def finetune(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, args) -> Run:
     config, run = config_of(name), Run(name)
     if config is not None:
         print(quantize_(model, config))
-    step_model = torch.compile(model) if args.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     warmup = max(args.steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (args.steps - i) / max(args.steps - warmup, 1))
     )
-    times = []
-    data = batches(train, args.batch, args.length)
-    bar = tqdm(range(args.steps), desc=name)
-    for step in bar:
-        start = time.perf_counter()
-        ids = next(data).to(model.device)
-        if step == 0 and not args.compile:  # hooks on saved tensors would split a compiled graph
-            with saved_for_backward(model) as saved:
-                loss = model(input_ids=ids, labels=ids).loss
-            run.saved = saved[0]
-        else:
-            loss = step_model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        run.losses.append(loss.item())  # waits for the device
-        times.append(time.perf_counter() - start)
-        bar.set_postfix(loss=f"{run.losses[-1]:.4f}")
-    run.seconds = sorted(times)[len(times) // 2]
+    train(run, model, optimizer, tokens, args, torch.compile(model) if args.compile else None, schedule)
     run.quantised = run.validation = validate(model, valid, args)
     if config is not None:
         dequantize_(model)
@@ -112,11 +89,11 @@ def main() -> None:
     parser = comparison_arguments(__doc__, recipes=["high", "halo1-int8", "halo0-fp8"], valid=16, lr=5e-5)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     args = parser.parse_args()
-    model, train, valid, title = compared_model_and_data(args)
+    model, tokens, valid, title = compared_model_and_data(args)
     runs: list[Run] = []
     try:
         for name in args.recipes:
-            runs.append(finetune(deepcopy(model), name, train, valid, args))
+            runs.append(finetune(deepcopy(model), name, tokens, valid, args))
     except KeyboardInterrupt:
         if not runs:
             fail("interrupted before the first run was done; nothing was written")

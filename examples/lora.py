@@ -6,15 +6,13 @@
 PEFT is used as it is. Prints a table, and keeps it in a file.
 """
 
-import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from common import batches, compared_model_and_data, comparison_arguments, config_of, report, saved_for_backward, validate
+from common import compared_model_and_data, comparison_arguments, config_of, report, train, validate
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
-from tqdm import tqdm
 
 from halo_tensor import dequantize_, quantize_
 
@@ -30,7 +28,7 @@ class Run:
     saved: int = 0
 
 
-def train(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, args) -> Run:
+def train_adapters(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, args) -> Run:
     from peft import LoraConfig, get_peft_model
 
     config, run = config_of(name), Run(name)
@@ -43,24 +41,7 @@ def train(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, args) -> 
     run.weights = base_bytes(model)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    data, times = batches(tokens, args.batch, args.length), []
-    bar = tqdm(range(args.steps), desc=name)
-    for step in bar:
-        start = time.perf_counter()
-        ids = next(data).to(model.device)
-        if step == 0:
-            with saved_for_backward(model) as saved:
-                loss = model(input_ids=ids, labels=ids).loss
-            run.saved = saved[0]
-        else:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.losses.append(loss.item())  # waits for the device
-        times.append(time.perf_counter() - start)
-        bar.set_postfix(loss=f"{run.losses[-1]:.4f}")
-    run.seconds = sorted(times)[len(times) // 2]
+    train(run, model, optimizer, tokens, args)
     model.eval()
     run.validation = validate(model, valid, args)
     dequantize_(model)  # before merging, so that the merged weights are not rounded again
@@ -101,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
     model, tokens, valid, title = compared_model_and_data(args)
-    runs = [train(deepcopy(model), name, tokens, valid, args) for name in args.recipes]
+    runs = [train_adapters(deepcopy(model), name, tokens, valid, args) for name in args.recipes]
     report(args, "lora", f"{title}, LoRA of rank {args.rank}", table(runs))
 
 

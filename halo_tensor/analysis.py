@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import layers
-from halo_tensor.ops.hadamard import fit
+from halo_tensor.ops.hadamard import carried
 from halo_tensor.ops.reference import rotated
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
 
@@ -66,14 +66,8 @@ def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
     return found
 
 
-def _rotation(dimension: str, size: int, operand: Operand) -> Rotation | None:
-    """As a layer carries it: tokens are padded to whole blocks, features take the block that divides them."""
-    rotation = operand.rotation(dimension)
-    return rotation if dimension == "tokens" else fit(rotation, size)
-
-
 def _width(dimension: str, size: int, operand: Operand) -> int:
-    return rotated(size, _rotation(dimension, size, operand))
+    return rotated(size, carried(operand, dimension, size))
 
 
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
@@ -112,9 +106,9 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
             if (operand, dims) not in transformed:
                 transformed.add((operand, dims))
                 elements = sizes[dims[0]] * sizes[dims[1]]
-                transforms += sum(_butterfly(_rotation(d, sizes[d], operand)) for d in dims) * elements * high
+                transforms += sum(_butterfly(carried(operand, d, sizes[d])) for d in dims) * elements * high
                 transforms += elements * high * high if operand.format else 0
-        undone = sum(_butterfly(_rotation(d, sizes[d], o)) for o, dims in sides for d in dims if d != contracted)
+        undone = sum(_butterfly(carried(o, d, sizes[d])) for o, dims in sides for d in dims if d != contracted)
         transforms += undone * m * n * high
     return {name: shape.groups * count for name, count in counts.items()} | {"transforms": shape.groups * transforms}
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halo_tensor.linear import multiply_backward, product_dtype, quantize_operands, refuse_second_derivatives, take_apart
+from halo_tensor.linear import backward_of_rounding, multiply_backward, product_dtype, quantize_operands, take_apart
 from halo_tensor.recipe import Operand, Product, Recipe, X
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -89,13 +89,8 @@ class _Conv2d(torch.autograd.Function):
         return y
 
     @staticmethod
+    @backward_of_rounding
     def backward(ctx, grad_output):
-        refuse_second_derivatives()
-        with torch.autocast(grad_output.device.type, enabled=False):
-            return _Conv2d._gradients(ctx, grad_output)
-
-    @staticmethod
-    def _gradients(ctx, grad_output):
         geometry, (weight, *saved) = ctx.geometry, ctx.saved_tensors
         recipe = ctx.recipe if geometry.is_pointwise else _whole_rank(ctx.recipe)
         xs: list = [put_together(saved[start:stop]) for start, stop, put_together in ctx.put_together]

@@ -6,6 +6,7 @@ multiplies it with the same operands again. Of X, only the codes that grad_weigh
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def quantize_operands(
     folds = folds or {}
     wanted: dict[tuple, list[str]] = {}
     for product in products:
-        key = (_operand(recipe, product, dims), folds.get(product))
+        key = (recipe.operand(product, dims), folds.get(product))
         wanted.setdefault(key, []).append(product)
     if pair := _as_pair(dims, wanted):
         return list(HadamardQuantTensor.pair_from_hp(matrix, *pair))
@@ -84,11 +85,6 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
     )
 
 
-def _operand(recipe: Recipe, product: str, dims: tuple[str, str]) -> Operand:
-    sides = getattr(recipe, product)
-    return sides.left if PRODUCTS[product][0] == dims else sides.right
-
-
 def _is_shared(owner: torch.Tensor) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
         return False
@@ -111,12 +107,8 @@ def _shared_operands(owner: torch.Tensor | None) -> dict:
 def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.Tensor | None) -> torch.Tensor:
     if operand.is_plain:
         return matrix
-    # The token count is padded to whole blocks; a feature dimension that no block divides stays un-rotated, and quantize_
-    # has said so.
-    left, right = (
-        operand.rotation(d) if d == "tokens" else hadamard.fit(operand.rotation(d), width)
-        for d, width in zip(dims, matrix.shape, strict=True)
-    )
+    # A feature dimension that no block divides stays un-rotated, and quantize_ has said so.
+    left, right = (hadamard.carried(operand, d, width) for d, width in zip(dims, matrix.shape, strict=True))
     return HadamardQuantTensor.from_hp(
         matrix,
         operand.format,
@@ -187,10 +179,17 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
     return operand.parts, put_together
 
 
-def refuse_second_derivatives() -> None:
-    """To be called in a backward: gradients are recorded there under create_graph=True only."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
+def backward_of_rounding(backward: Callable) -> Callable:
+    """For the backward of an autograd function: it refuses second derivatives, and autocast does not reach it."""
+
+    @wraps(backward)
+    def run(ctx, grad_output):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return backward(ctx, grad_output)
+
+    return run
 
 
 class _Linear(torch.autograd.Function):
@@ -216,13 +215,8 @@ class _Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @backward_of_rounding
     def backward(ctx, grad_output):
-        refuse_second_derivatives()
-        with torch.autocast(grad_output.device.type, enabled=False):
-            return _Linear._gradients(ctx, grad_output)
-
-    @staticmethod
-    def _gradients(ctx, grad_output):
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])

@@ -165,6 +165,11 @@ class Recipe:
             _check_operand(name, "right", product.right, right_dims)
             _check_product(name, product, contracted)
 
+    def operand(self, product: str, dims: tuple[str, str]) -> Operand:
+        """What X, W or E, named by its dimensions, carries in a product that it takes part in."""
+        sides = getattr(self, product)
+        return sides.left if PRODUCTS[product][0] == dims else sides.right
+
     @property
     def is_identity(self) -> bool:
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))

@@ -112,6 +112,16 @@ def check(
 
 # Quantisation.
 
+#: What may be asked of any matrix.
+REQUESTS = {
+    "format": FORMAT,
+    "fold": st.booleans(),
+    "layouts": st.sampled_from([(True, False), (False, True), (True, True)]),
+    "dtype": DTYPES,
+    "layout": st.sampled_from(list(LAYOUTS)),
+    "integers": st.booleans(),
+}
+
 
 @runs_kernels
 @given(
@@ -120,12 +130,7 @@ def check(
         [(1, None), (37, None), (200, None), (64, 16), (48, 16), (192, 64), (384, 128), (256, 256), (768, 256), (576, 576)]
     ),
     seed=st.sampled_from([None, 0, 7]),
-    format=FORMAT,
-    fold=st.booleans(),
-    layouts=st.sampled_from([(True, False), (False, True), (True, True)]),
-    dtype=DTYPES,
-    layout=st.sampled_from(list(LAYOUTS)),
-    integers=st.booleans(),
+    **REQUESTS,
 )
 @examples
 def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integers):
@@ -144,12 +149,7 @@ def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integer
     size=st.sampled_from([(1, None), (37, None), (200, None), (64, 16), (192, 64), (256, 128), (256, 256)]),
     left=st.sampled_from([None, Rotation(16, 3), Rotation(32), Rotation(128), Rotation(16, None, 8)]),
     scale=st.sampled_from(["row", "column", "tensor", "unit"]),
-    format=FORMAT,
-    fold=st.booleans(),
-    layouts=st.sampled_from([(True, False), (False, True), (True, True)]),
-    dtype=DTYPES,
-    layout=st.sampled_from(list(LAYOUTS)),
-    integers=st.booleans(),
+    **REQUESTS,
 )
 @examples
 def test_tiles(m, size, left, scale, format, fold, layouts, dtype, layout, integers):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halo_tensor.layers import input_of
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe, Rotation
@@ -102,7 +103,7 @@ def captured(layers: Mapping[str, nn.Linear], limit: int) -> Iterator[dict[str, 
 
     def hook(name: str) -> Callable:
         def forward(module, args, kwargs, y):
-            x = args[0] if args else kwargs["input"]
+            x = input_of(args, kwargs)
             if x.numel() == 0:
                 return
             if x is not latest[0]:
@@ -181,8 +182,7 @@ def converted(weight: nn.Parameter, recipe: Recipe) -> nn.Parameter:
     """A parameter of the same value that follows ``recipe``."""
     if recipe.is_identity:
         return weight
-    with torch.autocast(weight.device.type, enabled=False):  # which would round what the reference rotates with
-        return nn.Parameter(HaloWeight.from_hp(weight.detach(), recipe), weight.requires_grad)
+    return nn.Parameter(HaloWeight.from_hp(weight.detach(), recipe), weight.requires_grad)
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:

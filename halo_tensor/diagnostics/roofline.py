@@ -8,7 +8,6 @@ so small layers are slower than this says.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from halo_tensor.linear import _operand
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 
 HP_BYTES, CODE_BYTES = 2, 1  # of an element in bf16, and of a code that a matrix unit reads, whatever its format
@@ -71,7 +70,7 @@ def seconds(
     for dims in (X, W, E):
         layouts: dict[Operand, set[str]] = {}
         for name in products:
-            if dims in PRODUCTS[name][:2] and not (operand := _operand(recipe, name, dims)).is_plain:
+            if dims in PRODUCTS[name][:2] and not (operand := recipe.operand(name, dims)).is_plain:
                 layouts.setdefault(operand, set()).add(PRODUCTS[name][2])
         elements = sizes[dims[0]] * sizes[dims[1]]
         for operand, contracted in layouts.items():

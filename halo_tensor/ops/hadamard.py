@@ -9,7 +9,7 @@ from math import isqrt
 
 import torch
 
-from halo_tensor.recipe import Rotation
+from halo_tensor.recipe import Operand, Rotation
 
 SMALLEST_BLOCK = 16
 #: A block up to this edge is one dense factor (one tensor-core product in a kernel); a wider one splits into two.
@@ -115,6 +115,13 @@ def fit(rotation: Rotation | None, width: int) -> Rotation | None:
     if block < SMALLEST_BLOCK:
         return None
     return replace(rotation, block=block, rank=rotation.rank and max(1, rotation.rank * block // rotation.edge))
+
+
+def carried(operand: Operand, dimension: str, size: int) -> Rotation | None:
+    """The rotation of an operand's dimension of ``size`` as a layer carries it: tokens are padded to whole blocks, features
+    take the block that divides them."""
+    rotation = operand.rotation(dimension)
+    return rotation if dimension == "tokens" else fit(rotation, size)
 
 
 # Constants of a rotation as float32 on a device, kept for the life of the process. ±1 throughout: the factor 1/√block is
