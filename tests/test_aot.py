@@ -98,7 +98,7 @@ def launched(monkeypatch):
         kernels.clear()
         properties = SimpleNamespace(multi_processor_count=GPUS[capability][1])
         monkeypatch.setattr(driver, "_active", Driver(capability))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: capability)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: capability, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"sm_{capability}")
@@ -276,8 +276,8 @@ def test_wgmma_is_asynchronous(launched, name, tmp_path):
 def test_the_log_shows_wgmma_that_is_not(launched, tmp_path, monkeypatch):
     """So that the test above can fail: the un-rotation in a flattened loop."""
 
-    def flattened(kernel, grid, integers, constants):
-        return Launch(kernel, grid, integers, constants | {"FLATTEN": True})
+    def flattened(kernel, grid, integers, constants, tiles):
+        return Launch(kernel, grid, integers, constants | {"FLATTEN": True}, tiles)
 
     monkeypatch.setattr(product, "Launch", flattened)
     (kernel,) = launched(90, MULTIPLY["fp8, undo right"])

@@ -21,7 +21,6 @@ from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.ops import library
 
@@ -94,7 +93,7 @@ class _StandIn:
         return self.shape.numel()
 
     def data_ptr(self) -> int:
-        return 0  # aligned; each launch, and each descriptor, looks at the real pointer
+        return 0  # aligned; each launch looks at the real pointer
 
     def is_contiguous(self) -> bool:
         return self.strides == _contiguous(self.shape)
@@ -154,9 +153,6 @@ class _Call(ir.ExternKernel):
 
     def _template(self, argument: Any, written: list) -> str:
         """The argument as source, with {i} where the name of input i belongs."""
-        if isinstance(argument, TensorDescriptor):
-            base = self._template(argument.base, written)
-            return f"descriptor({base}, {[*argument.shape]}, {[*argument.strides]}, {argument.block_shape})"
         if isinstance(argument, torch.Tensor):  # the matrix of a rotation
             self.boxes.append(V.graph.add_tensor_constant(argument))
             return f"{{{len(self.boxes) - 1}}}"
@@ -196,7 +192,7 @@ _IMPORTS = (
     "import torch",
     "import triton",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
-    "from halo_tensor.ops.launch import Launch, descriptor",
+    "from halo_tensor.ops.launch import Launch",
 )
 
 

@@ -1,84 +1,167 @@
 """Launching Triton kernels at little cost: everything but the tensors is decided, and compiled, once per shape.
 
-Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run.
+Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run. What is left
+here is to look at pointers and to call the C function with which Triton launches.
 """
 
-from typing import Any
+import inspect
+from types import BuiltinFunctionType
+from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# As many encoded descriptors as a launch remembers; a model meets few pointers, since allocations recur.
+_REMEMBERED = 512
 
-def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    """In a compiled graph, where nothing was known of the pointer: of a copy if TMA cannot read ``base`` where it lies."""
-    if base.data_ptr() % 16:
-        base = torch.empty_strided(shape, strides, dtype=base.dtype, device=base.device).copy_(base)
-    return TensorDescriptor(base, shape, strides, block)
+
+class Tiles(NamedTuple):
+    """How a kernel reads a matrix through a descriptor, which is TMA where the GPU has it: in blocks of a shape."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    block: tuple[int, int]
+
+    def of(self, base: torch.Tensor) -> TensorDescriptor:
+        """Of a copy if TMA cannot read ``base`` where it lies: in a compiled graph nothing is known of pointers."""
+        if base.data_ptr() % 16:
+            base = torch.empty_strided(self.shape, self.strides, dtype=base.dtype, device=base.device).copy_(base)
+        return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
 
 
 class Launch:
     """A kernel with its grid, its integers and its compile-time constants.
 
     The kernel's signature must list tensors, then integers, then constants; ``constants`` may also hold Triton's options
-    (num_warps, num_stages, enable_fp_fusion). Calling it with the tensors launches it on their device.
+    (num_warps, num_stages, enable_fp_fusion). The first tensors are read through descriptors, one for each of ``tiles``.
+    Calling it with the tensors launches it on their device.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], integers: tuple[int, ...], constants: dict[str, Any]):
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: tuple[int, ...],
+        constants: dict[str, Any],
+        tiles: tuple[Tiles, ...] = (),
+    ):
         self.kernel, self.integers, self.constants = kernel, integers, constants
+        self.tiles = tuple(Tiles(*tile) for tile in tiles)
         self.grid = (*grid, 1, 1)[:3]
         self._run: Any = None
-        self._rest: tuple = ()
 
     def __call__(self, *tensors: Any) -> None:
         if 0 in self.grid:
             return
-        first = tensors[0].base if isinstance(tensors[0], TensorDescriptor) else tensors[0]
+        first = tensors[0]
         if not isinstance(first, torch.Tensor):  # a stand-in for one, in a graph that is being compiled
             return first.record(self, tensors)
-        device = first.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self._launch(tensors, device)
-        return self._launch(tensors, device)
+        index = first.get_device()
+        if index >= 0 and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return self._launch(tensors, index)
+        return self._launch(tensors, index)
 
     def source(self) -> str:
         """An expression that makes this launch again, where the modules of kernels are imported."""
         function = self.kernel.fn
-        return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants})"
+        tiles = tuple(tuple(tile) for tile in self.tiles)
+        return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants}, {tiles})"
 
-    def _launch(self, tensors: tuple, device: torch.device) -> None:
-        arguments, bits = [], 0
+    def _launch(self, tensors: tuple, index: int) -> None:
+        pointers, bits = [], 0
         for tensor in tensors:
-            if not isinstance(tensor, TensorDescriptor):
-                tensor = tensor.data_ptr()  # of a tensor, Triton would ask the driver whether the GPU can reach it
-                bits |= tensor
-            arguments.append(tensor)
+            pointer = tensor.data_ptr()  # of a tensor, Triton would ask the driver whether the GPU can reach it
+            pointers.append(pointer)
+            bits |= pointer
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
-        aligned = bits & 15 == 0
-        if not (aligned and isinstance(self.kernel, JITFunction)):  # or Triton's interpreter
-            self.kernel[self.grid](*tensors, *self.integers, **self.constants)
+        if bits & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
+            self.kernel[self.grid](*self._described(tensors), *self.integers, **self.constants)
             return
         if self._run is None:
-            compiled = self._compile(tensors, device)
+            compiled = self._compile(self._described(tensors), index)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
-            self._rest = (*self.integers, *(self.constants[name] for name in names))
-            self._run = compiled[self.grid]
-        self._run(*arguments, *self._rest, stream=torch._C._cuda_getCurrentRawStream(device.index))
+            rest = (*self.integers, *(self.constants[name] for name in names))
+            self._run = _runner(compiled, self.grid, self.tiles, rest)
+        self._run(tensors, pointers, torch._C._cuda_getCurrentRawStream(index))
 
-    def _compile(self, tensors: tuple, device: torch.device) -> Any:
+    def _described(self, tensors: tuple) -> list:
+        read = [tile.of(tensor) for tile, tensor in zip(self.tiles, tensors, strict=False)]
+        return [*read, *tensors[len(read) :]]
+
+    def _compile(self, arguments: list, index: int) -> Any:
         """With as many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
         stages = "STAGES" if "STAGES" in self.constants else "num_stages"
-        available = max_shared_mem(device.index)
+        available = max_shared_mem(index)
         while True:
-            compiled = self.kernel.warmup(*tensors, *self.integers, grid=self.grid, **self.constants)
+            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **self.constants)
             if compiled.metadata.shared <= available:
                 return compiled
             if self.constants.get(stages, 1) == 1:
                 raise RuntimeError(
-                    f"{torch.cuda.get_device_name(device)} gives a kernel {available} bytes of shared memory, and "
+                    f"{torch.cuda.get_device_name(index)} gives a kernel {available} bytes of shared memory, and "
                     f"{self.kernel.fn.__name__} needs {compiled.metadata.shared} for rows this wide: take a smaller "
                     "block_size, or weights in bfloat16"
                 )
             self.constants = self.constants | {stages: self.constants[stages] - 1}
+
+
+def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest: tuple) -> Any:
+    """A function of tensors, their pointers and a stream that launches ``compiled``: through Triton's launcher, or, where
+    that is as known (Triton 3.6) and nobody listens to launches, through the C function beneath it."""
+    launcher = compiled[grid]
+    described = len(tiles)
+
+    def run(tensors, pointers, stream):
+        descriptors = (tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False))
+        launcher(*descriptors, *pointers[described:], *rest, stream=stream)
+
+    try:
+        bare, encode = _bare(compiled, described)
+    except (AttributeError, ImportError, KeyError, TypeError):  # another Triton
+        return run
+
+    launching = compiled.run
+    options = launching.launch_cooperative_grid, launching.launch_pdl, None, None  # no memory for the launch
+    head = (compiled.function, *options, compiled.packed_metadata, None, None, None)  # and no hooks
+    listeners = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+    remembered: dict[tuple, tuple] = {}
+
+    def run_bare(tensors, pointers, stream):
+        if any(listeners):
+            return run(tensors, pointers, stream)
+        if not described:
+            return bare(*grid, stream, *head, *pointers, *rest)
+        key = tuple(pointers[:described])
+        encoded = remembered.get(key)
+        if encoded is None:
+            if len(remembered) == _REMEMBERED:
+                remembered.clear()
+            encoded = remembered[key] = encode([tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False)])
+        bare(*grid, stream, *head, *encoded, *pointers[described:], *rest)
+
+    return run_bare
+
+
+def _bare(compiled: Any, described: int) -> tuple[Any, Any]:
+    """(Triton's C function, how descriptors become its arguments). Raises what :func:`_runner` catches where it is not so."""
+    launcher = compiled.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        raise TypeError("this kernel wants memory for each launch")
+    bare, encode = launcher.launch, None
+    if described:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        around = inspect.getclosurevars(bare).nonlocals  # the wrapper that encodes descriptors anew for every launch
+        bare, metas = around["launcher"], around["tensordesc_meta"]
+
+        def encode(descriptors):
+            encoded = (make_tensordesc_arg(d, meta) for d, meta in zip(descriptors, metas, strict=True))
+            return tuple(argument for arguments in encoded for argument in arguments)
+
+    if not isinstance(bare, BuiltinFunctionType):
+        raise TypeError("not a function of C")
+    return bare, encode

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
-from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.quantize_kernels import load_square
-from halo_tensor.ops.rotate_quantize import dense, transposed, unrotate
+from halo_tensor.ops.rotate_quantize import Matrix, dense, transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 #: columns of an output tile that an epilogue un-rotates at once
@@ -164,13 +163,11 @@ def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torc
         return out
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    launch, tile, matrices = _plan(
-        a.shape, b_t.shape[0], rows, a.dtype, b_t.dtype, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype,
-        left, right, dtype, a.device,
+    launch, matrices = _plan(
+        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype,
+        left, right, dtype,
     )  # fmt: skip
-    a_tiles = TensorDescriptor(a, a.shape, a.stride(), [tile.m, tile.k])
-    b_tiles = TensorDescriptor(b_t, b_t.shape, b_t.stride(), [tile.n, tile.k])
-    launch(a_tiles, b_tiles, out, *(out if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
+    launch(a, b_t, out, *(out if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
     return out
 
 
@@ -213,12 +210,10 @@ def _ones(n: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    a_shape, n, rows, a_dtype, b_dtype, a_kind, b_kind, bias_dtype, left, right, dtype, device
-) -> tuple[Launch, Tile, tuple]:
-    """The launch for a product; the dtypes are here to be told apart."""
-    m, k = a_shape
-    integer, undo = a_dtype == torch.int8, left is not None or right is not None
+def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, bias_dtype, left, right, dtype) -> tuple[Launch, tuple]:
+    """The launch for a product, and the matrices of its rotations."""
+    (m, k), n, device = a.shape, b_t.shape[0], a.device
+    integer, undo = a.dtype == torch.int8, left is not None or right is not None
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     tile, resident = tile_for(m, n, integer, undo, dtype.itemsize > 2, multiprocessors)
@@ -237,7 +232,8 @@ def _plan(
         "FLATTEN": not undo,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    return Launch(scaled_mm_kernel, (programs,), (m, n, k, rows, n), constants), tile, matrices
+    tiles = Tiles((m, k), a.stride, (tile.m, tile.k)), Tiles((n, k), b_t.stride, (tile.n, tile.k))
+    return Launch(scaled_mm_kernel, (programs,), (m, n, k, rows, n), constants, tiles), matrices
 
 
 def _kind(scale: torch.Tensor | None) -> int:
