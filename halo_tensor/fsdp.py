@@ -15,6 +15,7 @@ Where this is not the whole story:
 """
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -39,6 +40,8 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _agreed: WeakSet = WeakSet()
 #: Codes of a shard -> their version when they were given a scale that all ranks share.
 _common_scale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: Codes of a shard -> (their version and the number of ranks, what is sent of them): the same in forward and in backward.
+_sent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Shardable:
@@ -65,26 +68,35 @@ class Shardable:
             ValueError: another rank converted this layer with another config, or as frozen.
         """
         _check_agreement(self, mesh, outer_size, module)
-        ranks = mesh.size()
-        rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
-        operand: Any = self.operand
+        ranks, operand = mesh.size(), cast(Any, self.operand)
         if operand is None:
             assert self.master is not None
+            rows = -(-outer_size[0] // ranks)
             return (_pad(self.master, rows).to(mp_policy.param_dtype or self.dtype),), {"rows": outer_size[0]}
         if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
             _share_scales([self], mesh)
+        version, sent = _sent.get(operand.codes, (None, None))
+        if version != (operand.codes._version, ranks) or outer_size[0] % ranks:
+            sent = self._to_send(operand, mesh, outer_size)
+            _sent[operand.codes] = (operand.codes._version, ranks), sent
+        return sent
+
+    def _to_send(self, operand, mesh, outer_size):
+        ranks = mesh.size()
+        rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
         operand = operand if even else operand.unpacked()
         codes, scale = _pad(operand.codes, rows).contiguous(), operand.scale
         metadata = {"rows": outer_size[0], "dtype": codes.dtype, "unpack": False, "scale": scale}
         if even and not operand.is_packed and can_pack(codes, operand.format):
             codes, metadata["unpack"] = pack_rows(codes, operand.format), True
-        sent = [codes.view(torch.uint8) if codes.itemsize == 1 else codes]  # gloo sends no fp8
+        sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
         if scale is not None and operand.scale_along != "tensor":
             scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
-            if even and ranks > 1:  # of what a lone rank sends, FSDP only takes the first tensor
+            if even and ranks > 1:
                 sent, metadata["scale"] = [*sent, scale], None
-            else:
+            elif ranks > 1:
                 metadata["scale"] = _all_gather(scale, mesh)[: outer_size[0]]
+            # Of what a lone rank sends, FSDP only takes the first tensor; it has all scales.
         return tuple(sent), metadata
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
@@ -112,6 +124,10 @@ class Shardable:
         # A frozen weight's master is nowhere: should it be asked to train, it says so.
         weight.fsdp = None if self.master is None else "gathered"
         return weight
+
+
+# FSDP asks for the signature of this hook whenever it calls it, which takes longer than the hook.
+Shardable.fsdp_pre_all_gather.__signature__ = inspect.signature(Shardable.fsdp_pre_all_gather)  # type: ignore[attr-defined]
 
 
 def precompute_scales(model: torch.nn.Module) -> None:
@@ -215,6 +231,12 @@ def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """In place, unseen by autograd: a weight gathered again for backward is the one that forward saved."""
     with torch.autograd._unsafe_preserve_version_counter(tensor):
         tensor.copy_(value)
+
+
+def _alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory, without keeping ``tensor`` alive as a view does: what is sent is remembered for as long as it lives."""
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0, dtype=dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:

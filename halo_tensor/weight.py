@@ -9,11 +9,12 @@ reads codes, and a weight is quantised once per optimiser step however many micr
 """
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from halo_tensor import fsdp
 from halo_tensor.linear import linear, reuses_operand, weight_operand
@@ -134,18 +135,19 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 return out
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
             return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
-        weights = {id(w): w for w in tree_leaves((args, kwargs)) if isinstance(w, cls)}
+        values = [*args, *kwargs.values()]
+        weights = {id(t): t for t in _tensors(values) if isinstance(t, cls)}
         if func in _PRODUCTS:
             for weight in weights.values():
                 fsdp.check_whole(weight)
         dense = {key: w.dequantize() for key, w in weights.items()}
-        plain_args, plain_kwargs = tree_map_only(cls, lambda w: dense[id(w)], (args, kwargs))
-        out = func(*plain_args, **plain_kwargs)
+        plain = [_replaced(value, dense) for value in values]
+        out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
         if func._schema.is_mutable:
-            written = {id(w) for w in tree_leaves(_written_arguments(func, args, kwargs)) if isinstance(w, cls)}
+            written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
             _bring_up_to_date([(weights[key], dense[key]) for key in written])
             owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
-            return tree_map_only(torch.Tensor, lambda t: owner.get(id(t), t), out)
+            return _replaced(out, owner)
         if func.is_view and not torch._C._len_torch_dispatch_stack():
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
@@ -292,6 +294,23 @@ def _load_plain(module, state_dict, prefix, local_metadata, *_):
         state_dict[prefix + "weight"] = fsdp.map_shard(weight.detach(), fsdp.local(module.weight).renewed)
     else:
         state_dict[prefix + "weight"] = module.weight.renewed(weight.detach())
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op, which are values and lists of values. An optimiser's step has hundreds: a
+    general walk over trees would take longer than its kernels."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _replaced(value, by_id: Mapping[int, torch.Tensor]):
+    """``value``, a tensor or a list, with tensors replaced by those that ``by_id`` has for them."""
+    if isinstance(value, torch.Tensor):
+        return by_id.get(id(value), value)
+    return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
 
 
 def _written_arguments(func, args, kwargs) -> list:
