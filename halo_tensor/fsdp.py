@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
-from halo_tensor.ops.packing import can_pack, pack_rows, unpack_rows
+from halo_tensor.ops.packing import can_pack
 from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -88,7 +88,7 @@ class Shardable:
         codes, scale = _pad(operand.codes, rows).contiguous(), operand.scale
         metadata = {"rows": outer_size[0], "dtype": codes.dtype, "unpack": False, "scale": scale}
         if even and not operand.is_packed and can_pack(codes, operand.format):
-            codes, metadata["unpack"] = pack_rows(codes, operand.format), True
+            codes, metadata["unpack"] = ops.pack_rows(codes, operand.format), True
         sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
         if scale is not None and operand.scale_along != "tensor":
             scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
@@ -109,11 +109,11 @@ class Shardable:
         scale, unpack = metadata["scale"], metadata["unpack"]
         if out is not None:  # what it views of the outputs is up to date already
             if unpack:
-                _overwrite(out.operand.codes, unpack_rows(outputs[0], operand.format))
+                _overwrite(out.operand.codes, ops.unpack_rows(outputs[0], operand.format))
             if scale is not None:
                 _overwrite(out.operand.scale, scale)
             return None
-        codes = unpack_rows(outputs[0], operand.format) if unpack else outputs[0].view(metadata["dtype"])[:rows]
+        codes = ops.unpack_rows(outputs[0], operand.format) if unpack else outputs[0].view(metadata["dtype"])[:rows]
         scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
         size = torch.Size((rows, self.shape[1]))
         operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
@@ -194,7 +194,7 @@ def _share_scales(shards: list[Shardable], mesh: DeviceMesh, dimension: int = 0)
         if matrix.shape[0]:
             fold = (1.0 / scale).repeat(matrix.shape[0])
             codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold)[0]
-            operand.codes.copy_(pack_rows(codes, operand.format) if operand.is_packed else codes)
+            operand.codes.copy_(ops.pack_rows(codes, operand.format) if operand.is_packed else codes)
         operand.scale.copy_(scale)
         torch.autograd.graph.increment_version([operand.codes, operand.scale])
         _common_scale[operand.codes] = operand.codes._version

@@ -26,6 +26,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.ops import launch as launching  # noqa: E402
+from halo_tensor.ops import packing_kernels  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
 from halo_tensor.ops.launch import Launch  # noqa: E402
@@ -55,7 +56,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, product):
+    for module in (quantizer, product, packing_kernels):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -199,6 +200,21 @@ def test_quantising(launched, capability, name):
 @pytest.mark.parametrize("format", [INT8, FP8_E5M2, FP6_E2M3], ids=str)
 def test_quantising_to_other_formats(launched, format, name):
     check_fit(launched(90, partial(QUANTIZE[name][0], format=format)), 90)
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_packing(launched, capability):
+    def request(empty):
+        codes = empty(1000, 4096, dtype=torch.float8_e4m3fn)
+        packing_kernels.unpack_rows(packing_kernels.pack_rows(codes, FP6_E2M3), FP6_E2M3)
+
+    if capability < 89:
+        with pytest.raises(RuntimeError, match="sm_80 has compute capability 8.0 and cannot multiply fp6"):
+            launched(capability, request)
+        return
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel"]
+    assert "st.global.b32" in kernels[1].asm["ptx"], "codes are not stored four at a time"
 
 
 # Products.

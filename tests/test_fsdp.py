@@ -6,6 +6,7 @@ of the process group's size, run by every rank. Whatever hangs is ended after a 
 
 import copy
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +30,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HadamardQuantTensor, HaloWeight, dequantize_, halo_config, quantize_, recipe_config
+from halo_tensor import HadamardQuantTensor, HaloWeight, dequantize_, fsdp, halo_config, quantize_, recipe_config
 from halo_tensor.fsdp import local, precompute_scales
+from halo_tensor.ops.packing import pack_rows
+from halo_tensor.recipe import FP6_E2M3
 from tests.util import OpLog
 
 SECONDS = 300  # that a group of processes may take, on a busy machine
@@ -446,3 +450,26 @@ def test_ranks(world, tmp_path):
         missing = checks(world).keys() - results.keys()
         assert not any(results.values()), "\n".join(f"rank {i}, {k}:\n{v}" for k, v in results.items() if v)
         assert not missing, f"rank {i} did not finish {missing}; late: {late}"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp6"])
+def test_what_is_sent_is_made_once_per_write_and_dies_with_the_weight(dtype):
+    linear = nn.Linear(64, 32, bias=False)
+    quantize_(linear, halo_config(1, dtype, min_features=0))
+    fsdp._agreed.add(linear)  # there is no other rank to ask
+    remembered = len(fsdp._sent)
+
+    def send(weight):
+        return weight.fsdp_pre_all_gather(SimpleNamespace(size=lambda: 1), weight.shape, (64, 1), linear, None)[0][0]
+
+    first, again = send(linear.weight), send(linear.weight)
+    assert first is again
+    with torch.no_grad():
+        linear.weight.mul_(-1)
+    expected = linear.weight.operand.codes
+    expected = pack_rows(expected, FP6_E2M3) if dtype == "fp6" else expected.view(torch.uint8)
+    assert torch.equal(send(linear.weight), expected), "the codes of the weight as it is now"
+    assert len(fsdp._sent) == remembered + 1
+    linear.weight = expected = None
+    gc.collect()
+    assert len(fsdp._sent) == remembered

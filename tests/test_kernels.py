@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
-from halo_tensor.ops import library, reference
+from halo_tensor.ops import library, packing, reference
 from halo_tensor.ops import rotate_quantize as quantizer
 from halo_tensor.ops import scaled_mm as product
-from halo_tensor.ops.formats import code_dtype, to_bits
+from halo_tensor.ops.formats import code_dtype, from_bits, to_bits
 from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from tests import interpreter
@@ -31,7 +31,7 @@ in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=
 
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=41)
+    interpreter.run(__file__, at_least=47)
 
 
 # What is compared, and how.
@@ -332,6 +332,19 @@ def test_transposed(shape, dtype):
     assert_layout(quantizer.transposed(codes))
     assert_same_bytes(quantizer.transposed(codes), codes.t())
     assert_same_bytes(quantizer.transposed(codes[:, 1:]), codes[:, 1:].t())
+
+
+@runs_kernels
+@pytest.mark.parametrize("format", [FP6_E2M3, FP6_E3M2], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_packing(rows, format):
+    codes = from_bits(torch.randint(64, (rows, 192), dtype=torch.uint8), format)
+    codes[0, :64] = from_bits(torch.arange(64, dtype=torch.uint8), format)
+    packed = library.pack_rows(codes.to(DEVICE), format)
+    assert_same_bytes(packed, packing.pack_rows(codes, format).to(DEVICE))
+    assert_same_bytes(library.unpack_rows(packed, format), codes.to(DEVICE))
+    padded = nn.functional.pad(packed, (7, 0))[:, 7:]
+    assert_same_bytes(library.unpack_rows(padded, format), codes.to(DEVICE))
 
 
 @runs_kernels

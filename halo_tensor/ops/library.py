@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from halo_tensor.ops import formats, reference
+from halo_tensor.ops import formats, packing, reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.recipe import FORMATS, Format, Rotation
 
@@ -32,6 +32,8 @@ for _schema in (
     "SymInt[] shape, ScalarType dtype) -> Tensor",
     "rotate(Tensor x, int[] left, int[] right) -> Tensor",
     "unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor",
+    "pack_rows(Tensor codes, str format) -> Tensor",
+    "unpack_rows(Tensor packed, str format) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
 
@@ -138,6 +140,17 @@ def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, sha
     return torch.ops.halo.unrotate(x, _encode(left), _encode(right), shape)
 
 
+def pack_rows(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """:func:`~halo_tensor.ops.packing.pack_rows` as one op, for code that is not compiled; in a graph, what is written in
+    pointwise ops can be fused, and repeated instead of saved."""
+    return torch.ops.halo.pack_rows(codes, format.name)
+
+
+def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
+    """The inverse of :func:`pack_rows`, likewise."""
+    return torch.ops.halo.unpack_rows(packed, format.name)
+
+
 # On any device: the reference.
 
 
@@ -176,7 +189,15 @@ def _unrotate(x, left, right, shape):
     return reference.unrotate(x, _decode(left), _decode(right), shape).to(x.dtype, copy=True).contiguous()
 
 
-for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate):
+def _pack_rows(codes, format):
+    return packing.pack_rows(codes, FORMATS[format])
+
+
+def _unpack_rows(packed, format):
+    return packing.unpack_rows(packed, FORMATS[format])
+
+
+for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate, _pack_rows, _unpack_rows):
     _library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
 
 
@@ -231,7 +252,22 @@ def _unrotate_cuda(x, left, right, shape):
     return launch.unrotate(x, _decode(left), _decode(right), shape, x.dtype)
 
 
-for _op in (_rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda):
+def _pack_rows_cuda(codes, format):
+    from halo_tensor.ops import packing_kernels
+
+    return packing_kernels.pack_rows(codes, FORMATS[format])
+
+
+def _unpack_rows_cuda(packed, format):
+    from halo_tensor.ops import packing_kernels
+
+    return packing_kernels.unpack_rows(packed, FORMATS[format])
+
+
+for _op in (
+    _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda,
+    _pack_rows_cuda, _unpack_rows_cuda,
+):  # fmt: skip
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         _library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
 
@@ -311,6 +347,16 @@ def _(x, left, right):
 @_register_fake("unrotate")
 def _(x, left, right, shape):
     return x.new_empty(shape)
+
+
+@_register_fake("pack_rows")
+def _(codes, format):
+    return codes.new_empty([codes.shape[0], codes.shape[1] // 4 * 3], dtype=torch.uint8)
+
+
+@_register_fake("unpack_rows")
+def _(packed, format):
+    return packed.new_empty([packed.shape[0], packed.shape[1] // 3 * 4], dtype=torch.float8_e4m3fn)
 
 
 # Rotations are linear, so these two have gradients: each is, up to padding, the other's transpose.
