@@ -8,6 +8,7 @@ model = torch.compile(model)
 from importlib.metadata import PackageNotFoundError, version
 
 from halo_tensor.calibrate import calibrate
+from halo_tensor.checkpointing import keep_products
 from halo_tensor.config import (
     HaloConfig,
     HotConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "find_nonfinite",
     "halo_config",
     "hot_config",
+    "keep_products",
     "layer_filter",
     "quantize_",
     "recipe_config",

@@ -1,0 +1,42 @@
+"""Activation checkpointing that keeps products and repeats the rest: norms, activations, rotations, quantisation.
+
+What lies between two products costs little time to make again, and as much memory as the products to keep: of a Llama block's
+saved bytes a third, X's codes among them.
+"""
+
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from halo_tensor.ops import library  # noqa: F401  defines torch.ops.halo
+
+aten = torch.ops.aten
+#: Of a shorter contraction (an adapter's) the result takes longer to write than to compute.
+SHORTEST_CONTRACTION = 512
+_CONTRACTED = {  # product -> the argument whose last dimension it contracts
+    torch.ops.halo.scaled_mm.default: 0,
+    aten.mm.default: 0,
+    aten.mm.dtype: 0,
+    aten.addmm.default: 1,
+    aten.addmm.dtype: 1,
+    aten.bmm.default: 0,
+    aten._scaled_mm.default: 0,
+    aten.convolution.default: None,
+    aten._scaled_dot_product_flash_attention.default: None,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: None,
+    aten._scaled_dot_product_efficient_attention.default: None,
+    aten._scaled_dot_product_cudnn_attention.default: None,
+}
+
+
+def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    keep = op in _CONTRACTED
+    if keep and (contracted := _CONTRACTED[op]) is not None:
+        keep = args[contracted].shape[-1] >= SHORTEST_CONTRACTION
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+#: The ``context_fn`` of ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=keep_products)``, eager
+#: or compiled: backward has the results of matrix products, convolutions and attention, and repeats what lies between.
+keep_products = partial(create_selective_checkpoint_contexts, _policy)
