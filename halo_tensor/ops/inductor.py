@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.ops import library, producers
 
-#: For comparison: without it, what the quantiser reads is always written first.
+#: For comparison: without it, what the quantiser reads is always written first. Cached graphs know nothing of it.
 FUSE_PRODUCERS = True
 
 

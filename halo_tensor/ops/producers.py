@@ -113,16 +113,17 @@ class _Writer(DefaultHandler):
         by_row, by_column, start = index.coeff(_ROW), index.coeff(_COLUMN), index.subs({_ROW: 0, _COLUMN: 0})
         if index != by_row * _ROW + by_column * _COLUMN + start or not all(n.is_Integer for n in (by_row, by_column, start)):
             raise _Unknown(index)
+        if by_column not in (0, 1):  # columns that do not lie side by side: whole rows are the wrong way to read them
+            raise _Unknown(index)
         if name not in self.tensors:
             self.tensors.append(name)
         at = [f"x{self.tensors.index(name)}", *([str(start)] if start != 0 else [])]
         if by_column == 0:
-            at += ["rows" if by_row == 1 else f"rows * {by_row}"]
-            return self._variable(f"tl.load({' + '.join(at)}, mask=inside_rows, other=0.0).to(tl.float32)", by_row=True)
-        if by_row != 0:
-            self.matrices.add(name)
-        at += [axis if n == 1 else f"{axis} * {n}" for axis, n in (("row", by_row), ("column", by_column)) if n != 0]
-        return self._variable(f"tl.load({' + '.join(at)}, mask=inside, other=0.0).to(tl.float32)")
+            at, mask = [*at, f"rows * {by_row}"], "inside_rows"
+        else:
+            at, mask = [*at, *([f"row * {by_row}"] if by_row != 0 else []), "column"], "inside"
+            self.matrices |= {name} if by_row != 0 else set()
+        return self._variable(f"tl.load({' + '.join(at)}, mask={mask}, other=0.0).to(tl.float32)", by_column == 0)
 
     @property
     def pays(self) -> bool:
