@@ -170,9 +170,11 @@ def producer(box: Any) -> tuple[Function, list[Any]] | None:
             result = writer._spread(str(buffer.data.inner_fn([_ROW, _COLUMN])))
     except _Unknown:
         return None
-    if not writer.pays or not 0 < len(writer.tensors) <= PRODUCER_INPUTS:
+    read = [boxes[name] for name in writer.tensors]
+    # A scalar may live on the CPU, whose memory Inductor's launches look into beforehand, and ours do not.
+    if not writer.pays or not 0 < len(read) <= PRODUCER_INPUTS or any(b.get_device() != buffer.get_device() for b in read):
         return None
-    return writer.function(result, dtype), [boxes[name] for name in writer.tensors]
+    return writer.function(result, dtype), read
 
 
 def _is_alone(node: torch.fx.Node) -> bool:
