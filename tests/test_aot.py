@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -30,6 +31,7 @@ from halo_tensor.ops import packing_kernels  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
 from halo_tensor.ops.launch import Launch  # noqa: E402
+from halo_tensor.ops.producers import libdevice  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
@@ -194,6 +196,37 @@ def test_quantising(launched, capability, name):
     for kernel in kernels:  # which Triton's interpreter cannot show: its maximum always keeps a NaN
         assert not re.search(r"\b(max|min)\.(xorsign\.abs\.)?b?f\d", kernel.asm["ptx"]), "a NaN would be dropped"
     check_fit(kernels, capability)
+
+
+@triton.jit
+def swiglu(x0, x1, x2, x3, x4, rows, row, column, inside_rows, inside, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """As a compiled graph writes it."""
+    t0 = tl.load(x0 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t1 = -t0
+    t2 = libdevice.exp(t1)
+    t3 = t2 + 1.0
+    t4 = t0 / t3
+    t5 = tl.load(x1 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t6 = t4 * t5
+    y = tl.where(inside, t6, 0.0)
+    return y.to(tl.bfloat16)
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("right", [None, H], ids=["plain", "rotated"])
+def test_quantising_what_is_not_written(launched, capability, right):
+    def request(empty):
+        gate, up, codes = (empty(1000, 14336, dtype=dtype) for dtype in (BF16, BF16, FP8[0]))
+        matrix = quantizer.Matrix.of(gate)
+        launch, matrices = quantizer._plan_whole_rows(matrix, right, FP8_E4M3, False, 14336, swiglu)
+        rest = [codes if t is None else t for t in (None, None, None, *matrices, None)]
+        launch(gate, up, *rest, codes, empty(1000))
+
+    (kernel,) = launched(capability, request)
+    check_fit([kernel], capability)
+    # Ahead of the loop, or in it, every load is of 16 bytes.
+    loads = re.findall(r"(?:ld\.global|cp\.async\.c)\S* .*", kernel.asm["ptx"])
+    assert loads and all("v4" in load or ", 0x10," in load for load in loads), loads
 
 
 @pytest.mark.parametrize("name", ["rows", "pair"])

@@ -22,7 +22,10 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halo_tensor.ops import library
+from halo_tensor.ops import library, producers
+
+#: For comparison: without it, what the quantiser reads is always written first. Cached graphs know nothing of it.
+FUSE_PRODUCERS = True
 
 
 class _Unsupported(Exception):
@@ -54,7 +57,10 @@ class _Memory:
 
 class _StandIn:
     """As much of a tensor as launchers look at. ``recording`` is what all stand-ins of one launcher have in common: the
-    launches, each with its arguments."""
+    launches, each with its arguments. ``producer``: the function that gives the elements, and stand-ins for what it reads; a
+    launcher that calls it leaves the buffer without a reader, and Inductor drops it."""
+
+    producer: tuple[producers.Function, list["_StandIn"]] | None = None
 
     def __init__(self, recording: list[tuple], memory: _Memory, shape=None, stride=None, dtype=None, offset: int = 0):
         self.recording, self.memory, self.offset = recording, memory, offset
@@ -171,7 +177,9 @@ class _Call(ir.ExternKernel):
         # One for each dtype and device: a launch loads its kernel once, for the tensors that it meets first.
         dtypes = [x.get_dtype() for x in self.tensors]
         name = f"halo_{sha256(repr((source, dtypes, self.device)).encode()).hexdigest()[:12]}"
-        for line in (*_IMPORTS, f"{name} = {source}"):
+        producer = self.launch.constants.get("PRODUCER")
+        definitions = [] if producer is None else [producer.definition()]
+        for line in (*_IMPORTS, *definitions, f"{name} = {source}"):
             wrapper.add_import_once(line)
         wrapper.writeline(f"{name}({', '.join(template.format(*names) for template in self.templates)})")
 
@@ -191,8 +199,10 @@ class _Call(ir.ExternKernel):
 _IMPORTS = (
     "import torch",
     "import triton",
+    "import triton.language as tl",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
     "from halo_tensor.ops.launch import Launch",
+    "from halo_tensor.ops.producers import libdevice, per_piece",
 )
 
 
@@ -204,6 +214,16 @@ def tag_caches() -> None:
         torch.compiler.config.cache_key_tag += tag
 
 
+def _producer(x: _StandIn) -> tuple[producers.Function, list[_StandIn]] | None:
+    if (found := producers.producer(x.memory.box)) is None:
+        return None
+    function, boxes = found
+    try:
+        return function, [_StandIn.of(x.recording, box) for box in boxes]
+    except _Unsupported:
+        return None
+
+
 def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
     as_op = lowering.fallback_handler(op)
 
@@ -213,7 +233,10 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
             return as_op(*args)
         recording: list[tuple] = []
         try:
-            stand_ins = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args]
+            x = _StandIn.of(recording, args[0])
+            if op is torch.ops.halo.rotate_quantize.default and FUSE_PRODUCERS:
+                x.producer = _producer(x)
+            stand_ins = [x, *(_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args[1:])]
             with _disable_current_modes():  # launchers make constants, which must be real
                 made = launcher(*stand_ins)
         except _Unsupported:

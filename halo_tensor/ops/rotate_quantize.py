@@ -20,6 +20,8 @@ from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 TILE = 128
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
+#: tensors of which whole_rows may compute its matrix
+PRODUCER_INPUTS = 5
 #: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
 
@@ -172,13 +174,21 @@ def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) 
 def _whole_rows(x, right, format, fold, into):
     m, k = x.shape
     codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
-    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None, codes.stride(0))
-    launch(x, *(codes if t is None else t for t in (*matrices, fold)), codes, scales)  # any pointer for what is not there
+    function, inputs = None, [x]
+    if right is None or right.edge <= TILE:  # larger matrices leave no room
+        # What stands for x in a compiled graph may have a producer, whose inputs are read instead.
+        function, inputs = getattr(x, "producer", None) or (None, [x])
+    inputs = [*inputs, *[None] * (PRODUCER_INPUTS - len(inputs))]
+    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None, codes.stride(0), function)
+    operands = (*inputs, *matrices, fold)
+    launch(*(codes if t is None else t for t in operands), codes, scales)  # any pointer for what is not there
     return codes, scales
 
 
 @lru_cache(maxsize=4096)
-def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: bool, stride: int) -> tuple[Launch, tuple]:
+def _plan_whole_rows(
+    x: Matrix, right: Rotation | None, format: Format, folded: bool, stride: int, producer: Any = None
+) -> tuple[Launch, tuple]:
     m, k = x.shape
     a, b = (right and factors(right.edge)) or (1, 0)
     full = a > 1
@@ -197,7 +207,7 @@ def _plan_whole_rows(x: Matrix, right: Rotation | None, format: Format, folded: 
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
         "ROTATE": right is not None, "FULL": full, "FOLD": folded, "NORM": _norm(right), "num_warps": warps,
-        **_format_options(format, x.device),
+        "PRODUCER": producer, **_format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)
     return Launch(kernels.whole_rows, grid, (m, k, *x.stride, stride), constants), (matrix, left_matrix, signs)
