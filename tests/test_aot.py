@@ -26,6 +26,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.ops import launch as launching  # noqa: E402
+from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
 from halo_tensor.ops.launch import Launch  # noqa: E402
@@ -55,7 +56,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, product):
+    for module in (quantizer, rotating, product):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -83,8 +84,8 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(CompiledKernel, "__getitem__", launch)
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    monkeypatch.setattr(quantizer, "block_diagonal", block_diagonal)
-    monkeypatch.setattr(product, "block_diagonal", block_diagonal)
+    for module in (quantizer, rotating, product):
+        monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
         quantizer, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
@@ -179,7 +180,7 @@ QUANTIZE = {
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
-    "rotate": (lambda empty, format: quantizer.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
+    "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
 }
 
 
@@ -290,8 +291,8 @@ def test_the_log_shows_wgmma_that_is_not(launched, tmp_path, monkeypatch):
 def test_a_plan_keeps_to_a_dtype(launched):
     def request(empty):
         x = empty(1000, 4096, dtype=BF16)
-        quantizer.rotate(x, None, H, BF16)
-        quantizer.rotate(x, None, H, FP32)
+        rotating.rotate(x, None, H, BF16)
+        rotating.rotate(x, None, H, FP32)
 
     assert len(launched(90, request)) == 2
 

@@ -220,13 +220,13 @@ def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
 
 
 def _rotate_cuda(x, left, right):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.ops import rotate as launch
 
     return launch.rotate(x, _decode(left), _decode(right), x.dtype)
 
 
 def _unrotate_cuda(x, left, right, shape):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.ops import rotate as launch
 
     return launch.unrotate(x, _decode(left), _decode(right), shape, x.dtype)
 

@@ -5,7 +5,7 @@ Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and v
 
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,31 +16,12 @@ from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned, code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, rotation_signs
 from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
-TILE = 128
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
 #: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
-
-
-class Matrix(NamedTuple):
-    """What a launch needs to know of a matrix."""
-
-    shape: torch.Size
-    stride: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> "Matrix":
-        return cls(x.shape, (x.stride(0), x.stride(1)), x.dtype, x.device)
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
-        exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
-        return self.dtype if exact else torch.float32
 
 
 def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> torch.Tensor:
@@ -83,7 +64,7 @@ def rotate_quantize(
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
-    x = _whole_blocks(x, right)
+    x = whole_blocks(x, right)
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
     if not folds_on_the_way or _needs_rotating_first(x, left, right, scale):
         x, left, right = rotate(x, left, right, torch.float32), None, None
@@ -118,7 +99,7 @@ def quantize_pair(
     """Row-scaled codes of Rᵀ_left x diag(fold_columns) and column-scaled transposed codes of diag(fold_rows) x, in two reads
     of x: (codes, codes_t, row scales, column scales)."""
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
-    if left is not None and not _fits_tiles(x, left, None):
+    if left is not None and not fits_tiles(x, left, None):
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
     else:
@@ -132,12 +113,6 @@ def quantize_pair(
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     """As kernels read scales, folds and biases: one after the other."""
     return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
-
-
-def _whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
-    """x with columns of zeros up to whole blocks. Rows need none: kernels read zeros beyond the last."""
-    missing = reference.padded(x.shape[1], right) - x.shape[1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
@@ -157,13 +132,7 @@ def _needs_rotating_first(x, left, right, scale) -> bool:
             return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    return not _fits_tiles(x, left, right) or scale == "column"
-
-
-def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
-    whole = all(r is None or (r.rank is None and r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
-    return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
+    return not fits_tiles(x, left, right) or scale == "column"
 
 
 # Whole rows.
@@ -298,57 +267,3 @@ def _plan_tiles(
         block_diagonal(right, TILE, x.product_dtype, x.device, transposed=False) if right else None,
     )
     return amax_pass, cast_pass, matrices, triton.cdiv(m_out, TILE) * TILE
-
-
-# Codes transposed, and matrices rotated in high precision.
-
-
-def transposed(codes: torch.Tensor) -> torch.Tensor:
-    """The transpose of a row-major matrix of codes, in memory."""
-    m, k = codes.shape
-    out = codes.new_empty_strided((k, m), (aligned(m), 1))
-    _plan_transpose(m, k, codes.stride(0), out.stride(0), codes.device)(codes.view(torch.int8), out.view(torch.int8))
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _plan_transpose(m: int, k: int, stride: int, stride_out: int, device: torch.device) -> Launch:
-    """``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in its plan."""
-    grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
-    return Launch(kernels.transpose_codes, grid, (m, k, stride, stride_out), {"T": TILE, "num_warps": 4})
-
-
-def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rᵀ_left x R_right, zero-padded to whole blocks."""
-    x = _whole_blocks(x, right)
-    shape = (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right))
-    return _rotate(x, left, right, shape, dtype, inverse=False)
-
-
-def unrotate(
-    x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The inverse of :func:`rotate`, of the given ``shape``."""
-    return _rotate(x, left, right, shape, dtype, inverse=True)
-
-
-def _rotate(x, left, right, shape, dtype, inverse):
-    if not _fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
-        y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
-        return y.to(dtype).contiguous()
-    out = x.new_empty(shape, dtype=dtype)
-    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), dtype, inverse)
-    launch(x, *(out if matrix is None else matrix for matrix in matrices), out)
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
-    matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
-    )
-    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right), "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
-    integers = (*x.shape, shape[0], *x.stride, shape[1])
-    return Launch(kernels.rotate_tiles, grid, integers, constants), matrices
