@@ -47,7 +47,7 @@ def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
 
 def fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
     """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
-    whole = all(r is None or (r.rank is None and r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
+    whole = all(r is None or (r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
     return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
 
 
@@ -81,7 +81,8 @@ def unrotate(
 
 
 def _rotate(x, left, right, shape, dtype, inverse):
-    if not fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
+    low = any(r is not None and r.rank is not None for r in (left, right))
+    if low or not fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
         y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)

@@ -14,7 +14,7 @@ import triton.language as tl
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned, code_dtype
-from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, rotation_signs
+from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -64,19 +64,24 @@ def rotate_quantize(
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
-    x = whole_blocks(x, right)
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
-    if not folds_on_the_way or _needs_rotating_first(x, left, right, scale):
+    turns = folds_on_the_way and _turns(x, left, right, scale, rows)
+    if not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale)):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if not folds_on_the_way:
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
-    if scale == "row" and left is None and x.shape[1] <= LARGEST_ROW:
+    if _takes_whole_rows(x, left, right, scale):
+        x = whole_blocks(x, right)
         codes, scales = _whole_rows(x, right, format, fold_columns, into)
         codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
-    if scale == "row" or left or right:
+    if turns:
+        scale = "row" if scale == "column" else scale
+        codes_t, _, scales, _ = _tiles(x.t(), None, left, format, scale, None, fold_rows, None, True, False)
+        result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
+    elif scale == "row" or left or right:
         # Row-major codes first; their transpose, if it is wanted, from them.
         codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False)
         result = codes if rows else None, transposed(codes) if columns else None, scales
@@ -99,7 +104,7 @@ def quantize_pair(
     """Row-scaled codes of Rᵀ_left x diag(fold_columns) and column-scaled transposed codes of diag(fold_rows) x, in two reads
     of x: (codes, codes_t, row scales, column scales)."""
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
-    if left is not None and not fits_tiles(x, left, None):
+    if left is not None and (left.rank is not None or not fits_tiles(x, left, None)):
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
     else:
@@ -121,18 +126,30 @@ def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: 
     return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
 
 
+def _turns(x, left, right, scale, rows) -> bool:
+    """Whether a rotation from the left is done to the transpose of x, from the right. There tiles know low ranks and scales
+    along what is rotated; and codes are stored as they come where they are wanted transposed."""
+    if left is None or right is not None or scale == "row" or not fits_tiles(x, left, None):
+        return False
+    return left.rank is not None or scale == "column" or not rows
+
+
+def _takes_whole_rows(x, left, right, scale) -> bool:
+    return scale == "row" and left is None and (right is None or right.rank is None) and x.shape[1] <= LARGEST_ROW
+
+
 def _needs_rotating_first(x, left, right, scale) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
-    if any(r is not None and r.rank is not None for r in (left, right)):
-        return True
-    if right is not None and left is None and scale == "row" and x.shape[1] <= LARGEST_ROW:
+    if right is not None and _takes_whole_rows(x, left, right, scale):
         if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
             return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
-        return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    return not fits_tiles(x, left, right) or scale == "column"
+        whole = reference.padded(x.shape[1], right)
+        return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != whole))
+    low = left is not None and left.rank is not None
+    return low or scale == "column" or not fits_tiles(x, left, right)
 
 
 # Whole rows.
@@ -201,7 +218,7 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
     "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
     m, k = x.shape
-    m_out = reference.padded(m, left)
+    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
         Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
         rows, columns,
@@ -210,7 +227,7 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     # Float bits: of rows (padded to whole tiles), then of columns.
     amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
     row_amax, column_amax = amax[:padded_rows], amax if one else amax[padded_rows:]
-    codes = code_matrix(x, m_out, k, format) if rows else None
+    codes = code_matrix(x, m_out, k_out, format) if rows else None
     codes_t = code_matrix(x, k, m, format) if columns else None
     new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
     row_scales = new(m_out if row_scale == "row" else (), dtype=torch.float32)
@@ -234,7 +251,7 @@ def _plan_tiles(
     x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns
 ) -> tuple[Launch | None, Launch, tuple, int]:
     m, k = x.shape
-    m_out = reference.padded(m, left)
+    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     one = row_scale == column_scale == "tensor"
     measure_rows = ALONG[row_scale] if row_scale else 0
     measure_columns = ALONG[column_scale] if column_scale and not one else 0
@@ -248,17 +265,20 @@ def _plan_tiles(
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
-        options = {"T": edge, "TILES": per_program, "STAGES": stages, "num_warps": warps}
+        kept = edge if right is None else reference.rotated(edge, right)
+        options = {
+            "T": edge, "WIDTH": product_width(kept), "KEPT": kept, "TILES": per_program, "STAGES": stages, "num_warps": warps,
+        }  # fmt: skip
         return Launch(kernel, grid, integers, options | flags | constants)
 
     amax_pass = None
     if measure_rows or measure_columns:
         amax_pass = tiled(
-            kernels.amax_tiles, (m, k, *x.stride),
+            kernels.amax_tiles, (m, k, k_out, *x.stride),
             ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
         )  # fmt: skip
     cast_pass = tiled(
-        kernels.cast_tiles, (m, k, m_out, *x.stride, aligned(k), aligned(m)),
+        kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
         **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
     )  # fmt: skip
