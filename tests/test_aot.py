@@ -26,6 +26,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.ops import launch as launching  # noqa: E402
+from halo_tensor.ops import reference  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
@@ -129,7 +130,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "columns", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "columns", "tokens, low rank", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
 }  # fmt: skip
 #: What does not fit yet, and where. Take out what does: a test that passes unexpectedly fails.
 TOO_LARGE = {
@@ -151,10 +152,10 @@ def on_every_gpu(names):
 # Quantising and rotating.
 
 
-def quantize(shape, left, right, scale, dtype=BF16, folds=False):
+def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True):
     def request(empty, format):
-        fold_rows = empty(shape[0]) if folds else None
-        quantizer.rotate_quantize(empty(shape, dtype=dtype), left, right, format, scale, fold_rows, None, True, True)
+        fold_rows = empty(reference.rotated(shape[0], left)) if folds else None
+        quantizer.rotate_quantize(empty(shape, dtype=dtype), left, right, format, scale, fold_rows, None, rows, True)
 
     return request
 
@@ -166,7 +167,7 @@ def pair(shape, left, dtype=BF16):
     return request
 
 
-H = Rotation(128)
+H, LOW = Rotation(128), Rotation(16, None, 8)
 #: name -> (request, kernels that it launches)
 QUANTIZE = {
     "rows": (quantize((1000, 4096), None, H, "row"), "whole_rows transpose_codes"),
@@ -178,6 +179,9 @@ QUANTIZE = {
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
     "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
+    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
+    "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
+    "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
     "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
@@ -189,7 +193,7 @@ def test_quantising(launched, capability, name):
     request, names = QUANTIZE[name]
     kernels = launched(capability, partial(request, format=FP8_E4M3 if capability >= 89 else INT8))
     assert [kernel.name for kernel in kernels] == names.split()
-    if "whole_rows" in names and name != "rows, plain":
+    if ("whole_rows" in names and name != "rows, plain") or name.startswith("tokens"):
         assert instructions(kernels[0]), "the rotation does not run on matrix units"
     for kernel in kernels:  # which Triton's interpreter cannot show: its maximum always keeps a NaN
         assert not re.search(r"\b(max|min)\.(xorsign\.abs\.)?b?f\d", kernel.asm["ptx"]), "a NaN would be dropped"

@@ -45,10 +45,14 @@ def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
+def tile_edge(x: torch.Tensor | Matrix) -> int:
+    """Of a tile that is rotated. In float32, with products in three tf32 parts, a wider one exceeds every shared memory."""
+    return TILE // 2 if x.dtype == torch.float32 and x.device.type == "cuda" else TILE
+
+
 def fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
-    whole = all(r is None or (r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
-    return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
+    """Whether a tile holds whole blocks."""
+    return all(r is None or tile_edge(x) % r.edge == 0 for r in (left, right))
 
 
 def transposed(codes: torch.Tensor) -> torch.Tensor:
@@ -93,12 +97,13 @@ def _rotate(x, left, right, shape, dtype, inverse):
 
 @lru_cache(maxsize=4096)
 def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
+    edge = tile_edge(x)
     matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
+        block_diagonal(left, edge, x.product_dtype, x.device, transposed=not inverse) if left else None,
+        block_diagonal(right, edge, x.product_dtype, x.device, transposed=inverse) if right else None,
     )
     norm = prod(r.edge**-0.5 for r in (left, right) if r)
-    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm, "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
+    constants = {"T": edge, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm, "num_warps": 8}
+    grid = (triton.cdiv(max(x.shape[0], shape[0]), edge), triton.cdiv(shape[1], edge))
     integers = (*x.shape, shape[0], *x.stride, shape[1])
     return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

@@ -16,7 +16,7 @@ from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned, code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, transposed, whole_blocks
+from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, tile_edge, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
@@ -239,11 +239,12 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     return codes, codes_t, row_scales, column_scales
 
 
-def _tile_launch(kernel, rotated: bool) -> tuple[int, int, int, int]:
-    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md."""
+def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:
+    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md. ``rotated``: the edge
+    of a rotated tile, or 0."""
     if kernel is kernels.amax_tiles:
-        return (TILE, 8, 2, 4) if rotated else (TILE, 1, 1, 4)
-    return (TILE, 1, 1, 4) if rotated else (64, 1, 1, 2)
+        return (rotated, 8, 2, 4) if rotated else (TILE, 1, 1, 4)
+    return (rotated, 1, 1, 4) if rotated else (64, 1, 1, 2)
 
 
 @lru_cache(maxsize=4096)
@@ -255,7 +256,7 @@ def _plan_tiles(
     one = row_scale == column_scale == "tensor"
     measure_rows = ALONG[row_scale] if row_scale else 0
     measure_columns = ALONG[column_scale] if column_scale and not one else 0
-    rotated = left is not None or right is not None
+    rotated = tile_edge(x) if left or right else 0
     flags = {
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right),
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
@@ -283,7 +284,7 @@ def _plan_tiles(
         **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
     )  # fmt: skip
     matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=True) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=False) if right else None,
+        block_diagonal(left, rotated, x.product_dtype, x.device, transposed=True) if left else None,
+        block_diagonal(right, rotated, x.product_dtype, x.device, transposed=False) if right else None,
     )
     return amax_pass, cast_pass, matrices, triton.cdiv(m_out, TILE) * TILE
