@@ -185,7 +185,9 @@ def amax_tiles(
     if ALONG_ROWS == 2:
         tl.atomic_max(row_amax + rows, most.to(tl.int32, bitcast=True), sem="relaxed")
     if ALONG_ROWS == 1:
-        tl.atomic_max(row_amax, tl.reduce(most, 0, _max).to(tl.int32, bitcast=True), sem="relaxed")
+        # As a matrix: Triton 3.6 cannot compile the reduction of a vector that was reduced from a product for sm_100.
+        all_rows = tl.reduce(tl.reshape(most, (1, T)), 1, _max)
+        tl.atomic_max(row_amax + tl.arange(0, 1), all_rows.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
