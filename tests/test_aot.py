@@ -130,7 +130,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "columns", "one scale", "tokens, low rank", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
 }  # fmt: skip
 #: What does not fit yet, and where. Take out what does: a test that passes unexpectedly fails.
 TOO_LARGE = {
@@ -152,10 +152,12 @@ def on_every_gpu(names):
 # Quantising and rotating.
 
 
-def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True):
+def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, columns=True, noisy=False):
     def request(empty, format):
         fold_rows = empty(reference.rotated(shape[0], left)) if folds else None
-        quantizer.rotate_quantize(empty(shape, dtype=dtype), left, right, format, scale, fold_rows, None, rows, True)
+        seed = empty(1, dtype=torch.int64) if noisy else None
+        x = empty(shape, dtype=dtype)
+        quantizer.rotate_quantize(x, left, right, format, scale, fold_rows, None, rows, columns, None, seed)
 
     return request
 
@@ -182,6 +184,8 @@ QUANTIZE = {
     "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
     "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
+    "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
+    "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
     "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),

@@ -54,6 +54,31 @@ def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.const
 
 
 @triton.jit
+def _noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
+    """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
+    quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
+    row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
+    a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
+    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (T, WIDTH))
+    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
+
+
+@triton.jit
+def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """As :func:`_round`, up or down so that the mean is exact."""
+    y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    quantum = tl.full(y.shape, 1.0, tl.float32)
+    inverse = quantum
+    if MANTISSA >= 0:
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        quantum = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    # At the largest number the noise may round up to a whole step: hence _round's own limit.
+    return _round(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
+
+
+@triton.jit
 def whole_rows(
     x, matrix, left_matrix, signs, fold, codes, scales,
     M, K, stride_row, stride_column, stride_codes,
@@ -212,11 +237,11 @@ def _write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
 
 @triton.jit
 def cast_tiles(
-    x, left, right, fold_columns, fold_rows, row_amax, column_amax, codes, codes_t, row_scales, column_scales,
+    x, left, right, fold_columns, fold_rows, row_amax, column_amax, seed, codes, codes_t, row_scales, column_scales,
     M, K, ROWS_OUT, COLUMNS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
     T: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, NOISY: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
@@ -225,6 +250,7 @@ def cast_tiles(
     ROWS: codes [ROWS_OUT, COLUMNS_OUT] of the rotated matrix times fold_columns, by ROW_SCALE: 2 a scale per row, 1 one scale,
     0 unit.
     COLUMNS: codes_t [K, M] of x times fold_rows, by COLUMN_SCALE: 2 a scale per column, 1 one scale, 0 unit.
+    NOISY: rounds stochastically, both alike, by the int64 at ``seed``.
     """
     one = tl.full((T,), 1.0, tl.float32)
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
@@ -250,7 +276,10 @@ def cast_tiles(
             if ROW_SCALE > 0:
                 y = y * row_inverse[:, None]
                 _write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
-            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            if NOISY:
+                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            else:
+                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(rows < ROWS_OUT)[:, None] & kept[None, :])
         if COLUMNS:
@@ -261,7 +290,10 @@ def cast_tiles(
                 scale = _scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
                 y = y * tl.div_rn(one, scale)[None, :]
                 _write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
-            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            if NOISY:
+                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            else:
+                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
             tl.store(target, tl.trans(q), mask=tl.trans(inside))
 

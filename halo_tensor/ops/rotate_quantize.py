@@ -30,14 +30,14 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 
 
 @lru_cache
-def _format_options(format: Format, device: torch.device, saturate: bool = False) -> dict[str, Any]:
+def _format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
     # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
-    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda"
+    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
-        "MAX": format.max if saturate else 0.0,
+        "MAX": format.max if saturate or noisy else 0.0,
         "INVERSE_MAX": 1.0 / format.max,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
@@ -58,38 +58,40 @@ def rotate_quantize(
     rows: bool,
     columns: bool,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
-    codes and the scales to write to, from an earlier call with rows only."""
+    codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically."""
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
-    if not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale)):
+    noisy = seed is not None
+    if not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale, noisy)):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if not folds_on_the_way:
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
-    if _takes_whole_rows(x, left, right, scale):
+    if _takes_whole_rows(x, left, right, scale, noisy):
         x = whole_blocks(x, right)
         codes, scales = _whole_rows(x, right, format, fold_columns, into)
         codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
     if turns:
         scale = "row" if scale == "column" else scale
-        codes_t, _, scales, _ = _tiles(x.t(), None, left, format, scale, None, fold_rows, None, True, False)
+        codes_t, _, scales, _ = _tiles(x.t(), None, left, format, scale, None, fold_rows, None, True, False, seed)
         result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
     elif scale == "row" or left or right:
         # Row-major codes first; their transpose, if it is wanted, from them.
-        codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False)
+        codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False, seed)
         result = codes if rows else None, transposed(codes) if columns else None, scales
     elif scale == "column":
-        _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True)
+        _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True, seed)
         result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
     else:
-        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns)
+        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns, seed)
         result = codes, codes_t, both[0 if rows else 1]
     if into is not None:
         assert result[0] is not None
@@ -134,15 +136,16 @@ def _turns(x, left, right, scale, rows) -> bool:
     return left.rank is not None or scale == "column" or not rows
 
 
-def _takes_whole_rows(x, left, right, scale) -> bool:
-    return scale == "row" and left is None and (right is None or right.rank is None) and x.shape[1] <= LARGEST_ROW
+def _takes_whole_rows(x, left, right, scale, noisy) -> bool:
+    low = right is not None and right.rank is not None
+    return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
 
 
-def _needs_rotating_first(x, left, right, scale) -> bool:
+def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
-    if right is not None and _takes_whole_rows(x, left, right, scale):
+    if right is not None and _takes_whole_rows(x, left, right, scale, noisy):
         if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
             return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
@@ -214,14 +217,14 @@ def _row_launch(row: int, chunks: int, large: bool, rotate: bool) -> tuple[int, 
 # Tiles.
 
 
-def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns):
+def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, seed=None):
     """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
     "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
     m, k = x.shape
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
         Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
-        rows, columns,
+        rows, columns, seed is not None,
     )  # fmt: skip
     one = row_scale == column_scale == "tensor"
     # Float bits: of rows (padded to whole tiles), then of columns.
@@ -235,7 +238,7 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     operands = [x, *matrices, fold_columns, fold_rows, row_amax, column_amax]
     if amax_pass is not None:
         amax_pass(*(amax if t is None else t for t in operands))
-    cast_pass(*(amax if t is None else t for t in [*operands, codes, codes_t, row_scales, column_scales]))
+    cast_pass(*(amax if t is None else t for t in [*operands, seed, codes, codes_t, row_scales, column_scales]))
     return codes, codes_t, row_scales, column_scales
 
 
@@ -249,7 +252,7 @@ def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=4096)
 def _plan_tiles(
-    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns
+    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, noisy
 ) -> tuple[Launch | None, Launch, tuple, int]:
     m, k = x.shape
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
@@ -264,6 +267,7 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
+        warps *= 2 if constants.get("NOISY") else 1  # the noise takes as many registers as the tile; not measured
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         kept = edge if right is None else reference.rotated(edge, right)
@@ -281,7 +285,7 @@ def _plan_tiles(
     cast_pass = tiled(
         kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
-        **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
+        NOISY=noisy, **_format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
     )  # fmt: skip
     matrices = (
         block_diagonal(left, rotated, x.product_dtype, x.device, transposed=True) if left else None,

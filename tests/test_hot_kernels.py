@@ -1,4 +1,4 @@
-"""A low rank of tokens, and what else is rotated along the dimension that a scale lies along, in the kernels."""
+"""What HOT asks of the kernels: low ranks, scales along a dimension that is rotated, stochastic rounding."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 from halo_tensor import hot_config
-from halo_tensor.ops import reference
+from halo_tensor.ops import library, reference
 from halo_tensor.ops import rotate_quantize as quantizer
-from halo_tensor.recipe import INT8, Rotation
+from halo_tensor.recipe import FP4_E3M0, FP6_E2M3, FP8_E4M3, INT4, INT8, Rotation
 from tests import interpreter
 from tests.interpreter import DEVICE, runs_kernels
 from tests.test_hot import project, rounded
@@ -26,7 +26,7 @@ ROTATIONS = [
 
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=8)
+    interpreter.run(__file__, at_least=30)
 
 
 @pytest.fixture
@@ -97,3 +97,67 @@ def test_a_layer_of_hot(options):
     block, dim = options.get("block_size", 16), 0 if options else None
     e_low, x_low = (rounded(project(t.flatten(0, 1).cpu(), block, options.get("rank", 8)), 127, dim) for t in (e, x))
     assert relative_error(grad_w.cpu(), e_low.t() @ x_low) < 4e-3, "bf16's rounding of the result, and a few ties"
+
+
+# Stochastic rounding.
+
+STOCHASTIC = {
+    "E of hot": (None, Rotation(16), "tensor", (True, False)),
+    "E of hot_per_token": (None, Rotation(16), "row", (True, False)),
+    "E of hot_internal": (None, Rotation(16, None, 8), "tensor", (True, False)),
+    "E of hot_external": (Rotation(16, None, 8), None, "tensor", (True, False)),
+    "E of luq": (None, None, "tensor", (True, True)),
+    "columns": (None, None, "column", (False, True)),
+}
+
+
+def drawn(x, left, right, format, scale, layouts=(True, False)):
+    codes, codes_t, scales = library.rotate_quantize(
+        x, left, right, format, scale, rows=layouts[0], columns=layouts[1], rounding="stochastic"
+    )
+    if codes is not None and codes_t is not None:
+        assert torch.equal(codes.view(torch.int8), codes_t.t().view(torch.int8)), "the layouts are rounded alike"
+    return codes_t.t() if codes is None else codes, scales
+
+
+@runs_kernels
+@pytest.mark.usefixtures("rotates_on_the_way")
+@pytest.mark.parametrize("format", [INT8, INT4, FP8_E4M3, FP6_E2M3, FP4_E3M0], ids=str)
+@pytest.mark.parametrize("operand", list(STOCHASTIC))
+def test_the_mean_is_exact(operand, format):
+    """Every code is one of the two next to the exact value, and their mean over many elements is right."""
+    left, right, scale, layouts = STOCHASTIC[operand]
+    x = torch.randn(96, 160, device=DEVICE).to(torch.bfloat16)
+    exact = reference.rotate(x, left, right).double()
+    amax = exact.abs().amax({"tensor": (0, 1), "row": 1, "column": 0}[scale], keepdim=True)
+    y = exact / amax * format.max
+    codes, scales = drawn(x, left, right, format, scale, layouts)
+    torch.testing.assert_close(scales.double(), amax.flatten().view(scales.shape) / format.max, rtol=1e-5, atol=0)
+    exponent = torch.frexp(y).exponent - 1
+    step = torch.ones_like(y) if format.uniform else 2.0 ** (exponent.clamp_min(format.min_exponent) - format.mantissa_bits)
+    off = (codes.double() - y) / step
+    assert codes.double().abs().max() <= format.max and off.abs().max() < 1 + 1e-4
+    assert off.abs().mean() > 0.29, "a third of a step; rounded to nearest, a quarter"
+    # Of a fraction f the variance is f(1 − f), 1/6 on average.
+    assert off.mean().abs() < 5 * (1 / 6 / off.numel()) ** 0.5
+    assert not (codes.double() / step).frac().any()
+
+
+@runs_kernels
+def test_noise_is_drawn_anew_for_every_element():
+    """Half a step everywhere, in nine tiles: zeros and ones, as many, of which no two rows, columns or tiles have the same."""
+    x = torch.full((384, 384), 0.5, device=DEVICE)
+    x[0, 0] = 7
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return drawn(x, None, None, INT4, "tensor")[0][1:, 1:].double()
+
+    first = draw(1)
+    assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
+    assert set(first.unique().tolist()) == {0, 1} and abs(first.mean() - 0.5) < 5 * 0.5 / 383
+    for m in (first, first.t()):
+        correlation = torch.corrcoef(m).fill_diagonal_(0)
+        assert correlation.abs().max() < 6.5 / 383**0.5
+    shifted = torch.stack([first[64 * i : 64 * i + 63, 64 * j : 64 * j + 63].flatten() for i in range(5) for j in range(5)])
+    assert torch.corrcoef(shifted).fill_diagonal_(0).abs().max() < 6.5 / 63
