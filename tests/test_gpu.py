@@ -134,7 +134,8 @@ def test_tokens_are_the_references(left, scale, dtype):
     x = torch.randn(63 * 197, 768, device="cuda").to(dtype)
     codes, codes_t, scales = library.rotate_quantize(x, left, None, INT8, scale, columns=True)
     expected, expected_scales = reference.rotate_quantize(x, left, None, INT8, scale)
-    assert (codes.float() != expected.float()).float().mean() < 1e-5
+    differing = (codes != expected).float().mean()
+    assert differing < (1e-6 if dtype == torch.bfloat16 else 1e-4), "float32 goes in three tf32 products"
     assert torch.equal(codes.t(), codes_t)
     torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
 
