@@ -27,7 +27,8 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.ops import launch as launching  # noqa: E402
-from halo_tensor.ops import packing_kernels  # noqa: E402
+from halo_tensor.ops import packing_kernels, reference  # noqa: E402
+from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
 from halo_tensor.ops.launch import Launch  # noqa: E402
@@ -58,7 +59,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, product, packing_kernels):
+    for module in (quantizer, rotating, product, packing_kernels):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -86,8 +87,8 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(CompiledKernel, "__getitem__", launch)
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    monkeypatch.setattr(quantizer, "block_diagonal", block_diagonal)
-    monkeypatch.setattr(product, "block_diagonal", block_diagonal)
+    for module in (quantizer, rotating, product):
+        monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
         quantizer, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
@@ -131,7 +132,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "columns", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
 }  # fmt: skip
 #: What does not fit yet, and where. Take out what does: a test that passes unexpectedly fails.
 TOO_LARGE = {
@@ -153,10 +154,12 @@ def on_every_gpu(names):
 # Quantising and rotating.
 
 
-def quantize(shape, left, right, scale, dtype=BF16, folds=False):
+def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, columns=True, noisy=False):
     def request(empty, format):
-        fold_rows = empty(shape[0]) if folds else None
-        quantizer.rotate_quantize(empty(shape, dtype=dtype), left, right, format, scale, fold_rows, None, True, True)
+        fold_rows = empty(reference.rotated(shape[0], left)) if folds else None
+        seed = empty(1, dtype=torch.int64) if noisy else None
+        x = empty(shape, dtype=dtype)
+        quantizer.rotate_quantize(x, left, right, format, scale, fold_rows, None, rows, columns, None, seed)
 
     return request
 
@@ -168,7 +171,7 @@ def pair(shape, left, dtype=BF16):
     return request
 
 
-H = Rotation(128)
+H, LOW = Rotation(128), Rotation(16, None, 8)
 #: name -> (request, kernels that it launches)
 QUANTIZE = {
     "rows": (quantize((1000, 4096), None, H, "row"), "whole_rows transpose_codes"),
@@ -180,9 +183,14 @@ QUANTIZE = {
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
     "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
+    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
+    "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
+    "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
+    "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
+    "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
-    "rotate": (lambda empty, format: quantizer.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
+    "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
 }
 
 
@@ -191,7 +199,7 @@ def test_quantising(launched, capability, name):
     request, names = QUANTIZE[name]
     kernels = launched(capability, partial(request, format=FP8_E4M3 if capability >= 89 else INT8))
     assert [kernel.name for kernel in kernels] == names.split()
-    if "whole_rows" in names and name != "rows, plain":
+    if ("whole_rows" in names and name != "rows, plain") or name.startswith("tokens"):
         assert instructions(kernels[0]), "the rotation does not run on matrix units"
     for kernel in kernels:  # which Triton's interpreter cannot show: its maximum always keeps a NaN
         assert not re.search(r"\b(max|min)\.(xorsign\.abs\.)?b?f\d", kernel.asm["ptx"]), "a NaN would be dropped"
@@ -339,8 +347,8 @@ def test_the_log_shows_wgmma_that_is_not(launched, tmp_path, monkeypatch):
 def test_a_plan_keeps_to_a_dtype(launched):
     def request(empty):
         x = empty(1000, 4096, dtype=BF16)
-        quantizer.rotate(x, None, H, BF16)
-        quantizer.rotate(x, None, H, FP32)
+        rotating.rotate(x, None, H, BF16)
+        rotating.rotate(x, None, H, FP32)
 
     assert len(launched(90, request)) == 2
 

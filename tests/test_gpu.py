@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, hot_config, quantize_
 from halo_tensor.linear import weight_operand
 from halo_tensor.ops import library, reference
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
@@ -124,3 +124,47 @@ def test_cuda_graphs():
         linear.weight.mul_(2)  # a replay must read the new codes
     torch.compiler.cudagraph_mark_step_begin()
     assert relative_error(f(x).detach().clone(), linear(x)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", ["tensor", "column"])
+@pytest.mark.parametrize("left", [Rotation(16, None, 8), Rotation(16, None, 3), Rotation(64), Rotation(128, 0)], ids=str)
+def test_tokens_are_the_references(left, scale, dtype):
+    """Of 63 images of 197 tokens, in both layouts."""
+    x = torch.randn(63 * 197, 768, device="cuda").to(dtype)
+    codes, codes_t, scales = library.rotate_quantize(x, left, None, INT8, scale, columns=True)
+    expected, expected_scales = reference.rotate_quantize(x, left, None, INT8, scale)
+    differing = (codes != expected).float().mean()
+    assert differing < (1e-6 if dtype == torch.bfloat16 else 1e-4), "float32 goes in three tf32 products"
+    assert torch.equal(codes.t(), codes_t)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
+
+
+def test_a_graph_draws_anew_in_every_replay():
+    torch._dynamo.reset()
+    linear, x, e = layer(hot_config())
+    f = torch.compile(linear, mode="reduce-overhead", fullgraph=True)
+
+    def draw(seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        return torch.autograd.grad(f(x), x, e)[0].clone()
+
+    for _ in range(4):
+        draw()
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2)) and not torch.equal(draw(), draw())
+    mean = sum(draw().double() for _ in range(50)) / 50
+    errors = [relative_error(g, e.double() @ linear.weight.double()) for g in (draw(), mean)]
+    assert errors[1] < 0.75 * errors[0], "what W's int4 costs is left"
+
+
+def test_hot_does_not_synchronise():
+    linear, x, e = layer(hot_config())
+    gradients(linear, linear, x, e)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(linear, linear, x, e)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

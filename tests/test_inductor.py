@@ -12,7 +12,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import layer_norm, rms_norm, silu
 
 pytest.importorskip("triton")
-from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor import halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from tests import interpreter
@@ -22,7 +22,7 @@ from tests.util import relative_error, typical_error
 
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=21)
+    interpreter.run(__file__, at_least=24)
 
 
 def model(config) -> nn.Module:
@@ -55,6 +55,26 @@ def test_no_op_is_left(level, dtype, granularity):
     assert len(code) == 2 and launches[0] in (6, 8) and 10 <= launches[1] <= 16
     for a, b in zip(results, expected, strict=True):
         assert relative_error(a, b) < 0.6 * typical_error(mlp[0].weight.operand.format)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("granularity", "rounding"), [("tensor", "stochastic"), ("row", "nearest")])
+def test_no_op_of_hot_is_left(granularity, rounding):
+    """Two layers' X of low rank in forward; then W and E, twice, each measured and cast."""
+    mlp, (x, e) = model(hot_config(rounding=rounding, granularity=granularity)), data()
+    f = torch.compile(mlp, fullgraph=True)
+    expected = step(mlp, mlp, x, e)
+    with fresh_cache():
+        results, code = run_and_get_code(lambda: step(f, mlp, x, e))
+    assert not any("torch.ops.halo" in source for source in code), "every op became launches"
+    launches = [sum(line.lstrip().startswith("halo_") and "Launch" not in line for line in s.splitlines()) for s in code]
+    assert launches == [4, 16]
+    for i, (a, b) in enumerate(zip(results, expected, strict=True)):
+        # The draws are not eager mode's, and E of the first layer is the second's E_X.
+        assert relative_error(a, b) < (0.01 if rounding == "nearest" or i == 0 else 0.6)
+    if rounding == "stochastic":
+        draws = [(torch.manual_seed(seed), step(f, mlp, x, e)[1])[1] for seed in (1, 1, 2)]
+        assert torch.equal(draws[0], draws[1]) and 0.05 < relative_error(draws[2], draws[0]) < 0.6
 
 
 @runs_kernels

@@ -12,6 +12,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 from halo_tensor.ops import library, packing, reference
+from halo_tensor.ops import rotate as rotating
 from halo_tensor.ops import rotate_quantize as quantizer
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.ops.formats import code_dtype, from_bits, to_bits
@@ -317,9 +318,9 @@ def test_rotate_and_unrotate(m, size, left, dtype, out, layout):
     assume(block != 576 or layout != "transposed")  # see test_full_width_of_a_transposed_matrix
     tolerance = {"rtol": torch.finfo(out).eps + 4e-6, "atol": 4e-6}
     x = matrix(m, k, dtype, layout)
-    y = quantizer.rotate(x, left, right, out)
+    y = rotating.rotate(x, left, right, out)
     torch.testing.assert_close(y, reference.rotate(x, left, right).to(out), **tolerance)
-    back = quantizer.unrotate(y, left, right, (m, k), out)
+    back = rotating.unrotate(y, left, right, (m, k), out)
     torch.testing.assert_close(back, reference.unrotate(y, left, right, (m, k)).to(out), **tolerance)
     assert y.is_contiguous() and back.is_contiguous()
 
@@ -329,9 +330,9 @@ def test_rotate_and_unrotate(m, size, left, dtype, out, layout):
 @pytest.mark.parametrize("shape", [(1, 1), (37, 200), (130, 300), (0, 5)])
 def test_transposed(shape, dtype):
     codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE).view(dtype)
-    assert_layout(quantizer.transposed(codes))
-    assert_same_bytes(quantizer.transposed(codes), codes.t())
-    assert_same_bytes(quantizer.transposed(codes[:, 1:]), codes[:, 1:].t())
+    assert_layout(rotating.transposed(codes))
+    assert_same_bytes(rotating.transposed(codes), codes.t())
+    assert_same_bytes(rotating.transposed(codes[:, 1:]), codes[:, 1:].t())
 
 
 @runs_kernels
@@ -350,7 +351,7 @@ def test_packing(rows, format):
 @runs_kernels
 def test_widths_are_padded_to_whole_blocks():
     x, right = matrix(37, 100), Rotation(16)
-    torch.testing.assert_close(quantizer.rotate(x, None, right, torch.float32), reference.rotate(x, None, right))
+    torch.testing.assert_close(rotating.rotate(x, None, right, torch.float32), reference.rotate(x, None, right))
     for scale in ("row", "tensor"):
         check(x, None, right, INT8, scale)
 
@@ -359,7 +360,7 @@ def test_widths_are_padded_to_whole_blocks():
 def test_full_width_of_a_transposed_matrix():
     x, rotation = matrix(37, 576, layout="transposed"), Rotation(576)
     expected = reference.rotate(x.contiguous(), None, rotation)
-    torch.testing.assert_close(quantizer.rotate(x, None, rotation, torch.float32), expected)
+    torch.testing.assert_close(rotating.rotate(x, None, rotation, torch.float32), expected)
 
 
 # Products.
@@ -499,7 +500,7 @@ def test_the_kernels_are_what_is_tested(monkeypatch):
     )
     check(matrix(3, 64), None, Rotation(64), INT8, "row")
     check(matrix(3, 64), None, None, INT8, "column")
-    quantizer.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
+    rotating.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
     product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
     expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
     assert launched == set(expected.split())

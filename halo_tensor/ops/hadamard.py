@@ -149,9 +149,16 @@ def signed_hadamard(rotation: Rotation, device: torch.device) -> torch.Tensor:
     return matrix.to(device=device, dtype=torch.float32)
 
 
+def product_width(columns: int) -> int:
+    """What a kernel's product of so many columns is wide: a power of two, at least 16."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
 @lru_cache(maxsize=256)
 def block_diagonal(rotation: Rotation, edge: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> torch.Tensor:
-    """I ⊗ (D·H), [edge, edge], ±1 and 0, or its transpose: what a kernel multiplies a tile with that is wider than a block."""
-    matrix = signed_hadamard(rotation, torch.device("cpu"))
-    matrix = torch.block_diag(*[matrix.t() if transposed else matrix] * (edge // rotation.edge))
-    return matrix.to(device=device, dtype=dtype).contiguous()
+    """I ⊗ (D·H), [edge, edge], ±1 and 0, or its transpose: what a kernel multiplies a tile with that is wider than a block.
+    Of a rank, the columns that it keeps, with columns of zeros up to a power of two that is at least 16."""
+    blocks = edge // rotation.edge
+    matrix = torch.block_diag(*[signed_hadamard(rotation, torch.device("cpu"))] * blocks)
+    matrix = torch.nn.functional.pad(matrix, (0, product_width(matrix.shape[1]) - matrix.shape[1]))
+    return (matrix.t() if transposed else matrix).to(device=device, dtype=dtype).contiguous()

@@ -24,7 +24,7 @@ _library = torch.library.Library("halo", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
-    "bool rows, bool columns) -> (Tensor codes, Tensor codes_t, Tensor scales)",
+    "bool rows, bool columns, Tensor? seed) -> (Tensor codes, Tensor codes_t, Tensor scales)",
     "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()",
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
     "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
@@ -76,11 +76,15 @@ def rotate_quantize(
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
     transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
     multiples of 16 bytes; a CPU's products read either order at the same speed: there the transpose is a view of row-major
-    memory. Stochastic rounding draws its noise from torch's generator of x's device, and gives contiguous codes."""
+    memory. Stochastic rounding draws from torch's generator of x's device: on a GPU the kernels' seed, elsewhere all the
+    noise, and the codes are contiguous there."""
+    seed = None
     if rounding == "stochastic":
-        return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+        if scale == "block" or not runs_kernels(x.device):
+            return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
-        x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns
+        x, _encode(left), _encode(right), format.name, scale, fold_rows, fold_columns, rows, columns, seed
     )
     return codes if rows else None, codes_t if columns else None, scales
 
@@ -154,7 +158,7 @@ def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
 # On any device: the reference.
 
 
-def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
     codes, scales = reference.rotate_quantize(
         x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns
     )
@@ -204,13 +208,13 @@ for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _ro
 # On a GPU: the kernels. Triton is imported when the first of them runs.
 
 
-def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
     from halo_tensor.ops import rotate_quantize as launch
 
     if scale == "block":
         return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
     codes, codes_t, scales = launch.rotate_quantize(
-        x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns
+        x, _decode(left), _decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed
     )
     dtype = code_dtype(FORMATS[format])
     codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
@@ -241,13 +245,13 @@ def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
 
 
 def _rotate_cuda(x, left, right):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.ops import rotate as launch
 
     return launch.rotate(x, _decode(left), _decode(right), x.dtype)
 
 
 def _unrotate_cuda(x, left, right, shape):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.ops import rotate as launch
 
     return launch.unrotate(x, _decode(left), _decode(right), shape, x.dtype)
 
@@ -305,7 +309,7 @@ def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
 
 
 @_register_fake("rotate_quantize")
-def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
     r, c = reference.rotated(x.shape[0], _decode(left)), reference.rotated(x.shape[1], _decode(right))
     b, pad = reference.BLOCK, scale != "block"
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])

@@ -60,6 +60,31 @@ def per_piece(x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
+    """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
+    quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
+    row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
+    a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
+    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (T, WIDTH))
+    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
+
+
+@triton.jit
+def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """As :func:`_round`, up or down so that the mean is exact."""
+    y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    quantum = tl.full(y.shape, 1.0, tl.float32)
+    inverse = quantum
+    if MANTISSA >= 0:
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        quantum = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    # At the largest number the noise may round up to a whole step: hence _round's own limit.
+    return _round(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
+
+
+@triton.jit
 def whole_rows(
     x, x1, x2, x3, x4, matrix, left_matrix, signs, fold, codes, scales,
     M, K, stride_row, stride_column, stride_codes,
@@ -115,13 +140,18 @@ def whole_rows(
 
 @triton.jit
 def load_square(pointer, T: tl.constexpr):
-    index = tl.arange(0, T)
-    return tl.load(pointer + index[:, None] * T + index[None, :])
+    return _load_whole(pointer, T, T)
+
+
+@triton.jit
+def _load_whole(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A contiguous matrix."""
+    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
 def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """h_left · x · h_right of one [T, T] tile, in float32."""
+    """h_left · x · h_right of one [T, T] tile, in float32: [T, T], or as wide as h_right, of low rank, is."""
     y = x_tile
     if RIGHT:
         y = _product(y.to(h_right.dtype), h_right)
@@ -134,14 +164,28 @@ def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexp
 
 
 @triton.jit
+def _columns_out(tile, COUNT, WIDTH: tl.constexpr, KEPT: tl.constexpr):
+    """Where a tile's rotated columns belong, and which of them are some."""
+    index = tl.arange(0, WIDTH)
+    columns = tile * KEPT + index
+    inside = columns < COUNT
+    if KEPT < WIDTH:
+        inside &= index < KEPT
+    return columns, inside
+
+
+@triton.jit
 def amax_tiles(
     x, left, right, fold_columns, fold_rows, row_amax, column_amax,
-    M, K, stride_row, stride_column,
-    T: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    M, K, COLUMNS_OUT, stride_row, stride_column,
+    T: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
     ALONG_ROWS: tl.constexpr, ALONG_COLUMNS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitudes, as float bits into zeroed int32 (whose order is that of non-negative floats, NaN above all).
+
+    RIGHT: right is [T, WIDTH], whose first KEPT columns are those of a rotation or what a rank keeps of them, the others zero.
+    So the rotated matrix has COLUMNS_OUT columns, KEPT from each tile. Without, WIDTH = KEPT = T.
 
     ALONG_ROWS: of the rotated matrix times fold_columns, 2 per row, 1 of all, 0 none. ALONG_COLUMNS: of x times fold_rows,
     2 per column, 1 of all, 0 none. One program: T rows by TILES·T columns.
@@ -149,18 +193,20 @@ def amax_tiles(
     rows = tl.program_id(0) * T + tl.arange(0, T)
     most = tl.zeros((T,), tl.float32)
     h_left = load_square(left, T) if LEFT and ALONG_ROWS else left
-    h_right = load_square(right, T) if RIGHT and ALONG_ROWS else right
+    h_right = _load_whole(right, T, WIDTH) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        columns = (tl.program_id(1) * TILES + i) * T + tl.arange(0, T)
+        tile_column = tl.program_id(1) * TILES + i
+        columns = tile_column * T + tl.arange(0, T)
         inside = (rows < M)[:, None] & (columns < K)[None, :]
         at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         if ALONG_ROWS:
             y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
             if FOLD_COLUMNS:
-                y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
+                out, kept = _columns_out(tile_column, COLUMNS_OUT, WIDTH, KEPT)
+                y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
             most = _max(most, tl.reduce(tl.abs(y), 1, _max))
         if ALONG_COLUMNS:
             y = x_tile.to(tl.float32)
@@ -174,7 +220,9 @@ def amax_tiles(
     if ALONG_ROWS == 2:
         tl.atomic_max(row_amax + rows, most.to(tl.int32, bitcast=True), sem="relaxed")
     if ALONG_ROWS == 1:
-        tl.atomic_max(row_amax, tl.reduce(most, 0, _max).to(tl.int32, bitcast=True), sem="relaxed")
+        # As a matrix: Triton 3.6 cannot compile the reduction of a vector that was reduced from a product for sm_100.
+        all_rows = tl.reduce(tl.reshape(most, (1, T)), 1, _max)
+        tl.atomic_max(row_amax + tl.arange(0, 1), all_rows.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -199,24 +247,26 @@ def _write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
 
 @triton.jit
 def cast_tiles(
-    x, left, right, fold_columns, fold_rows, row_amax, column_amax, codes, codes_t, row_scales, column_scales,
-    M, K, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
-    T: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    x, left, right, fold_columns, fold_rows, row_amax, column_amax, seed, codes, codes_t, row_scales, column_scales,
+    M, K, ROWS_OUT, COLUMNS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
+    T: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, NOISY: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
     """Codes from the magnitudes that :func:`amax_tiles` found; tiles as there.
 
-    ROWS: codes [ROWS_OUT, K] of the rotated matrix times fold_columns, by ROW_SCALE: 2 a scale per row, 1 one scale, 0 unit.
+    ROWS: codes [ROWS_OUT, COLUMNS_OUT] of the rotated matrix times fold_columns, by ROW_SCALE: 2 a scale per row, 1 one scale,
+    0 unit.
     COLUMNS: codes_t [K, M] of x times fold_rows, by COLUMN_SCALE: 2 a scale per column, 1 one scale, 0 unit.
+    NOISY: rounds stochastically, both alike, by the int64 at ``seed``.
     """
     one = tl.full((T,), 1.0, tl.float32)
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
     rows = tile_row * T + tl.arange(0, T)
     h_left = load_square(left, T) if LEFT and ROWS else left
-    h_right = load_square(right, T) if RIGHT and ROWS else right
+    h_right = _load_whole(right, T, WIDTH) if RIGHT and ROWS else right
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     if ROWS:
@@ -230,14 +280,18 @@ def cast_tiles(
         x_tile = tl.load(x + at, mask=inside, other=0.0)
         if ROWS:
             y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
+            out, kept = _columns_out(tile_column, COLUMNS_OUT, WIDTH, KEPT)
             if FOLD_COLUMNS:
-                y = y * tl.load(fold_columns + columns, mask=columns < K, other=0.0)[None, :]
+                y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
             if ROW_SCALE > 0:
                 y = y * row_inverse[:, None]
                 _write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
-            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
-            out = codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :]
-            tl.store(out, q, mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])
+            if NOISY:
+                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            else:
+                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
+            tl.store(target, q, mask=(rows < ROWS_OUT)[:, None] & kept[None, :])
         if COLUMNS:
             y = x_tile.to(tl.float32)
             if FOLD_ROWS:
@@ -246,9 +300,12 @@ def cast_tiles(
                 scale = _scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
                 y = y * tl.div_rn(one, scale)[None, :]
                 _write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
-            q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
-            out = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
-            tl.store(out, tl.trans(q), mask=tl.trans(inside))
+            if NOISY:
+                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            else:
+                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+            target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
+            tl.store(target, tl.trans(q), mask=tl.trans(inside))
 
 
 @triton.jit

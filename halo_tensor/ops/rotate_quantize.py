@@ -5,7 +5,7 @@ Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and v
 
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,35 +14,16 @@ import triton.language as tl
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned, code_dtype
-from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, rotation_signs
+from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, tile_edge, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
-TILE = 128
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
 #: tensors of which whole_rows may compute its matrix
 PRODUCER_INPUTS = 5
 #: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
-
-
-class Matrix(NamedTuple):
-    """What a launch needs to know of a matrix."""
-
-    shape: torch.Size
-    stride: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, x: torch.Tensor) -> "Matrix":
-        return cls(x.shape, (x.stride(0), x.stride(1)), x.dtype, x.device)
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
-        exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
-        return self.dtype if exact else torch.float32
 
 
 def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> torch.Tensor:
@@ -51,14 +32,14 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 
 
 @lru_cache
-def _format_options(format: Format, device: torch.device, saturate: bool = False) -> dict[str, Any]:
+def _format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
     # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
-    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda"
+    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
-        "MAX": format.max if saturate else 0.0,
+        "MAX": format.max if saturate or noisy else 0.0,
         "INVERSE_MAX": 1.0 / format.max,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
@@ -79,33 +60,40 @@ def rotate_quantize(
     rows: bool,
     columns: bool,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
-    codes and the scales to write to, from an earlier call with rows only."""
+    codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically."""
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
-    x = _whole_blocks(x, right)
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
-    if not folds_on_the_way or _needs_rotating_first(x, left, right, scale):
+    turns = folds_on_the_way and _turns(x, left, right, scale, rows)
+    noisy = seed is not None
+    if not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale, noisy)):
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if not folds_on_the_way:
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
-    if scale == "row" and left is None and x.shape[1] <= LARGEST_ROW:
+    if _takes_whole_rows(x, left, right, scale, noisy):
+        x = whole_blocks(x, right)
         codes, scales = _whole_rows(x, right, format, fold_columns, into)
         codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
-    if scale == "row" or left or right:
+    if turns:
+        scale = "row" if scale == "column" else scale
+        codes_t, _, scales, _ = _tiles(x.t(), None, left, format, scale, None, fold_rows, None, True, False, seed)
+        result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
+    elif scale == "row" or left or right:
         # Row-major codes first; their transpose, if it is wanted, from them.
-        codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False)
+        codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False, seed)
         result = codes if rows else None, transposed(codes) if columns else None, scales
     elif scale == "column":
-        _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True)
+        _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True, seed)
         result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
     else:
-        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns)
+        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns, seed)
         result = codes, codes_t, both[0 if rows else 1]
     if into is not None:
         assert result[0] is not None
@@ -120,7 +108,7 @@ def quantize_pair(
     """Row-scaled codes of Rᵀ_left x diag(fold_columns) and column-scaled transposed codes of diag(fold_rows) x, in two reads
     of x: (codes, codes_t, row scales, column scales)."""
     fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
-    if left is not None and not _fits_tiles(x, left, None):
+    if left is not None and (left.rank is not None or not fits_tiles(x, left, None)):
         codes, _, row_scales = rotate_quantize(x, left, None, format, "row", None, fold_columns, True, False)
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
     else:
@@ -136,36 +124,37 @@ def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
 
 
-def _whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
-    """x with columns of zeros up to whole blocks. Rows need none: kernels read zeros beyond the last."""
-    missing = reference.padded(x.shape[1], right) - x.shape[1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
 def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
     """Whether the kernels know these folds: along rows where scales lie along columns, and the other way round, which is what
     recipes ask for."""
     return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
 
 
-def _needs_rotating_first(x, left, right, scale) -> bool:
+def _turns(x, left, right, scale, rows) -> bool:
+    """Whether a rotation from the left is done to the transpose of x, from the right. There tiles know low ranks and scales
+    along what is rotated; and codes are stored as they come where they are wanted transposed."""
+    if left is None or right is not None or scale == "row" or not fits_tiles(x, left, None):
+        return False
+    return left.rank is not None or scale == "column" or not rows
+
+
+def _takes_whole_rows(x, left, right, scale, noisy) -> bool:
+    low = right is not None and right.rank is not None
+    return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
+
+
+def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
-    if any(r is not None and r.rank is not None for r in (left, right)):
-        return True
-    if right is not None and left is None and scale == "row" and x.shape[1] <= LARGEST_ROW:
+    if right is not None and _takes_whole_rows(x, left, right, scale, noisy):
         if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
             return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
-        return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != x.shape[1]))
-    return not _fits_tiles(x, left, right) or scale == "column"
-
-
-def _fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks. In float32, with products in three tf32 parts, it exceeds every shared memory."""
-    whole = all(r is None or (r.rank is None and r.edge <= TILE and TILE % r.edge == 0) for r in (left, right))
-    return whole and not (x.dtype == torch.float32 and x.device.type == "cuda")
+        whole = reference.padded(x.shape[1], right)
+        return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != whole))
+    low = left is not None and left.rank is not None
+    return low or scale == "column" or not fits_tiles(x, left, right)
 
 
 # Whole rows.
@@ -238,20 +227,20 @@ def _row_launch(row: int, chunks: int, large: bool, rotate: bool) -> tuple[int, 
 # Tiles.
 
 
-def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns):
+def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, seed=None):
     """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
     "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
     m, k = x.shape
-    m_out = reference.padded(m, left)
+    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
         Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
-        rows, columns,
+        rows, columns, seed is not None,
     )  # fmt: skip
     one = row_scale == column_scale == "tensor"
     # Float bits: of rows (padded to whole tiles), then of columns.
     amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
     row_amax, column_amax = amax[:padded_rows], amax if one else amax[padded_rows:]
-    codes = code_matrix(x, m_out, k, format) if rows else None
+    codes = code_matrix(x, m_out, k_out, format) if rows else None
     codes_t = code_matrix(x, k, m, format) if columns else None
     new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
     row_scales = new(m_out if row_scale == "row" else (), dtype=torch.float32)
@@ -259,27 +248,28 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     operands = [x, *matrices, fold_columns, fold_rows, row_amax, column_amax]
     if amax_pass is not None:
         amax_pass(*(amax if t is None else t for t in operands))
-    cast_pass(*(amax if t is None else t for t in [*operands, codes, codes_t, row_scales, column_scales]))
+    cast_pass(*(amax if t is None else t for t in [*operands, seed, codes, codes_t, row_scales, column_scales]))
     return codes, codes_t, row_scales, column_scales
 
 
-def _tile_launch(kernel, rotated: bool) -> tuple[int, int, int, int]:
-    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md."""
+def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:
+    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md. ``rotated``: the edge
+    of a rotated tile, or 0."""
     if kernel is kernels.amax_tiles:
-        return (TILE, 8, 2, 4) if rotated else (TILE, 1, 1, 4)
-    return (TILE, 1, 1, 4) if rotated else (64, 1, 1, 2)
+        return (rotated, 8, 2, 4) if rotated else (TILE, 1, 1, 4)
+    return (rotated, 1, 1, 4) if rotated else (64, 1, 1, 2)
 
 
 @lru_cache(maxsize=4096)
 def _plan_tiles(
-    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns
+    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, noisy
 ) -> tuple[Launch | None, Launch, tuple, int]:
     m, k = x.shape
-    m_out = reference.padded(m, left)
+    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     one = row_scale == column_scale == "tensor"
     measure_rows = ALONG[row_scale] if row_scale else 0
     measure_columns = ALONG[column_scale] if column_scale and not one else 0
-    rotated = left is not None or right is not None
+    rotated = tile_edge(x) if left or right else 0
     flags = {
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right),
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
@@ -287,78 +277,28 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
+        warps *= 2 if constants.get("NOISY") else 1  # the noise takes as many registers as the tile; not measured
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
-        options = {"T": edge, "TILES": per_program, "STAGES": stages, "num_warps": warps}
+        kept = edge if right is None else reference.rotated(edge, right)
+        options = {
+            "T": edge, "WIDTH": product_width(kept), "KEPT": kept, "TILES": per_program, "STAGES": stages, "num_warps": warps,
+        }  # fmt: skip
         return Launch(kernel, grid, integers, options | flags | constants)
 
     amax_pass = None
     if measure_rows or measure_columns:
         amax_pass = tiled(
-            kernels.amax_tiles, (m, k, *x.stride),
+            kernels.amax_tiles, (m, k, k_out, *x.stride),
             ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
         )  # fmt: skip
     cast_pass = tiled(
-        kernels.cast_tiles, (m, k, m_out, *x.stride, aligned(k), aligned(m)),
+        kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
-        **_format_options(format, x.device, saturate="unit" in (row_scale, column_scale)),
+        NOISY=noisy, **_format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
     )  # fmt: skip
     matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=True) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=False) if right else None,
+        block_diagonal(left, rotated, x.product_dtype, x.device, transposed=True) if left else None,
+        block_diagonal(right, rotated, x.product_dtype, x.device, transposed=False) if right else None,
     )
     return amax_pass, cast_pass, matrices, triton.cdiv(m_out, TILE) * TILE
-
-
-# Codes transposed, and matrices rotated in high precision.
-
-
-def transposed(codes: torch.Tensor) -> torch.Tensor:
-    """The transpose of a row-major matrix of codes, in memory."""
-    m, k = codes.shape
-    out = codes.new_empty_strided((k, m), (aligned(m), 1))
-    _plan_transpose(m, k, codes.stride(0), out.stride(0), codes.device)(codes.view(torch.int8), out.view(torch.int8))
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _plan_transpose(m: int, k: int, stride: int, stride_out: int, device: torch.device) -> Launch:
-    """``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in its plan."""
-    grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
-    return Launch(kernels.transpose_codes, grid, (m, k, stride, stride_out), {"T": TILE, "num_warps": 4})
-
-
-def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rᵀ_left x R_right, zero-padded to whole blocks."""
-    x = _whole_blocks(x, right)
-    shape = (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right))
-    return _rotate(x, left, right, shape, dtype, inverse=False)
-
-
-def unrotate(
-    x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int], dtype: torch.dtype
-) -> torch.Tensor:
-    """The inverse of :func:`rotate`, of the given ``shape``."""
-    return _rotate(x, left, right, shape, dtype, inverse=True)
-
-
-def _rotate(x, left, right, shape, dtype, inverse):
-    if not _fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
-        y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
-        return y.to(dtype).contiguous()
-    out = x.new_empty(shape, dtype=dtype)
-    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), dtype, inverse)
-    launch(x, *(out if matrix is None else matrix for matrix in matrices), out)
-    return out
-
-
-@lru_cache(maxsize=4096)
-def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
-    matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
-    )
-    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right), "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
-    integers = (*x.shape, shape[0], *x.stride, shape[1])
-    return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

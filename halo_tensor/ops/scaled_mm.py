@@ -19,7 +19,8 @@ from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.quantize_kernels import load_square
-from halo_tensor.ops.rotate_quantize import Matrix, dense, transposed, unrotate
+from halo_tensor.ops.rotate import Matrix, transposed, unrotate
+from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 #: columns of an output tile that an epilogue un-rotates at once
