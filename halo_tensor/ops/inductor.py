@@ -202,7 +202,7 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
     "from halo_tensor.ops.launch import Launch",
-    "from halo_tensor.ops.producers import libdevice, per_piece",
+    "from halo_tensor.ops.producers import libdevice",
 )
 
 

@@ -1,10 +1,10 @@
 """What would write the quantiser's input, as a Triton function that the quantiser calls instead of reading it.
 
-In a compiled graph, X is often the result of elementwise operations (SwiGLU, the last step of a norm) that nothing else reads.
-Inductor would write it in one kernel for ours to read in the next. Its description of that kernel, run once with names for
-values, gives the source of a function of row and column, and the matrix is never written. Values are computed in float32 and
-rounded to the matrix's dtype, by the operations that Inductor's own kernel would use; so codes stay the same, but for what
-fused multiply-adds, which our kernels do without, leave in the last bit of a float32.
+In a compiled graph, X is often the result of elementwise operations (SwiGLU) that nothing else reads. Inductor would write it
+in one kernel for ours to read in the next. Its description of that kernel, run once with names for values, gives the source of
+a function of row and column, and the matrix is never written. Values are computed in float32 and rounded to the dtype of the
+matrix, by the operations that Inductor's own kernel would use; so codes stay the same, but for what fused multiply-adds, which
+our kernels do without, leave in the last bit of a float32.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from torch._inductor.virtualized import V
 from triton.language import math as interpreted_math
 
 from halo_tensor.ops import library
-from halo_tensor.ops.quantize_kernels import per_piece  # noqa: F401 (this too)
 from halo_tensor.ops.rotate_quantize import PRODUCER_INPUTS
 
 if library.INTERPRETED:
@@ -67,26 +66,16 @@ class _Writer(DefaultHandler):
         self.lines: dict[str, str] = {}  # expression -> the variable that holds it
         self.tensors: list[str] = []
         self.matrices: set[str] = set()  # tensors of which every element is read
-        self.by_row: set[str] = set()  # variables [ROWS], as large as what they are made of; the rest are as large as the tile
 
     def _default(self, name: str, args: tuple, kwargs: dict) -> str:
         if name not in _OPERATIONS or kwargs:
             raise _Unknown(name)
-        variables = [x for x in args if x in self.lines.values()]
-        if not variables:
+        if not any(x in self.lines.values() for x in args):
             raise _Unknown("of constants")
-        if self.by_row.issuperset(variables):
-            return self._variable(_OPERATIONS[name].format(*args), by_row=True)
-        return self._variable(_OPERATIONS[name].format(*map(self._spread, args)))
+        return self._variable(_OPERATIONS[name].format(*args))
 
-    def _variable(self, expression: str, by_row: bool = False) -> str:
-        name = self.lines.setdefault(expression, f"t{len(self.lines)}")
-        if by_row:
-            self.by_row.add(name)
-        return name
-
-    def _spread(self, x: str) -> str:
-        return self._variable(f"per_piece({x}, ROWS, CHUNKS)") if x in self.by_row else x
+    def _variable(self, expression: str) -> str:
+        return self.lines.setdefault(expression, f"t{len(self.lines)}")
 
     def constant(self, value: float, dtype: torch.dtype) -> str:
         if not dtype.is_floating_point or value - value != 0:
@@ -103,7 +92,7 @@ class _Writer(DefaultHandler):
             return x
         if dtype not in (torch.bfloat16, torch.float16):
             raise _Unknown(dtype)
-        return self._variable(f"{_rounded(x, dtype)}.to(tl.float32)", x in self.by_row)
+        return self._variable(f"{_rounded(x, dtype)}.to(tl.float32)")
 
     def load(self, name: str, index: sympy.Expr) -> str:
         dtype = V.graph.get_dtype(name)
@@ -113,32 +102,31 @@ class _Writer(DefaultHandler):
         by_row, by_column, start = index.coeff(_ROW), index.coeff(_COLUMN), index.subs({_ROW: 0, _COLUMN: 0})
         if index != by_row * _ROW + by_column * _COLUMN + start or not all(n.is_Integer for n in (by_row, by_column, start)):
             raise _Unknown(index)
-        if by_column not in (0, 1):  # columns that do not lie side by side: whole rows are the wrong way to read them
+        if by_column != 1:
+            # Columns that do not lie side by side: whole rows are the wrong way to read them. Or a value per row, as in the
+            # last step of a norm: what makes its statistics reads x as well, so there is next to nothing to gain.
             raise _Unknown(index)
         if name not in self.tensors:
             self.tensors.append(name)
-        at = [f"x{self.tensors.index(name)}", *([str(start)] if start != 0 else [])]
-        if by_column == 0:
-            at, mask = [*at, f"rows * {by_row}"], "inside_rows"
-        else:
-            at, mask = [*at, *([f"row * {by_row}"] if by_row != 0 else []), "column"], "inside"
-            self.matrices |= {name} if by_row != 0 else set()
-        return self._variable(f"tl.load({' + '.join(at)}, mask={mask}, other=0.0).to(tl.float32)", by_column == 0)
+        if by_row != 0:
+            self.matrices.add(name)
+        at = [f"x{self.tensors.index(name)}", "column"]
+        at += [f"row * {by_row}"] if by_row != 0 else []
+        at += [str(start)] if start != 0 else []
+        return self._variable(f"tl.load({' + '.join(at)}, mask=inside, other=0.0).to(tl.float32)")
 
     @property
     def pays(self) -> bool:
-        """Not writing and reading the matrix saves two passes over it, in exchange for reads of what it is made of. Those
-        only move here where the kernel that made it is gone; where another must read the same, to make a value per row
-        (a norm), they are reads more."""
-        return len(self.matrices) + bool(self.by_row) <= 2
+        """Not writing and reading the matrix saves two passes over it, in exchange for reads of what it is made of, which only
+        move here where the kernel that made it is gone."""
+        return len(self.matrices) <= 2
 
     def function(self, result: str, dtype: torch.dtype) -> Function:
         tensors = ", ".join(f"x{i}" for i in range(PRODUCER_INPUTS))
         lines = [f"{name} = {expression}" for expression, name in self.lines.items()]
         # What lies beyond the matrix must be zero, and an operation on zeros need not be.
         lines += [f"y = tl.where(inside, {result}, 0.0)", f"return {_rounded('y', dtype)}"]
-        indices = "rows, row, column, inside_rows, inside, ROWS: tl.constexpr, CHUNKS: tl.constexpr"
-        return Function(f"({tensors}, {indices}):\n    " + "\n    ".join(lines))
+        return Function(f"({tensors}, row, column, inside):\n    " + "\n    ".join(lines))
 
 
 def _rounded(x: str, dtype: torch.dtype) -> str:
@@ -167,7 +155,7 @@ def producer(box: Any) -> tuple[Function, list[Any]] | None:
     try:
         boxes = {name: _frozen(name) for name in buffer.get_read_names()}
         with V.set_ops_handler(writer):
-            result = writer._spread(str(buffer.data.inner_fn([_ROW, _COLUMN])))
+            result = str(buffer.data.inner_fn([_ROW, _COLUMN]))
     except _Unknown:
         return None
     read = [boxes[name] for name in writer.tensors]

@@ -54,12 +54,6 @@ def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.const
 
 
 @triton.jit
-def per_piece(x, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """A value per row, for each of its pieces."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))[:, None]
-
-
-@triton.jit
 def _noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
     """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
     quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
@@ -86,7 +80,7 @@ def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT
 
 @triton.jit
 def whole_rows(
-    x, x1, x2, x3, x4, matrix, left_matrix, signs, fold, codes, scales,
+    x, x1, x2, matrix, left_matrix, signs, fold, codes, scales,
     M, K, stride_row, stride_column, stride_codes,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
@@ -97,7 +91,7 @@ def whole_rows(
 
     ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH]. FULL: the whole row (ROWS = 1) also with left_matrix
     [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. PRODUCER, if not None, computes x from the tensors
-    x, x1, …, x4; see producers.
+    x, x1, x2; see producers.
     """
     piece = tl.arange(0, ROWS * CHUNKS)
     inner = tl.arange(0, WIDTH)
@@ -109,14 +103,13 @@ def whole_rows(
         outer = tl.arange(0, CHUNKS)
         h_left = tl.load(left_matrix + outer[:, None] * CHUNKS + outer[None, :])
     for step in tl.range(0, STEPS, num_stages=STAGES):
-        rows = first + step * ROWS + tl.arange(0, ROWS)
         row = first + step * ROWS + piece // CHUNKS
         inside = (row < M)[:, None] & (columns < K)
         at_row = row.to(tl.int64)[:, None]
         if PRODUCER is None:
             y = tl.load(x + at_row * stride_row + columns * stride_column, mask=inside, other=0.0)
         else:
-            y = PRODUCER(x, x1, x2, x3, x4, rows.to(tl.int64), at_row, columns, rows < M, inside, ROWS, CHUNKS)
+            y = PRODUCER(x, x1, x2, at_row, columns, inside)
         if FULL:
             y = y.to(tl.float32) * tl.load(signs + columns, mask=columns < K, other=0.0)
         if ROTATE:
@@ -133,8 +126,10 @@ def whole_rows(
         amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, _max)
         scale = _scale(amax, INVERSE_MAX)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
-        q = _round(y * per_piece(inverse, ROWS, CHUNKS), CODE, MANTISSA, MIN_EXPONENT, MAX)
+        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
+        q = _round(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
         tl.store(codes + at_row * stride_codes + columns, q, mask=inside)
+        rows = first + step * ROWS + tl.arange(0, ROWS)
         tl.store(scales + rows, scale, mask=rows < M)
 
 

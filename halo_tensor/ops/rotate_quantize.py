@@ -21,7 +21,7 @@ from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
 #: tensors of which whole_rows may compute its matrix
-PRODUCER_INPUTS = 5
+PRODUCER_INPUTS = 3
 #: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
 
@@ -192,10 +192,11 @@ def _plan_whole_rows(
         chunks = triton.next_power_of_2(triton.cdiv(k, width))
         if right is not None:
             matrix = block_diagonal(right, width, x.product_dtype, x.device, transposed=False)
-    rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, right is not None)
+    rotated, produced = right is not None, producer is not None
+    rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, rotated, produced)
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
-        "ROTATE": right is not None, "FULL": full, "FOLD": folded, "NORM": _norm(right), "num_warps": warps,
+        "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": _norm(right), "num_warps": warps,
         "PRODUCER": producer, **_format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)
@@ -209,9 +210,10 @@ def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
     return torch.nn.functional.pad(hadamard_factor(n, device).t(), (0, edge - n, 0, edge - n)).to(dtype).contiguous()
 
 
-def _row_launch(row: int, chunks: int, large: bool, rotate: bool) -> tuple[int, int, int, int]:
+def _row_launch(row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> tuple[int, int, int, int]:
     """(rows at a time, times, warps, stages) for rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md.
-    ``large``: the matrices of the rotation leave no shared memory for pipelining."""
+    ``large``: the matrices of the rotation leave no shared memory for pipelining. ``produced``: a row is computed, from two
+    that are read, and other programs hide that better than a pipeline."""
     if large:
         return 1, 16, 8 if row <= 16384 else 16, 1
     rows = max(1, (8192 if row <= 4096 else 16384) // row)
@@ -219,8 +221,8 @@ def _row_launch(row: int, chunks: int, large: bool, rotate: bool) -> tuple[int, 
         rows //= 2
     tile = rows * row
     warps = 4 if tile <= 8192 else 8 if tile <= 16384 else 16
-    if not rotate:
-        return rows, 1, warps, 1
+    if not rotate or produced:
+        return rows, 1, 16 if produced and not rotate and tile > 8192 else warps, 1
     return rows, max(1, 16 // rows), warps, 3 if tile <= 16384 else 2
 
 
