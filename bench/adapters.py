@@ -44,7 +44,7 @@ def to_bitsandbytes(llama: nn.Module) -> None:
                 new = bnb.nn.Linear4bit(
                     child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
-                new.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 setattr(module, name, new.to(DEVICE))
     llama.is_loaded_in_4bit = True  # PEFT looks for this
 

@@ -38,7 +38,10 @@ NOTES = (
 
 
 def weight_bytes(model: Llama) -> int:
-    storages = {s.data_ptr(): s for p in model.llama.model.layers.parameters() for s in get_untyped_storages(p)}
+    tensors = list(model.llama.model.layers.parameters())
+    for state in [p.quant_state for p in tensors if hasattr(p, "quant_state")]:  # of bitsandbytes: scales of scales
+        tensors += [state.absmax, state.state2.absmax]
+    storages = {s.data_ptr(): s for tensor in tensors for s in get_untyped_storages(tensor)}
     return sum(s.nbytes() for s in storages.values())
 
 
