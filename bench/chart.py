@@ -14,7 +14,7 @@ PER_ROW = 4  # panels side by side
 
 
 def draw(name: str, folder: Path = results.FOLDER) -> None:
-    """``folder``/name.json -> name.png. The first column of its table tells the panels apart."""
+    """``folder``/name.json -> name.png. The columns in "panels" tell the panels apart, or the table's first."""
     try:
         import matplotlib
     except ImportError:
@@ -28,8 +28,8 @@ def draw(name: str, folder: Path = results.FOLDER) -> None:
     if not rows:
         print(f'{name}.png is not drawn: the table has no "× bf16"')
         return
-    group = next(iter(rows[0]))
-    panels = list(dict.fromkeys(row[group] for row in rows))
+    group = record.get("panels", list(rows[0])[:1])
+    panels = list(dict.fromkeys(_panel(row, group) for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     position = {contender: i for i, contender in enumerate(contenders)}
     widest = max(float(row["× bf16"]) for row in rows)
@@ -41,7 +41,7 @@ def draw(name: str, folder: Path = results.FOLDER) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        for row in (row for row in rows if row[group] == panel):
+        for row in (row for row in rows if _panel(row, group) == panel):
             y, value = position[row["contender"]], float(row["× bf16"])
             ours = row["contender"].startswith("halo")
             axes.barh(y, value, height=0.72, color=OURS if ours else PEER)
@@ -59,6 +59,10 @@ def draw(name: str, folder: Path = results.FOLDER) -> None:
     figure.savefig(folder / f"{name}.png", dpi=160)
     plt.close(figure)
     print(f"{folder / f'{name}.png'} drawn")
+
+
+def _panel(row: dict, columns: list[str]) -> str:
+    return ", ".join(row[column] for column in columns)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import results
 import torch
-from common import environment, fail, load_model
+from common import fail, load_model
 from contenders import convert
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from torch import nn
+
+from halo_tensor import environment
 
 MODELS = ("as shipped", "with outliers")
 MAIN = ("bf16", "halo1-int8", "halo2-int8", "halo0-fp8")
@@ -269,7 +271,7 @@ def draw(name: str, runs: list[dict], folder: Path) -> None:
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right", "left"]].set_visible(False)
     grid[0, 0].invert_yaxis()
-    figure.supxlabel(f"a dot is a seed, the dashed line bf16\n{environment()}", fontsize=8)
+    figure.supxlabel(f"a dot is a seed, the dashed line bf16\n{environment().line()}", fontsize=8)
     figure.savefig(folder / f"{name}.png", dpi=150)
     plt.close(figure)
 

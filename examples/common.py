@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from halo_tensor import halo_config, recipe_config
+from halo_tensor import environment, halo_config, recipe_config
 from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
 
@@ -168,7 +168,7 @@ def validate(model, tokens: torch.Tensor, args: argparse.Namespace) -> float:
 
 def report(args: argparse.Namespace, name: str, title: str, table: str) -> None:
     """Print a table with what it was measured on, and keep it in a file."""
-    text = f"{title}, {args.steps} steps of {args.batch}×{args.length} tokens\n{environment()}\n\n{table}\n"
+    text = f"{title}, {args.steps} steps of {args.batch}×{args.length} tokens\n{environment().line()}\n\n{table}\n"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {args.output}/{name}.md")
@@ -186,18 +186,3 @@ def saved_for_backward(model: nn.Module):
     with measure_saved(model, linears) as saved:
         yield total
     total[0] = saved.layers
-
-
-def environment() -> str:
-    """Device and versions, for whatever is printed beside a figure."""
-    import platform
-    from datetime import date
-
-    import torchao
-
-    import halo_tensor
-
-    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (halo_tensor, torch, torchao))
-    return f"{date.today()}, {device}, {versions}"

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import environment, fail, load_model
+from common import fail, load_model
 from data import IGNORED, SOURCES, Rows, batches, encode, load_chats, pack, steps_per_epoch
 from evaluation import EXACT, answers, exact_match, mean_loss
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, halo_config, quantize_
+from halo_tensor import dequantize_, environment, halo_config, quantize_
 
 
 def prepare(model, args: argparse.Namespace):
@@ -211,7 +211,7 @@ def main() -> None:
         del model
         model, _ = load_model(str(folder), weights, args.device)
     result = {"model": args.model, "dataset": args.dataset, **evaluate(model, tokenizer, valid, pad, args)}
-    result |= {"environment": environment(), "command": " ".join(sys.argv)}
+    result |= {"environment": environment().line(), "command": " ".join(sys.argv)}
     (args.output / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
     print(json.dumps(result, indent=1, ensure_ascii=False))
     print(f"written to {folder}, {args.output}/log.jsonl and result.json")

@@ -17,11 +17,11 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import environment, fail
+from common import fail
 from torch import nn
 from tqdm import tqdm
 
-from halo_tensor import calibrate, dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor import calibrate, dequantize_, environment, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
 
@@ -139,7 +139,7 @@ def report(rows: list[dict], path: str) -> None:
     """Print a Markdown table, and write it to ``path`` with the command and the environment."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-    text = "\n".join(["python " + " ".join(sys.argv), "", environment(), "", *lines]) + "\n"
+    text = "\n".join(["python " + " ".join(sys.argv), "", environment().line(), "", *lines]) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text)
     print(text)

@@ -585,6 +585,7 @@ def test_environment():
     text = json.dumps(found) + str(found)
     assert "/" not in text and "\\" not in text.replace("\\n", "")
     assert all(key in str(found) for key in ("torchao", "transformers", "peft", "triton", "python"))
+    assert f"threads), halo_tensor {found['halo_tensor']}, torch {torch.__version__}, torchao " in found.line()
 
 
 def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
@@ -598,6 +599,7 @@ def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
     assert gpu["formats"] == ["int8", "int4"] and "fp8_e4m3" in gpu["cannot run"]
     assert (gpu["compute capability"], gpu["memory"]) == ("8.0", "40 GiB")
     assert "cannot run: fp8_e4m3" in str(halo_tensor.environment())
+    assert f", {gpu['name']}, halo_tensor " in halo_tensor.environment().line()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

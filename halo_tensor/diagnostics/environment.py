@@ -1,6 +1,7 @@
 """``environment``: what a bug report should say about the machine. No paths, names of users or hosts, and no secrets."""
 
 import platform
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,6 +14,13 @@ PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
 
 class Environment(dict):
     """A dictionary that JSON can hold; ``str`` lists it, a line per entry."""
+
+    def line(self) -> str:
+        """Date, device and the versions that matter, to be printed beside a figure."""
+        cpu, *gpus = self["devices"]
+        device = gpus[0]["name"] if gpus else f"CPU ({platform.machine()}, {cpu['threads']} threads)"
+        packages = ["halo_tensor", "torch", *(["triton"] if gpus else []), "torchao"]
+        return f"{date.today()}, {device}, {', '.join(f'{name} {self[name]}' for name in packages)}"
 
     def __str__(self) -> str:
         lines = []
@@ -38,6 +46,7 @@ def environment() -> Environment:
     found["platform"] = f"{platform.system()} {platform.machine()}"
     for name in PACKAGES:
         found[name] = _version(name)
+    found["torch"] = str(torch.__version__)  # its metadata may not say for which CUDA it was built
     found["CUDA of torch"] = torch.version.cuda or "none"
     if torch.version.hip is not None:
         found["ROCm of torch"] = torch.version.hip

@@ -4,6 +4,7 @@ are. Nothing here changes the model for longer than a ``with`` block."""
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import log10, sqrt
 from typing import Any
 
@@ -34,7 +35,8 @@ class Fidelity:
     def of(cls, actual: torch.Tensor, exact: torch.Tensor) -> "Fidelity":
         a, e = actual.flatten().float(), exact.flatten().float()
         signal, power, dot = (float(u @ v) for u, v in ((e, e), (a, a), (e, a)))
-        noise = float((a - e).square().sum())
+        difference = a - e
+        noise = float(difference @ difference)
         if noise == 0:
             return cls(1.0, LOSSLESS)
         if not 0 < signal * power < float("inf") or not noise < float("inf"):
@@ -51,10 +53,10 @@ class Outliers:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Outliers":
-        x = x.float()
-        rms = x.square().mean().sqrt().clamp_min(reference.SMALLEST_SCALE)
-        x = x / rms
-        return cls(x.pow(4).mean().item(), x.abs().amax().item())
+        flat = x.float().flatten()
+        rms = (flat @ flat / len(flat)).sqrt().clamp_min(reference.SMALLEST_SCALE)
+        squares = (flat / rms).square_()
+        return cls(float(squares @ squares) / len(flat), squares.amax().sqrt().item())
 
     @classmethod
     def rotated(cls, x: torch.Tensor, dim: int, rotation: Rotation) -> "Outliers":
@@ -178,11 +180,16 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def converted(weight: nn.Parameter, recipe: Recipe) -> nn.Parameter:
-    """A parameter of the same value that follows ``recipe``."""
+def converted(weight: nn.Parameter, recipe: Recipe, earlier: nn.Parameter | None = None) -> nn.Parameter:
+    """A parameter of the same value that follows ``recipe``; with the codes of ``earlier``, the same weight converted to
+    another recipe, if they are the same."""
     if recipe.is_identity:
         return weight
-    return nn.Parameter(HaloWeight.from_hp(weight.detach(), recipe), weight.requires_grad)
+    if isinstance(earlier, HaloWeight) and earlier.recipe.output.right == recipe.output.right:
+        made = HaloWeight(weight.detach(), earlier.operand, recipe)
+    else:
+        made = HaloWeight.from_hp(weight.detach(), recipe)
+    return nn.Parameter(made, weight.requires_grad)
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
@@ -220,12 +227,19 @@ def gradients(loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dic
             continue
         flat = gradient.detach().flatten()
         if len(flat) > GRADIENT_SAMPLE:
-            generator = torch.Generator().manual_seed(len(flat))
-            chosen = torch.randint(len(flat), (GRADIENT_SAMPLE,), generator=generator).to(flat.device)
-            samples[name] = flat[chosen].float() * sqrt(len(flat) / GRADIENT_SAMPLE)
+            samples[name] = flat[_sample(len(flat), GRADIENT_SAMPLE).to(flat.device)].float() * sqrt(
+                len(flat) / GRADIENT_SAMPLE
+            )
         else:
             samples[name] = flat.float()
     return samples
+
+
+@lru_cache(maxsize=16)  # weights have few sizes, and every run asks for the same
+def _sample(elements: int, count: int) -> torch.Tensor:
+    """The indices of ``count`` random elements, in order, which reads memory faster."""
+    generator = torch.Generator().manual_seed(elements)
+    return torch.randint(elements, (count,), generator=generator).sort().values
 
 
 def products(
@@ -243,6 +257,12 @@ def products(
             found = torch.autograd.grad(y, [inputs[name] for name in backward], e.to(y.dtype))
             results |= dict(zip(backward, found, strict=True))
     return results
+
+
+def grad_weight(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """Eᵀ X, in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return e.float().t() @ x.float()
 
 
 def outliers(operands: Operands, weight: torch.Tensor, rotation: Rotation) -> dict[str, tuple[Outliers, Outliers]]:

@@ -101,9 +101,15 @@ def report(
             raise ValueError("the batch reaches none of the eligible layers")
         exact = {name: gradient for name, gradient in exact.items() if name in (compared or trained)}
 
-        def whole(name: str, config: LinearConfig | None, recipes: dict[str, Recipe]) -> CandidateReport:
-            made = {(weights[x], recipe): measure.converted(weights[x], recipe) for x, recipe in recipes.items()}
-            swap = {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}  # tied weights stay tied
+        def convert(recipes: dict[str, Recipe], earlier: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+            """The weights of layers under their recipes, by qualified name; tied weights stay tied. Consumes ``earlier``."""
+            made: dict[tuple, nn.Parameter] = {}
+            for x, recipe in recipes.items():
+                if (weights[x], recipe) not in made:
+                    made[weights[x], recipe] = measure.converted(weights[x], recipe, earlier.pop(_weight(x), None))
+            return {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}
+
+        def whole(name: str, config: LinearConfig | None, swap: dict[str, nn.Parameter]) -> CandidateReport:
             with measure.swapped(model, swap):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
                 found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
@@ -115,12 +121,25 @@ def report(
         total = max(own.tokens for own in operands.values())
         for layer in reached:
             recipes = {name: config.recipe for name, config in configs.items() if layer.name in accepted[name]}
-            _measure_layer(layer, operands[layer.name], weights[layer.name], recipes)
             step = round(layer.tokens * (step_tokens or total) / total)
             _model_time(layer, recipes, step, weights[layer.name].requires_grad, ceilings)
-        measured = [whole(name, c, dict.fromkeys(accepted[name], c.recipe)) for name, c in configs.items()]
+        alone = {layer.name: _exact(layer, operands[layer.name], weights[layer.name]) for layer in reached}
+        measured: list[CandidateReport] = []
+        swap: dict[str, nn.Parameter] = {}
+        for name, config in configs.items():
+            swap = convert(dict.fromkeys(accepted[name], config.recipe), swap)
+            for layer in reached:
+                if layer.name in accepted[name]:
+                    weight = swap[_weight(layer.name)]
+                    layer.fidelity[name] = _fidelity(layer, operands[layer.name], weight, alone[layer.name])
+            measured.append(whole(name, config, swap))
+        del swap
         for candidate in measured:
             candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
+
+        def mixture(chosen: dict[str, str]) -> CandidateReport:
+            return whole("as recommended", None, convert({k: configs[c].recipe for k, c in chosen.items()}, {}))
+
         found = Report(
             type(model).__name__,
             loss.item(),
@@ -136,7 +155,7 @@ def report(
             gradient_of,
             _by_name=filter_fn is not None,
         )
-        _recommend(found, lambda chosen: whole("as recommended", None, {k: configs[c].recipe for k, c in chosen.items()}))
+        _recommend(found, mixture)
     found.seconds = perf_counter() - start
     return found
 
@@ -251,13 +270,20 @@ def _layer(name, module: nn.Linear, operands: dict[str, Operands], weight: nn.Pa
     )
 
 
-def _measure_layer(layer: LayerReport, own: Operands, weight: nn.Parameter, recipes: dict[str, Recipe]) -> None:
+def _exact(layer: LayerReport, own: Operands, weight: nn.Parameter) -> dict[str, torch.Tensor]:
+    """The layer's products in float32, but grad_weight: of every layer that would take as much memory as the model."""
     assert own.x is not None
-    exact_weight = nn.Parameter(weight.detach().float(), weight.requires_grad)
-    exact = measure.products(own.x, exact_weight, own.e, layer.products)
-    for name, recipe in recipes.items():
-        quantized = measure.products(own.x, measure.converted(weight, recipe), own.e, layer.products)
-        layer.fidelity[name] = {product: Fidelity.of(quantized[product], exact[product]) for product in layer.products}
+    wanted = tuple(product for product in layer.products if product != "grad_weight")
+    return measure.products(own.x, nn.Parameter(weight.detach().float(), weight.requires_grad), own.e, wanted)
+
+
+def _fidelity(layer: LayerReport, own: Operands, weight: nn.Parameter, exact: dict[str, torch.Tensor]) -> dict[str, Fidelity]:
+    assert own.x is not None
+    quantized = measure.products(own.x, weight, own.e, layer.products)
+    if "grad_weight" in layer.products:
+        assert own.e is not None
+        exact = exact | {"grad_weight": measure.grad_weight(own.x, own.e)}
+    return {product: Fidelity.of(quantized[product], exact[product]) for product in layer.products}
 
 
 def _model_time(layer: LayerReport, recipes: dict[str, Recipe], tokens: int, trained: bool, ceilings: Ceilings) -> None:

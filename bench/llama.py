@@ -1,0 +1,67 @@
+"""Llama shapes with random weights, and how they are compiled."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def shape(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, tied: bool = True, kv_heads: int = 8) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "8b-blocks": shape(4096, 14336, layers=2, heads=32, vocab=128),
+    "1b": shape(2048, 8192, layers=16, heads=32, vocab=128256),
+    "3b": shape(3072, 8192, layers=28, heads=24, vocab=128256),
+    "8b": shape(4096, 14336, layers=32, heads=32, vocab=128256, tied=False),
+    "tiny": shape(128, 256, layers=3, heads=2, vocab=512, kv_heads=1),
+}
+
+
+def _block(layer: nn.Module, hidden: torch.Tensor, angles: tuple, recompute: bool) -> torch.Tensor:
+    if recompute:
+        return checkpoint(layer, hidden, position_embeddings=angles, use_reentrant=False)
+    return layer(hidden, position_embeddings=angles)
+
+
+def _loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(norm(hidden)).float().flatten(0, 1), labels.flatten())
+
+
+class Llama(nn.Module):
+    """Llama called without a mask: LlamaModel.forward makes one under torch.compile, and attention misses its causal kernel.
+    Without labels ``x`` is what enters the first block; with them it is token ids, and the result the loss. ``recompute``:
+    a layer keeps only its input for backward (activation checkpointing)."""
+
+    def __init__(self, shape: dict, recompute: bool = False):
+        super().__init__()
+        self.llama = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa")
+        self.recompute, self._block, self._loss = recompute, _block, _loss
+
+    def compile_as(self, one: str, **options: Any) -> None:
+        """``one``: "model" for one graph, or "blocks": each layer by itself, and the loss; layers alike share what is
+        compiled."""
+        if one == "model":
+            self.compile(**options)
+        else:
+            self._block, self._loss = torch.compile(_block, **options), torch.compile(_loss, **options)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        model = self.llama.model
+        hidden = x if labels is None else model.embed_tokens(x)
+        angles = model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=x.device).unsqueeze(0))
+        for layer in model.layers:
+            hidden = self._block(layer, hidden, angles, self.recompute)
+        return hidden if labels is None else self._loss(model.norm, self.llama.lm_head, hidden, labels)

@@ -1,0 +1,153 @@
+"""Whole training steps of Llama shapes, compiled, with loss and fused AdamW: this library against bf16 and torchao.
+
+    python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no yes
+    python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
+    python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
+
+Random weights and data. The contenders take turns in one process; each compiles everything anew, from empty caches. The table
+is written after every row, and goes on where an earlier one of the same environment ended: rows measured again are replaced.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import chart
+import results
+import torch
+from contenders import convert
+from llama import SHAPES, Llama
+from steps import BACKEND, DEVICE, Measured, allocated, check_gradients, measure_steps, need_cuda, take_turn, warm_up
+from torch._functorch import config as functorch
+
+#: name -> (shape, adapters only, how it is compiled unless told)
+MODELS = {"1b": ("1b", False, "model"), "3b": ("3b", False, "blocks"), "8b-lora": ("8b", True, "blocks")}
+TINY_MODELS = {"tiny": ("tiny", False, "blocks"), "tiny-lora": ("tiny", True, "blocks")}
+DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "halo0-fp8", "halo1-fp8", "halo1-int8"]
+PANEL = ("model", "sequences", "recomputed", "compiled")  # what rows have in common that are compared
+NOTES = (
+    "Llama-3.2-1B and -3B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on every linear "
+    "are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
+    "torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, and the "
+    "loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
+    "activation_memory_budget. ms: median of plain calls. Saved: what the forward leaves allocated besides the loss. Peak: in "
+    "one step, weights, gradients and the optimiser's state included. First two steps: in seconds, compilation included. "
+    "× bf16 is against the bf16 row of the same shape, which another call may have measured."
+)
+
+
+def make(name: str, place: dict, args: argparse.Namespace) -> Llama:
+    shape, lora, _ = args.known[place["model"]]
+    if lora:
+        import adapters  # needs peft, which the others do not
+
+        return adapters.make(name, SHAPES[shape], recompute=place["checkpointing"])[0]
+    with torch.device(DEVICE):
+        model = Llama(SHAPES[shape], recompute=place["checkpointing"])
+    convert(model, name)
+    return model
+
+
+def measure(name: str, place: dict, args: argparse.Namespace) -> Measured:
+    torch.manual_seed(0)
+    others, length = allocated(), place["length"]
+    model = make(name, place, args).train()
+    vocab, size = model.llama.config.vocab_size, (max(args.tokens // length, 1), length)
+    ids, labels = (torch.randint(vocab, size, device=DEVICE) for _ in range(2))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    model.compile_as(place["compiled"], fullgraph=not name.startswith("bitsandbytes"), backend=BACKEND)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(ids, labels).backward()
+        optimizer.step()
+
+    with functorch.patch(activation_memory_budget=args.memory_budget):
+        measured = measure_steps(step, lambda: model(ids, labels), others, args.reps, graph=False)
+    check_gradients(model)
+    return measured
+
+
+def places(args: argparse.Namespace):
+    """Where the contenders meet: what is measured, and how the table names it."""
+    for model, length, checkpointing in itertools.product(args.models, args.lengths, args.checkpointing):
+        compiled = args.compile or args.known[model][2]
+        recomputed = ["layers"] * (checkpointing == "yes") + [f"budget {args.memory_budget:g}"] * (args.memory_budget < 1)
+        sequences = f"{max(args.tokens // length, 1)}×{length}"
+        panel = dict(zip(PANEL, (model, sequences, ", ".join(recomputed) or "nothing", compiled), strict=True))
+        yield panel, panel | {"length": length, "checkpointing": checkpointing == "yes"}
+
+
+def row_of(panel: dict, name: str, measured: Measured, tokens: int) -> dict:
+    numbers = {"ms": round(measured.ms, 2), "× bf16": None, "tokens/s": round(1e3 * tokens / measured.ms)}
+    return panel | {"contender": name} | numbers | measured.memory() | {"first two steps s": round(measured.first, 1)}
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[column] for column in (*PANEL, "contender"))
+
+
+def compared(rows: dict[tuple, dict]) -> list[dict]:
+    """In the order of their panels, each against its panel's bf16."""
+    panels = list(dict.fromkeys(k[:-1] for k in rows))
+    for k, row in rows.items():
+        reference = rows.get((*k[:-1], "bf16"))
+        row["× bf16"] = f"{reference['ms'] / row['ms']:.2f}" if reference else None
+    return sorted(rows.values(), key=lambda row: panels.index(key(row)[:-1]))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
+    parser.add_argument("--lengths", nargs="+", type=int, help="of sequences (default: 2048)")
+    parser.add_argument("--tokens", type=int, help="in a step (default: 8192)")
+    parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=["no", "yes"], help="recompute layers")
+    parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="as in contenders.py and adapters.py")
+    parser.add_argument("--compile", choices=["model", "blocks"], help="one graph, or layer by layer (default: 1b one graph)")
+    parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after this")
+    parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="of the result files")
+    parser.add_argument("--name", default="train", help="of the result files")
+    args = parser.parse_args()
+    args.known = TINY_MODELS if args.tiny else MODELS
+    args.models = args.models or (list(TINY_MODELS) if args.tiny else ["1b"])
+    args.lengths = args.lengths or ([64] if args.tiny else [2048])
+    args.tokens = args.tokens or (128 if args.tiny else 8192)
+    return args
+
+
+def main() -> None:
+    start, args = time.perf_counter(), parse_args()
+    if not args.tiny:
+        need_cuda("train.py")
+    before = results.earlier(args.name, args.folder)
+    rows = {key(row): row for row in before["rows"]}
+    warm_up()
+    for (panel, place), name in itertools.product(list(places(args)), args.contenders):
+        if args.missing and (*panel.values(), name) in rows:
+            continue
+        if time.perf_counter() - start > args.budget_seconds:
+            print(f"stopped before {name}, {', '.join(panel.values())}: {args.budget_seconds:g} s are spent")
+            break
+        measured = take_turn(name, measure, place, args)
+        if measured is None:
+            continue
+        row = row_of(panel, name, measured, args.tokens)
+        rows[key(row)] = row
+        title = f"Training steps of {args.tokens} tokens" + (", small shapes" if args.tiny else "")
+        results.write(
+            args.name, title, compared(rows), NOTES, args.folder, quiet=True, after=before["command"], panels=list(PANEL)
+        )
+        print(f"{time.perf_counter() - start:.0f} s: {row}", flush=True)
+    if rows:
+        print((args.folder / f"{args.name}.md").read_text())
+        chart.draw(args.name, args.folder)
+
+
+if __name__ == "__main__":
+    main()
