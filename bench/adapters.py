@@ -49,7 +49,7 @@ def to_bitsandbytes(llama: nn.Module) -> None:
     llama.is_loaded_in_4bit = True  # PEFT looks for this
 
 
-def make(name: str, shape: dict, recompute: bool = False) -> tuple[Llama, float]:
+def make(name: str, shape: dict, recompute: str = "no") -> tuple[Llama, float]:
     """The model with its adapters, and the seconds that converting its base took."""
     if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
         raise RuntimeError("bitsandbytes is not installed")

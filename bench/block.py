@@ -12,25 +12,28 @@ import chart
 import results
 import torch
 from contenders import CONTENDERS, convert, requantize
-from llama import SHAPES, Llama
+from llama import SHAPES, Llama, split
 from steps import DEVICE, Measured, allocated, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 
 PEERS = ["bf16", "torchao-tensorwise", "torchao-rowwise"]
-OURS = ["halo0-fp8", "halo1-fp8", "halo2-fp8", "halo1-int8", "halo1-fp6"]
+OURS = ["halo0-fp8", "halo1-fp8", "halo1-fp8/products", "halo2-fp8", "halo1-int8", "halo1-int8/products", "halo1-fp6"]
+HELP = f"of {', '.join(CONTENDERS)}, or NAME/layers, NAME/products: backward recomputes all, or all but products"
 NOTES = (
     "torch.compile of the {} with fullgraph and an activation memory budget of {:g}, from empty caches; attention is SDPA's "
     "causal kernel. ms: median of plain calls; graph ms: of replays of a CUDA graph. There is no optimiser: weights are "
     "quantised anew in every step, as its write would cause. Saved: what the forward leaves allocated besides its result. "
-    "Peak: in one step, weights and gradients included. First two steps: in seconds, compilation included."
+    "/products: with keep_products. Peak: in one step, weights and gradients included. First two steps: in seconds, with "
+    "compilation."
 )
 
 
 def measure(name: str, args: argparse.Namespace) -> Measured:
     torch.manual_seed(0)
+    name, recompute = split(name)
     others, size = allocated(), (args.batch, args.length, SHAPES["8b-blocks"]["hidden_size"])
     with torch.device(DEVICE):
-        model = Llama(SHAPES["8b-blocks"])
+        model = Llama(SHAPES["8b-blocks"], recompute)
         x = torch.randn(size, dtype=torch.bfloat16, requires_grad=True)
         e = torch.randn(size, dtype=torch.bfloat16)
     convert(model, name)
@@ -49,7 +52,7 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", default="model", choices=["model", "blocks"], help="one graph, or block by block")
-    parser.add_argument("--contenders", nargs="+", default=PEERS + OURS, choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=PEERS + OURS, metavar="NAME", help=HELP)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halo_tensor import keep_products
+
 
 def shape(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, tied: bool = True, kv_heads: int = 8) -> dict:
     return {
@@ -30,10 +32,21 @@ SHAPES = {
 }
 
 
-def _block(layer: nn.Module, hidden: torch.Tensor, angles: tuple, recompute: bool) -> torch.Tensor:
-    if recompute:
-        return checkpoint(layer, hidden, position_embeddings=angles, use_reentrant=False)
-    return layer(hidden, position_embeddings=angles)
+#: What backward computes again, and what checkpoint is told: nothing, whole layers, or all but products.
+RECOMPUTED: dict[str, dict | None] = {"no": None, "layers": {}, "products": {"context_fn": keep_products}}
+
+
+def split(name: str) -> tuple[str, str]:
+    """The contender and what it recomputes: NAME, NAME/layers or NAME/products."""
+    contender, _, recompute = name.partition("/")
+    return contender, recompute or "no"
+
+
+def _block(layer: nn.Module, hidden: torch.Tensor, angles: tuple, recompute: str) -> torch.Tensor:
+    options = RECOMPUTED[recompute]
+    if options is None:
+        return layer(hidden, position_embeddings=angles)
+    return checkpoint(layer, hidden, position_embeddings=angles, use_reentrant=False, **options)
 
 
 def _loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,9 +56,9 @@ def _loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.
 class Llama(nn.Module):
     """Llama called without a mask: LlamaModel.forward makes one under torch.compile, and attention misses its causal kernel.
     Without labels ``x`` is what enters the first block; with them it is token ids, and the result the loss. ``recompute``:
-    a layer keeps only its input for backward (activation checkpointing)."""
+    one of RECOMPUTED (activation checkpointing)."""
 
-    def __init__(self, shape: dict, recompute: bool = False):
+    def __init__(self, shape: dict, recompute: str = "no"):
         super().__init__()
         self.llama = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa")
         self.recompute, self._block, self._loss = recompute, _block, _loss

@@ -13,7 +13,7 @@ import chart
 import results
 import torch
 from adapters import make
-from llama import SHAPES, Llama
+from llama import SHAPES, Llama, split
 from steps import DEVICE, Measured, allocated, check_gradients, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 from torch.distributed._tools.common_utils import get_untyped_storages
@@ -24,8 +24,11 @@ DEFAULT = [
     "torchao-rowwise",
     "bitsandbytes-nf4",
     "halo0-fp8",
+    "halo0-fp8/products",
     "halo1-fp8",
+    "halo1-fp8/products",
     "halo1-int8",
+    "halo1-int8/products",
     "halo1-fp6",
 ]
 NOTES = (
@@ -33,7 +36,7 @@ NOTES = (
     "caches; attention is SDPA's causal kernel; adapters in bf16; every layer makes its grad_input; no optimiser. ms: median "
     "of plain calls; graph ms: of replays of a CUDA graph. Weights: of both blocks, adapters included. Saved: what the "
     "forward leaves allocated besides its result. Peak: in one step, weights included. Converting: of bf16 weights on the "
-    "device. -A: A matrices follow the recipe too."
+    "device. -A: A matrices follow the recipe too. /products: with keep_products."
 )
 
 
@@ -49,7 +52,8 @@ def measure(name: str, args: argparse.Namespace) -> tuple[Measured, float, float
     """(times and memory, GiB of weights, seconds of converting)."""
     torch.manual_seed(0)
     others = allocated()
-    model, converting = make(name, SHAPES["8b-blocks"])
+    name, recompute = split(name)
+    model, converting = make(name, SHAPES["8b-blocks"], recompute)
     size = (args.batch, args.length, SHAPES["8b-blocks"]["hidden_size"])
     x = torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     e = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
@@ -69,7 +73,9 @@ def measure(name: str, args: argparse.Namespace) -> tuple[Measured, float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="also haloLEVEL-DTYPE[-A]")
+    parser.add_argument(
+        "--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="also haloLEVEL-DTYPE[-A], NAME/products"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")

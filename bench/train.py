@@ -1,6 +1,6 @@
 """Whole training steps of Llama shapes, compiled, with loss and fused AdamW: this library against bf16 and torchao.
 
-    python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no yes
+    python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
@@ -17,7 +17,7 @@ import chart
 import results
 import torch
 from contenders import convert
-from llama import SHAPES, Llama
+from llama import RECOMPUTED, SHAPES, Llama
 from steps import BACKEND, DEVICE, Measured, allocated, check_gradients, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 
@@ -35,6 +35,9 @@ NOTES = (
     "one step, weights, gradients and the optimiser's state included. First two steps: in seconds, compilation included. "
     "× bf16 is against the bf16 row of the same shape, which another call may have measured."
 )
+
+
+RECOMPUTED_AS = {"no": [], "layers": ["layers"], "products": ["all but products"]}
 
 
 def make(name: str, place: dict, args: argparse.Namespace) -> Llama:
@@ -74,10 +77,10 @@ def places(args: argparse.Namespace):
     """Where the contenders meet: what is measured, and how the table names it."""
     for model, length, checkpointing in itertools.product(args.models, args.lengths, args.checkpointing):
         compiled = args.compile or args.known[model][2]
-        recomputed = ["layers"] * (checkpointing == "yes") + [f"budget {args.memory_budget:g}"] * (args.memory_budget < 1)
+        recomputed = RECOMPUTED_AS[checkpointing] + [f"budget {args.memory_budget:g}"] * (args.memory_budget < 1)
         sequences = f"{max(args.tokens // length, 1)}×{length}"
         panel = dict(zip(PANEL, (model, sequences, ", ".join(recomputed) or "nothing", compiled), strict=True))
-        yield panel, panel | {"length": length, "checkpointing": checkpointing == "yes"}
+        yield panel, panel | {"length": length, "checkpointing": checkpointing}
 
 
 def row_of(panel: dict, name: str, measured: Measured, tokens: int) -> dict:
@@ -103,7 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
     parser.add_argument("--lengths", nargs="+", type=int, help="of sequences (default: 2048)")
     parser.add_argument("--tokens", type=int, help="in a step (default: 8192)")
-    parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=["no", "yes"], help="recompute layers")
+    parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=list(RECOMPUTED), help="what to recompute")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="as in contenders.py and adapters.py")
     parser.add_argument("--compile", choices=["model", "blocks"], help="one graph, or layer by layer (default: 1b one graph)")

@@ -17,6 +17,9 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="see test_in_the_interpreter")
 
+#: Of the test that starts the interpreter. On a GPU the kernels themselves run.
+runs_the_others = pytest.mark.skipif(GPU or INTERPRETED, reason="the others run")
+
 
 def reduce_by_halves(self, tensors):
     """The interpreter reduces element by element, a second for each launch. Whole halves at once is what a GPU does."""

@@ -28,7 +28,7 @@ def test_several_calls_build_one_table(tmp_path):
     assert all(row["× bf16"] for row in rows)  # the first one got its own when bf16's was there
     bf16 = rows[1]
 
-    more = ["--checkpointing", "yes", "--memory-budget", "0.5", "--contenders", "halo1-int8", "nonsense"]
+    more = ["--checkpointing", "layers", "--memory-budget", "0.5", "--contenders", "halo1-int8", "nonsense"]
     out, rows = train(tmp_path, "--models", "tiny-lora", *more)
     assert "there is no base 'nonsense'" in out
     assert rows[1] == bf16 and len(rows) == 3

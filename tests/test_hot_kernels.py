@@ -24,7 +24,7 @@ ROTATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
+@interpreter.runs_the_others
 def test_in_the_interpreter():
     interpreter.run(__file__, at_least=30)
 

@@ -30,7 +30,7 @@ examples = settings(max_examples=25 if GPU else 60, phases=[Phase.explicit, Phas
 in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=str)
 
 
-@pytest.mark.skipif(interpreter.INTERPRETED, reason="runs the others")
+@interpreter.runs_the_others
 def test_in_the_interpreter():
     interpreter.run(__file__, at_least=47)
 
@@ -63,9 +63,10 @@ def ordinals(codes, format):
     return torch.where(bits >= top, top - bits, bits)
 
 
-def assert_same_codes(codes, expected, format, exact):
+def assert_same_codes(codes, expected, format, exact, rtol=1e-6):
     """``exact``: the arithmetic has one answer. Otherwise a sum may end on the other side of a boundary between two codes,
-    which one of ten thousand may."""
+    which one of ten thousand may; and codes near zero, where they lie closer than an error of ``rtol`` times the largest, may
+    be any within that."""
     assert codes.dtype == expected.dtype == code_dtype(format) and codes.shape == expected.shape
     nan = expected.float().isnan()
     if GPU or codes.dtype != torch.float8_e4m3fn:  # Triton's interpreter makes 384 of NaN
@@ -74,7 +75,8 @@ def assert_same_codes(codes, expected, format, exact):
     if exact or codes.numel() == 0:
         assert not steps.any(), f"{steps.count_nonzero()} of {steps.numel()} codes differ"
     else:
-        assert steps.max() <= 1 and steps.count_nonzero() <= 1 + 1e-4 * steps.numel()
+        steps[(codes.float() - expected.float()).abs() <= 4 * rtol * format.max] = 0
+        assert steps.max() <= 1 and steps.count_nonzero() <= 1 + max(1e-4, 50 * rtol) * steps.numel()
 
 
 def assert_same_scales(scales, expected, exact=False, rtol=1e-6):
@@ -102,10 +104,10 @@ def check(
     assert (codes is not None, codes_t is not None) == (rows, columns)
     if codes is not None:
         assert_layout(codes)
-        assert_same_codes(codes, expected, format, exact)
+        assert_same_codes(codes, expected, format, exact, rtol)
     if codes_t is not None:
         assert_layout(codes_t)
-        assert_same_codes(codes_t.t(), expected, format, exact)
+        assert_same_codes(codes_t.t(), expected, format, exact, rtol)
     if rows and columns:
         assert_same_bytes(codes_t.t(), codes)
     assert_same_scales(scales, expected_scales, exact, rtol)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from triton import knobs
 from triton.compiler.compiler import max_shared_mem
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -79,8 +80,7 @@ class Launch:
             bits |= pointer
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
         if bits & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
-            self.kernel[self.grid](*self._described(tensors), *self.integers, **self.constants)
-            return
+            return self._launch_any(self._described(tensors))
         if self._run is None:
             compiled = self._compile(self._described(tensors), index)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
@@ -92,21 +92,32 @@ class Launch:
         read = [tile.of(tensor) for tile, tensor in zip(self.tiles, tensors, strict=False)]
         return [*read, *tensors[len(read) :]]
 
+    def _launch_any(self, arguments: list) -> None:
+        while True:
+            try:
+                return self.kernel[self.grid](*arguments, *self.integers, **self.constants)
+            except OutOfResources as error:
+                if error.name != "shared memory":
+                    raise
+                self._take_less(error.required, error.limit, torch.cuda.get_device_name())
+
     def _compile(self, arguments: list, index: int) -> Any:
-        """With as many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
-        stages = "STAGES" if "STAGES" in self.constants else "num_stages"
         available = max_shared_mem(index)
         while True:
             compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **self.constants)
             if compiled.metadata.shared <= available:
                 return compiled
-            if self.constants.get(stages, 1) == 1:
-                raise RuntimeError(
-                    f"{torch.cuda.get_device_name(index)} gives a kernel {available} bytes of shared memory, and "
-                    f"{self.kernel.fn.__name__} needs {compiled.metadata.shared} for rows this wide: take a smaller "
-                    "block_size, or weights in bfloat16"
-                )
-            self.constants = self.constants | {stages: self.constants[stages] - 1}
+            self._take_less(compiled.metadata.shared, available, torch.cuda.get_device_name(index))
+
+    def _take_less(self, needed: int, available: int, device: str) -> None:
+        """As many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
+        stages = "STAGES" if "STAGES" in self.constants else "num_stages"
+        if self.constants.get(stages, 1) == 1:
+            raise RuntimeError(
+                f"{device} gives a kernel {available} bytes of shared memory, and {self.kernel.fn.__name__} needs {needed} "
+                "for rows this wide: take a smaller block_size, or weights in bfloat16"
+            )
+        self.constants = self.constants | {stages: self.constants[stages] - 1}
 
 
 def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest: tuple) -> Any:

@@ -6,8 +6,8 @@ Three shapes of work, all limited by memory:
   product with ±1, exact in any dtype.
 * ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
   the two differently folded copies that backward needs of one gradient.
-* ``transpose_codes``: for rotated codes that are wanted transposed. A transposed 8-bit copy is never stored from the result of
-  a ``tl.dot``: Triton 3.6 miscompiles that on Hopper, silently (bench/NOTES.md).
+* ``transpose_codes``: for codes that are wanted in both orders. A transposed copy is never stored from the result of a
+  ``tl.dot``, nor one fp8 code twice: Triton 3.6 miscompiles both on Hopper, silently (bench/NOTES.md).
 """
 
 import triton

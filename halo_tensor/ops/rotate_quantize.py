@@ -85,16 +85,13 @@ def rotate_quantize(
         scale = "row" if scale == "column" else scale
         codes_t, _, scales, _ = _tiles(x.t(), None, left, format, scale, None, fold_rows, None, True, False, seed)
         result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
-    elif scale == "row" or left or right:
-        # Row-major codes first; their transpose, if it is wanted, from them.
+    elif left or right or scale == "row" or (rows and scale != "column"):
+        # Row-major codes first; their transpose, if it is wanted, from them. See quantize_kernels.
         codes, _, scales, _ = _tiles(x, left, right, format, scale, None, fold_columns, fold_rows, True, False, seed)
         result = codes if rows else None, transposed(codes) if columns else None, scales
-    elif scale == "column":
+    else:
         _, codes_t, _, scales = _tiles(x, None, None, format, None, scale, fold_columns, fold_rows, False, True, seed)
         result = transposed(codes_t) if rows else None, codes_t if columns else None, scales
-    else:
-        codes, codes_t, *both = _tiles(x, None, None, format, scale, scale, fold_columns, fold_rows, rows, columns, seed)
-        result = codes, codes_t, both[0 if rows else 1]
     if into is not None:
         assert result[0] is not None
         into[0].copy_(result[0])
@@ -154,7 +151,8 @@ def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
         whole = reference.padded(x.shape[1], right)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != whole))
     low = left is not None and left.rank is not None
-    return low or scale == "column" or not fits_tiles(x, left, right)
+    both = left is not None and right is not None  # the second product is of float32, which leaves no room for another tile
+    return low or both or scale == "column" or not fits_tiles(x, left, right)
 
 
 # Whole rows.
@@ -231,17 +229,16 @@ def _row_launch(row: int, chunks: int, large: bool, rotate: bool, produced: bool
 
 def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, seed=None):
     """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
-    "column", "tensor", "unit" or None, of the transposed ones (where both are "tensor", it is one scale)."""
+    "column", "tensor", "unit" or None, of the transposed ones. If both are wanted, they must differ: see quantize_kernels."""
     m, k = x.shape
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
         Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
         rows, columns, seed is not None,
     )  # fmt: skip
-    one = row_scale == column_scale == "tensor"
     # Float bits: of rows (padded to whole tiles), then of columns.
     amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
-    row_amax, column_amax = amax[:padded_rows], amax if one else amax[padded_rows:]
+    row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
     codes = code_matrix(x, m_out, k_out, format) if rows else None
     codes_t = code_matrix(x, k, m, format) if columns else None
     new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
@@ -268,9 +265,8 @@ def _plan_tiles(
 ) -> tuple[Launch | None, Launch, tuple, int]:
     m, k = x.shape
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
-    one = row_scale == column_scale == "tensor"
     measure_rows = ALONG[row_scale] if row_scale else 0
-    measure_columns = ALONG[column_scale] if column_scale and not one else 0
+    measure_columns = ALONG[column_scale] if column_scale else 0
     rotated = tile_edge(x) if left or right else 0
     flags = {
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right),
@@ -296,7 +292,7 @@ def _plan_tiles(
         )  # fmt: skip
     cast_pass = tiled(
         kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
-        ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=ALONG[column_scale] if column_scale else 0,
+        ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=measure_columns,
         NOISY=noisy, **_format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
     )  # fmt: skip
     matrices = (
