@@ -61,6 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     need_cuda("block.py")
     warm_up()
+    title = f"Two Llama-3-8B blocks, forward + backward, {args.batch}×{args.length} tokens"
     rows, reference = [], None
     for name in args.contenders:
         measured = take_turn(name, measure, args)
@@ -71,9 +72,9 @@ def main() -> None:
         row |= {**measured.memory(), "first two steps s": round(measured.first, 1)}
         rows.append(row)
         print(row, flush=True)
+        notes = NOTES.format(args.compile, args.memory_budget)
+        results.write(args.name, title, rows, notes, quiet=len(rows) < len(args.contenders))
     if rows:
-        title = f"Two Llama-3-8B blocks, forward + backward, {args.batch}×{args.length} tokens"
-        results.write(args.name, title, rows, NOTES.format(args.compile, args.memory_budget))
         chart.draw(args.name)
 
 

@@ -19,6 +19,11 @@ from halo_tensor import halo_config, hot_config, quantize_, recipe_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+TITLE = "Forward and backward with HOT, batch {}"
+NOTES = (
+    "INT4 values are multiplied as INT8, exactly: Hopper has no INT4 tensor-core instruction, so INT4 is no faster than INT8 "
+    "here. Weights of HALO's recipes are quantised once in every step, as an optimiser's write would."
+)
 CONTENDERS = {
     "bf16": None,
     "hot": hot_config(),
@@ -119,13 +124,7 @@ def main() -> None:
             base = ms if name == "bf16" else base
             rows.append({"what": title, "contender": name, "ms": ms, "× bf16": f"{base / ms:.2f}" if base else None})
             print(rows[-1], flush=True)
-    results.write(
-        args.name,
-        f"Forward and backward with HOT, batch {args.batch}" + (", small shapes" if args.tiny else ""),
-        rows,
-        "INT4 values are multiplied as INT8, exactly: Hopper has no INT4 tensor-core instruction, so INT4 is no faster than "
-        "INT8 here. Weights of HALO's recipes are quantised once in every step, as an optimiser's write would.",
-    )
+            results.write(args.name, TITLE.format(args.batch) + ", small shapes" * args.tiny, rows, NOTES, quiet=True)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     need_cuda("lora.py")
     warm_up()
+    title = f"Two Llama-3-8B blocks, LoRA of rank 16 on all linears, forward + backward, {args.batch}×{args.length} tokens"
     rows, reference = [], None
     for name in args.contenders:
         found = take_turn(name, measure, args)
@@ -96,10 +97,9 @@ def main() -> None:
         row |= {"first two steps s": round(measured.first, 1), "converting s": round(converting, 2)}
         rows.append(row)
         print(row, flush=True)
+        results.write(args.name, title, rows, NOTES.format(args.memory_budget), quiet=len(rows) < len(args.contenders))
     if not rows:
         sys.exit("bench/lora.py: no contender ran")
-    title = f"Two Llama-3-8B blocks, LoRA of rank 16 on all linears, forward + backward, {args.batch}×{args.length} tokens"
-    results.write(args.name, title, rows, NOTES.format(args.memory_budget))
     chart.draw(args.name)
 
 

@@ -34,7 +34,7 @@ def write(
 ) -> None:
     """Print ``rows`` (each with the same keys) as a table unless ``quiet``, and write it to ``folder``/name.md and .json;
     ``after``: the commands that made some of the rows before this one. ``more`` goes into the latter file."""
-    this = "python " + " ".join([Path(sys.argv[0]).parent.name + "/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    this = _command(sys.argv)
     commands = list(dict.fromkeys([*after.splitlines(), this]))
     columns, made_in = list(rows[0]), environment().line()
     lines = [f"# {title}", "", "  \n".join(f"`{command}`" for command in commands), "", made_in, ""]
@@ -47,6 +47,14 @@ def write(
     (folder / f"{name}.json").write_text(json.dumps(record | more, indent=1, ensure_ascii=False) + "\n")
     if not quiet:
         print(text)
+
+
+def _command(argv: list[str]) -> str:
+    """Apart from --folder: where results went is nobody's business."""
+    script, options = Path(argv[0]), [*argv[1:]]
+    if "--folder" in options:
+        del options[(at := options.index("--folder")) : at + 2]
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *options])
 
 
 def _cell(value) -> str:
