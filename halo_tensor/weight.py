@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from halo_tensor import fsdp
 from halo_tensor.linear import linear, reuses_operand, weight_operand
-from halo_tensor.ops.library import fingerprint
+from halo_tensor.ops.schemas import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 

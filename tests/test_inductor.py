@@ -146,7 +146,6 @@ def quantize(x, right=None, format=INT8) -> list[torch.Tensor]:
 
 def compiled(f, *args, fuse: bool = True) -> tuple[list[torch.Tensor], str]:
     """What a function gives, and the code of its graph."""
-    library._teach_inductor()
     from halo_tensor.ops import inductor
 
     torch._dynamo.reset()

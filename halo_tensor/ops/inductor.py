@@ -22,7 +22,8 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halo_tensor.ops import library, producers
+from halo_tensor.ops import implementations, producers
+from halo_tensor.ops.schemas import fingerprint, runs_kernels
 
 #: For comparison: without it, what the quantiser reads is always written first. Cached graphs know nothing of it.
 FUSE_PRODUCERS = True
@@ -209,7 +210,7 @@ _IMPORTS = (
 def tag_caches() -> None:
     """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
     configuration is each thread's own."""
-    tag = f" halo_tensor:{library.fingerprint()}"
+    tag = f" halo_tensor:{fingerprint()}"
     if tag not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += tag
 
@@ -229,7 +230,7 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
 
     @lowering.register_lowering(op, type_promotion_kind=None)
     def lowered(*args):
-        if V.graph.cpp_wrapper or not library.runs_kernels(args[0].get_device()):
+        if V.graph.cpp_wrapper or not runs_kernels(args[0].get_device()):
             return as_op(*args)
         recording: list[tuple] = []
         try:
@@ -250,8 +251,8 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
         return boxes if isinstance(made, tuple) else boxes[0]
 
 
-_lower(torch.ops.halo.rotate_quantize.default, library._rotate_quantize_cuda)
-_lower(torch.ops.halo.quantize_pair.default, library._quantize_pair_cuda)
-_lower(torch.ops.halo.scaled_mm.default, library._scaled_mm_cuda)
-_lower(torch.ops.halo.rotate.default, library._rotate_cuda)
-_lower(torch.ops.halo.unrotate.default, library._unrotate_cuda)
+_lower(torch.ops.halo.rotate_quantize.default, implementations._rotate_quantize_cuda)
+_lower(torch.ops.halo.quantize_pair.default, implementations._quantize_pair_cuda)
+_lower(torch.ops.halo.scaled_mm.default, implementations._scaled_mm_cuda)
+_lower(torch.ops.halo.rotate.default, implementations._rotate_cuda)
+_lower(torch.ops.halo.unrotate.default, implementations._unrotate_cuda)

@@ -18,10 +18,10 @@ from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.virtualized import V
 from triton.language import math as interpreted_math
 
-from halo_tensor.ops import library
 from halo_tensor.ops.rotate_quantize import PRODUCER_INPUTS
+from halo_tensor.ops.schemas import INTERPRETED
 
-if library.INTERPRETED:
+if INTERPRETED:
     libdevice = interpreted_math
 else:
     from torch._inductor.runtime.triton_helpers import libdevice  # noqa: F401 (generated code takes it from here)
@@ -131,7 +131,7 @@ class _Writer(DefaultHandler):
 
 def _rounded(x: str, dtype: torch.dtype) -> str:
     """Triton's interpreter cuts a float32 off where bfloat16 ends, so there it is rounded first."""
-    if library.INTERPRETED and dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         bits = f"{x}.to(tl.int32, bitcast=True)"
         x = f"({bits} + 0x7FFF + (({bits} >> 16) & 1)).to(tl.float32, bitcast=True)"
     return f"{x}.to(tl.{str(dtype).removeprefix('torch.')})"

@@ -1,0 +1,240 @@
+"""What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from halo_tensor.ops import formats, packing, reference
+from halo_tensor.ops.formats import code_dtype
+from halo_tensor.ops.schemas import INTERPRETED, decode, library, runs_kernels
+from halo_tensor.recipe import FORMATS
+
+# On any device: the reference.
+
+
+def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+    codes, scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns)
+    codes, nothing = codes.contiguous(), codes.new_empty(0)
+    if runs_kernels(x.device):
+        return codes if rows else nothing, codes.t().contiguous() if columns else nothing, scales
+    transposed = (codes.clone() if rows else codes).t()  # outputs of an op may not share memory
+    return codes if rows else nothing, transposed if columns else nothing, scales
+
+
+def _rotate_quantize_(x, left, right, format, scale, codes, scales):
+    new_codes, new_scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale)
+    codes.copy_(new_codes)
+    scales.copy_(new_scales)
+
+
+def _quantize_pair(x, left, format, fold_columns, fold_rows):
+    codes, _, row_scales = _rotate_quantize(x, left, [], format, "row", None, fold_columns, True, False)
+    _, codes_t, column_scales = _rotate_quantize(x, [], [], format, "column", fold_rows, None, False, True)
+    return codes, codes_t, row_scales, column_scales
+
+
+def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+    return reference.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype).contiguous()
+
+
+def _rotate(x, left, right):
+    return reference.rotate(x, decode(left), decode(right)).to(x.dtype, copy=True).contiguous()
+
+
+def _unrotate(x, left, right, shape):
+    return reference.unrotate(x, decode(left), decode(right), shape).to(x.dtype, copy=True).contiguous()
+
+
+def _pack_rows(codes, format):
+    return packing.pack_rows(codes, FORMATS[format])
+
+
+def _unpack_rows(packed, format):
+    return packing.unpack_rows(packed, FORMATS[format])
+
+
+for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate, _pack_rows, _unpack_rows):
+    library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
+
+
+# On a GPU: the kernels. Triton is imported when the first of them runs.
+
+
+def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    if scale == "block":
+        return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+    codes, codes_t, scales = launch.rotate_quantize(
+        x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed
+    )
+    dtype = code_dtype(FORMATS[format])
+    codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
+    return codes, codes_t, scales
+
+
+def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    if scale == "block":
+        return _rotate_quantize_(x, left, right, format, scale, codes, scales)
+    into = codes, scales
+    launch.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, None, None, True, False, into)
+
+
+def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
+    from halo_tensor.ops import rotate_quantize as launch
+
+    return launch.quantize_pair(x, decode(left), FORMATS[format], fold_columns, fold_rows)
+
+
+def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+    from halo_tensor.ops import scaled_mm as launch
+
+    if a_scale is not None and a_scale.ndim == 2:
+        return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype)
+    return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype)
+
+
+def _rotate_cuda(x, left, right):
+    from halo_tensor.ops import rotate as launch
+
+    return launch.rotate(x, decode(left), decode(right), x.dtype)
+
+
+def _unrotate_cuda(x, left, right, shape):
+    from halo_tensor.ops import rotate as launch
+
+    return launch.unrotate(x, decode(left), decode(right), shape, x.dtype)
+
+
+def _pack_rows_cuda(codes, format):
+    from halo_tensor.ops import packing_kernels
+
+    return packing_kernels.pack_rows(codes, FORMATS[format])
+
+
+def _unpack_rows_cuda(packed, format):
+    from halo_tensor.ops import packing_kernels
+
+    return packing_kernels.unpack_rows(packed, FORMATS[format])
+
+
+for _op in (
+    _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda,
+    _pack_rows_cuda, _unpack_rows_cuda,
+):  # fmt: skip
+    for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
+
+
+# Under tracing: shapes, dtypes and strides.
+
+
+def _teach_inductor() -> None:
+    """Import what lowers the ops. Not before something is traced: importing Inductor takes seconds."""
+    from halo_tensor.ops import inductor
+
+    inductor.tag_caches()
+
+
+def _register_fake(op: str):
+    def register(function):
+        def fake(x, *args):
+            if runs_kernels(x.device):
+                _teach_inductor()
+            return function(x, *args)
+
+        torch.library.register_fake(f"halo::{op}", fake, lib=library)
+        return function
+
+    return register
+
+
+def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
+    """What an op returns for codes [rows, columns]."""
+    dtype = code_dtype(FORMATS[format])
+    if not runs_kernels(x.device):
+        return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
+    stride = formats.aligned(columns) if pad else columns
+    return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
+
+
+@_register_fake("rotate_quantize")
+def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+    r, c = reference.rotated(x.shape[0], decode(left)), reference.rotated(x.shape[1], decode(right))
+    b, pad = reference.BLOCK, scale != "block"
+    scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
+    nothing = x.new_empty([0], dtype=code_dtype(FORMATS[format]))
+    return (
+        _code_matrix(x, r, c, format, pad=pad) if rows else nothing,
+        _code_matrix(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
+        x.new_empty(scale_shape, dtype=torch.float32),
+    )
+
+
+@_register_fake("rotate_quantize_")
+def _(x, left, right, format, scale, codes, scales):
+    return None
+
+
+@_register_fake("quantize_pair")
+def _(x, left, format, fold_columns, fold_rows):
+    (r, c), r_padded = x.shape, reference.rotated(x.shape[0], decode(left))
+    return (
+        _code_matrix(x, r_padded, c, format),
+        _code_matrix(x, c, r, format, transposed=True),
+        x.new_empty([r_padded], dtype=torch.float32),
+        x.new_empty([c], dtype=torch.float32),
+    )
+
+
+@_register_fake("scaled_mm")
+def _(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+    torch._check(a.shape[1] == b_t.shape[1], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
+    return a.new_empty(shape, dtype=dtype)
+
+
+@_register_fake("rotate")
+def _(x, left, right):
+    return x.new_empty(reference.rotated(x.shape[0], decode(left)), reference.rotated(x.shape[1], decode(right)))
+
+
+@_register_fake("unrotate")
+def _(x, left, right, shape):
+    return x.new_empty(shape)
+
+
+@_register_fake("pack_rows")
+def _(codes, format):
+    return codes.new_empty([codes.shape[0], codes.shape[1] // 4 * 3], dtype=torch.uint8)
+
+
+@_register_fake("unpack_rows")
+def _(packed, format):
+    return packed.new_empty([packed.shape[0], packed.shape[1] // 3 * 4], dtype=torch.float8_e4m3fn)
+
+
+# Rotations are linear, so these two have gradients: each is, up to padding, the other's transpose.
+
+
+def _remember(ctx, inputs, output):
+    ctx.left, ctx.right = inputs[1:3]
+    ctx.shape = inputs[0].shape
+
+
+def _unrotate_gradient(ctx, gradient):
+    return torch.ops.halo.unrotate(gradient, ctx.left, ctx.right, ctx.shape), None, None
+
+
+def _rotate_gradient(ctx, gradient):
+    return torch.ops.halo.rotate(gradient, ctx.left, ctx.right), None, None, None
+
+
+torch.library.register_autograd("halo::rotate", _unrotate_gradient, setup_context=_remember, lib=library)
+torch.library.register_autograd("halo::unrotate", _rotate_gradient, setup_context=_remember, lib=library)
+
+
+@register_flop_formula(torch.ops.halo.scaled_mm)
+def _flops(a_shape, b_t_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two operations per multiply-accumulate, as for aten.mm; undoing a rotation is not counted."""
+    return 2 * a_shape[0] * b_t_shape[0] * a_shape[1]

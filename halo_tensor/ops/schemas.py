@@ -1,0 +1,51 @@
+"""The schemas of ``torch.ops.halo.*``, and how a rotation crosses the dispatcher."""
+
+import os
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from halo_tensor.recipe import Rotation
+
+library = torch.library.Library("halo", "DEF")
+#: Triton's interpreter runs the kernels on a CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+for _schema in (
+    "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
+    "bool rows, bool columns, Tensor? seed) -> (Tensor codes, Tensor codes_t, Tensor scales)",
+    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()",
+    "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
+    "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
+    "scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] left, int[] right, "
+    "SymInt[] shape, ScalarType dtype) -> Tensor",
+    "rotate(Tensor x, int[] left, int[] right) -> Tensor",
+    "unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor",
+    "pack_rows(Tensor codes, str format) -> Tensor",
+    "unpack_rows(Tensor packed, str format) -> Tensor",
+):
+    library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+
+
+def runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+@cache
+def fingerprint() -> str:
+    """Of the sources of the ops: what was compiled with others must not be taken from a cache."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def encode(rotation: Rotation | None) -> list[int]:
+    """Empty for none, else [block, seed], with seed −1 for no signs, or [block, seed, rank]."""
+    if rotation is None:
+        return []
+    code = [rotation.edge, -1 if rotation.seed is None else rotation.seed]
+    return code if rotation.rank is None else [*code, rotation.rank]
+
+
+def decode(code: list[int]) -> Rotation | None:
+    return Rotation(code[0], None if code[1] < 0 else code[1], *code[2:]) if code else None
