@@ -132,13 +132,13 @@ def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest
 
     try:
         bare, encode = _bare(compiled, described)
+        listeners = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
     except (AttributeError, ImportError, KeyError, TypeError):  # another Triton
         return run
 
     launching = compiled.run
     options = launching.launch_cooperative_grid, launching.launch_pdl, None, None  # no memory for the launch
     head = (compiled.function, *options, compiled.packed_metadata, None, None, None)  # and no hooks
-    listeners = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
     remembered: dict[tuple, tuple] = {}
 
     def run_bare(tensors, pointers, stream):
