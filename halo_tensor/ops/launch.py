@@ -9,6 +9,7 @@ from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime.errors import OutOfResources
@@ -159,6 +160,8 @@ def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest
 
 def _bare(compiled: Any, described: int) -> tuple[Any, Any]:
     """(Triton's C function, how descriptors become its arguments). Raises what :func:`_runner` catches where it is not so."""
+    if not triton.__version__.startswith("3.6.") or compiled.metadata.target.backend != "cuda":
+        raise TypeError("whose arguments are not known")
     launcher = compiled.run
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         raise TypeError("this kernel wants memory for each launch")
