@@ -75,10 +75,13 @@ class Shardable:
             return (_pad(self.master, rows).to(mp_policy.param_dtype or self.dtype),), {"rows": outer_size[0]}
         if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
             _share_scales([self], mesh)
-        version, sent = _sent.get(operand.codes, (None, None))
-        if version != (operand.codes._version, ranks) or outer_size[0] % ranks:
+        known, sent = _sent.get(operand.codes, (None, None))
+        now = operand.codes._version, ranks
+        if known != now:
             sent = self._to_send(operand, mesh, outer_size)
-            _sent[operand.codes] = (operand.codes._version, ranks), sent
+            # Not copies, which would take memory for as long as the shard lives.
+            if sent[0][0].data_ptr() == operand.codes.data_ptr() and outer_size[0] % ranks == 0:
+                _sent[operand.codes] = now, sent
         return sent
 
     def _to_send(self, operand, mesh, outer_size):

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.driver import wrap_handle_tensordesc  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
@@ -181,13 +182,13 @@ QUANTIZE = {
     "rows, blocks of 256": (quantize((1000, 4096), None, Rotation(256), "row"), "whole_rows transpose_codes"),
     "rows, full width": (quantize((1000, 14336), None, Rotation(14336), "row"), "whole_rows transpose_codes"),
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
-    "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles"),
+    "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles transpose_codes"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
     "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
     "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
-    "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles"),
+    "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles transpose_codes"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
     "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
@@ -227,7 +228,7 @@ def test_quantising_what_is_not_written(launched, capability, right):
         gate, up, codes = (empty(1000, 14336, dtype=dtype) for dtype in (BF16, BF16, FP8[0]))
         matrix = quantizer.Matrix.of(gate)
         launch, matrices = quantizer._plan_whole_rows(matrix, right, FP8_E4M3, False, 14336, swiglu)
-        rest = [codes if t is None else t for t in (None, None, None, *matrices, None)]
+        rest = [codes if t is None else t for t in (None, *matrices, None)]
         launch(gate, up, *rest, codes, empty(1000))
 
     (kernel,) = launched(capability, request)
@@ -357,3 +358,14 @@ def test_a_plan_keeps_to_a_device(launched):
     """A compiled kernel is loaded on one device."""
     for capability in (90, 89):
         launched(capability, partial(QUANTIZE["rows, plain"][0], format=INT8))
+
+
+def test_remembered_descriptors_keep_no_tensor_alive():
+    """Where there is no TMA, Triton's wrapper has no metadata of descriptors, and hands the tensors on."""
+    wrapped = wrap_handle_tensordesc(len, {0: "tensordesc<fp8e4nv[128,128]>", 1: "*fp32"}, None)
+    run = SimpleNamespace(launch=wrapped, global_scratch_size=0, profile_scratch_size=0)
+    target = SimpleNamespace(target=GPUTarget("cuda", 80, 32))
+    bare, encode = launching._bare(SimpleNamespace(run=run, metadata=target), 1)
+    codes = torch.empty(256, 128, dtype=torch.int8)
+    encoded = encode([launching.Tiles((256, 128), (128, 1), (128, 128)).of(codes)])
+    assert bare is len and encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)

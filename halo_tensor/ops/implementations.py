@@ -12,6 +12,7 @@ from halo_tensor.recipe import FORMATS
 
 
 def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+    assert seed is None, "the reference rounds by noise, not by a seed: see library.rotate_quantize"
     codes, scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns)
     codes, nothing = codes.contiguous(), codes.new_empty(0)
     if runs_kernels(x.device):

@@ -173,8 +173,9 @@ def _bare(compiled: Any, described: int) -> tuple[Any, Any]:
         bare, metas = around["launcher"], around["tensordesc_meta"]
 
         def encode(descriptors):
-            encoded = (make_tensordesc_arg(d, meta) for d, meta in zip(descriptors, metas, strict=True))
-            return tuple(argument for arguments in encoded for argument in arguments)
+            encoded = [a for d, meta in zip(descriptors, metas, strict=True) for a in make_tensordesc_arg(d, meta)]
+            # Without TMA a descriptor is its tensor, which must not be kept alive: its address will do.
+            return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
 
     if not isinstance(bare, BuiltinFunctionType):
         raise TypeError("not a function of C")

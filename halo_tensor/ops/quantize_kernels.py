@@ -107,7 +107,7 @@ def whole_rows(
         inside = (row < M)[:, None] & (columns < K)
         at_row = row.to(tl.int64)[:, None]
         if PRODUCER is None:
-            y = tl.load(x + at_row * stride_row + columns * stride_column, mask=inside, other=0.0)
+            y = tl.load(x + at_row * stride_row + columns.to(tl.int64) * stride_column, mask=inside, other=0.0)
         else:
             y = PRODUCER(x, x1, x2, at_row, columns, inside)
         if FULL:
