@@ -47,18 +47,24 @@ def calls_ops(code: str) -> bool:
     return any("torch.ops.halo" in line and not line.lstrip().startswith("#") for line in code.splitlines())
 
 
-@runs_kernels
-@pytest.mark.parametrize(("level", "dtype", "granularity"), [(0, "fp8", "row"), (1, "int8", "row"), (2, "int8", "tensor")])
-def test_no_op_is_left(level, dtype, granularity):
-    mlp, (x, e) = model(halo_config(level, dtype, granularity=granularity)), data()
+def compiled_step(config):
+    """A compiled step without an op in it: (f, the model, its data, results, eager mode's, launches in each graph)."""
+    mlp, (x, e) = model(config), data()
     f = torch.compile(mlp, fullgraph=True)
     expected = step(mlp, mlp, x, e)
     with fresh_cache():
         results, code = run_and_get_code(lambda: step(f, mlp, x, e))
     assert not any(map(calls_ops, code)), "every op became launches"
-    # X of two layers and its transpose, two products; E's two passes or four, W and E transposed for two products each
     launches = [sum(line.lstrip().startswith("halo_") and "Launch" not in line for line in s.splitlines()) for s in code]
-    assert len(code) == 2 and launches[0] in (6, 8) and 10 <= launches[1] <= 16
+    return f, mlp, (x, e), results, expected, launches
+
+
+@runs_kernels
+@pytest.mark.parametrize(("level", "dtype", "granularity"), [(0, "fp8", "row"), (1, "int8", "row"), (2, "int8", "tensor")])
+def test_no_op_is_left(level, dtype, granularity):
+    _, mlp, _, results, expected, launches = compiled_step(halo_config(level, dtype, granularity=granularity))
+    # X of two layers and its transpose, two products; E's two passes or four, W and E transposed for two products each
+    assert len(launches) == 2 and launches[0] in (6, 8) and 10 <= launches[1] <= 16
     for a, b in zip(results, expected, strict=True):
         assert relative_error(a, b) < 0.6 * typical_error(mlp[0].weight.operand.format)
 
@@ -67,13 +73,7 @@ def test_no_op_is_left(level, dtype, granularity):
 @pytest.mark.parametrize(("granularity", "rounding"), [("tensor", "stochastic"), ("row", "nearest")])
 def test_no_op_of_hot_is_left(granularity, rounding):
     """Two layers' X of low rank in forward; then W and E, twice, each measured and cast."""
-    mlp, (x, e) = model(hot_config(rounding=rounding, granularity=granularity)), data()
-    f = torch.compile(mlp, fullgraph=True)
-    expected = step(mlp, mlp, x, e)
-    with fresh_cache():
-        results, code = run_and_get_code(lambda: step(f, mlp, x, e))
-    assert not any(map(calls_ops, code)), "every op became launches"
-    launches = [sum(line.lstrip().startswith("halo_") and "Launch" not in line for line in s.splitlines()) for s in code]
+    f, mlp, (x, e), results, expected, launches = compiled_step(hot_config(rounding=rounding, granularity=granularity))
     assert launches == [4, 16]
     for i, (a, b) in enumerate(zip(results, expected, strict=True)):
         # The draws are not eager mode's, and E of the first layer is the second's E_X.

@@ -34,6 +34,11 @@ class Tiles(NamedTuple):
         return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
 
 
+def _descriptors(tiles: tuple[Tiles, ...], tensors: tuple) -> list[TensorDescriptor]:
+    """Of the first tensors, one for each of ``tiles``."""
+    return [tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False)]
+
+
 class Launch:
     """A kernel with its grid, its integers and its compile-time constants.
 
@@ -90,8 +95,7 @@ class Launch:
         self._run(tensors, pointers, torch._C._cuda_getCurrentRawStream(index))
 
     def _described(self, tensors: tuple) -> list:
-        read = [tile.of(tensor) for tile, tensor in zip(self.tiles, tensors, strict=False)]
-        return [*read, *tensors[len(read) :]]
+        return [*_descriptors(self.tiles, tensors), *tensors[len(self.tiles) :]]
 
     def _launch_any(self, arguments: list) -> None:
         while True:
@@ -128,8 +132,7 @@ def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest
     described = len(tiles)
 
     def run(tensors, pointers, stream):
-        descriptors = (tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False))
-        launcher(*descriptors, *pointers[described:], *rest, stream=stream)
+        launcher(*_descriptors(tiles, tensors), *pointers[described:], *rest, stream=stream)
 
     try:
         bare, encode = _bare(compiled, described)
@@ -152,7 +155,7 @@ def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest
         if encoded is None:
             if len(remembered) == _REMEMBERED:
                 remembered.clear()
-            encoded = remembered[key] = encode([tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False)])
+            encoded = remembered[key] = encode(_descriptors(tiles, tensors))
         bare(*grid, stream, *head, *encoded, *pointers[described:], *rest)
 
     return run_bare

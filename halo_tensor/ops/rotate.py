@@ -39,6 +39,11 @@ class Matrix(NamedTuple):
         return self.dtype if exact else torch.float32
 
 
+def norm(*rotations: Rotation | None) -> float:
+    """What products with ±1 lack of these rotations."""
+    return prod(r.edge**-0.5 for r in rotations if r is not None)
+
+
 def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
     """x with columns of zeros up to whole blocks. Rows need none: kernels read zeros beyond the last."""
     missing = reference.padded(x.shape[1], right) - x.shape[1]
@@ -102,8 +107,7 @@ def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dt
         block_diagonal(left, edge, x.product_dtype, x.device, transposed=not inverse) if left else None,
         block_diagonal(right, edge, x.product_dtype, x.device, transposed=inverse) if right else None,
     )
-    norm = prod(r.edge**-0.5 for r in (left, right) if r)
-    constants = {"T": edge, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm, "num_warps": 8}
+    constants = {"T": edge, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
     grid = (triton.cdiv(max(x.shape[0], shape[0]), edge), triton.cdiv(shape[1], edge))
     integers = (*x.shape, shape[0], *x.stride, shape[1])
     return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

@@ -4,7 +4,6 @@ Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and v
 """
 
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned, code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, rotate, tile_edge, transposed, whole_blocks
+from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
@@ -43,10 +42,6 @@ def _format_options(format: Format, device: torch.device, saturate: bool = False
         "INVERSE_MAX": 1.0 / format.max,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
-
-
-def _norm(*rotations: Rotation | None) -> float:
-    return prod(r.edge**-0.5 for r in rotations if r is not None)
 
 
 def rotate_quantize(
@@ -194,7 +189,7 @@ def _plan_whole_rows(
     rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, rotated, produced)
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
-        "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": _norm(right), "num_warps": warps,
+        "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
         "PRODUCER": producer, **_format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)
@@ -269,7 +264,7 @@ def _plan_tiles(
     measure_columns = ALONG[column_scale] if column_scale else 0
     rotated = tile_edge(x) if left or right else 0
     flags = {
-        "LEFT": left is not None, "RIGHT": right is not None, "NORM": _norm(left, right),
+        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
     }  # fmt: skip
 

@@ -7,7 +7,6 @@ before anything is written.
 """
 
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.quantize_kernels import load_square
-from halo_tensor.ops.rotate import Matrix, transposed, unrotate
+from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
@@ -229,7 +228,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, bias_dtype, left, right,
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, "INTEGER": integer,
         "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None,
-        "LEFT": left is not None, "RIGHT": right is not None, "NORM": prod(r.edge**-0.5 for r in (left, right) if r),
+        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
         # an accumulator meets another product inside a loop that is still running.
         "FLATTEN": not undo,
