@@ -11,7 +11,9 @@ import argparse
 import gc
 import itertools
 import os
+import statistics
 import sys
+import time
 
 import results
 import torch
@@ -29,8 +31,9 @@ FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"
 DEFAULT = ["bf16", "torchao-tensorwise", FP8_ALL_GATHER, "halo0-fp8", "halo1-fp8", "halo1-int8"]
 NOTES = (
     "A step: forward, backward, fused AdamW, and what a contender does to its scales after it. ms: median of the steps, of "
-    "the slowest rank. Peak: of one rank's allocations. Gathered: what all-gathers bring to one rank in a step, counted where "
-    "they are called. Compiled block by block, with fullgraph; the first steps, which compile, are left out."
+    "the slowest rank. Issue: what the CPU takes to issue one step to idle GPUs; a step takes no less. Peak: of one rank's "
+    "allocations. Gathered: what all-gathers bring to one rank in a step, counted where they are called. Compiled block by "
+    "block, with fullgraph; the first steps, which compile, are left out."
 )
 
 
@@ -79,8 +82,8 @@ def prepare(name: str, model: nn.Module):
     return lambda: precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-def measure(name: str, args, device: torch.device) -> tuple[float, float, float]:
-    """(ms per step, GiB at the peak, GiB gathered per step)."""
+def measure(name: str, args, device: torch.device) -> tuple[float, float, float, float]:
+    """(ms per step, ms to issue one, GiB at the peak, GiB gathered per step)."""
     torch.manual_seed(0)
     with device:
         model = Blocks(args.blocks, args.hidden, args.intermediate).bfloat16()
@@ -111,8 +114,15 @@ def measure(name: str, args, device: torch.device) -> tuple[float, float, float]
         step()
         event.record()
     torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    measured = torch.tensor([times[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30], device=device)
+    ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    issue = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        issue.append(1e3 * (time.perf_counter() - start))
+    measured = torch.tensor([ms, statistics.median(issue), peak], device=device)
     dist.all_reduce(measured, dist.ReduceOp.MAX)
     return *measured.tolist(), gathered.bytes / 2**30
 
@@ -127,6 +137,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first that is timed")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--name", default="fsdp", help="of the result files")
     args = parser.parse_args()
     if not torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
         sys.exit("bench/fsdp.py needs CUDA devices and torchrun: torchrun --standalone --nproc-per-node 2 bench/fsdp.py")
@@ -134,10 +145,11 @@ def main() -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     world, first = dist.get_world_size(), dist.get_rank() == 0
+    title = f"FSDP2 on {world} GPUs, {args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
     rows: list[dict] = []
     for name in args.contenders:
         try:
-            ms, peak, gathered = measure(name, args, device)
+            ms, issue, peak, gathered = measure(name, args, device)
         except Exception as error:  # the ranks run alike, so it is everyone's
             print(f"rank {dist.get_rank()}, {name}: {error!r:.500}", flush=True)
             continue
@@ -151,6 +163,7 @@ def main() -> None:
             "ms": round(ms, 2),
             "× bf16": f"{(bf16['ms'] if bf16 else ms) / ms:.2f}" if bf16 or name == "bf16" else None,
             "tokens/s": round(1e3 * world * args.batch * args.length / ms),
+            "issue ms": round(issue, 1),
             "peak GiB": f"{peak:.2f}",
             "gathered GiB": f"{gathered:.3f}",
             "gathered, × bf16": f"{gathered / float(bf16['gathered GiB']):.3f}" if bf16 else None,
@@ -158,9 +171,7 @@ def main() -> None:
         rows.append(row)
         if first:
             print(row, flush=True)
-    if first and rows:
-        title = f"FSDP2 on {world} GPUs, {args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
-        results.write("fsdp", title, rows, NOTES)
+            results.write(args.name, title, rows, NOTES)
     dist.destroy_process_group()
 
 

@@ -40,8 +40,6 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _agreed: WeakSet = WeakSet()
 #: Codes of a shard -> their version when they were given a scale that all ranks share.
 _common_scale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-#: Codes of a shard -> (their version and the number of ranks, what is sent of them): the same in forward and in backward.
-_sent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Shardable:
@@ -57,32 +55,14 @@ class Shardable:
     recipe: Recipe
     fsdp: str | None
     rows: Any = None  # of a padded weight: its shard
+    sent: tuple | None = None  # of a shard: what it sends, if that lies where its codes are brought up to date
     shape: torch.Size
     dtype: torch.dtype
 
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
-        """FSDP's hook: what this rank sends of its rows. Returns the tensors, and what :meth:`fsdp_post_all_gather` needs
-        to know besides them.
-
-        Raises:
-            ValueError: another rank converted this layer with another config, or as frozen.
-        """
-        _check_agreement(self, mesh, outer_size, module)
-        ranks, operand = mesh.size(), cast(Any, self.operand)
-        if operand is None:
-            assert self.master is not None
-            rows = -(-outer_size[0] // ranks)
-            return (_pad(self.master, rows).to(mp_policy.param_dtype or self.dtype),), {"rows": outer_size[0]}
-        if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
-            _share_scales([self], mesh)
-        known, sent = _sent.get(operand.codes, (None, None))
-        now = operand.codes._version, ranks
-        if known != now:
-            sent = self._to_send(operand, mesh, outer_size)
-            # Not copies, which would take memory for as long as the shard lives.
-            if sent[0][0].data_ptr() == operand.codes.data_ptr() and outer_size[0] % ranks == 0:
-                _sent[operand.codes] = now, sent
-        return sent
+    @property
+    def fsdp_pre_all_gather(self) -> "_PreAllGather":
+        """FSDP's hook: what this rank sends of its rows."""
+        return _PreAllGather(self)
 
     def _to_send(self, operand, mesh, outer_size):
         ranks = mesh.size()
@@ -129,8 +109,41 @@ class Shardable:
         return weight
 
 
-# FSDP asks for the signature of this hook whenever it calls it, which takes longer than the hook.
-Shardable.fsdp_pre_all_gather.__signature__ = inspect.signature(Shardable.fsdp_pre_all_gather)  # type: ignore[attr-defined]
+class _PreAllGather:
+    """The hook of one shard. FSDP asks for its signature whenever it calls it: a method's is made anew, which takes longer
+    than the hook does; of this object it is an attribute."""
+
+    __slots__ = ("shard",)
+
+    def __init__(self, shard: Shardable):
+        self.shard = shard
+
+    def __call__(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """The tensors to be sent, and what :meth:`Shardable.fsdp_post_all_gather` needs to know besides them.
+
+        Raises:
+            ValueError: another rank converted this layer with another config, or as frozen.
+        """
+        shard = self.shard
+        if shard.sent is None:
+            _check_agreement(shard, mesh, outer_size, module)
+        ranks, operand = mesh.size(), cast(Any, shard.operand)
+        if operand is None:
+            assert shard.master is not None
+            rows = -(-outer_size[0] // ranks)
+            return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
+        if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
+            _share_scales([shard], mesh)
+        if shard.sent is not None:
+            return shard.sent
+        sent = shard._to_send(operand, mesh, outer_size)
+        # Not copies, which would take memory for as long as the shard lives, and be of what was.
+        if sent[0][0].data_ptr() == operand.codes.data_ptr() and outer_size[0] % ranks == 0:
+            shard.sent = sent
+        return sent
+
+
+_PreAllGather.__signature__ = inspect.signature(_PreAllGather(cast(Any, None)))  # type: ignore[attr-defined]
 
 
 def precompute_scales(model: torch.nn.Module) -> None:
@@ -237,7 +250,7 @@ def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same memory, without keeping ``tensor`` alive as a view does: what is sent is remembered for as long as it lives."""
+    """The same memory as another dtype, and no view: that would have a version in common."""
     storage = tensor.untyped_storage()
     return tensor.new_empty(0, dtype=dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 

@@ -37,8 +37,16 @@ PRODUCTS = {
 }
 
 
+class _Constant:
+    """Not to be copied: compiled code looks at every call whether a weight's recipe is the one it was compiled for, and sees
+    at once that an object is itself."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 @dataclass(frozen=True)
-class Format:
+class Format(_Constant):
     """A number format: ``bits`` per element, its largest finite value ``max``, and whether its grid is ``uniform``.
 
     Uniform grids run on integer units, the others on fp8 units. ``mantissa_bits`` and ``min_exponent`` (of the smallest
@@ -70,7 +78,7 @@ FORMATS = {f.name: f for f in (INT8, INT4, FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(_Constant):
     """A block-diagonal orthogonal matrix R = D·(I ⊗ H/√block): random signs D, then Hadamard blocks H.
 
     ``block`` is the edge of a block; None stands for the full width, whatever it will be. ``seed`` chooses the signs (the
@@ -151,7 +159,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Constant):
     """A training method: what each operand of the three products carries. Checked on construction."""
 
     output: Product = Product()

@@ -191,17 +191,28 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             self.master = value.detach()
         self.requantize(value.detach())
 
+    # The operand's tensors are this weight's, not those of a subclass inside: compiled code looks at every level in every call.
     def __tensor_flatten__(self):
-        return [name for name in ("master", "operand") if getattr(self, name) is not None], {
-            "recipe": self.recipe,
-            "fsdp": self.fsdp,
-        }
+        names, attributes = ([], None) if self.operand is None else self.operand.__tensor_flatten__()
+        names = names if self.master is None else ["master", *names]
+        return names, {"recipe": self.recipe, "fsdp": self.fsdp, "operand": attributes}
 
     @classmethod
     def __tensor_unflatten__(cls, tensors, attributes, size, stride):
-        weight = cls(tensors.get("master"), tensors.get("operand"), attributes["recipe"])
+        operand = attributes["operand"] and HadamardQuantTensor.__tensor_unflatten__(
+            tensors, attributes["operand"], size, stride
+        )
+        weight = cls(tensors.get("master"), operand, attributes["recipe"])
         weight.fsdp = attributes["fsdp"]
         return weight
+
+    @property
+    def codes(self) -> torch.Tensor | None:
+        return None if self.operand is None else self.operand.codes
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        return None if self.operand is None else self.operand.scale
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler

@@ -99,6 +99,7 @@ def factors(block: int) -> tuple[int, int] | None:
     return (a, b) if a <= LARGEST_FACTOR and has_hadamard(a) else None
 
 
+@lru_cache(maxsize=1024)
 def fit(rotation: Rotation | None, width: int) -> Rotation | None:
     """``rotation`` on a dimension of ``width``, its block made the largest that divides it.
 

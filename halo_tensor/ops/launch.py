@@ -5,6 +5,8 @@ here is to look at pointers and to call the C function with which Triton launche
 """
 
 import inspect
+from functools import reduce
+from operator import or_
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # As many encoded descriptors as a launch remembers; a model meets few pointers, since allocations recur.
 _REMEMBERED = 512
+_DATA_PTR = torch.Tensor.data_ptr
 
 
 class Tiles(NamedTuple):
@@ -79,13 +82,9 @@ class Launch:
         return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants}, {tiles})"
 
     def _launch(self, tensors: tuple, index: int) -> None:
-        pointers, bits = [], 0
-        for tensor in tensors:
-            pointer = tensor.data_ptr()  # of a tensor, Triton would ask the driver whether the GPU can reach it
-            pointers.append(pointer)
-            bits |= pointer
+        pointers = [*map(_DATA_PTR, tensors)]  # of a tensor, Triton would ask the driver whether the GPU can reach it
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
-        if bits & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
+        if reduce(or_, pointers) & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
             return self._launch_any(self._described(tensors))
         if self._run is None:
             compiled = self._compile(self._described(tensors), index)
