@@ -171,7 +171,7 @@ def main() -> None:
         rows.append(row)
         if first:
             print(row, flush=True)
-            results.write(args.name, title, rows, NOTES)
+            results.write(args.name, title, rows, NOTES, quiet=True)
     dist.destroy_process_group()
 
 

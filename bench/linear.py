@@ -83,7 +83,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-            results.write(args.name, f"One linear layer, forward + backward, {args.tokens} tokens", rows)
+            results.write(args.name, f"One linear layer, forward + backward, {args.tokens} tokens", rows, quiet=True)
     chart.draw(args.name)
 
 
