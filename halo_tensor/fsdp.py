@@ -30,7 +30,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
-from halo_tensor.ops.packing import can_pack
 from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -69,9 +68,7 @@ class Shardable:
         rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
         operand = operand if even else operand.unpacked()
         codes, scale = _pad(operand.codes, rows).contiguous(), operand.scale
-        metadata = {"rows": outer_size[0], "dtype": codes.dtype, "unpack": False, "scale": scale}
-        if even and not operand.is_packed and can_pack(codes, operand.format):
-            codes, metadata["unpack"] = ops.pack_rows(codes, operand.format), True
+        metadata = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
         sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
         if scale is not None and operand.scale_along != "tensor":
             scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
@@ -89,18 +86,16 @@ class Shardable:
         rows, operand = metadata["rows"], cast(Any, self.operand)
         if operand is None:
             return None if out is not None else (self._gathered(outputs[0][:rows], None), ())
-        scale, unpack = metadata["scale"], metadata["unpack"]
+        scale = metadata["scale"]
         if out is not None:  # what it views of the outputs is up to date already
-            if unpack:
-                _overwrite(out.operand.codes, ops.unpack_rows(outputs[0], operand.format))
             if scale is not None:
                 _overwrite(out.operand.scale, scale)
             return None
-        codes = ops.unpack_rows(outputs[0], operand.format) if unpack else outputs[0].view(metadata["dtype"])[:rows]
+        codes = outputs[0].view(metadata["dtype"])[:rows]
         scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
         size = torch.Size((rows, self.shape[1]))
         operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
-        return self._gathered(None, operand), (codes,) if unpack else ()
+        return self._gathered(None, operand), ()
 
     def _gathered(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None):
         weight = type(self)(master, operand, self.recipe)  # type: ignore[call-arg]
@@ -210,7 +205,10 @@ def _share_scales(shards: list[Shardable], mesh: DeviceMesh, dimension: int = 0)
         if matrix.shape[0]:
             fold = (1.0 / scale).repeat(matrix.shape[0])
             codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold)[0]
-            operand.codes.copy_(ops.pack_rows(codes, operand.format) if operand.is_packed else codes)
+            if operand.is_packed:
+                ops.pack_rows_(codes, operand.format, operand.codes)
+            else:
+                operand.codes.copy_(codes)
         operand.scale.copy_(scale)
         torch.autograd.graph.increment_version([operand.codes, operand.scale])
         _common_scale[operand.codes] = operand.codes._version
@@ -318,6 +316,8 @@ def _new_zeros(weight, size, **options):
         _check_shardable(weight, size[0])
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     padded = type(weight).from_hp(zeros, weight.recipe, frozen=weight.master is None)
+    if padded.operand is not None:
+        padded.operand = padded.operand.packed()  # as it is sent
     padded.fsdp = "padded"
     return padded
 

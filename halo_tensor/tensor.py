@@ -4,7 +4,7 @@ It is an operand, not a parameter: it lives from its quantisation to its product
 to backward). ``torch.mm`` on two of them multiplies their codes, applies their scales, and undoes the rotations that survive.
 """
 
-from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -12,12 +12,18 @@ from torchao.utils import TorchAOBaseTensor
 
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
+from halo_tensor.ops.formats import code_dtype
 from halo_tensor.ops.hadamard import factors
 from halo_tensor.ops.packing import can_pack, pack_rows, unpack_columns, unpack_rows
 from halo_tensor.recipe import Format, Rotation
 
 aten = torch.ops.aten
 _SWAPPED = {"row": "column", "column": "row"}
+
+
+def _is_traced() -> bool:
+    """Whether ops are recorded, to be fused or repeated, rather than run one by one."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class HadamardQuantTensor(TorchAOBaseTensor):
@@ -148,20 +154,16 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def requantize_(self, x: torch.Tensor) -> None:
         """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
         assert self.codes is not None and self.codes_t is None
-        if self.is_packed:
-            fresh = self.from_hp(x, self.format, self.scale_along, left=self.left, right=self.right).packed()
-            for old, new in zip(self.parts, fresh.parts, strict=True):
-                old.copy_(new)
-            torch.autograd.graph.increment_version(self.parts)
-            return
-        written = [self.codes] if self.scale is None else [self.codes, self.scale]
         if self.format is None:
             self.codes.copy_(ops.rotate(x, self.left, self.right))
         else:
             kind = "unit" if self.scale is None else self.scale_along
             scale = self.codes.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
-            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, self.codes, scale)
-        torch.autograd.graph.increment_version(written)
+            codes, packed = (self._room_to_unpack(), self.codes) if self.is_packed else (self.codes, None)
+            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, codes, scale)
+            if packed is not None:
+                ops.pack_rows_(codes, self.format, packed)
+        torch.autograd.graph.increment_version(self.parts)
 
     def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
         tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
@@ -183,9 +185,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         """The same with codes that a matrix unit reads."""
         return self._with(codes=self.any_codes()) if self.is_packed else self
 
-    def _unpack(self, unpack: Callable[[torch.Tensor, Format], torch.Tensor]) -> torch.Tensor:
-        assert self.codes is not None and self.format is not None
-        return unpack(self.codes, self.format)
+    @property
+    def _packed(self) -> tuple[torch.Tensor, Format]:
+        return cast(torch.Tensor, self.codes), cast(Format, self.format)
+
+    def _room_to_unpack(self) -> torch.Tensor:
+        packed, format = self._packed
+        return packed.new_empty((packed.shape[0], packed.shape[1] // 3 * 4), dtype=code_dtype(format))
 
     def only(self, layout: str) -> "HadamardQuantTensor":
         """The same operand holding one layout, "rows" or "columns", so that the other can be freed."""
@@ -198,13 +204,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def any_codes(self) -> torch.Tensor:
         """The codes [r', c'] in whichever layout is held."""
         if self.is_packed:
-            return self._unpack(unpack_rows)
+            return (unpack_rows if _is_traced() else ops.unpack_rows)(*self._packed)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
         """Their transpose [c', r'] in whichever layout is held."""
         if self.is_packed:
-            return self._unpack(unpack_columns)
+            return unpack_columns(*self._packed) if _is_traced() else self.any_codes().t()
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ reads codes, and a weight is quantised once per optimiser step however many micr
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def renewed(self, dense: torch.Tensor) -> "HaloWeight":
         """A weight like this one, of another dense value."""
         weight = HaloWeight.from_hp(dense, self.recipe, frozen=self.master is None)
+        if self.operand is not None and self.operand.is_packed:
+            weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
         weight.fsdp = self.fsdp
         return weight
 
@@ -191,7 +194,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             self.master = value.detach()
         self.requantize(value.detach())
 
-    # The operand's tensors are this weight's, not those of a subclass inside: compiled code looks at every level in every call.
+    # The operand's tensors as this weight's own, not as those of a subclass inside: compiled code looks at each level, in
+    # every call.
     def __tensor_flatten__(self):
         names, attributes = ([], None) if self.operand is None else self.operand.__tensor_flatten__()
         names = names if self.master is None else ["master", *names]
@@ -234,7 +238,8 @@ def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
     pairs: list = [] if target.master is None else [(target.master, source.master)]
     if target.operand is not None:
         assert source.operand is not None
-        pairs += zip(target.operand.parts, source.operand.parts, strict=True)
+        operand = source.operand.packed() if target.operand.is_packed else source.operand.unpacked()
+        pairs += zip(target.operand.parts, operand.parts, strict=True)
     for to, from_ in pairs:
         to.copy_(from_)
     torch.autograd.graph.increment_version([to for to, _ in pairs])

@@ -343,11 +343,14 @@ def test_transposed(shape, dtype):
 def test_packing(rows, format):
     codes = from_bits(torch.randint(64, (rows, 192), dtype=torch.uint8), format)
     codes[0, :64] = from_bits(torch.arange(64, dtype=torch.uint8), format)
-    packed = library.pack_rows(codes.to(DEVICE), format)
+    packed = torch.empty(rows, 144, dtype=torch.uint8, device=DEVICE)
+    library.pack_rows_(codes.to(DEVICE), format, packed)
     assert_same_bytes(packed, packing.pack_rows(codes, format).to(DEVICE))
     assert_same_bytes(library.unpack_rows(packed, format), codes.to(DEVICE))
     padded = nn.functional.pad(packed, (7, 0))[:, 7:]
     assert_same_bytes(library.unpack_rows(padded, format), codes.to(DEVICE))
+    library.pack_rows_(codes.to(DEVICE), format, padded.zero_())
+    assert_same_bytes(padded, packed)
 
 
 @runs_kernels

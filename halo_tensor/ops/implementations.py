@@ -45,15 +45,15 @@ def _unrotate(x, left, right, shape):
     return reference.unrotate(x, decode(left), decode(right), shape).to(x.dtype, copy=True).contiguous()
 
 
-def _pack_rows(codes, format):
-    return packing.pack_rows(codes, FORMATS[format])
+def _pack_rows_(codes, format, packed):
+    packed.copy_(packing.pack_rows(codes, FORMATS[format]))
 
 
 def _unpack_rows(packed, format):
     return packing.unpack_rows(packed, FORMATS[format])
 
 
-for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate, _pack_rows, _unpack_rows):
+for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate, _pack_rows_, _unpack_rows):
     library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
 
 
@@ -108,10 +108,10 @@ def _unrotate_cuda(x, left, right, shape):
     return launch.unrotate(x, decode(left), decode(right), shape, x.dtype)
 
 
-def _pack_rows_cuda(codes, format):
+def _pack_rows__cuda(codes, format, packed):
     from halo_tensor.ops import packing_kernels
 
-    return packing_kernels.pack_rows(codes, FORMATS[format])
+    packing_kernels.pack_rows_(codes, FORMATS[format], packed)
 
 
 def _unpack_rows_cuda(packed, format):
@@ -122,7 +122,7 @@ def _unpack_rows_cuda(packed, format):
 
 for _op in (
     _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda,
-    _pack_rows_cuda, _unpack_rows_cuda,
+    _pack_rows__cuda, _unpack_rows_cuda,
 ):  # fmt: skip
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
@@ -205,9 +205,9 @@ def _(x, left, right, shape):
     return x.new_empty(shape)
 
 
-@_register_fake("pack_rows")
-def _(codes, format):
-    return codes.new_empty([codes.shape[0], codes.shape[1] // 4 * 3], dtype=torch.uint8)
+@_register_fake("pack_rows_")
+def _(codes, format, packed):
+    return None
 
 
 @_register_fake("unpack_rows")

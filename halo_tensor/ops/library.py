@@ -98,12 +98,12 @@ def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, sha
     return torch.ops.halo.unrotate(x, encode(left), encode(right), shape)
 
 
-def pack_rows(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """:func:`~halo_tensor.ops.packing.pack_rows` as one op, for code that is not compiled; in a graph, what is written in
-    pointwise ops can be fused, and repeated instead of saved."""
-    return torch.ops.halo.pack_rows(codes, format.name)
+def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
+    """:func:`~halo_tensor.ops.packing.pack_rows` to ``packed``, as one op, for code that is not compiled; in a graph, what is
+    written in pointwise ops can be fused, and repeated instead of saved."""
+    torch.ops.halo.pack_rows_(codes, format.name, packed)
 
 
 def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
-    """The inverse of :func:`pack_rows`, likewise."""
+    """:func:`~halo_tensor.ops.packing.unpack_rows`, likewise."""
     return torch.ops.halo.unpack_rows(packed, format.name)

@@ -52,12 +52,13 @@ def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.const
     tl.store(codes + group[:, None] * 4 + field[None, :], byte.to(tl.uint8), mask=inside[:, None])
 
 
-def pack_rows(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """See :func:`halo_tensor.ops.packing.pack_rows`."""
+def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
+    """See :func:`halo_tensor.ops.library.pack_rows_`."""
     codes = codes.contiguous()
-    packed = codes.new_empty((codes.shape[0], codes.shape[1] // 4 * 3), dtype=torch.uint8)
-    _plan(pack_kernel, codes.numel() // 4, format, codes.device)(codes.view(torch.uint8), packed)
-    return packed
+    target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
+    _plan(pack_kernel, codes.numel() // 4, format, codes.device)(codes.view(torch.uint8), target)
+    if target is not packed:
+        packed.copy_(target)
 
 
 def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:

@@ -22,7 +22,7 @@ for _schema in (
     "SymInt[] shape, ScalarType dtype) -> Tensor",
     "rotate(Tensor x, int[] left, int[] right) -> Tensor",
     "unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor",
-    "pack_rows(Tensor codes, str format) -> Tensor",
+    "pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()",
     "unpack_rows(Tensor packed, str format) -> Tensor",
 ):
     library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
