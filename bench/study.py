@@ -102,7 +102,9 @@ class Study:
     def cosine(self, which: str, model: nn.Module) -> float:
         if which not in self.exact:
             self.plain.load_state_dict(self.states[which])
-            self.exact[which] = self.gradient(deepcopy(self.plain).float().requires_grad_(True))
+            exact = deepcopy(self.plain).float().requires_grad_(True).train()
+            exact.gradient_checkpointing_enable({"use_reentrant": False})  # else this would be the peak of memory
+            self.exact[which] = self.gradient(exact)
         pairs = [(g.double(), self.exact[which][name].double()) for name, g in self.gradient(model).items()]
         dots = [sum((a * b).sum() for a, b in [(pair[i], pair[j]) for pair in pairs]) for i, j in ((0, 1), (0, 0), (1, 1))]
         return (dots[0] / (dots[1] * dots[2]).sqrt()).item()
@@ -116,6 +118,8 @@ class Study:
         run |= self.fit(model, seed)
         run["by recipe"] = self.loss_by_recipe(model)
         run |= self.evaluate(model.state_dict())
+        if self.args.part and self.device == "cuda":
+            torch.cuda.empty_cache()  # other parts may be at their peak
         return run | {"seconds": time.perf_counter() - start}
 
     def fit(self, model: nn.Module, seed: int) -> dict:
