@@ -1,5 +1,6 @@
 """Who is compared: names, and how each converts a model in place."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,22 +33,27 @@ def _torchao_int8(model: nn.Module) -> None:
     torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=_everything)
 
 
+HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
     "torchao-rowwise": partial(torchao_float8, "rowwise"),
     "torchao-int8": _torchao_int8,
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
-    **{
-        f"halo{level}-{dtype}": partial(_ours, halo_config(level, dtype))
-        for dtype in ("fp8", "int8", "fp6")
-        for level in (0, 1, 2)
-    },
+    **{name: partial(_ours, config) for name, config in HALO.items()},
 }
 
 
-def convert(model: nn.Module, name: str) -> None:
-    CONTENDERS[name](model)
+def rotated(name: str) -> bool:
+    return name in HALO and HALO[name].level > 0
+
+
+def convert(model: nn.Module, name: str, seed: int = 0) -> None:
+    """``seed``: of the random signs of a rotation, where there is one."""
+    if rotated(name):
+        _ours(replace(HALO[name], seed=seed), model)
+    else:
+        CONTENDERS[name](model)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def write(
 ) -> None:
     """Print ``rows`` (each with the same keys) as a table unless ``quiet``, and write it to ``folder``/name.md and .json;
     ``after``: the commands that made some of the rows before this one. ``more`` goes into the latter file."""
-    this = _command(sys.argv)
+    this = command(sys.argv)
     commands = list(dict.fromkeys([*after.splitlines(), this]))
     columns, made_in = list(rows[0]), environment().line()
     lines = [f"# {title}", "", "  \n".join(f"`{command}`" for command in commands), "", made_in, ""]
@@ -49,7 +49,7 @@ def write(
         print(text)
 
 
-def _command(argv: list[str]) -> str:
+def command(argv: list[str]) -> str:
     """Apart from --folder: where results went is nobody's business."""
     script, options = Path(argv[0]), [*argv[1:]]
     if "--folder" in options:

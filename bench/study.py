@@ -1,56 +1,38 @@
 """Does fine-tuning with a recipe give as good a model? Text-to-SQL, several seeds, on a model as shipped and with outliers.
 
     python bench/study.py --data chats.jsonl --budget-seconds 520      # repeated, it goes on where it stopped
+    python bench/study.py --data chats.jsonl --part 0/8                # one of 8 processes that share a GPU
+    python bench/study.py --join                                       # what they wrote
     python bench/study.py --data chats.jsonl --smoke                   # every code path, on any machine
 
 The outlier model computes the same function: 6 channels of what every norm gives out are × 32, and the columns of the linears
 that read them ÷ 32 (a power of two, so that bf16 weights lose nothing). Large models have such channels by themselves.
-Results are written after every run.
+A seed of a run is an order of the data and a draw of the rotation's random signs. Results are written after every run.
 """
 
 import argparse
+import gc
 import json
+import re
 import statistics
 import sys
 import time
 from copy import deepcopy
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import results
 import torch
 from common import fail, load_model
-from contenders import convert
+from contenders import convert, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
+from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, table
 from torch import nn
 
-from halo_tensor import environment
-
-MODELS = ("as shipped", "with outliers")
-MAIN = ("bf16", "halo1-int8", "halo2-int8", "halo0-fp8")
-OTHERS = (
-    "torchao-tensorwise",
-    "torchao-rowwise",
-    "halo0-int8",
-    "halo1-fp8",
-    "halo2-fp8",
-    "halo0-fp6",
-    "halo1-fp6",
-    "halo2-fp6",
-)
 OUTLIERS, FACTOR = 6, 32
+MOST_RUNS = 8  # of a group that go to one of several processes
 SETTINGS = ("model", "data", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
-NOTES = (
-    "{steps} steps of {batch}×{length} packed tokens ({examples} conversations; answers only are learnt), AdamW, learning "
-    "rate {lr:g} with warm-up and linear decay; weights and activations in {dtype}, with float32 copies of the weights in "
-    "the optimiser, for every recipe. A seed is an order of the data; ± is the standard deviation over seeds. Gradient "
-    "cosine: of all linears but lm_head, before training, with the gradient in float32. Validation loss and exact match "
-    "(greedy answers to {prompts} held-out prompts, as normalised strings): of the trained weights, exported and run in "
-    "{dtype}; change: against bf16 with the same seed. By recipe: the loss of the same weights run by the recipe. tokens/s: "
-    "of the median step, optimiser included{compiled}; a model this small is bound by launching, so this is no measure of "
-    "speed."
-)
 
 
 @torch.no_grad()
@@ -90,22 +72,25 @@ class Study:
         self.pad = self.tokenizer.pad_token_id or 0
         self.valid_rows = pack([encode(self.tokenizer, chat) for chat in self.valid], args.length, self.pad)
         self.probe = self._on_device(next(batches(self.train, args.batch, args.length, self.pad, seed=0)))
-        self.models: dict[str, nn.Module] = {}
+        self.group: tuple | None = None
+        self.converted: nn.Module | None = None  # the model of the group
         self.exact: dict[str, dict[str, torch.Tensor]] = {}
 
     def _on_device(self, rows: dict) -> dict:
         return {name: values.to(self.device) for name, values in rows.items()}
 
-    def model(self, recipe: str) -> nn.Module:
-        """Kept, so that it is compiled once: runs load their weights into it."""
-        if recipe not in self.models:
+    def model(self, recipe: str, seed: int) -> nn.Module:
+        """Kept until another group's turn, so that it is compiled once: runs load their weights into it."""
+        if self.group != group_of(recipe, seed):
+            self.group = self.converted = None
+            gc.collect()  # a compiled module refers to itself
             model = deepcopy(self.plain).requires_grad_(True)
-            convert(model, recipe)
-            if self.args.compile:
+            convert(model, "bf16" if recipe == EAGER else recipe, seed)
+            if self.args.compile and recipe != EAGER:
                 for block in model.model.layers:
                     block.compile(fullgraph=True, dynamic=False)
-            self.models[recipe] = model
-        return self.models[recipe]
+            self.group, self.converted = group_of(recipe, seed), model
+        return self.converted
 
     def gradient(self, model: nn.Module) -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -117,19 +102,24 @@ class Study:
     def cosine(self, which: str, model: nn.Module) -> float:
         if which not in self.exact:
             self.plain.load_state_dict(self.states[which])
-            self.exact[which] = self.gradient(deepcopy(self.plain).float().requires_grad_(True))
+            exact = deepcopy(self.plain).float().requires_grad_(True).train()
+            exact.gradient_checkpointing_enable({"use_reentrant": False})  # else this would be the peak of memory
+            self.exact[which] = self.gradient(exact)
         pairs = [(g.double(), self.exact[which][name].double()) for name, g in self.gradient(model).items()]
         dots = [sum((a * b).sum() for a, b in [(pair[i], pair[j]) for pair in pairs]) for i, j in ((0, 1), (0, 0), (1, 1))]
         return (dots[0] / (dots[1] * dots[2]).sqrt()).item()
 
     def run(self, which: str, recipe: str, seed: int) -> dict:
         start = time.perf_counter()
-        model = self.model(recipe)
+        model = self.model(recipe, seed)
         model.load_state_dict(self.states[which])
-        run = {"model": which, "recipe": recipe, "seed": seed, "cosine": self.cosine(which, model)}
+        run = {"model": which, "recipe": recipe, "seed": seed, "rotation seed": seed if rotated(recipe) else None}
+        run["cosine"] = self.cosine(which, model)
         run |= self.fit(model, seed)
         run["by recipe"] = self.loss_by_recipe(model)
         run |= self.evaluate(model.state_dict())
+        if self.args.part and self.device == "cuda":
+            torch.cuda.empty_cache()  # other parts may be at their peak
         return run | {"seconds": time.perf_counter() - start}
 
     def fit(self, model: nn.Module, seed: int) -> dict:
@@ -158,7 +148,8 @@ class Study:
         curve = torch.stack(losses).tolist()  # waits for the device
         seconds = statistics.median(_elapsed(a, b) for a, b in pairwise(stamps))
         last = curve[-max(args.steps // 10, 1) :]
-        return {"train": sum(last) / len(last), "tokens/s": args.batch * args.length / seconds}
+        speed = None if args.part else args.batch * args.length / seconds  # others slow a part down
+        return {"train": sum(last) / len(last), "tokens/s": speed}
 
     def _stamp(self):
         if self.device == "cpu":
@@ -198,98 +189,52 @@ def _elapsed(a, b) -> float:
     return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
 
 
-def spread(values: list[float], format: str) -> str:
-    mean = format.format(statistics.mean(values))
-    return f"{mean} ± {format.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else mean
+def group_of(recipe: str, seed: int) -> tuple[str, int | None]:
+    """What shares a compiled model: signs are constants of its code."""
+    return recipe, seed if rotated(recipe) else None
 
 
-def table(runs: list[dict]) -> list[dict]:
-    rows = []
-    reference = {(run["model"], run["seed"]): run for run in runs if run["recipe"] == "bf16"}
-    for which in MODELS:
-        for recipe in ("untrained", *MAIN, *OTHERS):
-            group = [run for run in runs if (run["model"], run["recipe"]) == (which, recipe)]
-            if not group:
-                continue
-            pairs = [(run, reference[which, run["seed"]]) for run in group if (which, run["seed"]) in reference]
-            trained = recipe != "untrained"
-            changes = [run["validation"] / other["validation"] - 1 for run, other in pairs]
-            speeds = [run["tokens/s"] / other["tokens/s"] for run, other in pairs if trained]
-            rows.append(
-                {
-                    "model": which,
-                    "recipe": recipe,
-                    "seeds": len(group),
-                    "gradient cosine": f"{group[0]['cosine']:.4f}" if trained else None,
-                    "validation loss": spread([run["validation"] for run in group], "{:.4f}"),
-                    "change": spread(changes, "{:+.2%}") if changes and trained and recipe != "bf16" else None,
-                    "by recipe": spread([run["by recipe"] for run in group], "{:.4f}") if trained else None,
-                    "exact match": spread([run["exact"] for run in group], "{:.1%}"),
-                    "tokens/s": round(statistics.median(run["tokens/s"] for run in group)) if trained else None,
-                    "× bf16": f"{statistics.median(speeds):.2f}" if speeds else None,
-                }
-            )
-    return rows
-
-
-def draw(name: str, runs: list[dict], folder: Path) -> None:
-    """One row of panels per model: a dot is a seed, a line their mean, and the dashed one that of bf16."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{name}.png is not drawn: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    recipes = [recipe for recipe in (*MAIN, *OTHERS) if any(run["recipe"] == recipe for run in runs)]
-    panels = {
-        "cosine": "1 − cosine of the gradient with the exact one",
-        "validation": "validation loss",
-        "exact": "exact match",
-    }
-    figure, grid = plt.subplots(
-        2, 3, figsize=(13, 2.4 + 0.45 * len(recipes)), sharey=True, squeeze=False, layout="constrained"
-    )
-    for line, which in zip(grid, MODELS, strict=True):
-        for axes, (key, label) in zip(line, panels.items(), strict=True):
-            for y, recipe in enumerate(recipes):
-                values = [run[key] for run in runs if (run["model"], run["recipe"]) == (which, recipe)]
-                values = [max(1 - value, 1e-6) for value in values] if key == "cosine" else values
-                if not values:
-                    continue
-                color = "#0b7285" if recipe.startswith("halo") else "#868e96"
-                mean = statistics.mean(values)
-                axes.plot(values, [y] * len(values), "o", color=color, alpha=0.55, markersize=6)
-                axes.plot([mean, mean], [y - 0.3, y + 0.3], color=color, linewidth=2)
-                if recipe == "bf16":
-                    axes.axvline(mean, color="#343a40", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-            if key == "cosine":
-                axes.set_xscale("log")
-            axes.set_yticks(range(len(recipes)), recipes, fontsize=9)
-            axes.set_title(f"{which}: {label}", fontsize=10)
-            axes.grid(axis="x", alpha=0.25)
-            axes.spines[["top", "right", "left"]].set_visible(False)
-    grid[0, 0].invert_yaxis()
-    figure.supxlabel(f"a dot is a seed, the dashed line bf16\n{environment().line()}", fontsize=8)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    plt.close(figure)
-
-
-def queue(recipes: list[str], seeds: int) -> list[tuple[str, str, int]]:
-    """(model, recipe, seed): all seeds of what matters most, then one seed of the rest, then the rest."""
-    first = [(which, recipe, seed) for recipe in MAIN for which in MODELS for seed in range(seeds)]
-    rest = [(which, recipe, seed) for seed in range(seeds) for recipe in OTHERS for which in MODELS]
+def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, str, int]]:
+    """(model, recipe, seed), group by group: what matters most, then the rest, of rotated recipes one seed after the other."""
+    first = [(which, recipe, seed) for recipe in MAIN for seed in range(seeds) for which in MODELS]
+    rest = [(which, recipe, seed) for recipe in OTHERS for seed in range(other_seeds) for which in MODELS]
+    rest.sort(key=lambda task: group_of(*task[1:])[1] or 0)
     return [task for task in first + rest if task[1] in recipes]
+
+
+def share(tasks: list[tuple], part: int, parts: int) -> list[tuple]:
+    """Those of ``tasks`` that one of ``parts`` processes does: the longest group goes to who has least to do, what matters
+    most before the rest. Groups of many runs are worth being compiled twice."""
+    whole = [list(group) for _, group in groupby(tasks, lambda task: group_of(*task[1:]))]
+    groups = [group[i : i + MOST_RUNS] for group in whole for i in range(0, len(group), MOST_RUNS)]
+    loads, mine = [0] * parts, []
+    for group in sorted(groups, key=lambda group: (group[0][1] not in MAIN, -_cost(group))):
+        least = loads.index(min(loads))
+        loads[least] += _cost(group)
+        mine += group if least == part else []
+    return sorted(mine, key=tasks.index)
+
+
+def _cost(group: list[tuple]) -> int:
+    """About what they take on an H100, in runs of bf16: compiling takes 2, a run of another recipe 2."""
+    return 2 + len(group) * (1 if group[0][1] in ("bf16", EAGER) else 2)
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"a part is I/N with I below N, 0/8 for example; got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help=".jsonl with messages in every line; the last ones are for validation")
+    parser.add_argument("--data", help=".jsonl with messages in every line; the last ones are for validation")
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="of the weights")
     parser.add_argument("--only", nargs="+", default=[*MAIN, *OTHERS], choices=[*MAIN, *OTHERS], metavar="RECIPE")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=8, help=f"of {', '.join(MAIN)}")
+    parser.add_argument("--other-seeds", type=int, default=3, help="of the other recipes")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="rows of packed conversations")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
@@ -300,44 +245,71 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--smoke", action="store_true", help="tiny: 2 steps, 1 seed, 3 blocks; results go to outputs/")
     parser.add_argument("--name", default="study", help="of the result files")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--part", type=_part, metavar="I/N", help="do the I-th (from 0) of N shares of the runs not done yet")
+    several.add_argument("--join", action="store_true", help="merge what the parts wrote, and stop")
     args = parser.parse_args()
+    if not args.data and not args.join:
+        parser.error("--data is required, but for --join")
     if args.smoke:
-        args.seeds, args.steps, args.batch, args.length, args.prompts, args.new_tokens = 1, 2, 2, 128, 3, 4
+        args.seeds = args.other_seeds = 1
+        args.steps, args.batch, args.length, args.prompts, args.new_tokens = 2, 2, 128, 3, 4
     return args
+
+
+def read(path: Path, settings: dict) -> list[dict]:
+    """The runs in ``path``, which must have been made with the same settings."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        fail(f"{path} has other settings, {record['settings']}: remove it, or pass another --name")
+    return record["runs"]
 
 
 def main() -> None:
     args = parse_args()
     folder = Path("outputs") if args.smoke else results.FOLDER
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    path, runs, failed = folder / f"{args.name}.json", [], 0
+    if args.join:
+        return join(args.name, folder)
+    settings, failed = {name: getattr(args, name) for name in SETTINGS}, 0
+    whole = folder / f"{args.name}.json"
+    path = folder / f"{args.name}_part{args.part[0]}.json" if args.part else whole
     if args.smoke:
-        path.unlink(missing_ok=True)
-    if path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            fail(f"{path} has other settings, {record['settings']}: remove it, or pass another --name")
-        runs = record["runs"]
+        for old in (whole, path):
+            old.unlink(missing_ok=True)
+    done = {key(run) for run in read(whole, settings)}
+    tasks = [task for task in queue(args.only, args.seeds, args.other_seeds) if task not in done]
+    if args.part:  # shared out by the whole record, which no part writes to, so that all of them agree
+        tasks = share(tasks, *args.part)
+    runs = read(path, settings)
+    done |= {key(run) for run in runs}
 
-    # Every recipe of a model compiles the same code anew.
+    # Every group compiles the same code anew.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     study = Study(args)
+    title = f"Fine-tuning {args.model or 'SmolLM2-135M-Instruct'} on {args.data}"
     notes = NOTES.format(examples=len(study.train), compiled=", each block compiled" if args.compile else "", **settings)
     print(f"ready after {time.perf_counter() - study.started:.0f} s", flush=True)
 
     def record(run: dict) -> None:
         runs.append(run)
-        title = f"Fine-tuning {args.model or 'SmolLM2-135M-Instruct'} on {args.data}"
-        results.write(args.name, title, table(runs), notes, folder, quiet=True, settings=settings, runs=runs)
+        if args.part:
+            command = results.command(sys.argv).replace(f"--part {args.part[0]}/", "--part I/")
+            text = {"title": title, "command": command, "notes": notes, "settings": settings, "runs": runs}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+        else:
+            results.write(args.name, title, table(runs), notes, folder, quiet=True, settings=settings, runs=runs)
         print(json.dumps(run, ensure_ascii=False), flush=True)
 
-    done = {(run["model"], run["recipe"], run["seed"]) for run in runs}
-    for which in MODELS:
+    for which in MODELS if not args.part or args.part[0] == 0 else ():
         if (which, "untrained", 0) not in done:
-            record({"model": which, "recipe": "untrained", "seed": 0} | study.evaluate(study.states[which]))
-    longest = {True: 25.0, False: 8.0}  # seconds of a run, the first of its recipe or not
-    for task in (task for task in queue(args.only, args.seeds) if task not in done):
-        new = task[1] not in study.models
+            first = {"model": which, "recipe": "untrained", "seed": 0, "rotation seed": None}
+            record(first | study.evaluate(study.states[which]))
+    longest = {True: 25.0, False: 8.0}  # seconds of a run, the first of its group or not
+    for task in (task for task in tasks if task not in done):
+        new = study.group != group_of(*task[1:])
         if time.perf_counter() - study.started + longest[new] > args.budget_seconds:
             print(f"stopped before {task}: the budget of {args.budget_seconds:.0f} s is spent")
             break
@@ -347,8 +319,9 @@ def main() -> None:
         except Exception as error:
             print(f"{task} failed: {error!r:.500}", file=sys.stderr, flush=True)
             failed += 1
-    draw(args.name, runs, folder)
-    print((folder / f"{args.name}.md").read_text())
+    if not args.part:
+        draw(args.name, runs, folder)
+        print((folder / f"{args.name}.md").read_text())
     if failed:
         fail(f"{failed} runs failed")
 
