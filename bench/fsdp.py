@@ -31,9 +31,9 @@ FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"
 DEFAULT = ["bf16", "torchao-tensorwise", FP8_ALL_GATHER, "halo0-fp8", "halo1-fp8", "halo1-int8"]
 NOTES = (
     "A step: forward, backward, fused AdamW, and what a contender does to its scales after it. ms: median of the steps, of "
-    "the slowest rank. Issue: what the CPU takes to issue one step to idle GPUs. Peak: of one rank's allocations. Gathered: what "
-    "all-gathers bring to one rank in a step, counted where they are called. Compiled block by block, with fullgraph; the "
-    "first steps, which compile, are left out."
+    "the slowest rank. Issue: what the CPU takes to issue one step to idle GPUs. Peak: of one rank's allocations. Gathered: "
+    "what all-gathers bring to one rank in a step, counted where they are called. Compiled block by block, with fullgraph; "
+    "the first steps, which compile, are left out."
 )
 
 

@@ -166,9 +166,11 @@ def map_shard(weight: torch.Tensor, convert) -> DTensor:
     """``weight``, a DTensor, with ``convert(shard)`` in place of its shard."""
     assert isinstance(weight, DTensor)
     shard = convert(local(weight))
-    return DTensor.from_local(
+    whole = DTensor.from_local(
         shard, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
+    whole._local_tensor = shard  # from_local makes a view of it, and a view of a converted weight has no codes
+    return whole
 
 
 def local(weight: torch.Tensor) -> Any:

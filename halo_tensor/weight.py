@@ -221,9 +221,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
         does not know to depend on this library's sources."""
-        from halo_tensor import __version__
+        names, attributes = self.__tensor_flatten__()
+        inner = [(name, t.dtype, tuple(t.shape), t.stride()) for name in names for t in (getattr(self, name),)]
+        outer = tuple(self.shape), self.stride(), self.dtype, self.requires_grad
+        return repr((fingerprint(), outer, inner, attributes))
 
-        return repr((__version__, fingerprint(), tuple(self.shape), self.dtype, self.master is None, self.recipe))
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ of the process group's size, run by every rank. Whatever hangs is ended after a 
 import copy
 import functools
 import inspect
+import io
 import itertools
 import json
 import multiprocessing
@@ -273,6 +274,24 @@ def checkpoints_cross_world_sizes(world, folder):
         assert torch.equal(other(x), model(x)), how
 
 
+def loading_with_assign(world):
+    """A state dict whose tensors take the place of the shards: they are converted, whether it has been gathered before or not."""
+    for dtype in ("int8", "fp6"):
+        config, x = halo_config(1, dtype), torch.randn(16, EVEN[0])
+        model = shard(make(config))
+        expected = model(x)
+        state = {key: value + 0 for key, value in model.state_dict().items()}
+        for before in (False, True):
+            other = shard(make(config))
+            if before:
+                other(x)
+            other.load_state_dict(state, assign=True)
+            with OpLog() as log:
+                assert torch.equal(other(x), expected)
+            assert log.calls, "in high precision"
+            assert all(local(layer.weight).operand is not None for layer in (other[0].up, other[1]))
+
+
 def frozen_weights(world):
     """They are sharded, sent and held as codes, and give what they give in one process."""
     for dtype, granularity, size in itertools.product(("int8", "fp6"), ("row", "tensor"), (EVEN, UNEVEN)):
@@ -399,7 +418,7 @@ def curves(world: int) -> dict:
 
 ANY = [
     other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
-    checkpoints_cross_world_sizes, frozen_weights, misuse, unlike_configs,
+    checkpoints_cross_world_sizes, loading_with_assign, frozen_weights, misuse, unlike_configs,
 ]  # fmt: skip
 TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
 
@@ -469,6 +488,10 @@ def test_what_is_sent_is_made_once_and_is_up_to_date(dtype):
     expected = HaloWeight.from_hp(linear.weight.dequantize(), linear.weight.recipe).operand.codes
     expected = pack_rows(expected, FP6_E2M3) if dtype == "fp6" else expected.view(torch.uint8)
     assert torch.equal(send(linear.weight), expected), "the codes of the weight as it is now"
+    torch.save(linear.weight, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.load(file)
+    assert torch.equal(loaded.operand.codes, linear.weight.operand.codes) and loaded.sent is None
 
 
 def test_fsdp_reads_the_signature_of_the_hook():

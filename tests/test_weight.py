@@ -211,6 +211,31 @@ def test_assigning_a_plain_state_dict_keeps_the_recipe():
     assert torch.equal(model(x), make()(x))
 
 
+def test_compiled_graphs_are_cached_for_weights_like_the_one_they_were_compiled_for():
+    """A graph that was compiled for a weight without a gradient gives none, silently."""
+
+    def key(convert=lambda weight: weight):
+        linear = nn.Linear(128, 64)
+        quantize_(linear, halo_config(1, "fp6", min_features=0))
+        return convert(linear.weight)._stable_hash_for_caching()
+
+    def packed(weight):
+        weight.operand = weight.operand.packed()
+        return weight
+
+    def gathered(weight):
+        weight = HaloWeight(None, weight.operand.packed(), weight.recipe)
+        weight.fsdp = "gathered"
+        return weight
+
+    frozen = nn.Linear(128, 64).requires_grad_(False)
+    quantize_(frozen, halo_config(1, "fp6", min_features=0))
+    keys = [key(), key(lambda weight: weight.requires_grad_(False)), key(packed), key(gathered), key(nn.Parameter.double)]
+    keys.append(frozen.weight._stable_hash_for_caching())
+    assert len(set(keys)) == len(keys)
+    assert key() == key()
+
+
 def test_safetensors(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""fp6 codes in 0.75 bytes each: how a frozen weight is kept.
+"""fp6 codes in 0.75 bytes each: how a frozen weight is kept, and FSDP's shards.
 
 Written in pointwise ops, which a compiler fuses into one kernel. Forward reads rows and backward columns: two expressions, so
 that a compiled graph repeats the unpacking in backward and saves the packed bytes only.

@@ -34,8 +34,8 @@ def runs_kernels(device: torch.device) -> bool:
 
 @cache
 def fingerprint() -> str:
-    """Of the sources of the ops: what was compiled with others must not be taken from a cache."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """Of the library's sources: what was compiled with others must not be taken from a cache."""
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
