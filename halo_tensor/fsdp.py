@@ -234,7 +234,8 @@ def _check_agreement(weight: Shardable, mesh: DeviceMesh, outer_size: torch.Size
         others = [rank for rank, other in enumerate(digests) if other != digest]
         raise ValueError(
             f"a weight of {list(outer_size)} [out, in] is converted differently on ranks {others} of its mesh than on rank "
-            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank, and balance_ with the same batch. Here it is: {here}"
+            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank, and balance_ with the same batch. "
+            f"Here it is: {here}"
         )
     _agreed.add(module)
 

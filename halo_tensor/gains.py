@@ -1,8 +1,8 @@
 """Gains: powers of two that an operand's columns are multiplied with before they are rotated and quantised.
 
 X Wᵀ = (X / s)(W s)ᵀ for any s [in_features], so a gain along a contracted dimension cancels, as a rotation does, if the other
-operand carries its inverse; along a surviving one it is undone on the result. Gains are passed in pairs, (gain, 1 / gain), that
-are never written to: two operands fit if they hold the same tensors, which nothing has to be read for.
+operand carries its inverse; along a surviving one it is undone on the result. Gains are passed in pairs, (gain, 1 / gain),
+that are never written to: two operands fit if they hold the same tensors, which nothing has to be read for.
 """
 
 import torch

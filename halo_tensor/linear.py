@@ -50,12 +50,12 @@ def quantize_operands(
     for (operand, fold), served in wanted.items():
         contracted = {PRODUCTS[product][2] for product in served}
         own = None if operand.format is None else gains
-        key = (operand, None if own is None else id(own[0]))  # the operand keeps its gain, so that its id stays its own
-        tensor = shared.get(key) if fold is None else None
+        name = (operand, None if own is None else id(own[0]))  # the id stays the gain's own: what is shared keeps it
+        tensor = shared.get(name) if fold is None else None
         if tensor is None or not _serves(tensor, dims, contracted):
             tensor = _quantize(matrix, dims, operand, contracted, fold, own)
             if fold is None and not operand.is_plain:
-                shared[key] = tensor
+                shared[name] = tensor
         made |= dict.fromkeys(served, tensor)
     return [made[product] for product in products]
 
@@ -208,7 +208,8 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
         products = ["output", "grad_weight"] if wants_w else ["output"]
         # What W was multiplied with X is divided by, and the other way round.
-        gains = None if operand is None or operand.gain is None else (operand.undo_gain if gain is None else gain, operand.gain)
+        gains = getattr(operand, "gains", None)
+        gains = gains and (gains[1] if gain is None else gain, gains[0])
         x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
         y = _multiply(x_operands[0], w.t(), dtype, bias)
 

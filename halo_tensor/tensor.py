@@ -117,7 +117,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                     f"the {side} rotation {rotation} has no Hadamard matrix of its block; take hadamard.fit(rotation, width)"
                 )
         if gains is not None and (format is None or gains[0].shape != x.shape[1:]):
-            raise ValueError(f"gains {list(gains[0].shape)} are for the columns of a matrix to be quantised; got {list(x.shape)}")
+            raise ValueError(f"gains {list(gains[0].shape)} do not fit the columns of {list(x.shape)}, or there is no format")
         if format is None:
             rotated = ops.rotate(x, left, right)
             codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None
@@ -265,7 +265,11 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     def _apply_fn_to_data(self, fn):
         parts = [name for name in ("codes", "codes_t", "scale") if getattr(self, name) is not None]
-        return self._with(**{name: fn(getattr(self, name)) for name in parts})
+        new = self._with(**{name: fn(getattr(self, name)) for name in parts})
+        if self.gain is not None:  # a constant, not to be copied
+            new.gain, new.undo_gain = moved(self.gains, new.device) or (None, None)
+            new.gain_along = None if new.gain is None else self.gain_along
+        return new
 
 
 @HadamardQuantTensor.implements(
@@ -283,9 +287,7 @@ def _(func, types, args, kwargs):
     dtype = kwargs.pop("dtype", None)  # of what it stands for; the codes keep theirs
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"a HadamardQuantTensor cannot stand for {dtype}; take dequantize().to({dtype})")
-    new = self._with(dtype=dtype)._apply_fn_to_data(lambda t: func(t, **kwargs))
-    gain, undo_gain = moved(self.gains, new.device) or (None, None)
-    return new._with(gain=gain, undo_gain=undo_gain, gain_along=None if gain is None else self.gain_along)
+    return self._with(dtype=dtype)._apply_fn_to_data(lambda t: func(t, **kwargs))
 
 
 @HadamardQuantTensor.implements([aten.t.default, aten.transpose.int])

@@ -47,8 +47,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             weight is frozen: then the codes are all there is; and None of a weight gathered by FSDP, whose master is sharded.
         operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain.
         recipe: how the three products of its layer are computed.
-        gain: float32 [in_features], powers of two that the operand's columns were multiplied with before they were rotated, and
-            X is divided by; None without. Neither the master nor its gradient knows of it. See :func:`~halo_tensor.balance_`.
+        gain: float32 [in_features], powers of two that the operand's columns were multiplied with before they were rotated,
+            and X's are divided by; or None. Neither the master nor its gradient knows of it. See ``balance_``.
 
     A view of it is a HaloWeight with the identity recipe and a ``base``, so that writes through the view reach the codes.
     """
@@ -77,9 +77,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         self.master, self.operand, self.recipe = master, operand, recipe
 
     @classmethod
-    def from_hp(
-        cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False, gains: Gains | None = None
-    ) -> "HaloWeight":
+    def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False, gains: Gains | None = None) -> "HaloWeight":
         """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W."""
         operand = weight_operand(master, recipe, moved(gains, master.device))
         if frozen and operand is not None and reuses_operand(recipe):
