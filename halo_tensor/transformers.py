@@ -125,6 +125,11 @@ class HaloQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         held = [name for name in self.report.converted if isinstance(model.get_submodule(name).weight, HaloWeight)]
         warn_of_unrotated(model, Conversion(self.report.config, held))
+        # Layers that read one X have equal gains: make them the very same again, by which X is known to be shared.
+        seen: dict[tuple, gains.Gains] = {}
+        for operand in (model.get_submodule(name).weight.operand for name in held):
+            if operand.gain is not None:
+                operand.gains = seen.setdefault((operand.gain.device, *operand.gain.tolist()), operand.gains)
         return model
 
     # From a plain checkpoint.
@@ -187,8 +192,6 @@ class _Deserialize(ConversionOps):
 
     def __init__(self, quantizer: HaloQuantizer):
         self.hf_quantizer = quantizer
-        # By their exponents, of all layers: those that read one X share the very tensors again.
-        self.gains = quantizer.__dict__.setdefault("gains", {})
 
     def convert(self, input_dict, source_patterns, target_patterns=None, *, model, full_layer_name, **kwargs):
         codes, scale, exponents = (input_dict.get(pattern, [None])[0] for pattern in source_patterns)
@@ -199,8 +202,7 @@ class _Deserialize(ConversionOps):
         check_device(recipe.formats, codes.device)
         operand = _from_stored(codes, scale, like, recipe)
         if exponents is not None:
-            key = exponents.device, tuple(exponents.tolist())
-            operand.gains = self.gains.setdefault(key, gains.of_exponents(exponents))
+            operand.gains = gains.of_exponents(exponents)
         return {full_layer_name: _hold(model, full_layer_name, HaloWeight(None, operand, recipe))}
 
     @property
