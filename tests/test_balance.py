@@ -10,15 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HadamardQuantTensor, balance_, dequantize_, gains, halo_config, quantize_, recipe_config
+from halo_tensor import (
+    HadamardQuantTensor,
+    balance_,
+    dequantize_,
+    gains,
+    halo_config,
+    keep_products,
+    quantize_,
+    recipe_config,
+)
 from halo_tensor.linear import weight_operand
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
 from halo_tensor.weight import HaloWeight, convert_weight
 from tests.test_compile import graphs
 from tests.test_linear import converted, everything, exact, gradients
 from tests.test_weight import OPTIMIZERS, Mlp, train
-from tests.util import OpLog, relative_error
+from tests.util import OpLog, relative_error, saved_bytes
 
 OUTLIERS = slice(None, None, 29)
 
@@ -402,6 +412,39 @@ def test_frozen_weights(dtype):
         assert relative_error(model(x), plain(x)) < 0.8 * relative_error(expected, plain(x))
     meta = once.to("meta")
     assert meta.to_empty(device="cpu").q.weight.gain is None
+
+
+def test_checkpointing_and_what_is_saved():
+    """Gains are saved by reference to the weight's own."""
+    model, x, plain = balanced()
+    unbalanced = copy.deepcopy(plain)
+    quantize_(unbalanced, halo_config(1, "int8"))
+    x.requires_grad_()
+    sizes = []
+    for f in (model, unbalanced):
+        with saved_bytes() as saved:
+            y = f(x)
+        sizes.append(saved(f))
+    assert sizes[0] == sizes[1] and y.requires_grad
+    expected = _all_gradients(model, x, model)
+    for options in ({}, {"context_fn": keep_products}):
+        actual = _all_gradients(lambda t, options=options: checkpoint(model, t, use_reentrant=False, **options), x, model)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_autocast():
+    plain = nn.Linear(128, 192)
+    x = with_outliers(plain, 64).requires_grad_()
+    layer = converted(plain, halo_config(1, "int8"))
+    with torch.autocast("cpu", torch.bfloat16):
+        balance_(layer, x)
+        y = layer(x)
+    e = torch.randn_like(y)
+    actual = [y, *torch.autograd.grad(y, (x, layer.weight), e)]
+    assert [t.dtype for t in actual] == [torch.bfloat16, torch.float32, torch.float32]
+    for a, b in zip(actual, exact(plain, x.detach(), e), strict=False):
+        assert 0.004 < relative_error(a, b) < 0.03
 
 
 # Compiled.
