@@ -7,6 +7,7 @@ model = torch.compile(model)
 
 from importlib.metadata import PackageNotFoundError, version
 
+from halo_tensor.balance import balance_
 from halo_tensor.calibrate import calibrate
 from halo_tensor.checkpointing import keep_products
 from halo_tensor.config import (
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteError",
     "RecipeConfig",
     "Report",
+    "balance_",
     "calibrate",
     "dequantize_",
     "environment",

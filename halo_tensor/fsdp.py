@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor.gains import moved
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
@@ -95,6 +96,7 @@ class Shardable:
         scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
         size = torch.Size((rows, self.shape[1]))
         operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
+        operand.gains = moved(operand.gains, codes.device)  # shards may be offloaded
         return self._gathered(None, operand), ()
 
     def _gathered(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None):
@@ -201,12 +203,12 @@ def _share_scales(shards: list[Shardable], mesh: DeviceMesh, dimension: int = 0)
     dist.all_reduce(scales, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
     for shard, operand, scale in zip(shards, operands, scales.to(operands[0].scale.device).unbind(), strict=True):
         if shard.master is None:  # frozen: all there is to quantise are codes, which are rotated already
-            matrix, right = reference.dequantize(operand.any_codes(), operand.scale, "tensor"), None
+            matrix, right, gain = reference.dequantize(operand.any_codes(), operand.scale, "tensor"), None, None
         else:
-            matrix, right = shard.master, operand.right
+            matrix, right, gain = shard.master, operand.right, operand.gain
         if matrix.shape[0]:
             fold = (1.0 / scale).repeat(matrix.shape[0])
-            codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold)[0]
+            codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold, gain=gain)[0]
             if operand.is_packed:
                 ops.pack_rows_(codes, operand.format, operand.codes)
             else:
@@ -225,13 +227,17 @@ def _check_agreement(weight: Shardable, mesh: DeviceMesh, outer_size: torch.Size
     if module in _agreed:
         return
     here = f"{weight.recipe}, {list(outer_size)}, {weight.dtype}, {'frozen' if weight.master is None else 'trained'}"
+    gain = None if weight.operand is None else weight.operand.gain
+    if gain is not None:  # ranks that balanced on different batches
+        here += f", balanced as {hashlib.sha256(str(gain.tolist()).encode()).hexdigest()[:8]}"
     digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
     digests = _all_gather(torch.tensor([digest], device=mesh.device_type), mesh).tolist()
     if len(set(digests)) > 1:
         others = [rank for rank, other in enumerate(digests) if other != digest]
         raise ValueError(
             f"a weight of {list(outer_size)} [out, in] is converted differently on ranks {others} of its mesh than on rank "
-            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank. Here it is: {here}"
+            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank, and balance_ with the same batch. "
+            f"Here it is: {here}"
         )
     _agreed.add(module)
 
@@ -317,7 +323,7 @@ def _new_zeros(weight, size, **options):
     if weight.operand is not None:
         _check_shardable(weight, size[0])
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-    padded = type(weight).from_hp(zeros, weight.recipe, frozen=weight.master is None)
+    padded = type(weight).from_hp(zeros, weight.recipe, weight.master is None, weight.gains)
     if padded.operand is not None:
         padded.operand = padded.operand.packed()  # as it is sent
     padded.fsdp = "padded"

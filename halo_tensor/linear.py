@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor.gains import Gains
 from halo_tensor.ops import hadamard
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
-# matrix -> (its version, {operand: HadamardQuantTensor}). An entry dies with its matrix.
+# matrix -> (its version, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its matrix.
 _shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -27,13 +28,15 @@ def quantize_operands(
     products: list[str],
     folds: dict[str, torch.Tensor | None] | None = None,
     owner: torch.Tensor | None = None,
+    gains: Gains | None = None,
 ) -> list[torch.Tensor]:
     """What ``matrix``, one of X, W and E by its ``dims``, brings to each of ``products``: a HadamardQuantTensor in the layout
     that the product reads, or the matrix itself where the recipe keeps it in high precision.
 
     Products that want the same operand are served by one quantisation, and so are later calls with the same ``owner``, the
     tensor that ``matrix`` is a view of, until it is written to. ``folds`` gives, per product, another operand's scale along
-    the contracted dimension, to be multiplied in first.
+    the contracted dimension, to be multiplied in first. ``gains`` are those of in_features, of X or W, for every operand that
+    is quantised.
     """
     folds = folds or {}
     wanted: dict[tuple, list[str]] = {}
@@ -46,18 +49,20 @@ def quantize_operands(
     made: dict[str, torch.Tensor] = {}
     for (operand, fold), served in wanted.items():
         contracted = {PRODUCTS[product][2] for product in served}
-        tensor = shared.get(operand) if fold is None else None
+        own = None if operand.format is None else gains
+        name = (operand, None if own is None else id(own[0]))  # the id stays the gain's own: what is shared keeps it
+        tensor = shared.get(name) if fold is None else None
         if tensor is None or not _serves(tensor, dims, contracted):
-            tensor = _quantize(matrix, dims, operand, contracted, fold)
+            tensor = _quantize(matrix, dims, operand, contracted, fold, own)
             if fold is None and not operand.is_plain:
-                shared[operand] = tensor
+                shared[name] = tensor
         made |= dict.fromkeys(served, tensor)
     return [made[product] for product in products]
 
 
-def weight_operand(master: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor | None:
+def weight_operand(master: torch.Tensor, recipe: Recipe, gains: Gains | None = None) -> HadamardQuantTensor | None:
     """What a weight [out, in] brings to ``output``, in rows; None where the recipe leaves it as it is."""
-    (operand,) = quantize_operands(master, W, recipe, ["output"])
+    (operand,) = quantize_operands(master, W, recipe, ["output"], gains=gains)
     return operand if isinstance(operand, HadamardQuantTensor) else None
 
 
@@ -104,7 +109,9 @@ def _shared_operands(owner: torch.Tensor | None) -> dict:
     return operands
 
 
-def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.Tensor | None) -> torch.Tensor:
+def _quantize(
+    matrix, dims, operand: Operand, contracted: set[str], fold: torch.Tensor | None, gains: Gains | None
+) -> torch.Tensor:
     if operand.is_plain:
         return matrix
     # A feature dimension that no block divides stays un-rotated, and quantize_ has said so.
@@ -120,6 +127,7 @@ def _quantize(matrix, dims, operand: Operand, contracted: set[str], fold: torch.
         rows=dims[1] in contracted,
         columns=dims[0] in contracted,
         rounding=operand.rounding,
+        gains=gains,
     )
 
 
@@ -176,7 +184,7 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
         inner = dict(zip(names, tensors, strict=True))
         return HadamardQuantTensor.__tensor_unflatten__(inner, attributes, size, stride)
 
-    return operand.parts, put_together
+    return [getattr(operand, name) for name in names], put_together
 
 
 def backward_of_rounding(backward: Callable) -> Callable:
@@ -194,12 +202,15 @@ def backward_of_rounding(backward: Callable) -> Callable:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe, dtype, trains):
+    def forward(ctx, x, weight, bias, recipe, dtype, trains, gain):
         master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
         w = master if operand is None else operand
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
         products = ["output", "grad_weight"] if wants_w else ["output"]
-        x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x)
+        # What W was multiplied with X is divided by, and the other way round.
+        gains = getattr(operand, "gains", None)
+        gains = gains and (gains[1] if gain is None else gain, gains[0])
+        x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
         y = _multiply(x_operands[0], w.t(), dtype, bias)
 
         x_saved = x_operands[1] if wants_w else None
@@ -223,7 +234,7 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_w = multiply_backward(recipe, e, x, w, ctx.x_dtype, ctx.w_dtype)
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
         grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_w, grad_bias, None, None, None
+        return grad_x, grad_w, grad_bias, None, None, None, None
 
 
 def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
@@ -241,13 +252,21 @@ def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return x.dtype
 
 
-def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, recipe: Recipe | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: Any,
+    bias: torch.Tensor | None,
+    recipe: Recipe | None = None,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, whose output is
     plain, of any weight.
 
     Args:
         x: [..., in], of the weight's dtype; bias: [out] or None. Under autocast the result has its dtype, while X and W
             are quantised from the precision they come in.
+        gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own: a compiler knows of inputs, but
+            not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
 
     Raises:
         ValueError: the shapes do not fit, or the dtypes differ outside autocast.
@@ -262,4 +281,4 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, recipe: Reci
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     dtype = product_dtype("linear", x, weight, bias)
     with torch.autocast(device, enabled=False):
-        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled())
+        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)

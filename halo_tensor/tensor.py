@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
+from halo_tensor.gains import Gains, fit, moved
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
@@ -38,13 +39,16 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         scale_along: "row" (scale [r']), "column" ([c']), "tensor" ([]) or "block" ([⌈r'/32⌉, ⌈c'/32⌉]).
         left, right: the rotation of its rows and of its columns, or None.
         format: the number format of the codes; None for a rotated matrix left in high precision.
+        gain, undo_gain: float32 [c], and its inverse: what its columns were multiplied with before they were rotated; or None.
+            Products undo it.
+        gain_along: "column"; "row" of a transpose, whose rows [r] the gain is of; None without one.
         dtype: what it stands in for, and what its products return.
 
     r' and c' are r and c padded to whole blocks of a rotation, or what its rank keeps of them. Make one with :meth:`from_hp`.
     """
 
-    _tensors = ("codes", "codes_t", "scale")
-    _attributes = ("scale_along", "left", "right", "format")
+    _tensors = ("codes", "codes_t", "scale", "gain", "undo_gain")
+    _attributes = ("scale_along", "left", "right", "format", "gain_along")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
@@ -53,6 +57,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     left: Rotation | None
     right: Rotation | None
     format: Format | None
+    gain: torch.Tensor | None = None
+    undo_gain: torch.Tensor | None = None
+    gain_along: str | None = None
 
     @staticmethod
     def __new__(cls, size, dtype, tensors, attributes):
@@ -61,9 +68,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     def __init__(self, size, dtype, tensors, attributes):
         for name in self._tensors:
-            setattr(self, name, tensors[name])
+            setattr(self, name, tensors.get(name))
         for name in self._attributes:
-            setattr(self, name, attributes[name])
+            setattr(self, name, attributes.get(name))
 
     @classmethod
     def from_hp(
@@ -79,6 +86,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         rows: bool = True,
         columns: bool = False,
         rounding: str = "nearest",
+        gains: Gains | None = None,
     ) -> "HadamardQuantTensor":
         """Rotate and quantise a matrix.
 
@@ -91,10 +99,11 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 of another operand that lies along the dimension contracted with this one.
             rows, columns: which layouts to hold, ``codes`` and ``codes_t``.
             rounding: "nearest" or "stochastic".
+            gains: float32 [c] to multiply the columns with first, and its inverse.
 
         Raises:
             TypeError: ``x`` is not floating. ValueError: it is not a matrix, a rotation has no definite block that can be
-                built, or no layout is asked for.
+                built, no layout is asked for, or gains do not fit or are given without a format.
         """
         if not x.is_floating_point():
             raise TypeError(f"only floating tensors can be quantised; got {x.dtype}")
@@ -107,19 +116,23 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 raise ValueError(
                     f"the {side} rotation {rotation} has no Hadamard matrix of its block; take hadamard.fit(rotation, width)"
                 )
+        if gains is not None and (format is None or gains[0].shape != x.shape[1:]):
+            raise ValueError(f"gains {list(gains[0].shape)} do not fit the columns of {list(x.shape)}, or there is no format")
         if format is None:
             rotated = ops.rotate(x, left, right)
             codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None
         else:
             codes, codes_t, scales = ops.rotate_quantize(
                 x, left, right, format, scale, fold_rows=fold_rows, fold_columns=fold_columns, rows=rows, columns=columns,
-                rounding=rounding,
+                rounding=rounding, gain=None if gains is None else gains[0],
             )  # fmt: skip
         if scale == "unit":
             scale, scales = "tensor", None
         tensors = {"codes": codes, "codes_t": codes_t, "scale": scales}
         attributes = {"scale_along": scale, "left": left, "right": right, "format": format}
-        return cls(x.shape, x.dtype, tensors, attributes)
+        made = cls(x.shape, x.dtype, tensors, attributes)
+        made.gains = gains
+        return made
 
     @classmethod
     def pair_from_hp(
@@ -148,8 +161,18 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The tensors that it holds: codes and scales."""
-        return [getattr(self, name) for name in self.__tensor_flatten__()[0]]
+        """The tensors that it holds as its own: codes and scales. Gains are constants that others hold too."""
+        return [part for part in (self.codes, self.codes_t, self.scale) if part is not None]
+
+    @property
+    def gains(self) -> Gains | None:
+        return None if self.gain is None or self.undo_gain is None else (self.gain, self.undo_gain)
+
+    @gains.setter
+    def gains(self, gains: Gains | None) -> None:
+        """Of an operand as it was made; its codes are not changed."""
+        self.gain, self.undo_gain = gains or (None, None)
+        self.gain_along = None if gains is None else "column"
 
     def requantize_(self, x: torch.Tensor) -> None:
         """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
@@ -160,7 +183,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             kind = "unit" if self.scale is None else self.scale_along
             scale = self.codes.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
             codes, packed = (self._room_to_unpack(), self.codes) if self.is_packed else (self.codes, None)
-            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, codes, scale)
+            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, codes, scale, self.gain)
             if packed is not None:
                 ops.pack_rows_(codes, self.format, packed)
         torch.autograd.graph.increment_version(self.parts)
@@ -216,15 +239,19 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def dequantize(self) -> torch.Tensor:
         """The un-rotated high-precision matrix [r, c] that the codes stand for; what a rank has dropped is zero."""
         y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
-        return ops.unrotate(y, self.left, self.right, self.shape).to(self.dtype)
+        y = ops.unrotate(y, self.left, self.right, self.shape)
+        if self.undo_gain is not None:
+            y = y * (self.undo_gain if self.gain_along == "column" else self.undo_gain.unsqueeze(1))
+        return y.to(self.dtype)
 
     def __repr__(self):
         rows = "packed rows" if self.is_packed else "rows"
         layouts = "+".join(n for n, c in ((rows, self.codes), ("columns", self.codes_t)) if c is not None)
         scale = "none" if self.scale is None else f"per {self.scale_along}"
+        gain = "" if self.gain is None else f"a gain per {self.gain_along}, "
         return (
             f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, left {self.left}, "
-            f"right {self.right}, {layouts}, dtype={self.dtype}, device='{self.device}')"
+            f"right {self.right}, {gain}{layouts}, dtype={self.dtype}, device='{self.device}')"
         )
 
     # TorchAOBaseTensor's plumbing, for optional inner tensors and a dtype that is not theirs.
@@ -237,7 +264,12 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
     def _apply_fn_to_data(self, fn):
-        return self._with(**{name: fn(getattr(self, name)) for name in self.__tensor_flatten__()[0]})
+        parts = [name for name in ("codes", "codes_t", "scale") if getattr(self, name) is not None]
+        new = self._with(**{name: fn(getattr(self, name)) for name in parts})
+        if self.gain is not None:  # a constant, not to be copied
+            new.gain, new.undo_gain = moved(self.gains, new.device) or (None, None)
+            new.gain_along = None if new.gain is None else self.gain_along
+        return new
 
 
 @HadamardQuantTensor.implements(
@@ -279,6 +311,7 @@ def _transpose(func, types, args, kwargs):
         scale_along=_SWAPPED.get(self.scale_along, self.scale_along),
         left=self.right,
         right=self.left,
+        gain_along=_SWAPPED.get(self.gain_along or ""),
     )
 
 
@@ -310,6 +343,10 @@ def _obstacle(a: HadamardQuantTensor, b: HadamardQuantTensor) -> str | None:
         return "the contracted dimensions differ in size"
     if a.right != b.left:
         return f"they carry different rotations on the contracted dimension, {a.right} and {b.left}"
+    if a.gain_along == "row":
+        return "the gain of the left one's rows is not undone; multiply the transposes"
+    if not fit(a.undo_gain, b.gain if b.gain_along == "row" else None):
+        return "on the contracted dimension the gain of one must be the inverse of the other's"
     if (a.format is None) != (b.format is None):
         return "one is quantised and the other is not"
     if a.format and b.format and a.format.uniform != b.format.uniform:
@@ -336,7 +373,8 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
     if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
         return _multiply(a, b, None, dtype) + bias
     b_scale = b.scale.t().contiguous() if b.scale is not None and b.scale_along == "block" else b.scale
-    return ops.scaled_mm(left, right, a.scale, b_scale, bias, a.left, b.right, shape, dtype)
+    gain = b.undo_gain if b.gain_along == "column" else None
+    return ops.scaled_mm(left, right, a.scale, b_scale, bias, a.left, b.right, shape, dtype, gain)
 
 
 torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format])

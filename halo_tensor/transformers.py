@@ -9,7 +9,8 @@ so no more than one of them is there in high precision at a time. Such a model t
 checkpoint's; ``model.dequantize()`` makes it a plain model again.
 
 In the checkpoint a quantised ``x.weight`` is its codes in one row (int8, fp8 e4m3, or four fp6 codes in three bytes), so that
-a reader without this module stops at their shape and does not take them for weights; ``x.weight_scale`` is float32.
+a reader without this module stops at their shape and does not take them for weights; ``x.weight_scale`` is float32, and
+``x.weight_balance``, of a balanced layer, the exponents of its gain, int8 [in_features].
 """
 
 import logging
@@ -21,6 +22,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from halo_tensor import gains
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, warn_of_unrotated
 from halo_tensor.ops import formats
@@ -32,6 +34,8 @@ from halo_tensor.weight import HaloWeight, set_weight
 
 logger = logging.getLogger("halo_tensor")
 METHOD = "halo"
+#: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain.
+_PARTS = ("", "_scale", "_balance")
 
 
 @register_quantization_config(METHOD)
@@ -121,6 +125,11 @@ class HaloQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         held = [name for name in self.report.converted if isinstance(model.get_submodule(name).weight, HaloWeight)]
         warn_of_unrotated(model, Conversion(self.report.config, held))
+        # Layers that read one X have equal gains: make them the very same again, by which X is known to be shared.
+        seen: dict[tuple, gains.Gains] = {}
+        for operand in (model.get_submodule(name).weight.operand for name in held):
+            if operand.gain is not None:
+                operand.gains = seen.setdefault((operand.gain.device, *operand.gain.tolist()), operand.gains)
         return model
 
     # From a plain checkpoint.
@@ -137,7 +146,7 @@ class HaloQuantizer(HfQuantizer):
         # By the last part of a layer's name, so that other parameters are loaded as ever.
         leaves = sorted({name.rpartition(".")[2] for name in self.report.converted})
         return [
-            WeightConverter([f"{leaf}.weight", f"{leaf}.weight_scale"], f"{leaf}.weight", [_Deserialize(self)])
+            WeightConverter([f"{leaf}.weight{part}" for part in _PARTS], f"{leaf}.weight", [_Deserialize(self)])
             for leaf in leaves
         ]
 
@@ -147,6 +156,8 @@ class HaloQuantizer(HfQuantizer):
             if isinstance(tensor, HaloWeight) and tensor.master is None:
                 assert tensor.operand is not None and tensor.operand.scale is not None
                 state |= {name: _to_stored(tensor.operand), f"{name}_scale": tensor.operand.scale}
+                if tensor.gain is not None:
+                    state[f"{name}_balance"] = tensor.gain.log2().round().to(torch.int8)
             else:
                 state[name] = (tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor).detach()
         if not any(f"{name}_scale" in state for name in state):  # dequantised since, so a plain checkpoint
@@ -183,13 +194,15 @@ class _Deserialize(ConversionOps):
         self.hf_quantizer = quantizer
 
     def convert(self, input_dict, source_patterns, target_patterns=None, *, model, full_layer_name, **kwargs):
-        codes, scale = (input_dict.get(pattern, [None])[0] for pattern in source_patterns)
+        codes, scale, exponents = (input_dict.get(pattern, [None])[0] for pattern in source_patterns)
         like = model.get_parameter(full_layer_name)  # on the meta device
         if scale is None:  # a weight that was plain when it was saved
             return {full_layer_name: codes.to(like.dtype)}
         recipe = self.hf_quantizer.recipe
         check_device(recipe.formats, codes.device)
         operand = _from_stored(codes, scale, like, recipe)
+        if exponents is not None:
+            operand.gains = gains.of_exponents(exponents)
         return {full_layer_name: _hold(model, full_layer_name, HaloWeight(None, operand, recipe))}
 
     @property

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from halo_tensor import fsdp
+from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.ops.schemas import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
@@ -46,6 +47,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             weight is frozen: then the codes are all there is; and None of a weight gathered by FSDP, whose master is sharded.
         operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain.
         recipe: how the three products of its layer are computed.
+        gain: float32 [in_features], powers of two that the operand's columns were multiplied with before they were rotated,
+            and X's are divided by; or None. Neither the master nor its gradient knows of it. See ``balance_``.
 
     A view of it is a HaloWeight with the identity recipe and a ``base``, so that writes through the view reach the codes.
     """
@@ -74,9 +77,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         self.master, self.operand, self.recipe = master, operand, recipe
 
     @classmethod
-    def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False) -> "HaloWeight":
+    def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False, gains: Gains | None = None) -> "HaloWeight":
         """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W."""
-        operand = weight_operand(master, recipe)
+        operand = weight_operand(master, recipe, moved(gains, master.device))
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
         return cls(master, operand, recipe)
@@ -107,7 +110,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             if isinstance(weight, cls):
                 fsdp.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
-                return _linear_in_graph(x, weight, bias)
+                return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
             if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
                 warnings.warn(
                     f"F.linear with a view {list(weight.shape)} of a converted weight {list(weight.base.shape)} runs in high "
@@ -174,7 +177,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
 
     def renewed(self, dense: torch.Tensor) -> "HaloWeight":
         """A weight like this one, of another dense value."""
-        weight = HaloWeight.from_hp(dense, self.recipe, frozen=self.master is None)
+        weight = HaloWeight.from_hp(dense, self.recipe, frozen=self.master is None, gains=self.gains)
         if self.operand is not None and self.operand.is_packed:
             weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
         weight.fsdp = self.fsdp
@@ -218,6 +221,18 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def scale(self) -> torch.Tensor | None:
         return None if self.operand is None else self.operand.scale
 
+    @property
+    def gain(self) -> torch.Tensor | None:
+        return None if self.operand is None else self.operand.gain
+
+    @property
+    def undo_gain(self) -> torch.Tensor | None:
+        return None if self.operand is None else self.operand.undo_gain
+
+    @property
+    def gains(self) -> Gains | None:
+        return None if self.operand is None else self.operand.gains
+
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
         does not know to depend on this library's sources."""
@@ -234,7 +249,8 @@ def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the codes of one are what the codes of the other would be."""
     if not (isinstance(a, HaloWeight) and isinstance(b, HaloWeight) and a.base is None):
         return False
-    return (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
+    same = (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
+    return same and a.gain is b.gain  # else it is the dense value that is copied, which is slower and always right
 
 
 def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
@@ -272,10 +288,13 @@ def _grad(outputs, inputs, *args, **kwargs):
 
 
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False) -> None:
-    """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one."""
-    weight = module.weight
+    """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
+    another stays balanced."""
+    weight, gains = module.weight, None
     dense = weight.dequantize() if isinstance(weight, HaloWeight) else weight.detach()
-    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen), weight.requires_grad)
+    if isinstance(weight, HaloWeight) and recipe.output.right.format is not None:
+        gains = weight.gains
+    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains), weight.requires_grad)
 
 
 def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HadamardQuantTensor, HaloWeight, dequantize_, fsdp, halo_config, quantize_, recipe_config
+from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, fsdp, halo_config, quantize_, recipe_config
 from halo_tensor.fsdp import local, precompute_scales
 from halo_tensor.ops.packing import pack_rows
 from halo_tensor.recipe import FP6_E2M3
@@ -334,6 +334,45 @@ def unlike_configs(world):
             model(torch.randn(4, 96))
 
 
+def balanced_weights(world):
+    """Every shard has the whole gain, and nothing is sent of it."""
+    x = torch.randn(32, 128, generator=torch.Generator().manual_seed(6)) * torch.logspace(-1, 1, 128)
+    for config, size in (
+        (halo_config(1, "int8"), EVEN),
+        (halo_config(2, "fp6"), UNEVEN),
+        (halo_config(0, "int8", granularity="tensor"), MIXED),
+    ):
+        models, gathered = [make(config, size) for _ in range(3)], []
+        for model in models[:2]:
+            assert balance_(model, x[:, : size[0]]) == 3
+        single, sharded = models[0], shard(models[1])
+        assert torch.equal(local(sharded[1].weight).gain, single[1].weight.gain)
+        for model in (sharded, shard(models[2])):
+            with Traffic() as traffic:
+                model(x[:, : size[0]])
+            gathered.append(traffic.gathered)
+        assert gathered[0] == gathered[1]
+        if size is EVEN:
+            sharded[0].compile(fullgraph=True, backend="aot_eager")
+        assert_same(world, together(sharded, world, 4), alone(single, world, 4), sharded, single)
+        rows = local(sharded[1].weight)
+        fresh = HaloWeight.from_hp(rows.master, rows.recipe, gains=single[1].weight.gains).operand
+        if config.granularity == "row":
+            assert torch.equal(fresh.packed().codes, rows.operand.packed().codes)
+    frozen = make(None).requires_grad_(False)
+    quantize_(frozen, halo_config(1, "int8", frozen=True), filter_fn=lambda m, _: isinstance(m, nn.Linear))
+    balance_(frozen, x[:, :96])
+    expected = frozen(x[:, :96])
+    assert torch.equal(shard(frozen)(x[:, :96]), expected)
+
+    model = make(halo_config(1, "int8"))
+    balance_(model, x[:, :96] ** (1 + dist.get_rank()))
+    with pytest.raises(ValueError, match="and balance_ with the same batch"):
+        shard(model)(x[:, :96])
+    with pytest.raises(ValueError, match=r"is sharded by FSDP; call balance_ before fully_shard"):
+        balance_(model, x[:, :96])
+
+
 # Checks of ways to use FSDP, with two ranks.
 
 
@@ -418,7 +457,7 @@ def curves(world: int) -> dict:
 
 ANY = [
     other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
-    checkpoints_cross_world_sizes, loading_with_assign, frozen_weights, misuse, unlike_configs,
+    checkpoints_cross_world_sizes, loading_with_assign, frozen_weights, balanced_weights, misuse, unlike_configs,
 ]  # fmt: skip
 TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
-from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
+from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize_
 from tests.util import OpLog, relative_error
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +70,25 @@ def test_loads_what_quantize_makes_and_reloads_it_bit_for_bit(plain, tmp_path, l
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp6"])
+def test_balanced_codes_are_saved_with_what_they_were_made_with(plain, tmp_path, dtype):
+    model = AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(1, dtype))
+    unbalanced = logits(model)
+    assert balance_(model, IDS) == 14
+    assert not torch.equal(logits(model), unbalanced)
+    model.save_pretrained(tmp_path / "quantised")
+    again = AutoModel.from_pretrained(tmp_path / "quantised")
+    assert torch.equal(logits(again), logits(model))
+    for name, weight in weights(again).items():
+        assert torch.equal(weight.gain, weights(model)[name].gain)
+        assert torch.equal(weight.dequantize(), weights(model)[name].dequantize())
+    attention = again.model.layers[0].self_attn
+    assert attention.q_proj.weight.gain is attention.k_proj.weight.gain
+    again.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("quantised", "again")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(("dtype", "share"), [("int8", 0.52), ("fp8", 0.52), ("fp6", 0.40)])
 def test_the_checkpoint_is_as_small_as_the_codes(plain, tmp_path, dtype, share):
     model = AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(1, dtype), dtype=torch.bfloat16)
@@ -102,10 +121,10 @@ def test_one_weight_at_a_time_is_in_high_precision(plain, monkeypatch):
     """While a weight is quantised, every earlier one is codes and no later one is there yet."""
     made, seen = HaloWeight.from_hp.__func__, []
 
-    def from_hp(cls, master, recipe, frozen=False):
+    def from_hp(cls, master, recipe, frozen=False, gains=None):
         seen.append(master)
         assert frozen
-        return made(cls, master, recipe, frozen)
+        return made(cls, master, recipe, frozen, gains)
 
     monkeypatch.setattr(HaloWeight, "from_hp", classmethod(from_hp))
     model = AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(1, "int8"))

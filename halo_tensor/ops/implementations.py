@@ -11,9 +11,11 @@ from halo_tensor.recipe import FORMATS
 # On any device: the reference.
 
 
-def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
     assert seed is None, "the reference rounds by noise, not by a seed: see library.rotate_quantize"
-    codes, scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns)
+    codes, scales = reference.rotate_quantize(
+        x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, gain=gain
+    )
     codes, nothing = codes.contiguous(), codes.new_empty(0)
     if runs_kernels(x.device):
         return codes if rows else nothing, codes.t().contiguous() if columns else nothing, scales
@@ -21,8 +23,8 @@ def _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, row
     return codes if rows else nothing, transposed if columns else nothing, scales
 
 
-def _rotate_quantize_(x, left, right, format, scale, codes, scales):
-    new_codes, new_scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale)
+def _rotate_quantize_(x, left, right, format, scale, codes, scales, gain=None):
+    new_codes, new_scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, gain=gain)
     codes.copy_(new_codes)
     scales.copy_(new_scales)
 
@@ -33,8 +35,8 @@ def _quantize_pair(x, left, format, fold_columns, fold_rows):
     return codes, codes_t, row_scales, column_scales
 
 
-def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
-    return reference.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype).contiguous()
+def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
+    return reference.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype, gain).contiguous()
 
 
 def _rotate(x, left, right):
@@ -60,11 +62,12 @@ for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _ro
 # On a GPU: the kernels. Triton is imported when the first of them runs.
 
 
-def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
     from halo_tensor.ops import rotate_quantize as launch
 
     if scale == "block":
-        return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+        return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, None, gain)
+    x = x if gain is None else (x * gain).to(x.dtype)
     codes, codes_t, scales = launch.rotate_quantize(
         x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed
     )
@@ -73,11 +76,12 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
     return codes, codes_t, scales
 
 
-def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales):
+def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=None):
     from halo_tensor.ops import rotate_quantize as launch
 
     if scale == "block":
-        return _rotate_quantize_(x, left, right, format, scale, codes, scales)
+        return _rotate_quantize_(x, left, right, format, scale, codes, scales, gain)
+    x = x if gain is None else (x * gain).to(x.dtype)
     into = codes, scales
     launch.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, None, None, True, False, into)
 
@@ -88,11 +92,11 @@ def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
     return launch.quantize_pair(x, decode(left), FORMATS[format], fold_columns, fold_rows)
 
 
-def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
     from halo_tensor.ops import scaled_mm as launch
 
-    if a_scale is not None and a_scale.ndim == 2:
-        return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype)
+    if gain is not None or (a_scale is not None and a_scale.ndim == 2):
+        return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain)
     return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype)
 
 
@@ -161,7 +165,7 @@ def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
 
 
 @_register_fake("rotate_quantize")
-def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None):
+def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
     r, c = reference.rotated(x.shape[0], decode(left)), reference.rotated(x.shape[1], decode(right))
     b, pad = reference.BLOCK, scale != "block"
     scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
@@ -174,7 +178,7 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, see
 
 
 @_register_fake("rotate_quantize_")
-def _(x, left, right, format, scale, codes, scales):
+def _(x, left, right, format, scale, codes, scales, gain=None):
     return None
 
 
@@ -190,7 +194,7 @@ def _(x, left, format, fold_columns, fold_rows):
 
 
 @_register_fake("scaled_mm")
-def _(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype):
+def _(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
     torch._check(a.shape[1] == b_t.shape[1], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
     return a.new_empty(shape, dtype=dtype)
 

@@ -26,6 +26,7 @@ def rotate_quantize(
     rows: bool = True,
     columns: bool = False,
     rounding: str = "nearest",
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
     transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
@@ -35,18 +36,19 @@ def rotate_quantize(
     seed = None
     if rounding == "stochastic":
         if scale == "block" or not runs_kernels(x.device):
-            return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns)
+            return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain)
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
-        x, encode(left), encode(right), format.name, scale, fold_rows, fold_columns, rows, columns, seed
+        x, encode(left), encode(right), format.name, scale, fold_rows, fold_columns, rows, columns, seed, gain
     )
     return codes if rows else None, codes_t if columns else None, scales
 
 
-def _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns):
+def _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain):
     """In PyTorch's ops, so that a compiler sees the noise, draws it where it is used, and never stores it."""
     # In float32, as the op: rounded to x's dtype before it is rounded up or down, the mean would not be exact.
-    y = x if left is None and right is None else rotate(x.to(torch.float32), left, right)
+    y = x if gain is None else x.to(torch.float32) * gain
+    y = y if left is None and right is None else rotate(y.to(torch.float32), left, right)
     noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
     codes, scales = reference.rotate_quantize(y, None, None, format, scale, fold_rows, fold_columns, noise)
     return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
@@ -60,9 +62,10 @@ def rotate_quantize_(
     scale: str,
     codes: torch.Tensor,
     scales: torch.Tensor,
+    gain: torch.Tensor | None = None,
 ) -> None:
     """:func:`rotate_quantize` again, in place of the row-major codes and the scales that it gave for a matrix like x."""
-    torch.ops.halo.rotate_quantize_(x, encode(left), encode(right), format.name, scale, codes, scales)
+    torch.ops.halo.rotate_quantize_(x, encode(left), encode(right), format.name, scale, codes, scales, gain)
 
 
 def quantize_pair(
@@ -80,12 +83,12 @@ def quantize_pair(
     return torch.ops.halo.quantize_pair(x, encode(left), format.name, fold_columns, fold_rows)
 
 
-def scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype) -> torch.Tensor:
+def scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None) -> torch.Tensor:
     """:func:`~halo_tensor.ops.reference.scaled_mm` on the fastest unit that the device has.
 
     Raises RuntimeError, naming the device and what it can run, if it has none.
     """
-    return torch.ops.halo.scaled_mm(a, b_t, a_scale, b_scale, bias, encode(left), encode(right), shape, dtype)
+    return torch.ops.halo.scaled_mm(a, b_t, a_scale, b_scale, bias, encode(left), encode(right), shape, dtype, gain)
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> torch.Tensor:

@@ -114,6 +114,7 @@ def rotate_quantize(
     fold_rows: torch.Tensor | None = None,
     fold_columns: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a matrix: Rᵀ_left x R_right, times the folded scales, ≈ codes · scale.
 
@@ -123,12 +124,13 @@ def rotate_quantize(
             where r', c' are r, c :func:`rotated`.
         fold_rows, fold_columns: float32 [r'] and [c'] that multiply the rotated matrix before it is scaled.
         noise: float32 [r', c'], uniform in [0, 1), for stochastic rounding.
+        gain: float32 [c], multiplies the columns of x before they are rotated.
 
     Returns:
         codes [r', c'] of ``code_dtype(format)`` and float32 scales: amax/format.max. An all-zero group has codes 0; a
         group with a NaN or Inf has a NaN or Inf scale, so that every product with it shows one.
     """
-    y = rotate(x, left, right)
+    y = rotate(x if gain is None else x.to(torch.float32) * gain, left, right)
     if fold_rows is not None:
         y = y * fold_rows.unsqueeze(1)
     if fold_columns is not None:
@@ -168,13 +170,14 @@ def scaled_mm(
     right: Rotation | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """R_left (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_right + bias, as a matrix of ``shape`` and ``dtype``.
+    """R_left (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_right diag(gain) + bias, as a matrix of ``shape`` and ``dtype``.
 
     Args:
         a: codes [m', k']; b_t: codes [n', k'], the right operand transposed. Both are K-major, what tensor cores read.
         a_scale: float32 [], [m'] or (block scales) [⌈m'/32⌉, ⌈k'/32⌉]; b_scale likewise over b_t; None is 1.
-        bias: [n], added last. left, right: the rotations to undo on the result's rows and columns.
+        gain: float32 [n]; bias: [n], added last. left, right: the rotations to undo on the result's rows and columns.
     """
     if a_scale is not None and a_scale.ndim == 2:  # block scales vary along the contraction
         y = dequantize(a, a_scale, "block") @ dequantize(b_t, b_scale, "block").t()
@@ -185,6 +188,8 @@ def scaled_mm(
         if b_scale is not None:
             y = y * b_scale
     y = unrotate(y, left, right, shape)
+    if gain is not None:
+        y = y * gain
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(dtype)

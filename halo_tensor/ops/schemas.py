@@ -14,12 +14,13 @@ library = torch.library.Library("halo", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
-    "bool rows, bool columns, Tensor? seed) -> (Tensor codes, Tensor codes_t, Tensor scales)",
-    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales) -> ()",
+    "bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor codes, Tensor codes_t, Tensor scales)",
+    "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales, "
+    "Tensor? gain) -> ()",
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
     "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
     "scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] left, int[] right, "
-    "SymInt[] shape, ScalarType dtype) -> Tensor",
+    "SymInt[] shape, ScalarType dtype, Tensor? gain) -> Tensor",
     "rotate(Tensor x, int[] left, int[] right) -> Tensor",
     "unrotate(Tensor x, int[] left, int[] right, SymInt[] shape) -> Tensor",
     "pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()",

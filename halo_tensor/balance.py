@@ -1,0 +1,145 @@
+"""``balance_``: share out between X and W what either would lose to rounding.
+
+A converted layer rounds X and W to codes whose error grows with ‖X‖ and ‖W‖, and its forward's rounding is the larger part of
+what a gradient is off by. X Wᵀ = (X / s)(W s)ᵀ for every s [in_features], and by Cauchy and Schwarz ‖X / s‖·‖W s‖ is least
+at s = √(rms(X) / rms(W)), column by column. Of powers of two, to which it is rounded, products are exact.
+
+The layer divides and multiplies on its way to codes (:mod:`halo_tensor.gains`). Weights, gradients, optimisers and state
+dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from halo_tensor import gains, layers
+from halo_tensor.diagnostics.measure import untouched
+from halo_tensor.fsdp import is_sharded
+
+#: s is a power of two with an exponent of at most this size.
+LARGEST_EXPONENT = 8
+
+
+def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Run ``model(*args, **kwargs)`` once, without gradients and in evaluation mode, and balance every converted ``nn.Linear``
+    that it reaches and whose recipe quantises ``output``: in place, replacing an earlier balance.
+
+    Layers that read the very same tensor (q, k and v; gate and up) get one s, so that X is still quantised once. Call it after
+    ``quantize_`` and before FSDP; before or after making the optimiser and ``torch.compile`` makes no difference. A weight
+    held as codes only is rounded a second time; to round it once, convert with ``frozen=False``, balance, and convert again
+    with ``frozen=True``: ``quantize_`` keeps a balance, and ``dequantize_`` removes it. State dicts of trained weights do not
+    hold it; copies and pickles of the model do.
+
+    Args:
+        model: converted. args, kwargs: what to run it on, some thousand tokens of training data.
+
+    Returns:
+        the number of layers that were balanced.
+
+    Raises:
+        ValueError: FSDP has sharded the model, or it is on the meta device; no layer was reached that can be balanced; or
+            an input or a weight of one has a NaN or Inf. No layer has been changed then.
+    """
+    chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_eligible(name, m)}
+    statistics = _Statistics()
+    hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in chosen.items()]
+    try:
+        with untouched(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not statistics.squares:
+        raise ValueError(
+            f"no layer of this {type(model).__name__} was balanced: of {len(chosen)} converted nn.Linear layers whose recipe "
+            "quantises output, none was called with any tokens. Convert it with quantize_, and pass what its forward takes"
+        )
+    weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
+    device = next(iter(weights.values())).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        groups = _groups(weights, statistics)
+        for group, exponents in [(group, _exponents(group, weights, statistics)) for group in groups]:
+            pair = gains.of_exponents(exponents)
+            for weight in _distinct(group, weights):
+                dense = weight.dequantize()
+                weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
+                weight.requantize(dense)
+    return len(weights)
+
+
+def _is_eligible(name: str, module: nn.Linear) -> bool:
+    weight: Any = module.weight
+    if is_sharded(weight) or (isinstance(weight, DTensor) and layers.recipe_of(module)):
+        raise ValueError(f"{name} is sharded by FSDP; call balance_ before fully_shard, with the same batch on every rank")
+    recipe = layers.recipe_of(module)
+    if recipe is not None and weight.is_meta:
+        raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")
+    return recipe is not None and recipe.output.left.format is not None
+
+
+class _Statistics:
+    """What reaches layers: sums of squares and counts of rows of X, and which layers read the same X."""
+
+    def __init__(self) -> None:
+        self.squares: dict[str, torch.Tensor] = {}  # name -> float32 [in]
+        self.rows: dict[str, int] = {}
+        self.same: list[tuple[str, str]] = []
+        # X -> its version, the first layer that read it, and its squares. An entry dies with its X.
+        self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def hook(self, name: str):
+        def observe(module, args, kwargs):
+            x = layers.input_of(args, kwargs)
+            if x.numel() == 0:
+                return
+            now = 0 if x.is_inference() else x._version
+            version, first, squares = self._seen.get(x, (None, name, None))
+            if version != now:
+                with torch.autocast(x.device.type, enabled=False):
+                    first, squares = name, x.reshape(-1, x.shape[-1]).float().square().sum(0)
+                self._seen[x] = now, first, squares
+            self.same.append((first, name))
+            self.squares[name] = squares + self.squares.get(name, 0)
+            self.rows[name] = self.rows.get(name, 0) + x.numel() // x.shape[-1]
+
+        return observe
+
+
+def _distinct(names: list[str], weights: dict[str, Any]) -> list[Any]:
+    return list({id(weights[name]): weights[name] for name in names}.values())
+
+
+def _groups(weights: dict[str, Any], statistics: _Statistics) -> list[list[str]]:
+    """Names of layers that were reached, together where they read one X or hold one weight."""
+    group = {name: [name] for name in weights}
+    holder: dict[int, str] = {}
+    tied = [(holder.setdefault(id(weight), name), name) for name, weight in weights.items()]
+    for a, b in [*statistics.same, *tied]:
+        if group[a] is not group[b]:
+            group[a] += group[b]
+            for name in group[b][:]:
+                group[name] = group[a]
+    return list({id(names): names for names in group.values()}.values())
+
+
+def _exponents(group: list[str], weights: dict[str, Any], statistics: _Statistics) -> torch.Tensor:
+    """log₂ s, whole numbers, float32 [in], of layers that have one s."""
+    device = weights[group[0]].device
+    x = torch.stack([statistics.squares[name].to(device) for name in group]).sum(0)
+    x = x / sum(statistics.rows[name] for name in group)
+    own = _distinct(group, weights)
+    w = torch.stack([weight.dequantize().float().square().sum(0).to(device) for weight in own]).sum(0)
+    w = w / sum(weight.shape[0] for weight in own)
+    for what, squares in (("input", x), ("weight", w)):
+        if not squares.isfinite().all():
+            raise ValueError(f"the {what} of {group[0]} has a NaN or Inf, so it cannot be balanced")
+    used = (x > 0) & (w > 0)
+    if not used.any():
+        return torch.zeros_like(x)
+    exponents = (x.log2() - w.log2()) / 4
+    # A common factor cancels; without one, scales of codes and gains stay near where they were.
+    exponents = (exponents - exponents[used].mean()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return exponents.where(used, 0.0)
