@@ -27,8 +27,10 @@ from common import fail, load_model
 from contenders import convert, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
-from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, table
+from study_results import BALANCED, EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, table
 from torch import nn
+
+from halo_tensor import balance_
 
 OUTLIERS, FACTOR = 6, 32
 MOST_RUNS = 8  # of a group that go to one of several processes
@@ -85,7 +87,7 @@ class Study:
             self.group = self.converted = None
             gc.collect()  # a compiled module refers to itself
             model = deepcopy(self.plain).requires_grad_(True)
-            convert(model, "bf16" if recipe == EAGER else recipe, seed)
+            convert(model, "bf16" if recipe == EAGER else recipe.removesuffix(BALANCED), seed)
             if self.args.compile and recipe != EAGER:
                 for block in model.model.layers:
                     block.compile(fullgraph=True, dynamic=False)
@@ -113,7 +115,9 @@ class Study:
         start = time.perf_counter()
         model = self.model(recipe, seed)
         model.load_state_dict(self.states[which])
-        run = {"model": which, "recipe": recipe, "seed": seed, "rotation seed": seed if rotated(recipe) else None}
+        run = {"model": which, "recipe": recipe, "seed": seed, "rotation seed": group_of(recipe, seed)[1]}
+        if recipe.endswith(BALANCED):
+            self.balance(model, seed)
         run["cosine"] = self.cosine(which, model)
         run |= self.fit(model, seed)
         run["by recipe"] = self.loss_by_recipe(model)
@@ -121,6 +125,12 @@ class Study:
         if self.args.part and self.device == "cuda":
             torch.cuda.empty_cache()  # other parts may be at their peak
         return run | {"seconds": time.perf_counter() - start}
+
+    def balance(self, model: nn.Module, seed: int) -> None:
+        """On a batch of training data, but neither the one of the cosine nor the first that it is trained on."""
+        args = self.args
+        rows = next(batches(self.train, args.batch, args.length, self.pad, seed + 1000))
+        balance_(model, **self._on_device(rows), use_cache=False)
 
     def fit(self, model: nn.Module, seed: int) -> dict:
         args = self.args
@@ -191,7 +201,7 @@ def _elapsed(a, b) -> float:
 
 def group_of(recipe: str, seed: int) -> tuple[str, int | None]:
     """What shares a compiled model: signs are constants of its code."""
-    return recipe, seed if rotated(recipe) else None
+    return recipe, seed if rotated(recipe.removesuffix(BALANCED)) else None
 
 
 def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, str, int]]:

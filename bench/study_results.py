@@ -34,10 +34,10 @@ NOTES = (
     "linears but lm_head, before training, with the gradient in float32; the mean over seeds. Validation loss and exact "
     "match (greedy answers to {prompts} held-out prompts, as normalised strings): of the trained weights, exported and run "
     "in {dtype}; change: against bf16 with the same seed. " + EAGER + " is bf16 with its blocks not compiled, that is with "
-    "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of the training data, "
-    "before training. By recipe: the loss of the same weights run by the "
-    "recipe. tokens/s: of the median step, optimiser included{compiled}, over runs that had the device to themselves; a "
-    "model this small is bound by launching, so this is no measure of speed."
+    "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of "
+    "training data, before training. By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
+    "step, optimiser included{compiled}, over runs that had the device to themselves; a model this small is bound by "
+    "launching, so this is no measure of speed."
 )
 
 
