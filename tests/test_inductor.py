@@ -23,7 +23,7 @@ from tests.util import relative_error, typical_error
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=23)
+    interpreter.run(__file__, at_least=29)
 
 
 def model(config) -> nn.Module:
@@ -140,8 +140,8 @@ def test_what_launchers_compute_with_tensors_stays_an_op():
 # Producers.
 
 
-def quantize(x, right=None, format=INT8) -> list[torch.Tensor]:
-    return [y for y in library.rotate_quantize(x.flatten(0, -2), None, right, format, "row") if y is not None]
+def quantize(x, right=None, format=INT8, gain=None) -> list[torch.Tensor]:
+    return [y for y in library.rotate_quantize(x.flatten(0, -2), None, right, format, "row", gain=gain) if y is not None]
 
 
 def compiled(f, *args, fuse: bool = True) -> tuple[list[torch.Tensor], str]:
@@ -196,6 +196,56 @@ Inductor's
 whole_rows""",
     )
     for a, b in zip(fused, written, strict=True):
+        assert torch.equal(a, b)
+
+
+def powers_of_two(n: int) -> torch.Tensor:
+    return 2.0 ** torch.arange(n, device=DEVICE).remainder(5).sub(2)
+
+
+@runs_kernels
+@pytest.mark.parametrize("right", [None, Rotation(128)], ids=str)
+def test_a_gain_is_in_the_launch(right):
+    def f(gate, up, gain):
+        return quantize(silu(gate) * up, right, gain=gain)
+
+    arguments = (*tensors(2, 20, 256), powers_of_two(256))
+    fused, code = compiled(f, *arguments)
+    assert "halo_producer" in code and "'GAIN': True" in code
+    assert_expected_inline(
+        work(code),
+        """\
+int8[40, 256]
+float32[40]
+whole_rows""",
+    )
+    written, code = compiled(f, *arguments, fuse=False)
+    assert not calls_ops(code) and "halo_producer" not in code
+    for a, b, c in zip(fused, written, quantize(silu(arguments[0]) * arguments[1], right), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("block", "op"), [(None, False), (64, False), (256, True)])
+def test_a_product_with_a_gain(block, op):
+    """A launch, but where the gain follows an un-rotation of its own."""
+    a = torch.randint(-9, 9, (256, 64), device=DEVICE, dtype=torch.int8)
+    right, scale, gain = block and Rotation(block), torch.rand(256, device=DEVICE), powers_of_two(256)
+    f = lambda a, s, g: [library.scaled_mm(a, a, s, None, s, None, right, (256, 256), torch.bfloat16, g)]  # noqa: E731
+    (y,), code = compiled(f, a, scale, gain)
+    assert calls_ops(code) == op
+    assert torch.equal(y, f(a, scale, gain)[0])
+
+
+@runs_kernels
+def test_what_is_multiplied_first_stays_an_op():
+    def f(x, gain):
+        return [y for y in library.rotate_quantize(x, None, None, INT8, "column", gain=gain) if y is not None]
+
+    (x,), gain = tensors(40, 256, count=1), powers_of_two(256)
+    results, code = compiled(f, x, gain)
+    assert calls_ops(code)
+    for a, b in zip(results, f(x, gain), strict=True):
         assert torch.equal(a, b)
 
 

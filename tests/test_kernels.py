@@ -32,7 +32,7 @@ in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=47)
+    interpreter.run(__file__, at_least=70)
 
 
 # What is compared, and how.
@@ -93,12 +93,17 @@ def assert_layout(codes):
     assert codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0
 
 
+def gain_of(n, dtype=torch.float32):
+    """Powers of two; none below 1 for float16, where subnormal numbers would be rounded."""
+    return 2.0 ** torch.randint(0 if dtype == torch.float16 else -2, 3, (n,), device=DEVICE)
+
+
 def check(
     x, left, right, format, scale, fold_rows=None, fold_columns=None, rows=True, columns=True, exact=False, rtol=1e-6,
-    quantize=quantizer.rotate_quantize,
+    quantize=quantizer.rotate_quantize, gain=None,
 ):  # fmt: skip
     """rotate_quantize of ``x``, in the layouts asked for, against the reference."""
-    folds = {"fold_rows": fold_rows, "fold_columns": fold_columns}
+    folds = {"fold_rows": fold_rows, "fold_columns": fold_columns, "gain": gain}
     codes, codes_t, scales = quantize(x, left, right, format, scale, **folds, rows=rows, columns=columns)
     expected, expected_scales = reference.rotate_quantize(x.contiguous(), left, right, format, scale, **folds)
     assert (codes is not None, codes_t is not None) == (rows, columns)
@@ -119,6 +124,7 @@ def check(
 REQUESTS = {
     "format": FORMAT,
     "fold": st.booleans(),
+    "gained": st.booleans(),
     "layouts": st.sampled_from([(True, False), (False, True), (True, True)]),
     "dtype": DTYPES,
     "layout": st.sampled_from(list(LAYOUTS)),
@@ -136,14 +142,15 @@ REQUESTS = {
     **REQUESTS,
 )
 @examples
-def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integers):
+def test_whole_rows(m, size, seed, format, fold, gained, layouts, dtype, layout, integers):
     k, block = size
     right = Rotation(block, seed) if block else None
     x = matrix(m, k, dtype, layout, integers)
     fold_columns = torch.rand(k, device=DEVICE) + 0.5 if fold else None
     # A GPU keeps 16 bits of the sums over a full width.
     rtol = 1e-5 if GPU and block == 576 else 1e-6
-    check(x, None, right, format, "row", None, fold_columns, *layouts, exact=right is None or integers, rtol=rtol)
+    exact, gain = right is None or integers, gain_of(k, dtype) if gained else None
+    check(x, None, right, format, "row", None, fold_columns, *layouts, exact=exact, rtol=rtol, gain=gain)
 
 
 @runs_kernels
@@ -155,7 +162,7 @@ def test_whole_rows(m, size, seed, format, fold, layouts, dtype, layout, integer
     **REQUESTS,
 )
 @examples
-def test_tiles(m, size, left, scale, format, fold, layouts, dtype, layout, integers):
+def test_tiles(m, size, left, scale, format, fold, gained, layouts, dtype, layout, integers):
     k, block = size
     right = Rotation(block, 5) if block else None
     rotations = (left is not None) + (right is not None)
@@ -167,7 +174,8 @@ def test_tiles(m, size, left, scale, format, fold, layouts, dtype, layout, integ
         fold_rows = torch.rand(reference.rotated(m, left), device=DEVICE) + 0.5
     elif fold and (scale == "row" or layouts == (True, False)):
         fold_columns = torch.rand(k, device=DEVICE) + 0.5
-    check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=rotations == 0 or integers)
+    exact, gain = rotations == 0 or integers, gain_of(k, dtype) if gained else None
+    check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=exact, gain=gain)
 
 
 @runs_kernels
@@ -233,6 +241,19 @@ def test_into(left, right, scale):
 
 
 @runs_kernels
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+@pytest.mark.parametrize(("width", "block"), [(256, None), (256, 64), (256, 256), (576, 576)])
+def test_into_with_a_gain(width, block, scale):
+    (earlier, later), gain, right = (matrix(37, width) for _ in range(2)), gain_of(width), block and Rotation(block, 3)
+    rtol = 1e-5 if GPU and block == 576 else 1e-6
+    codes, _, scales = library.rotate_quantize(earlier, None, right, INT8, scale)
+    library.rotate_quantize_(later, None, right, INT8, scale, codes, scales, gain)
+    expected, expected_scales = reference.rotate_quantize(later, None, right, INT8, scale, gain=gain)
+    assert_same_codes(codes, expected, INT8, right is None, rtol)
+    assert_same_scales(scales, expected_scales, rtol=rtol)
+
+
+@runs_kernels
 def test_into_codes_that_were_copied():
     """A copy has rows without padding between them, and what follows them is another's memory."""
     x = matrix(37, 100)
@@ -250,10 +271,13 @@ def test_vectors_of_any_stride():
     actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2], True, False)
     expected = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2].contiguous(), True, False)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False, gain=fold[::2])
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
     a, ones = codes_of((37, 64), INT8), torch.ones(1, device=DEVICE)
-    options = (None, None, (37, 37), torch.float32)
-    y = product.scaled_mm(a, a, fold[:74:2], ones.expand(37), fold[:74:2], *options)
-    expected = product.scaled_mm(a, a, fold[:74:2].contiguous(), None, fold[:74:2].contiguous(), *options)
+    options, sliced = (None, None, (37, 37), torch.float32), fold[:74:2]
+    y = product.scaled_mm(a, a, sliced, ones.expand(37), sliced, *options, sliced)
+    sliced = sliced.contiguous()
+    expected = product.scaled_mm(a, a, sliced, None, sliced, *options, sliced)
     assert torch.equal(y, expected)
 
 
@@ -355,10 +379,11 @@ def test_packing(rows, format):
 
 @runs_kernels
 def test_widths_are_padded_to_whole_blocks():
-    x, right = matrix(37, 100), Rotation(16)
+    x, right, gain = matrix(37, 100), Rotation(16), gain_of(100)
     torch.testing.assert_close(rotating.rotate(x, None, right, torch.float32), reference.rotate(x, None, right))
     for scale in ("row", "tensor"):
         check(x, None, right, INT8, scale)
+        check(x, None, right, INT8, scale, gain=gain)
 
 
 @runs_kernels
@@ -379,12 +404,13 @@ def codes_of(shape, format, layout="contiguous"):
     return LAYOUTS[layout](codes.view(torch.int8)).view(codes.dtype)
 
 
-def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, right=None, shape=None):
+def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, right=None, shape=None, gain=None):
     y = a.double() @ b_t.double().t()
     for scale, dim in ((a_scale, 1), (b_scale, 0)):
         if scale is not None:
             y = y * (scale.double().unsqueeze(dim) if scale.ndim else scale.double())
     y = reference.unrotate(y, left, right, shape).double() if left or right else y
+    y = y if gain is None else y * gain
     return y if bias is None else y + bias.double()
 
 
@@ -402,11 +428,12 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}
     right=st.sampled_from([None, 16, 64, 128, 256]),
     scales=st.tuples(*[st.sampled_from([None, "one", "vector"])] * 2),
     biased=st.booleans(),
+    gained=st.booleans(),
     dtype=DTYPES,
     layouts=st.tuples(*[st.sampled_from(["contiguous", "misaligned", "transposed"])] * 2),
 )
 @examples
-def test_scaled_mm(size, formats, left, right, scales, biased, dtype, layouts):
+def test_scaled_mm(size, formats, left, right, scales, biased, gained, dtype, layouts):
     m, n, k = size
     right = Rotation(right, 7) if right else None
     rows, columns = reference.padded(m, left), reference.padded(n, right)
@@ -418,9 +445,10 @@ def test_scaled_mm(size, formats, left, right, scales, biased, dtype, layouts):
         for kind, length, format in zip(scales, (rows, columns), formats, strict=True)
     )
     bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None
-    y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (m, n), dtype)
+    gain = gain_of(n) if gained else None
+    y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (m, n), dtype, gain)
     assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
-    error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, left, right, (m, n)))
+    error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, left, right, (m, n), gain))
     # Up to three roundings to the result's dtype. Triton's interpreter truncates to bf16, which errs twice as much; a GPU
     # rounds to bf16 before it undoes a rotation in the epilogue, and keeps about 14 bits of fp8 sums.
     least, most = ROUNDING[dtype], 3 * ROUNDING[dtype] ** 2
@@ -444,6 +472,35 @@ def test_integer_products_are_exact(size, layout):
     scale, bias = torch.tensor(0.5, device=DEVICE), torch.arange(n, device=DEVICE, dtype=torch.float32)
     y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32)
     assert torch.equal(y.double(), exact_product(a, b_t) / 4 + bias)
+    gain = gain_of(n)
+    y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32, gain)
+    assert torch.equal(y.double(), exact_product(a, b_t) / 4 * gain + bias)
+
+
+@runs_kernels
+@pytest.mark.parametrize("left", [None, Rotation(32, 5), Rotation(256)], ids=str)
+@pytest.mark.parametrize("block", [16, 128, 256])
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+def test_a_gain_comes_between_the_unrotation_and_the_bias(format, block, left):
+    """In the epilogue, and where all of a rotation or one of two is undone in a pass of its own."""
+    m, n, k, right = 256, 512, 64, Rotation(block, 7)
+    a, b_t = codes_of((m, k), format), codes_of((n, k), format)
+    a_scale = (torch.rand(m, device=DEVICE) + 0.5) / format.max
+    # Columns and a bias so unlike each other that no other order comes near.
+    gain, bias = 2.0 ** torch.randint(-6, 7, (n,), device=DEVICE), torch.randn(n, device=DEVICE) * 100
+    options = (left, right, (m, n), torch.float32)
+    y = product.scaled_mm(a, b_t, a_scale, None, bias, *options, gain) - bias
+    expected = exact_product(a, b_t, a_scale, None, None, left, right, (m, n))
+    assert relative_error(y / gain, expected) < (6e-3 if GPU else 1e-3)
+
+
+@runs_kernels
+def test_the_vendors_product_is_given_no_gain(monkeypatch):
+    monkeypatch.setattr(product, "_vendor_is_faster", lambda *_: True)
+    monkeypatch.setattr(product, "VendorProduct", None)
+    a, gain = codes_of((37, 64), INT8), gain_of(37)
+    y = product.scaled_mm(a, a, None, None, None, None, None, (37, 37), torch.float32, gain)
+    assert torch.equal(y.double(), exact_product(a, a) * gain)
 
 
 @runs_kernels
@@ -469,7 +526,9 @@ def test_nothing_is_multiplied(size, biased):
 )
 def test_real_rows(shape, block, dtype, format):
     x = matrix(*shape, dtype)
-    check(x, None, Rotation(block), format, "row", rtol=1e-5 if block > 128 else 1e-6, quantize=library.rotate_quantize)
+    rtol = 1e-5 if block > 128 else 1e-6
+    for gain in (None, gain_of(shape[1], dtype)):
+        check(x, None, Rotation(block), format, "row", rtol=rtol, quantize=library.rotate_quantize, gain=gain)
 
 
 @pytest.mark.gpu
@@ -480,7 +539,7 @@ def test_real_products(size, format):
     m, n, k = size
     a, b_t = codes_of((m, k), format), codes_of((n, k), format)
     a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
-    exact = exact_product(a, b_t, a_scale, b_scale)
+    exact, gain = exact_product(a, b_t, a_scale, b_scale), gain_of(n)
     for left, right in ((None, None), (None, Rotation(128)), (Rotation(128), Rotation(64)), (Rotation(16), None)):
         if left is not None and m % left.edge:
             continue
@@ -491,6 +550,8 @@ def test_real_products(size, format):
             assert error < 5e-3
             if format is INT8 and dtype == torch.float32 and left is right is None:
                 assert error < 1e-6
+            gained = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype, gain)
+            torch.testing.assert_close(gained, (y * gain).to(dtype), rtol=0 if error < 1e-6 else 1e-2, atol=1e-4)
 
 
 # That these tests can fail.
@@ -498,17 +559,27 @@ def test_real_products(size, format):
 
 @runs_kernels
 def test_the_kernels_are_what_is_tested(monkeypatch):
-    launched = set()
+    launched, gained = set(), set()
     call = Launch.__call__
-    monkeypatch.setattr(
-        Launch, "__call__", lambda self, *tensors: launched.add(self.kernel.fn.__name__) or call(self, *tensors)
-    )
+
+    def noted(self, *tensors):
+        (gained if self.constants.get("GAIN") else launched).add(self.kernel.fn.__name__)
+        call(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
     check(matrix(3, 64), None, Rotation(64), INT8, "row")
     check(matrix(3, 64), None, None, INT8, "column")
     rotating.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
     product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
     expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
     assert launched == set(expected.split())
+    gain, like = gain_of(64), codes_of((64, 64), INT8)
+    for x, right in ((matrix(3, 64), Rotation(64)), (matrix(3, 64), None)):
+        launched.clear(), gained.clear()
+        quantizer.rotate_quantize(x, None, right, INT8, "row", None, None, True, False, gain=gain)
+        assert gained == {"whole_rows"} and not launched
+    product.scaled_mm(like, like, None, None, None, None, Rotation(64), (64, 64), torch.float32, gain)
+    assert gained == {"whole_rows", "scaled_mm_kernel"} and not launched
 
 
 @in_every_format

@@ -67,9 +67,8 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
 
     if scale == "block":
         return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, None, gain)
-    x = x if gain is None else (x * gain).to(x.dtype)
     codes, codes_t, scales = launch.rotate_quantize(
-        x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed
+        x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed, gain
     )
     dtype = code_dtype(FORMATS[format])
     codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
@@ -81,9 +80,8 @@ def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=No
 
     if scale == "block":
         return _rotate_quantize_(x, left, right, format, scale, codes, scales, gain)
-    x = x if gain is None else (x * gain).to(x.dtype)
-    into = codes, scales
-    launch.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, None, None, True, False, into)
+    rotations, into = (decode(left), decode(right)), (codes, scales)
+    launch.rotate_quantize(x, *rotations, FORMATS[format], scale, None, None, True, False, into, gain=gain)
 
 
 def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
@@ -95,9 +93,9 @@ def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
 def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
     from halo_tensor.ops import scaled_mm as launch
 
-    if gain is not None or (a_scale is not None and a_scale.ndim == 2):
+    if a_scale is not None and a_scale.ndim == 2:
         return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain)
-    return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype)
+    return launch.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype, gain)
 
 
 def _rotate_cuda(x, left, right):

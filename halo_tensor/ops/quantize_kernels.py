@@ -79,16 +79,24 @@ def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT
 
 
 @triton.jit
+def _by_column(gain, columns, K, dtype: tl.constexpr):
+    """A gain to multiply numbers of ``dtype`` in: bfloat16, which has all powers of two of float32, or else float32."""
+    by_column = tl.load(gain + columns, mask=columns < K, other=0.0)
+    return by_column.to(dtype) if dtype == tl.bfloat16 else by_column
+
+
+@triton.jit
 def whole_rows(
-    x, x1, x2, matrix, left_matrix, signs, fold, codes, scales,
+    x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
     M, K, stride_row, stride_column, stride_codes,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
+    GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
     """One program: STEPS times ROWS rows of x [M, K], each as CHUNKS pieces of WIDTH columns (padded), with a scale per row.
 
+    GAIN: x is multiplied with gain [K] first; a rotation takes the result in the dtype of x, which is exact for powers of two.
     ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH]. FULL: the whole row (ROWS = 1) also with left_matrix
     [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. PRODUCER, if not None, computes x from the tensors
     x, x1, x2; see producers.
@@ -102,6 +110,11 @@ def whole_rows(
     if FULL:
         outer = tl.arange(0, CHUNKS)
         h_left = tl.load(left_matrix + outer[:, None] * CHUNKS + outer[None, :])
+    # In the loop, Triton would give a gain's load a place in shared memory for every stage of the pipeline. In registers it
+    # fits beside pieces of 16 bits; beside wider ones it spills, and a full width has no pipeline.
+    ONCE: tl.constexpr = GAIN and ROTATE and not FULL and x.dtype.element_ty.primitive_bitwidth == 16
+    if ONCE:
+        by_column = _by_column(gain, columns, K, h.dtype)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         row = first + step * ROWS + piece // CHUNKS
         inside = (row < M)[:, None] & (columns < K)
@@ -110,6 +123,10 @@ def whole_rows(
             y = tl.load(x + at_row * stride_row + columns.to(tl.int64) * stride_column, mask=inside, other=0.0)
         else:
             y = PRODUCER(x, x1, x2, at_row, columns, inside)
+        if GAIN:
+            if not ONCE:
+                by_column = _by_column(gain, columns, K, tl.float32)
+            y = y.to(by_column.dtype) * by_column
         if FULL:
             y = y.to(tl.float32) * tl.load(signs + columns, mask=columns < K, other=0.0)
         if ROTATE:

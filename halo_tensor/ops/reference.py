@@ -124,7 +124,8 @@ def rotate_quantize(
             where r', c' are r, c :func:`rotated`.
         fold_rows, fold_columns: float32 [r'] and [c'] that multiply the rotated matrix before it is scaled.
         noise: float32 [r', c'], uniform in [0, 1), for stochastic rounding.
-        gain: float32 [c], multiplies the columns of x before they are rotated.
+        gain: float32 [c], multiplies the columns of x before they are rotated: powers of two, else kernels round the product
+            to the dtype of x.
 
     Returns:
         codes [r', c'] of ``code_dtype(format)`` and float32 scales: amax/format.max. An all-zero group has codes 0; a

@@ -45,8 +45,9 @@ def norm(*rotations: Rotation | None) -> float:
 
 
 def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
-    """x with columns of zeros up to whole blocks. Rows need none: kernels read zeros beyond the last."""
-    missing = reference.padded(x.shape[1], right) - x.shape[1]
+    """x, a matrix or what multiplies its columns, with zeros up to whole blocks. Rows need none: kernels read zeros beyond the
+    last."""
+    missing = reference.padded(x.shape[-1], right) - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 

@@ -56,24 +56,29 @@ def rotate_quantize(
     columns: bool,
     into: tuple[torch.Tensor, torch.Tensor] | None = None,
     seed: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
-    codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically."""
-    fold_rows, fold_columns = dense(fold_rows), dense(fold_columns)
+    codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically.
+    ``gain``: powers of two, for other products would be rounded to the dtype of x before they are rotated."""
+    fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
     noisy = seed is not None
-    if not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale, noisy)):
+    rotates_first = not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale, noisy))
+    if gain is not None and (rotates_first or not _gains_on_the_way(x, left, right, scale, noisy)):
+        x, gain = (x * gain).to(x.dtype), None
+    if rotates_first:
         x, left, right = rotate(x, left, right, torch.float32), None, None
     if not folds_on_the_way:
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
     if _takes_whole_rows(x, left, right, scale, noisy):
-        x = whole_blocks(x, right)
-        codes, scales = _whole_rows(x, right, format, fold_columns, into)
+        x, gain = whole_blocks(x, right), gain if gain is None else whole_blocks(gain, right)
+        codes, scales = _whole_rows(x, right, format, gain, fold_columns, into)
         codes_t = transposed(codes) if columns else None
         return codes if rows else None, codes_t, scales
     if turns:
@@ -135,6 +140,12 @@ def _takes_whole_rows(x, left, right, scale, noisy) -> bool:
     return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
 
 
+def _gains_on_the_way(x, left, right, scale, noisy) -> bool:
+    """Whether a gain is multiplied with where x is read: a wide row, and a matrix wider than a tile, leave no room for it."""
+    fits = right is None or right.edge <= TILE or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
+    return fits and _takes_whole_rows(x, left, right, scale, noisy)
+
+
 def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
@@ -153,7 +164,7 @@ def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
 # Whole rows.
 
 
-def _whole_rows(x, right, format, fold, into):
+def _whole_rows(x, right, format, gain, fold, into):
     m, k = x.shape
     codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
     function, inputs = None, [x]
@@ -161,15 +172,16 @@ def _whole_rows(x, right, format, fold, into):
         # What stands for x in a compiled graph may have a producer, whose inputs are read instead.
         function, inputs = getattr(x, "producer", None) or (None, [x])
     inputs = [*inputs, *[None] * (PRODUCER_INPUTS - len(inputs))]
-    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, fold is not None, codes.stride(0), function)
-    operands = (*inputs, *matrices, fold)
+    gained, folded = gain is not None, fold is not None
+    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, gained, folded, codes.stride(0), function)
+    operands = (*inputs, gain, *matrices, fold)
     launch(*(codes if t is None else t for t in operands), codes, scales)  # any pointer for what is not there
     return codes, scales
 
 
 @lru_cache(maxsize=4096)
 def _plan_whole_rows(
-    x: Matrix, right: Rotation | None, format: Format, folded: bool, stride: int, producer: Any = None
+    x: Matrix, right: Rotation | None, format: Format, gained: bool, folded: bool, stride: int, producer: Any = None
 ) -> tuple[Launch, tuple]:
     m, k = x.shape
     a, b = (right and factors(right.edge)) or (1, 0)
@@ -189,7 +201,7 @@ def _plan_whole_rows(
     rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, rotated, produced)
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
-        "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
+        "GAIN": gained, "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
         "PRODUCER": producer, **_format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)

@@ -1,9 +1,9 @@
-"""The Triton matrix product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right + bias.
+"""The Triton matrix product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right diag(gain) + bias.
 
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. One persistent program per multiprocessor
 walks the output tiles in groups that share operand rows (so that they meet in L2); tensor descriptors make the loads TMA on
-SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of rotations, the bias and the cast happen on the accumulator,
-before anything is written.
+SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of rotations, the gain, the bias and the cast happen on the
+accumulator, before anything is written.
 """
 
 from functools import lru_cache
@@ -52,8 +52,8 @@ def tile_for(m: int, n: int, integer: bool, undo: bool, wide_output: bool, multi
 
 @triton.jit
 def _store(
-    out, y, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
+    SCALED: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
     # ±1 times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the result's own.
     if RIGHT:
@@ -62,6 +62,8 @@ def _store(
         y = y * row_scale[:, None]
     if LEFT:
         y = tl.dot(h_left, y.to(h_left.dtype), out_dtype=tl.float32)
+    if GAIN:
+        y = y * tl.load(gain + columns, mask=columns < N, other=0.0)[None, :]
     if BIASED:
         y = y + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     inside = (rows < ROWS_OUT)[:, None] & (columns < N)[None, :]
@@ -70,10 +72,10 @@ def _store(
 
 @triton.jit
 def scaled_mm_kernel(
-    a, b, out, a_scale, b_scale, bias, left, right,
+    a, b, out, a_scale, b_scale, gain, bias, left, right,
     M, N, K, ROWS_OUT, stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIASED: tl.constexpr,
+    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """``A_SCALE``, ``B_SCALE``: 0 none, 1 one number, 2 a vector. LEFT, RIGHT: whether left [BM, BM] and right [128, 128] are
@@ -113,12 +115,21 @@ def scaled_mm_kernel(
         if (LEFT or RIGHT) and BN == 2 * UNDO_EDGE:
             y0, y1 = tl.split(tl.permute(tl.reshape(y, (BM, 2, UNDO_EDGE)), (0, 2, 1)))
             columns = first + tl.arange(0, UNDO_EDGE)
-            _store(out, y0, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
+            _store(
+                out, y0, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
+                SCALED, GAIN, BIASED, LEFT, RIGHT,
+            )  # fmt: skip
             columns += UNDO_EDGE
-            _store(out, y1, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
+            _store(
+                out, y1, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
+                SCALED, GAIN, BIASED, LEFT, RIGHT,
+            )  # fmt: skip
         else:
             columns = first + tl.arange(0, BN)
-            _store(out, y, row_scale, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride, SCALED, BIASED, LEFT, RIGHT)
+            _store(
+                out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
+                SCALED, GAIN, BIASED, LEFT, RIGHT,
+            )  # fmt: skip
 
 
 def fits_epilogue(rotation: Rotation | None) -> bool:
@@ -136,6 +147,7 @@ def scaled_mm(
     right: Rotation | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`halo_tensor.ops.reference.scaled_mm`; scales are numbers or vectors."""
     in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
@@ -143,19 +155,20 @@ def scaled_mm(
     spills = a.dtype == torch.int8 and in_right is not None and a.shape[1] > 8192
     in_left = left if fits_epilogue(left) and not spills else None
     if in_left == left and in_right == right:
-        return _product(a, b_t, a_scale, b_scale, bias, in_left, in_right, shape[0], dtype)
-    # What the epilogue cannot undo is undone in a pass of its own, before the bias is added.
+        return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
+    # What the epilogue cannot undo is undone in a pass of its own, before the gain and the bias.
     rows = shape[0] if in_left else a.shape[0]
-    y = _product(a, b_t, a_scale, b_scale, None, in_left, in_right, rows, dtype)
+    y = _product(a, b_t, a_scale, b_scale, None, None, in_left, in_right, rows, dtype)
     y = unrotate(y, None if in_left else left, None if in_right else right, shape, dtype)
+    y = y if gain is None else y.mul_(gain)
     return y if bias is None else y.add_(bias)
 
 
-def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
     a, b_t = _readable(a), _readable(b_t)
-    a_scale, b_scale, bias = dense(a_scale), dense(b_scale), dense(bias)
+    a_scale, b_scale, gain, bias = dense(a_scale), dense(b_scale), dense(gain), dense(bias)
     out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
-    if _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
+    if gain is None and _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
         a_scale, b_scale = (
             _ones(n, a.device) if s is None else s for s, n in ((a_scale, a.shape[0]), (b_scale, b_t.shape[0]))
         )
@@ -164,10 +177,10 @@ def _product(a, b_t, a_scale, b_scale, bias, left, right, rows: int, dtype: torc
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
     launch, matrices = _plan(
-        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), None if bias is None else bias.dtype,
-        left, right, dtype,
+        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), gain is not None,
+        None if bias is None else bias.dtype, left, right, dtype,
     )  # fmt: skip
-    launch(a, b_t, out, *(out if t is None else t for t in (a_scale, b_scale, bias, *matrices)))
+    launch(a, b_t, out, *(out if t is None else t for t in (a_scale, b_scale, gain, bias, *matrices)))
     return out
 
 
@@ -212,7 +225,7 @@ def _ones(n: int, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, bias_dtype, left, right, dtype) -> tuple[Launch, tuple]:
+def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left, right, dtype) -> tuple[Launch, tuple]:
     """The launch for a product, and the matrices of its rotations."""
     (m, k), n, device = a.shape, b_t.shape[0], a.device
     integer, undo = a.dtype == torch.int8, left is not None or right is not None
@@ -227,7 +240,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, bias_dtype, left, right,
     )
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, "INTEGER": integer,
-        "A_SCALE": a_kind, "B_SCALE": b_kind, "BIASED": bias_dtype is not None,
+        "A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
         # an accumulator meets another product inside a loop that is still running.
