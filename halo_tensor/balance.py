@@ -8,6 +8,7 @@ The layer divides and multiplies on its way to codes (:mod:`halo_tensor.gains`).
 dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     Returns:
         the number of layers that were balanced.
 
+    Warns:
+        of layers that round to floating numbers: fp8 trained worse with a balance (bench/NOTES.md).
+
     Raises:
         ValueError: FSDP has sharded the model, or it is on the meta device; no layer was reached that can be balanced; or
             an input or a weight of one has a NaN or Inf. No layer has been changed then.
@@ -58,6 +62,12 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
             "quantises output, none was called with any tokens. Convert it with quantize_, and pass what its forward takes"
         )
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
+    if floating := sum(not weight.recipe.output.left.format.uniform for weight in weights.values()):
+        warnings.warn(
+            f"{floating} of {len(weights)} layers round to floating numbers, which keep small values beside large ones without "
+            "a balance; with one, fp8 trained worse (bench/NOTES.md). It is for int8",
+            stacklevel=2,
+        )
     device = next(iter(weights.values())).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         groups = _groups(weights, statistics)
