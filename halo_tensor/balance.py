@@ -64,8 +64,8 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
     if floating := sum(not weight.recipe.output.left.format.uniform for weight in weights.values()):
         warnings.warn(
-            f"{floating} of {len(weights)} layers round to floating numbers, which keep small values beside large ones without "
-            "a balance; with one, fp8 trained worse (bench/NOTES.md). It is for int8",
+            f"{floating} of {len(weights)} layers round to floating numbers, which keep small values beside large ones "
+            "without a balance; with one, fp8 trained worse (bench/NOTES.md). It is for int8",
             stacklevel=2,
         )
     device = next(iter(weights.values())).device

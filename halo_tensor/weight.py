@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from halo_tensor import fsdp
+from halo_tensor import fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.ops.schemas import fingerprint
@@ -108,7 +108,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
-                fsdp.check_whole(weight)
+                sharding.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
             if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
@@ -133,8 +133,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return return_and_correct_aliasing(func, args, kwargs, args[0]._alias())
         if func is aten.copy_.default and _are_alike(*args[:2]):
             return _copy(*args[:2])
-        if func in fsdp.SHARDING_OPS:
-            out = fsdp.SHARDING_OPS[func](*args, **kwargs)
+        if func in sharding.OPS:
+            out = sharding.OPS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
@@ -143,7 +143,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         weights = {id(t): t for t in _tensors(values) if isinstance(t, cls)}
         if func in _PRODUCTS:
             for weight in weights.values():
-                fsdp.check_whole(weight)
+                sharding.check_whole(weight)
         dense = {key: w.dequantize() for key, w in weights.items()}
         plain = [_replaced(value, dense) for value in values]
         out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
