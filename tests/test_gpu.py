@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, hot_config, quantize_
+from halo_tensor import HaloWeight, balance_, halo_config, hot_config, quantize_
 from halo_tensor.linear import weight_operand
 from halo_tensor.ops import library, reference
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
@@ -73,6 +73,32 @@ def test_a_layer_eager_and_compiled(level, dtype, granularity):
     for a, b, c in zip(eager, compiled, exact, strict=True):
         assert 0.6 * typical < relative_error(a, c) < 2.2 * typical
         assert relative_error(b, a) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*round to floating numbers")
+@pytest.mark.parametrize(("level", "dtype"), [(0, "fp8"), (1, "int8"), (0, "int8"), (1, "fp6")])
+def test_a_balanced_layer_while_an_optimizer_writes(level, dtype):
+    """Eager or compiled, it stays as exact as its format, and its codes in step."""
+    torch._dynamo.reset()
+    linear, x, e = layer(halo_config(level, dtype))
+    with torch.no_grad():
+        x[:, ::50] *= 30
+    balance_(linear, x)
+    assert len(linear.weight.gain.unique()) > 1
+    compiled, typical = torch.compile(linear, fullgraph=True), typical_error(linear.weight.operand.format)
+    optimizer = torch.optim.AdamW([linear.weight], lr=1e-3, fused=True)
+    for _ in range(3):
+        w, xd, ed = linear.weight.master.double(), x.double(), e.double()
+        exact = [xd @ w.t() + linear.bias.double(), ed @ w, ed.t() @ xd]
+        eager, fast = (gradients(f, linear, x, e) for f in (linear, compiled))
+        for a, b, c in zip(eager, fast, exact, strict=True):
+            assert 0.2 * typical < relative_error(a, c) < 2.2 * typical
+            assert relative_error(b, a) < 1e-3
+        linear.weight.grad = fast[2]
+        optimizer.step()
+        fresh = HaloWeight.from_hp(linear.weight.master, linear.weight.recipe, gains=linear.weight.gains).operand
+        assert torch.equal(fresh.codes.view(torch.int8), linear.weight.operand.codes.view(torch.int8))
+        assert torch.equal(fresh.scale, linear.weight.operand.scale)
 
 
 def test_a_step_does_not_synchronise():
