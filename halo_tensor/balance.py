@@ -8,12 +8,10 @@ The layer divides and multiplies on its way to codes (:mod:`halo_tensor.gains`).
 dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
 """
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halo_tensor import gains, layers
@@ -32,16 +30,15 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     ``quantize_`` and before FSDP; before or after making the optimiser and ``torch.compile`` makes no difference. A weight
     held as codes only is rounded a second time; to round it once, convert with ``frozen=False``, balance, and convert again
     with ``frozen=True``: ``quantize_`` keeps a balance, and ``dequantize_`` removes it. State dicts of trained weights do not
-    hold it; copies and pickles of the model do.
+    hold it; copies and pickles of the model do. CUDA graphs are to be captured after it.
+
+    It is meant for int8: floating numbers keep small values beside large ones without it.
 
     Args:
         model: converted. args, kwargs: what to run it on, some thousand tokens of training data.
 
     Returns:
         the number of layers that were balanced.
-
-    Warns:
-        of layers that round to floating numbers: fp8 trained worse with a balance (bench/NOTES.md).
 
     Raises:
         ValueError: FSDP has sharded the model, or it is on the meta device; no layer was reached that can be balanced; or
@@ -62,12 +59,6 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
             "quantises output, none was called with any tokens. Convert it with quantize_, and pass what its forward takes"
         )
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
-    if floating := sum(not weight.recipe.output.left.format.uniform for weight in weights.values()):
-        warnings.warn(
-            f"{floating} of {len(weights)} layers round to floating numbers, which keep small values beside large ones "
-            "without a balance; with one, fp8 trained worse (bench/NOTES.md). It is for int8",
-            stacklevel=2,
-        )
     device = next(iter(weights.values())).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         groups = _groups(weights, statistics)
@@ -82,7 +73,7 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
 
 def _is_eligible(name: str, module: nn.Linear) -> bool:
     weight: Any = module.weight
-    if is_sharded(weight) or (isinstance(weight, DTensor) and layers.recipe_of(module)):
+    if is_sharded(weight):
         raise ValueError(f"{name} is sharded by FSDP; call balance_ before fully_shard, with the same batch on every rank")
     recipe = layers.recipe_of(module)
     if recipe is not None and weight.is_meta:

@@ -75,7 +75,6 @@ def test_a_layer_eager_and_compiled(level, dtype, granularity):
         assert relative_error(b, a) < 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:.*round to floating numbers")
 @pytest.mark.parametrize(("level", "dtype"), [(0, "fp8"), (1, "int8"), (0, "int8"), (1, "fp6")])
 def test_a_balanced_layer_while_an_optimizer_writes(level, dtype):
     """Eager or compiled, it stays as exact as its format, and its codes in step."""

@@ -99,7 +99,12 @@ def factors(block: int) -> tuple[int, int] | None:
     return (a, b) if a <= LARGEST_FACTOR and has_hadamard(a) else None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
+def _one(rotation: Rotation) -> Rotation:
+    """Of equal ones always the same, as compiled code sees most quickly."""
+    return rotation
+
+
 def fit(rotation: Rotation | None, width: int) -> Rotation | None:
     """``rotation`` on a dimension of ``width``, its block made the largest that divides it.
 
@@ -108,14 +113,14 @@ def fit(rotation: Rotation | None, width: int) -> Rotation | None:
     if rotation is None:
         return None
     if rotation.block is None and factors(width):
-        return replace(rotation, block=width)
+        return _one(replace(rotation, block=width))
     if rotation.block is not None and width % rotation.block == 0:
         return rotation
     power = width & -width  # the largest power of two that divides it
     block = min(power, rotation.block or LARGEST_FACTOR)
     if block < SMALLEST_BLOCK:
         return None
-    return replace(rotation, block=block, rank=rotation.rank and max(1, rotation.rank * block // rotation.edge))
+    return _one(replace(rotation, block=block, rank=rotation.rank and max(1, rotation.rank * block // rotation.edge)))
 
 
 def carried(operand: Operand, dimension: str, size: int) -> Rotation | None:

@@ -158,10 +158,14 @@ def scaled_mm(
         return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
     # What the epilogue cannot undo is undone in a pass of its own, before the gain and the bias.
     rows = shape[0] if in_left else a.shape[0]
-    y = _product(a, b_t, a_scale, b_scale, None, None, in_left, in_right, rows, dtype)
-    y = unrotate(y, None if in_left else left, None if in_right else right, shape, dtype)
+    wide = (
+        torch.float32 if gain is not None and dtype == torch.float16 else dtype
+    )  # whose range a gain may leave, and come back
+    y = _product(a, b_t, a_scale, b_scale, None, None, in_left, in_right, rows, wide)
+    y = unrotate(y, None if in_left else left, None if in_right else right, shape, wide)
     y = y if gain is None else y.mul_(gain)
-    return y if bias is None else y.add_(bias)
+    y = y if bias is None else y.add_(bias)
+    return y if wide == dtype else y.to(dtype)
 
 
 def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
