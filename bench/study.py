@@ -27,7 +27,7 @@ from common import fail, load_model
 from contenders import convert, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
-from study_results import BALANCED, EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, table
+from study_results import BALANCED, EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
 from torch import nn
 
 from halo_tensor import balance_
@@ -268,13 +268,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def read(path: Path, settings: dict) -> list[dict]:
-    """The runs in ``path``, which must have been made with the same settings."""
-    if not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    if record["settings"] != settings:
-        fail(f"{path} has other settings, {record['settings']}: remove it, or pass another --name")
-    return record["runs"]
+    """The runs in ``path``, if it is there."""
+    return load(path, settings)["runs"] if path.exists() else []
 
 
 def main() -> None:

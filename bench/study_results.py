@@ -45,6 +45,14 @@ def key(run: dict) -> tuple[str, str, int]:
     return run["model"], run["recipe"], run["seed"]
 
 
+def load(path: Path, settings: dict) -> dict:
+    """The record in ``path``, which must have been made with the same settings."""
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        fail(f"{path} has other settings, {record['settings']}, than {settings}: remove it, or pass another --name")
+    return record
+
+
 def spread(values: list[float], format: str, of_mean: bool = False) -> str:
     """Mean ± standard deviation, or (``of_mean``) ± the standard error of the mean."""
     mean = format.format(statistics.mean(values))
@@ -134,11 +142,9 @@ def join(name: str, folder: Path) -> None:
     if not parts:
         fail(f"there is no {folder / name}_part*.json to join: run with --part first")
     paths = [path for path in (folder / f"{name}.json", *parts) if path.exists()]
-    records = [json.loads(path.read_text()) for path in paths]
-    settings, last = records[0]["settings"], records[-1]
-    for path, record in zip(paths, records, strict=True):
-        if record["settings"] != settings:
-            fail(f"{path} has other settings than {paths[0]}: {record['settings']} and {settings}")
+    settings = json.loads(paths[0].read_text())["settings"]
+    records = [load(path, settings) for path in paths]
+    last = records[-1]
     merged = {key(run): run for record in records for run in record["runs"]}
     order = [(which, recipe) for recipe in RECIPES for which in MODELS]
     runs = sorted(merged.values(), key=lambda run: (order.index(key(run)[:2]), run["seed"]))

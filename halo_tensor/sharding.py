@@ -68,7 +68,7 @@ def _new_zeros(weight, size, **options):
     if weight.operand is not None:
         _check_shardable(weight, size[0])
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-    padded = type(weight).from_hp(zeros, weight.recipe, weight.master is None, weight.gains)
+    padded = weight.renewed(zeros)
     if padded.operand is not None:
         padded.operand = padded.operand.packed()  # as it is sent
     padded.fsdp = "padded"

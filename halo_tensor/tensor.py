@@ -47,7 +47,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     r' and c' are r and c padded to whole blocks of a rotation, or what its rank keeps of them. Make one with :meth:`from_hp`.
     """
 
-    _tensors = ("codes", "codes_t", "scale", "gain", "undo_gain")
+    _parts = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
+    _tensors = (*_parts, "gain", "undo_gain")
     _attributes = ("scale_along", "left", "right", "format", "gain_along")
 
     codes: torch.Tensor | None
@@ -161,8 +162,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The tensors that it holds as its own: codes and scales. Gains are constants that others hold too."""
-        return [part for part in (self.codes, self.codes_t, self.scale) if part is not None]
+        """The tensors that it holds as its own: codes and scales."""
+        return [part for part in (getattr(self, name) for name in self._parts) if part is not None]
 
     @property
     def gains(self) -> Gains | None:
@@ -264,9 +265,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
     def _apply_fn_to_data(self, fn):
-        parts = [name for name in ("codes", "codes_t", "scale") if getattr(self, name) is not None]
-        new = self._with(**{name: fn(getattr(self, name)) for name in parts})
-        if self.gain is not None:  # a constant, not to be copied
+        new = self._with(**{name: fn(getattr(self, name)) for name in self._parts if getattr(self, name) is not None})
+        if self.gain is not None:
             new.gain, new.undo_gain = moved(self.gains, new.device) or (None, None)
             new.gain_along = None if new.gain is None else self.gain_along
         return new

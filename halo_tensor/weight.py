@@ -10,7 +10,7 @@ reads codes, and a weight is quantised once per optimiser step however many micr
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,11 @@ _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
+
+
+def _of_operand(name: str) -> Any:
+    """The operand's attribute as the weight's own; None without an operand."""
+    return property(lambda weight: None if weight.operand is None else getattr(weight.operand, name))
 
 
 class HaloWeight(fsdp.Shardable, torch.Tensor):
@@ -213,25 +218,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         weight.fsdp = attributes["fsdp"]
         return weight
 
-    @property
-    def codes(self) -> torch.Tensor | None:
-        return None if self.operand is None else self.operand.codes
-
-    @property
-    def scale(self) -> torch.Tensor | None:
-        return None if self.operand is None else self.operand.scale
-
-    @property
-    def gain(self) -> torch.Tensor | None:
-        return None if self.operand is None else self.operand.gain
-
-    @property
-    def undo_gain(self) -> torch.Tensor | None:
-        return None if self.operand is None else self.operand.undo_gain
-
-    @property
-    def gains(self) -> Gains | None:
-        return None if self.operand is None else self.operand.gains
+    codes, scale, gain, undo_gain, gains = map(_of_operand, ("codes", "scale", "gain", "undo_gain", "gains"))
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler

@@ -27,7 +27,7 @@ from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
 from halo_tensor.weight import HaloWeight, convert_weight
 from tests.test_compile import graphs
 from tests.test_linear import converted, everything, exact, gradients
-from tests.test_weight import OPTIMIZERS, Mlp, train
+from tests.test_weight import Mlp, step_alike, train
 from tests.util import OpLog, relative_error, saved_bytes
 
 OUTLIERS = slice(None, None, 29)
@@ -307,15 +307,8 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_fused", "sgd_foreach"])
 def test_optimizers_see_the_plain_weight(name):
-    kind, options = OPTIMIZERS[name]
     model, _, plain = balanced()
-    optimizers = [kind(m.parameters(), lr=1e-2, **options) for m in (plain, model)]
-    for step in range(3):
-        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+    step_alike(name, plain, model)
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(q.master, p) and in_step(q)
 

@@ -68,11 +68,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_moves_the_master_as_it_moves_a_plain_weight(name):
-    """Given the same gradients, a converted and a plain model end with the same weights, bit for bit."""
+def step_alike(name: str, plain: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
+    """Three steps of both with the same gradients; ``model``'s optimiser."""
     kind, options = OPTIMIZERS[name]
-    plain, model = make(converted=False), make()
     optimizers = [kind(m.parameters(), lr=1e-2, **options) for m in (plain, model)]
     for step in range(3):
         for p, q in zip(plain.parameters(), model.parameters(), strict=True):
@@ -80,11 +78,19 @@ def test_every_optimizer_moves_the_master_as_it_moves_a_plain_weight(name):
             q.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
+    return optimizers[1]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_the_master_as_it_moves_a_plain_weight(name):
+    """Given the same gradients, a converted and a plain model end with the same weights, bit for bit."""
+    plain, model = make(converted=False), make()
+    optimizer = step_alike(name, plain, model)
     for (key, p), q in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(getattr(q, "master", q), p), key
     weight = model[0].up.weight
     assert isinstance(weight, HaloWeight)
-    states = optimizers[1].state[weight].values()
+    states = optimizer.state[weight].values()
     assert all(type(v) is torch.Tensor for v in states if isinstance(v, torch.Tensor)), "its state is plain"
 
 

@@ -158,9 +158,8 @@ def scaled_mm(
         return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
     # What the epilogue cannot undo is undone in a pass of its own, before the gain and the bias.
     rows = shape[0] if in_left else a.shape[0]
-    wide = (
-        torch.float32 if gain is not None and dtype == torch.float16 else dtype
-    )  # whose range a gain may leave, and come back
+    # Before the gain, a result may be outside of float16's range.
+    wide = torch.float32 if gain is not None and dtype == torch.float16 else dtype
     y = _product(a, b_t, a_scale, b_scale, None, None, in_left, in_right, rows, wide)
     y = unrotate(y, None if in_left else left, None if in_right else right, shape, wide)
     y = y if gain is None else y.mul_(gain)
