@@ -305,11 +305,15 @@ def multiply(size, codes, left, right, dtype=BF16, gain=False):
 
 
 LARGE, FEW, THIN = (8192, 8192, 14336), (1000, 1024, 4096), (16, 4096, 4096)
+WAVE = (2048, 2048, 4096)  # fewer tiles of 128×256 than multiprocessors, but not of 128×128
 FP8, INT = (torch.float8_e4m3fn,) * 2, (torch.int8,) * 2
 MULTIPLY = {
     "fp8": multiply(LARGE, FP8, None, None),
     "fp8, e5m2 by e4m3": multiply(LARGE, (torch.float8_e5m2, torch.float8_e4m3fn), None, None),
     "fp8, few tiles, fp32": multiply(FEW, FP8, None, None, FP32),
+    "fp8, few tiles, undo right": multiply(FEW, FP8, None, H),
+    "fp8, few tiles, undo both": multiply(FEW, FP8, H, H),
+    "fp8, a wave": multiply(WAVE, FP8, None, None),
     "fp8, undo right": multiply(LARGE, FP8, None, H),
     "fp8, undo both": multiply(LARGE, FP8, H, H),
     "fp8, undo both, fp32": multiply(LARGE, FP8, H, H, FP32),
@@ -320,6 +324,7 @@ MULTIPLY = {
     "int8": multiply(LARGE, INT, None, None),
     "int8, gain": multiply(LARGE, INT, None, None, gain=True),
     "int8, undo right, gain": multiply(LARGE, INT, None, H, gain=True),
+    "int8, few tiles": multiply(FEW, INT, None, None),
     "int8, thin": multiply(THIN, INT, None, H),
     "int8, undo both": multiply((8192, 8192, 4096), INT, H, H),
 }

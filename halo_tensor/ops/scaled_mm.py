@@ -38,14 +38,23 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-def tile_for(m: int, n: int, integer: bool, undo: bool, wide_output: bool, multiprocessors: int) -> tuple[Tile, int]:
-    """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor."""
+def tile_for(
+    m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
+) -> tuple[Tile, int]:
+    """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor.
+    ``left``, ``right``: whether a rotation is undone there; on the left it takes tiles of its block."""
     if m <= 64:
         return Tile(64, 128, warps=4, stages=4), 1
-    few = triton.cdiv(m, 128) * triton.cdiv(n, 256) < multiprocessors
-    if few or integer:  # Triton waits for every int8 product before the next: a second program fills the gaps
+
+    def fewer_than_multiprocessors(height: int, width: int) -> bool:
+        return triton.cdiv(m, height) * triton.cdiv(n, width) < multiprocessors
+
+    if fewer_than_multiprocessors(128, 128) and not left:
+        return Tile(64, 128, warps=4, stages=4), 2
+    # Triton waits for every int8 product before the next: a second program fills the gaps.
+    if integer or fewer_than_multiprocessors(128, 256):
         return Tile(128, 128, warps=4, stages=3), 2
-    if wide_output and not undo:  # float32 results need the shared memory of the larger tile
+    if wide_output and not (left or right):  # float32 results need the shared memory of the larger tile
         return Tile(128, 128, warps=8, stages=4), 1
     return Tile(128, 256, stages=4), 1
 
@@ -204,7 +213,7 @@ class VendorProduct:
 
 def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
     """cuBLAS multiplies fp8 with row and column scales 3–9 % faster where the contraction is short. But it takes the CPU 50 µs
-    to choose its kernel, in every call: what small products gain is less (bench/NOTES.md)."""
+    to choose its kernel, in every call, and smaller products gain less than that (bench/NOTES.md)."""
     (m, k), n = a.shape, b_t.shape[0]
     return (
         a.device.type == "cuda"
@@ -213,7 +222,7 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
         and rotation is None
         and bias is None
         and all(scale is None or scale.ndim == 1 for scale in (a_scale, b_scale))
-        and m * n * k >= 10**11
+        and m * n * k >= 2 * 10**10
         and 1024 <= k <= 8192
         and n % 16 == k % 16 == 0
         and a.is_contiguous()
@@ -234,7 +243,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     integer, undo = a.dtype == torch.int8, left is not None or right is not None
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    tile, resident = tile_for(m, n, integer, undo, dtype.itemsize > 2, multiprocessors)
+    tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrices = (
