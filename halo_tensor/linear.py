@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor import multiply  # noqa: F401  defines torch.mm of two operands
 from halo_tensor.gains import Gains
 from halo_tensor.ops import hadamard
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
