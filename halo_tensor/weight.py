@@ -2,7 +2,7 @@
 
 A weight subclass alone never sees the grad_weight product, since F.linear decomposes into aten ops whose backward does not
 touch the weight. So this wrapper catches ``F.linear`` itself and hands it to :mod:`halo_tensor.linear`; to everything else,
-optimisers and checkpoints above all, it is the dense high-precision weight it stands for.
+optimisers and checkpoints above all, it is the dense high-precision weight it stands for (:mod:`halo_tensor.dispatch`).
 
 It also holds what the weight brings to its products, as codes that every write to it brings up to date. So a compiled graph
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
