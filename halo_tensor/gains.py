@@ -8,6 +8,8 @@ that are never written to: two operands fit if they hold the same tensors, which
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor.ops.schemas import is_traced
+
 Gains = tuple[torch.Tensor, torch.Tensor]
 #: gain -> {device: the same there}, so that layers that share gains still do after they have been moved.
 _moved: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -26,7 +28,7 @@ def moved(gains: Gains | None, device: torch.device) -> Gains | None:
         return gains
     if gains[0].is_meta:
         return None
-    if torch._C._len_torch_dispatch_stack():  # traced: not to be remembered
+    if is_traced():  # not to be remembered
         return gains[0].to(device), gains[1].to(device)
     copies = _moved.setdefault(gains[0], {})
     if device not in copies:
@@ -39,4 +41,4 @@ def fit(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     # Tracing makes new objects of one tensor, and has no values to compare.
-    return a is b or torch._C._len_torch_dispatch_stack() > 0 or (a.device == b.device and torch.equal(a, b))
+    return a is b or is_traced() or (a.device == b.device and torch.equal(a, b))

@@ -16,15 +16,11 @@ from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.ops.hadamard import factors
 from halo_tensor.ops.packing import can_pack, pack_rows, unpack_columns, unpack_rows
+from halo_tensor.ops.schemas import is_traced
 from halo_tensor.recipe import Format, Rotation
 
 aten = torch.ops.aten
 _SWAPPED = {"row": "column", "column": "row"}
-
-
-def _is_traced() -> bool:
-    """Whether ops are recorded, to be fused or repeated, rather than run one by one."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class HadamardQuantTensor(TorchAOBaseTensor):
@@ -228,13 +224,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def any_codes(self) -> torch.Tensor:
         """The codes [r', c'] in whichever layout is held."""
         if self.is_packed:
-            return (unpack_rows if _is_traced() else ops.unpack_rows)(*self._packed)
+            return (unpack_rows if is_traced() else ops.unpack_rows)(*self._packed)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
         """Their transpose [c', r'] in whichever layout is held."""
         if self.is_packed:
-            return unpack_columns(*self._packed) if _is_traced() else self.any_codes().t()
+            return unpack_columns(*self._packed) if is_traced() else self.any_codes().t()
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:

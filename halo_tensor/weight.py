@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from halo_tensor import dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
-from halo_tensor.ops.schemas import fingerprint
+from halo_tensor.ops.schemas import fingerprint, is_traced
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -142,7 +142,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
             return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
         out = dispatch.run(func, args, kwargs)
-        if func.is_view and not torch._C._len_torch_dispatch_stack():
+        if func.is_view and not is_traced():
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
