@@ -5,6 +5,8 @@ operand carries its inverse; along a surviving one it is undone on the result. G
 that are never written to: two operands fit if they hold the same tensors, which nothing has to be read for.
 """
 
+import warnings
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,10 +25,12 @@ def of_exponents(exponents: torch.Tensor) -> Gains:
 
 
 def moved(gains: Gains | None, device: torch.device) -> Gains | None:
-    """The same gains on ``device``. Those of a meta tensor, which has no values, are lost."""
-    if gains is None or gains[0].device == device:
+    """The same gains on ``device``. The meta device has no values, so those of a weight that goes there stay where they are,
+    and follow it when it comes back."""
+    if gains is None or device.type == "meta" or gains[0].device == device:
         return gains
     if gains[0].is_meta:
+        warnings.warn("a balance that was loaded to the meta device has no values: call balance_ again", stacklevel=2)
         return None
     if is_traced():  # not to be remembered
         return gains[0].to(device), gains[1].to(device)

@@ -238,7 +238,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
         y = ops.unrotate(y, self.left, self.right, self.shape)
         if self.undo_gain is not None:
-            y = y * (self.undo_gain if self.gain_along == "column" else self.undo_gain.unsqueeze(1))
+            undo = self.undo_gain.to(y.device)  # of a meta tensor it has stayed where its values are
+            y = y * (undo if self.gain_along == "column" else undo.unsqueeze(1))
         return y.to(self.dtype)
 
     def __repr__(self):
