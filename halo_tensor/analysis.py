@@ -15,7 +15,7 @@ from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import layers
 from halo_tensor.ops.hadamard import carried
-from halo_tensor.ops.reference import rotated
+from halo_tensor.ops.reference import BLOCK, rotated
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
 
 
@@ -77,7 +77,7 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
         return shape.groups * rows * columns * high // 8
-    blocks = -(-rows // 32) * -(-columns // 32)
+    blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
     scales = {"tensor": 1, "tokens": rows, "in_features": columns, "unit": 0, "block": blocks}[operand.scale]
     return shape.groups * (rows * columns + 4 * scales)
 

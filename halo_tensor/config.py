@@ -51,7 +51,7 @@ class LinearConfig(AOBaseConfig):
 
     @property
     def recipe(self) -> Recipe:
-        raise NotImplementedError(f"{type(self).__name__} has no recipe; use halo_config or recipe_config")
+        raise NotImplementedError(f"{type(self).__name__} has no recipe; use halo_config, hot_config or recipe_config")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """transformers' ``Conv1D``, GPT-2's linear layer with a transposed weight, by a recipe with a plain forward.
 
-Imports transformers; :mod:`halo_tensor.convert` imports this module when it meets such a layer.
+Imports transformers; :mod:`halo_tensor.layers` imports this module when it meets such a layer.
 """
 
 import torch

@@ -5,8 +5,12 @@ operand carries its inverse; along a surviving one it is undone on the result. G
 that are never written to: two operands fit if they hold the same tensors, which nothing has to be read for.
 """
 
+import warnings
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from halo_tensor.ops.schemas import is_traced
 
 Gains = tuple[torch.Tensor, torch.Tensor]
 #: gain -> {device: the same there}, so that layers that share gains still do after they have been moved.
@@ -21,12 +25,14 @@ def of_exponents(exponents: torch.Tensor) -> Gains:
 
 
 def moved(gains: Gains | None, device: torch.device) -> Gains | None:
-    """The same gains on ``device``. Those of a meta tensor, which has no values, are lost."""
-    if gains is None or gains[0].device == device:
+    """The same gains on ``device``. The meta device has no values, so those of a weight that goes there stay where they are,
+    and follow it when it comes back."""
+    if gains is None or device.type == "meta" or gains[0].device == device:
         return gains
     if gains[0].is_meta:
+        warnings.warn("a balance that was loaded to the meta device has no values: call balance_ again", stacklevel=2)
         return None
-    if torch._C._len_torch_dispatch_stack():  # traced: not to be remembered
+    if is_traced():  # not to be remembered
         return gains[0].to(device), gains[1].to(device)
     copies = _moved.setdefault(gains[0], {})
     if device not in copies:
@@ -39,4 +45,4 @@ def fit(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     # Tracing makes new objects of one tensor, and has no values to compare.
-    return a is b or torch._C._len_torch_dispatch_stack() > 0 or (a.device == b.device and torch.equal(a, b))
+    return a is b or is_traced() or (a.device == b.device and torch.equal(a, b))

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor import multiply  # noqa: F401  defines torch.mm of two operands
 from halo_tensor.gains import Gains
 from halo_tensor.ops import hadamard
+from halo_tensor.ops.schemas import is_traced
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -94,7 +96,7 @@ def _is_shared(owner: torch.Tensor) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
         return False
     plain = type(owner) in (torch.Tensor, torch.nn.Parameter) and not owner.is_inference()
-    return plain and not torch._C._len_torch_dispatch_stack()
+    return plain and not is_traced()
 
 
 def _shared_operands(owner: torch.Tensor | None) -> dict:

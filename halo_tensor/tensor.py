@@ -1,7 +1,7 @@
 """HadamardQuantTensor: a rotated, quantised matrix that knows how to be multiplied.
 
 It is an operand, not a parameter: it lives from its quantisation to its product (or, for what backward needs, from forward
-to backward). ``torch.mm`` on two of them multiplies their codes, applies their scales, and undoes the rotations that survive.
+to backward). What ``torch.mm`` makes of two of them is in :mod:`halo_tensor.multiply`.
 """
 
 from typing import cast
@@ -10,21 +10,17 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from halo_tensor.gains import Gains, fit, moved
+from halo_tensor.gains import Gains, moved
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.ops.hadamard import factors
 from halo_tensor.ops.packing import can_pack, pack_rows, unpack_columns, unpack_rows
+from halo_tensor.ops.schemas import is_traced
 from halo_tensor.recipe import Format, Rotation
 
 aten = torch.ops.aten
 _SWAPPED = {"row": "column", "column": "row"}
-
-
-def _is_traced() -> bool:
-    """Whether ops are recorded, to be fused or repeated, rather than run one by one."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class HadamardQuantTensor(TorchAOBaseTensor):
@@ -228,13 +224,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def any_codes(self) -> torch.Tensor:
         """The codes [r', c'] in whichever layout is held."""
         if self.is_packed:
-            return (unpack_rows if _is_traced() else ops.unpack_rows)(*self._packed)
+            return (unpack_rows if is_traced() else ops.unpack_rows)(*self._packed)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
         """Their transpose [c', r'] in whichever layout is held."""
         if self.is_packed:
-            return unpack_columns(*self._packed) if _is_traced() else self.any_codes().t()
+            return unpack_columns(*self._packed) if is_traced() else self.any_codes().t()
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:
@@ -242,7 +238,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
         y = ops.unrotate(y, self.left, self.right, self.shape)
         if self.undo_gain is not None:
-            y = y * (self.undo_gain if self.gain_along == "column" else self.undo_gain.unsqueeze(1))
+            undo = self.undo_gain.to(y.device)  # of a meta tensor it has stayed where its values are
+            y = y * (undo if self.gain_along == "column" else undo.unsqueeze(1))
         return y.to(self.dtype)
 
     def __repr__(self):
@@ -313,68 +310,6 @@ def _transpose(func, types, args, kwargs):
         right=self.left,
         gain_along=_SWAPPED.get(self.gain_along or ""),
     )
-
-
-@HadamardQuantTensor.implements([aten.mm.default, aten.mm.dtype])
-def _(func, types, args, kwargs):
-    a, b, *rest = args
-    return _multiply(a, b, None, rest[0] if rest else kwargs.get("out_dtype"))
-
-
-@HadamardQuantTensor.implements([aten.addmm.default, aten.addmm.dtype])
-def _(func, types, args, kwargs):
-    bias, a, b, *rest = args
-    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1:
-        raise ValueError("addmm of HadamardQuantTensors takes alpha = beta = 1")
-    return _multiply(a, b, bias, rest[0] if rest else kwargs.get("out_dtype"))
-
-
-def _describe(t: torch.Tensor) -> str:
-    return repr(t) if isinstance(t, HadamardQuantTensor) else f"{type(t).__name__}({list(t.shape)}, {t.dtype})"
-
-
-def _refusal(a: torch.Tensor, b: torch.Tensor, reason: str) -> ValueError:
-    return ValueError(f"cannot multiply {_describe(a)} with {_describe(b)}: {reason}")
-
-
-def _obstacle(a: HadamardQuantTensor, b: HadamardQuantTensor) -> str | None:
-    """Why ``a @ b`` cannot be computed, if it cannot."""
-    if a.shape[1] != b.shape[0]:
-        return "the contracted dimensions differ in size"
-    if a.right != b.left:
-        return f"they carry different rotations on the contracted dimension, {a.right} and {b.left}"
-    if a.gain_along == "row":
-        return "the gain of the left one's rows is not undone; multiply the transposes"
-    if not fit(a.undo_gain, b.gain if b.gain_along == "row" else None):
-        return "on the contracted dimension the gain of one must be the inverse of the other's"
-    if (a.format is None) != (b.format is None):
-        return "one is quantised and the other is not"
-    if a.format and b.format and a.format.uniform != b.format.uniform:
-        return "no unit multiplies an integer format with a floating one"
-    if (a.scale_along == "block") != (b.scale_along == "block"):
-        return "either both or none carry block scales"
-    if (a.scale is not None and a.scale_along == "column") or (b.scale is not None and b.scale_along == "row"):
-        return "a scale along the contracted dimension must be folded into the other operand before that is quantised"
-    return None
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
-    if not (isinstance(a, HadamardQuantTensor) and isinstance(b, HadamardQuantTensor)):
-        raise _refusal(a, b, "quantise both with HadamardQuantTensor.from_hp, or dequantize() the other")
-    obstacle = "their dtypes differ; pass out_dtype" if dtype is None and a.dtype != b.dtype else _obstacle(a, b)
-    if obstacle:
-        raise _refusal(a, b, obstacle)
-
-    dtype, shape = dtype or a.dtype, (a.shape[0], b.shape[1])
-    left, right = a.any_codes(), b.any_codes_t()
-    if a.format is None:
-        y = ops.unrotate(torch.mm(left.to(dtype), right.t().to(dtype)), a.left, b.right, shape)
-        return (y if bias is None else y + bias).to(dtype)
-    if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
-        return _multiply(a, b, None, dtype) + bias
-    b_scale = b.scale.t().contiguous() if b.scale is not None and b.scale_along == "block" else b.scale
-    gain = b.undo_gain if b.gain_along == "column" else None
-    return ops.scaled_mm(left, right, a.scale, b_scale, bias, a.left, b.right, shape, dtype, gain)
 
 
 torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format])

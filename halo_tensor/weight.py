@@ -2,14 +2,13 @@
 
 A weight subclass alone never sees the grad_weight product, since F.linear decomposes into aten ops whose backward does not
 touch the weight. So this wrapper catches ``F.linear`` itself and hands it to :mod:`halo_tensor.linear`; to everything else,
-optimisers and checkpoints above all, it is the dense high-precision weight it stands for.
+optimisers and checkpoints above all, it is the dense high-precision weight it stands for (:mod:`halo_tensor.dispatch`).
 
 It also holds what the weight brings to its products, as codes that every write to it brings up to date. So a compiled graph
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from halo_tensor import fsdp, sharding
+from halo_tensor import dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
-from halo_tensor.ops.schemas import fingerprint
+from halo_tensor.ops.schemas import fingerprint, is_traced
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -31,8 +30,6 @@ _STAYS_A_WEIGHT = {
     aten._to_copy.default,
     aten._pin_memory.default,
 }
-
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
@@ -136,28 +133,16 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if func in (aten.detach.default, aten.alias.default):
             # The very same master, not a view of it: its version then tells of every write, also through .data.
             return return_and_correct_aliasing(func, args, kwargs, args[0]._alias())
-        if func is aten.copy_.default and _are_alike(*args[:2]):
-            return _copy(*args[:2])
+        if func is aten.copy_.default and dispatch.are_alike(*args[:2]):
+            return dispatch.copy(*args[:2])
         if func in sharding.OPS:
             out = sharding.OPS[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
             return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
-        values = [*args, *kwargs.values()]
-        weights = {id(t): t for t in _tensors(values) if isinstance(t, cls)}
-        if func in _PRODUCTS:
-            for weight in weights.values():
-                sharding.check_whole(weight)
-        dense = {key: w.dequantize() for key, w in weights.items()}
-        plain = [_replaced(value, dense) for value in values]
-        out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
-        if func._schema.is_mutable:
-            written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
-            _bring_up_to_date([(weights[key], dense[key]) for key in written])
-            owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
-            return _replaced(out, owner)
-        if func.is_view and not torch._C._len_torch_dispatch_stack():
+        out = dispatch.run(func, args, kwargs)
+        if func.is_view and not is_traced():
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
@@ -232,40 +217,6 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
 
 
-def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the codes of one are what the codes of the other would be."""
-    if not (isinstance(a, HaloWeight) and isinstance(b, HaloWeight) and a.base is None):
-        return False
-    same = (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
-    return same and a.gain is b.gain  # else it is the dense value that is copied, which is slower and always right
-
-
-def _copy(target: HaloWeight, source: HaloWeight) -> HaloWeight:
-    """Copy a weight with its codes. A compiled optimiser ends so: its new weights are quantised already."""
-    pairs: list = [] if target.master is None else [(target.master, source.master)]
-    if target.operand is not None:
-        assert source.operand is not None
-        operand = source.operand.packed() if target.operand.is_packed else source.operand.unpacked()
-        pairs += zip(target.operand.parts, operand.parts, strict=True)
-    for to, from_ in pairs:
-        to.copy_(from_)
-    torch.autograd.graph.increment_version([to for to, _ in pairs])
-    if target.operand is not None:
-        fsdp.keep_common_scale(target.operand, source.operand)
-    return target
-
-
-def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]]) -> None:
-    """After an op wrote to the dense values of weights."""
-    for weight, dense in written:
-        if weight.base is not None and weight.base.master is None:
-            raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
-        if weight.master is not None:
-            # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrapper.
-            torch.autograd.graph.increment_version(weight.master)
-        weight.requantize(dense)
-
-
 def _grad(outputs, inputs, *args, **kwargs):
     """``torch.autograd.grad`` with weights among its inputs. Run with __torch_function__ disabled, a backward that recomputes
     (activation checkpointing) would recompute in high precision; so the weights go in as edges of the graph instead."""
@@ -320,32 +271,6 @@ def _load_plain(module, state_dict, prefix, local_metadata, *_):
         state_dict[prefix + "weight"] = fsdp.map_shard(weight.detach(), fsdp.local(module.weight).renewed)
     else:
         state_dict[prefix + "weight"] = module.weight.renewed(weight.detach())
-
-
-def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments of an op, which are values and lists of values. An optimiser's step has hundreds: a
-    general walk over trees would take longer than its kernels."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _replaced(value, by_id: Mapping[int, torch.Tensor]):
-    """``value``, a tensor or a list, with tensors replaced by those that ``by_id`` has for them."""
-    if isinstance(value, torch.Tensor):
-        return by_id.get(id(value), value)
-    return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
-
-
-def _written_arguments(func, args, kwargs) -> list:
-    arguments = func._schema.arguments
-    return [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
 
 
 def _linear_arguments(input, weight, bias=None):

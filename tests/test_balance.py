@@ -364,9 +364,38 @@ def test_copies_pickles_and_moves():
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.q.weight.gain.dtype == torch.float32 and half.q.weight.master.dtype == torch.bfloat16
     assert in_step(half.q.weight) and relative_error(half(x.bfloat16()), expected) < 0.1
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "fp6"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_balance_waits_for_a_weight_that_goes_to_meta(frozen, dtype, assign):
+    """The meta device has no values, and state dicts do not hold it: it stays where it is, and is there when they come back."""
+    model, x, _ = balanced(halo_config(1, dtype, frozen=False))
+    quantize_(model, halo_config(1, dtype, frozen=frozen))
+    plain = model.state_dict()
     meta = copy.deepcopy(model).to("meta")
-    assert meta.q.weight.gain.device.type == "meta" and meta.q.weight.gain is meta.k.weight.gain
-    assert meta.to_empty(device="cpu").q.weight.gain is None, "a gain without values is none"
+    meta.q.weight.data.mul_(2)
+    assert all(weight.is_meta for weight in meta.state_dict().values())
+    assert all(weight.is_meta and weight.operand.codes.is_meta for weight in meta.parameters())
+    back = meta if assign else meta.to_empty(device="cpu")
+    for m in (model, back):
+        m.load_state_dict(plain, assign=assign)
+    assert torch.equal(back.q.weight.gain, model.q.weight.gain) and back.q.weight.gain is back.k.weight.gain
+    assert torch.equal(back(x), model(x))
+
+
+def test_a_balance_that_was_loaded_to_meta_is_lost_with_a_warning():
+    model, x, _ = balanced()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    meta = torch.load(buffer, weights_only=False, map_location="meta")
+    with pytest.warns(UserWarning, match="call balance_ again"):
+        back = meta.to_empty(device="cpu")
+    back.load_state_dict(model.state_dict())
+    assert back.q.weight.gain is None and balance_(back, x) == 4
+    assert torch.equal(back(x), model(x))
 
 
 def test_converting_again_keeps_it_and_dequantize_removes_it():
@@ -403,8 +432,6 @@ def test_frozen_weights(dtype):
         torch.testing.assert_close(frozen.q.weight.dequantize(), 2 * copied.q.weight.dequantize(), atol=0.05, rtol=0.1)
     if dtype == "int8":
         assert relative_error(model(x), plain(x)) < 0.8 * relative_error(expected, plain(x))
-    meta = once.to("meta")
-    assert meta.to_empty(device="cpu").q.weight.gain is None
 
 
 def test_checkpointing_and_what_is_saved():

@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 
-from halo_tensor.ops.formats import code_dtype, round_to
+from halo_tensor.ops.formats import round_to
 from halo_tensor.ops.hadamard import factors, hadamard_factor, rotation_signs, signed_hadamard
 from halo_tensor.recipe import Format, Rotation
 
@@ -194,6 +194,3 @@ def scaled_mm(
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(dtype)
-
-
-__all__ = ["code_dtype", "dequantize", "multiply_codes", "rotate", "rotate_quantize", "scaled_mm", "unrotate"]

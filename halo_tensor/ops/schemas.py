@@ -1,4 +1,4 @@
-"""The schemas of ``torch.ops.halo.*``, and how a rotation crosses the dispatcher."""
+"""The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and whether a mode listens there."""
 
 import os
 from functools import cache
@@ -31,6 +31,11 @@ for _schema in (
 
 def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode is active: ops are recorded, to be fused or repeated, rather than run one by one."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 @cache

@@ -1,0 +1,95 @@
+"""What an op that knows nothing of converted weights does with one: it sees the dense value, and where it writes, the codes
+follow.
+
+The weight itself, :class:`~halo_tensor.weight.HaloWeight`, answers what is its own affair: ``F.linear``, copies of it, and
+shards.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from halo_tensor.fsdp import Shardable, keep_common_scale
+from halo_tensor.sharding import check_whole
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
+
+
+def run(func, args, kwargs):
+    """``func`` on the dense values of weights. Those that it writes to are brought up to date, and returned in place of their
+    values."""
+    values = [*args, *kwargs.values()]
+    weights: dict[int, Any] = {id(t): t for t in _tensors(values) if isinstance(t, Shardable)}
+    if func in _PRODUCTS:
+        for weight in weights.values():
+            check_whole(weight)
+    dense = {key: weight.dequantize() for key, weight in weights.items()}
+    plain = [_replaced(value, dense) for value in values]
+    out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
+    if not func._schema.is_mutable:
+        return out
+    written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
+    for key in written:
+        _bring_up_to_date(weights[key], dense[key])
+    owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
+    return _replaced(out, owner)
+
+
+def _bring_up_to_date(weight: Any, dense: torch.Tensor) -> None:
+    """After an op wrote to the dense value of a weight."""
+    if weight.base is not None and weight.base.master is None:
+        raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
+    if weight.master is not None:
+        # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrapper.
+        torch.autograd.graph.increment_version(weight.master)
+    weight.requantize(dense)
+
+
+def are_alike(a: Any, b: Any) -> bool:
+    """Whether the codes of one are what the codes of the other would be."""
+    if not all(isinstance(t, Shardable) for t in (a, b)) or a.base is not None:
+        return False
+    same = (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
+    return same and a.gain is b.gain  # else it is the dense value that is copied, which is slower and always right
+
+
+def copy(target: Any, source: Any) -> Any:
+    """Copy a weight to one like it, with its codes. A compiled optimiser ends so: its new weights are quantised already."""
+    pairs: list = [] if target.master is None else [(target.master, source.master)]
+    if target.operand is not None:
+        assert source.operand is not None
+        operand = source.operand.packed() if target.operand.is_packed else source.operand.unpacked()
+        pairs += zip(target.operand.parts, operand.parts, strict=True)
+    for to, from_ in pairs:
+        to.copy_(from_)
+    torch.autograd.graph.increment_version([to for to, _ in pairs])
+    if target.operand is not None:
+        keep_common_scale(target.operand, source.operand)
+    return target
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op, which are values and lists of values. An optimiser's step has hundreds: a
+    general walk over trees would take longer than its kernels."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _replaced(value, by_id: Mapping[int, torch.Tensor]):
+    """``value``, a tensor or a list, with tensors replaced by those that ``by_id`` has for them."""
+    if isinstance(value, torch.Tensor):
+        return by_id.get(id(value), value)
+    return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
+
+
+def _written_arguments(func, args, kwargs) -> list:
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
