@@ -11,20 +11,34 @@ import argparse
 import chart
 import results
 import torch
-from contenders import CONTENDERS, convert, requantize
+from contenders import BALANCED, CONTENDERS, convert, requantize
 from llama import SHAPES, Llama, split
 from steps import DEVICE, Measured, allocated, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 
+from halo_tensor import balance_
+
 PEERS = ["bf16", "torchao-tensorwise", "torchao-rowwise"]
-OURS = ["halo0-fp8", "halo1-fp8", "halo1-fp8/products", "halo2-fp8", "halo1-int8", "halo1-int8/products", "halo1-fp6"]
-HELP = f"of {', '.join(CONTENDERS)}, or NAME/layers, NAME/products: backward recomputes all, or all but products"
+OURS = [
+    "halo0-fp8",
+    "halo1-fp8",
+    "halo1-fp8/products",
+    "halo2-fp8",
+    "halo1-int8",
+    "halo1-int8-balanced",
+    "halo1-int8/products",
+    "halo1-fp6",
+]
+HELP = (
+    f"of {', '.join(CONTENDERS)}; NAME{BALANCED}: after balance_; NAME/layers, NAME/products: backward recomputes all, or all "
+    "but products"
+)
 NOTES = (
     "torch.compile of the {} with fullgraph and an activation memory budget of {:g}, from empty caches; attention is SDPA's "
     "causal kernel. ms: median of plain calls; graph ms: of replays of a CUDA graph. There is no optimiser: weights are "
     "quantised anew in every step, as its write would cause. Saved: what the forward leaves allocated besides its result. "
-    "/products: with keep_products. Peak: in one step, weights and gradients included. First two steps: in seconds, with "
-    "compilation."
+    "-balanced: after balance_. /products: with keep_products. Peak: in one step, weights and gradients included. "
+    "First two steps: in seconds, with compilation."
 )
 
 
@@ -37,6 +51,8 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
         x = torch.randn(size, dtype=torch.bfloat16, requires_grad=True)
         e = torch.randn(size, dtype=torch.bfloat16)
     convert(model, name)
+    if name.endswith(BALANCED):
+        balance_(model, x)
     model.compile_as(args.compile, fullgraph=True)
 
     def step() -> None:

@@ -33,6 +33,7 @@ def _torchao_int8(model: nn.Module) -> None:
     torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=_everything)
 
 
+BALANCED = "-balanced"  #: at the end of a contender's name: balance_ follows, on data that its caller has
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 CONTENDERS = {
     "bf16": lambda model: None,
@@ -45,11 +46,13 @@ CONTENDERS = {
 
 
 def rotated(name: str) -> bool:
+    name = name.removesuffix(BALANCED)
     return name in HALO and HALO[name].level > 0
 
 
 def convert(model: nn.Module, name: str, seed: int = 0) -> None:
-    """``seed``: of the random signs of a rotation, where there is one."""
+    """``seed``: of the random signs of a rotation, where there is one. To balance is the caller's."""
+    name = name.removesuffix(BALANCED)
     if rotated(name):
         _ours(replace(HALO[name], seed=seed), model)
     else:

@@ -24,10 +24,10 @@ from pathlib import Path
 import results
 import torch
 from common import fail, load_model
-from contenders import convert, rotated
+from contenders import BALANCED, convert, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
-from study_results import BALANCED, EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
+from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
 from torch import nn
 
 from halo_tensor import balance_
@@ -87,7 +87,7 @@ class Study:
             self.group = self.converted = None
             gc.collect()  # a compiled module refers to itself
             model = deepcopy(self.plain).requires_grad_(True)
-            convert(model, "bf16" if recipe == EAGER else recipe.removesuffix(BALANCED), seed)
+            convert(model, "bf16" if recipe == EAGER else recipe, seed)
             if self.args.compile and recipe != EAGER:
                 for block in model.model.layers:
                     block.compile(fullgraph=True, dynamic=False)
@@ -201,7 +201,7 @@ def _elapsed(a, b) -> float:
 
 def group_of(recipe: str, seed: int) -> tuple[str, int | None]:
     """What shares a compiled model: signs are constants of its code."""
-    return recipe, seed if rotated(recipe.removesuffix(BALANCED)) else None
+    return recipe, seed if rotated(recipe) else None
 
 
 def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, str, int]]:

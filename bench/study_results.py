@@ -8,13 +8,22 @@ from pathlib import Path
 
 import results
 from common import fail
+from contenders import BALANCED
 
 from halo_tensor import environment
 
 MODELS = ("as shipped", "with outliers")
 EAGER = "bf16-eager"
-BALANCED = "-balanced"
-MAIN = ("bf16", EAGER, "halo1-int8", "halo1-int8" + BALANCED, "halo2-int8", "halo0-fp8", "halo0-fp8" + BALANCED)
+MAIN = (
+    "bf16",
+    EAGER,
+    "halo1-int8",
+    "halo1-int8" + BALANCED,
+    "halo2-int8",
+    "halo2-int8" + BALANCED,
+    "halo0-fp8",
+    "halo0-fp8" + BALANCED,
+)
 OTHERS = (
     "torchao-tensorwise",
     "torchao-rowwise",
