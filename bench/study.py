@@ -5,8 +5,7 @@
     python bench/study.py --join                                       # what they wrote
     python bench/study.py --data chats.jsonl --smoke                   # every code path, on any machine
 
-The outlier model computes the same function: 6 channels of what every norm gives out are × 32, and the columns of the linears
-that read them ÷ 32 (a power of two, so that bf16 weights lose nothing). Large models have such channels by themselves.
+The model with outliers, of bench/outliers.py, computes the same function; large models have such channels by themselves.
 A seed of a run is an order of the data and a draw of the rotation's random signs. Results are written after every run.
 """
 
@@ -27,31 +26,14 @@ from common import fail, load_model
 from contenders import BALANCED, convert, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
+from outliers import inject_outliers
 from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
 from torch import nn
 
 from halo_tensor import balance_
 
-OUTLIERS, FACTOR = 6, 32
 MOST_RUNS = 8  # of a group that go to one of several processes
 SETTINGS = ("model", "data", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
-
-
-@torch.no_grad()
-def inject_outliers(model: nn.Module) -> None:
-    """Scale channels of what the norms of every block give out, and undo it in the columns of what reads them."""
-    width = model.config.hidden_size
-    channels = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:OUTLIERS].to(model.device)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        readers = {
-            layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-            layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-        }
-        for norm, linears in readers.items():
-            norm.weight[channels] *= FACTOR
-            for linear in linears:
-                linear.weight[:, channels] /= FACTOR
 
 
 class Study:

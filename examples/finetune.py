@@ -1,7 +1,7 @@
 """Fine-tune a causal LM under HALO, with the settings of the paper, and see what it has learnt.
 
     python examples/finetune.py                                         # text-to-SQL from the hub, HALO-2 int8
-    python examples/finetune.py --dataset chats.jsonl --model meta-llama/Llama-3.2-1B-Instruct --level 1
+    python examples/finetune.py --dataset chats.jsonl --model meta-llama/Llama-3.2-1B-Instruct --level 1 --balance
     torchrun --nproc-per-node 8 examples/finetune.py --model meta-llama/Llama-3.1-8B-Instruct --checkpointing    # FSDP2
     python examples/finetune.py --dataset gsm8k --lora 16               # adapters on a frozen base of 8-bit codes
 
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,16 +27,23 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, environment, halo_config, quantize_
+from halo_tensor import balance_, dequantize_, environment, halo_config, quantize_
 
 
-def prepare(model, args: argparse.Namespace):
-    """Convert, adapt, compile and shard: in this order."""
+def prepare(model, examples: list, pad: int, args: argparse.Namespace):
+    """Convert, balance, adapt, compile and shard: in this order. A resumed run does the same to the same weights, and so has
+    the same balance, which checkpoints do not hold."""
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
         model.requires_grad_(False)  # what is frozen is held as codes only
-    report = quantize_(model, halo_config(args.level, args.dtype, granularity=args.granularity))
+    config = halo_config(args.level, args.dtype, granularity=args.granularity)
+    if args.balance:
+        quantize_(model, replace(config, frozen=False))  # codes only would be rounded a second time
+        first = next(batches(examples, args.batch, args.length, pad, args.seed))
+        rows = {name: first[name].to(args.device) for name in ("input_ids", "position_ids")}
+        balance_(model.base_model, **rows, use_cache=False)  # without the head: no logits of a whole batch
+    report = quantize_(model, config)  # which keeps the balance
     if args.main:
         print(report)
     if args.lora:
@@ -152,6 +160,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--level", type=int, default=2)
     parser.add_argument("--dtype", default="int8", help="int8, fp8, fp6, …, or bf16: no quantisation")
     parser.add_argument("--granularity", default="row", help="row, or tensor as in the paper")
+    parser.add_argument(
+        "--balance", action="store_true", help="share out the rounding of X and W, on the first batch: for int8"
+    )
     parser.add_argument("--weights", help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, on a frozen base")
     parser.add_argument("--epochs", type=int, default=1)
@@ -179,6 +190,8 @@ def parse_args() -> argparse.Namespace:
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if args.batch % args.world:
         fail(f"--batch {args.batch} rows cannot be shared out among {args.world} ranks")
+    if args.balance and args.dtype == "bf16":
+        fail("--balance shares out what X and W lose to rounding, and --dtype bf16 rounds neither: leave one of them out")
     if args.lora and args.world > 1:
         fail("--lora trains in one process: the base is codes, half of its bf16 size or less")
     return args
@@ -193,13 +206,14 @@ def main() -> None:
     weights = getattr(torch, args.weights or ("bfloat16" if args.device != "cpu" else "float32"))
     model, tokenizer = load_model(args.model, weights, args.device)
     chats, valid = load_chats(args.dataset, args.limit)
+    examples = [encode(tokenizer, chat) for chat in chats]
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     args.output.mkdir(parents=True, exist_ok=True)
     try:
-        model = prepare(model, args)
+        model = prepare(model, examples, pad, args)
     except ValueError as error:
         fail(str(error))
-    train(model, [encode(tokenizer, chat) for chat in chats], pad, args)
+    train(model, examples, pad, args)
     folder = export(model, tokenizer, args)
     if args.world > 1:
         dist.destroy_process_group()

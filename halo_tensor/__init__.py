@@ -11,6 +11,7 @@ from halo_tensor.balance import balance_
 from halo_tensor.calibrate import calibrate
 from halo_tensor.checkpointing import keep_products
 from halo_tensor.config import (
+    Balanced,
     HaloConfig,
     HotConfig,
     LayerConfigs,
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # imported from a source tree
     __version__ = "0.0.0"
 
 __all__ = [
+    "Balanced",
     "Conversion",
     "HadamardQuantTensor",
     "HaloConfig",

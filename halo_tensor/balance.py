@@ -8,6 +8,8 @@ The layer divides and multiplies on its way to codes (:mod:`halo_tensor.gains`).
 dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor import gains, layers
 from halo_tensor.diagnostics.measure import untouched
 from halo_tensor.fsdp import is_sharded
+from halo_tensor.weight import HaloWeight
 
 #: s is a power of two with an exponent of at most this size.
 LARGEST_EXPONENT = 8
@@ -45,29 +48,20 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
             an input or a weight of one has a NaN or Inf. No layer has been changed then.
     """
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_eligible(name, m)}
-    statistics = _Statistics()
-    hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in chosen.items()]
-    try:
-        with untouched(model), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with observed(chosen) as statistics, untouched(model), torch.no_grad():
+        model(*args, **kwargs)
     if not statistics.squares:
         raise ValueError(
             f"no layer of this {type(model).__name__} was balanced: of {len(chosen)} converted nn.Linear layers whose recipe "
             "quantises output, none was called with any tokens. Convert it with quantize_, and pass what its forward takes"
         )
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
-    device = next(iter(weights.values())).device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        groups = _groups(weights, statistics)
-        for group, exponents in [(group, _exponents(group, weights, statistics)) for group in groups]:
-            pair = gains.of_exponents(exponents)
-            for weight in _distinct(group, weights):
-                dense = weight.dequantize()
-                weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
-                weight.requantize(dense)
+    pairs = gains_of(weights, statistics)
+    with torch.no_grad():
+        for weight, pair in {id(weight): (weight, pairs[name]) for name, weight in weights.items()}.values():
+            dense = weight.dequantize()
+            weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
+            weight.requantize(dense)
     return len(weights)
 
 
@@ -81,7 +75,7 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
     return recipe is not None and recipe.output.left.format is not None
 
 
-class _Statistics:
+class Statistics:
     """What reaches layers: sums of squares and counts of rows of X, and which layers read the same X."""
 
     def __init__(self) -> None:
@@ -100,7 +94,7 @@ class _Statistics:
             version, first, squares = self._seen.get(x, (None, name, None))
             if version != now:
                 with torch.autocast(x.device.type, enabled=False):
-                    first, squares = name, x.reshape(-1, x.shape[-1]).float().square().sum(0)
+                    first, squares = name, x.detach().reshape(-1, x.shape[-1]).float().square().sum(0)
                 self._seen[x] = now, first, squares
             self.same.append((first, name))
             self.squares[name] = squares + self.squares.get(name, 0)
@@ -109,13 +103,38 @@ class _Statistics:
         return observe
 
 
-def _distinct(names: list[str], weights: dict[str, Any]) -> list[Any]:
-    return list({id(weights[name]): weights[name] for name in names}.values())
+@contextmanager
+def observed(modules: Mapping[str, nn.Linear]) -> Iterator[Statistics]:
+    """Yields what reaches ``modules`` in the forwards inside the block."""
+    statistics = Statistics()
+    hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _groups(weights: dict[str, Any], statistics: _Statistics) -> list[list[str]]:
-    """Names of layers that were reached, together where they read one X or hold one weight."""
-    group = {name: [name] for name in weights}
+def gains_of(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> dict[str, gains.Gains]:
+    """The pairs (s, 1 / s) of layers, by name: the same for those that read one X or hold one weight.
+
+    Args:
+        weights: name -> [out, in], dense or converted, of layers that are all in ``statistics``.
+
+    Raises:
+        ValueError: an input or a weight has a NaN or Inf.
+    """
+    device = next(iter(weights.values())).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        groups = [
+            (names, gains.of_exponents(_exponents(names, weights, statistics))) for names in _groups(weights, statistics)
+        ]
+    return {name: pair for names, pair in groups for name in names}
+
+
+def _groups(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> list[list[str]]:
+    """Names of layers, together where they read one X or hold one weight."""
+    group = {name: [name] for name in statistics.squares}
     holder: dict[int, str] = {}
     tied = [(holder.setdefault(id(weight), name), name) for name, weight in weights.items()]
     for a, b in [*statistics.same, *tied]:
@@ -123,16 +142,17 @@ def _groups(weights: dict[str, Any], statistics: _Statistics) -> list[list[str]]
             group[a] += group[b]
             for name in group[b][:]:
                 group[name] = group[a]
-    return list({id(names): names for names in group.values()}.values())
+    distinct = {id(names): names for names in group.values()}.values()
+    return [own for names in distinct if (own := [name for name in names if name in weights])]
 
 
-def _exponents(group: list[str], weights: dict[str, Any], statistics: _Statistics) -> torch.Tensor:
+def _exponents(group: list[str], weights: Mapping[str, torch.Tensor], statistics: Statistics) -> torch.Tensor:
     """log₂ s, whole numbers, float32 [in], of layers that have one s."""
     device = weights[group[0]].device
     x = torch.stack([statistics.squares[name].to(device) for name in group]).sum(0)
     x = x / sum(statistics.rows[name] for name in group)
-    own = _distinct(group, weights)
-    w = torch.stack([weight.dequantize().float().square().sum(0).to(device) for weight in own]).sum(0)
+    own = {id(weights[name]): weights[name] for name in group}.values()
+    w = torch.stack([_dense(weight).float().square().sum(0).to(device) for weight in own]).sum(0)
     w = w / sum(weight.shape[0] for weight in own)
     for what, squares in (("input", x), ("weight", w)):
         if not squares.isfinite().all():
@@ -144,3 +164,7 @@ def _exponents(group: list[str], weights: dict[str, Any], statistics: _Statistic
     # A common factor cancels; without one, scales of codes and gains stay near where they were.
     exponents = (exponents - exponents[used].mean()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return exponents.where(used, 0.0)
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    return weight.dequantize() if isinstance(weight, HaloWeight) else weight

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from halo_tensor import layers
-from halo_tensor.config import HotConfig, LayerConfigs, LinearConfig, halo_config, hot_config
+from halo_tensor.config import Balanced, HotConfig, LayerConfigs, LinearConfig, halo_config, hot_config
 from halo_tensor.convert import layer_filter
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe
@@ -58,11 +58,14 @@ def calibrate(
 
     Raises:
         ValueError: no layer that the config could convert got a gradient, or a layer is converted already.
+        TypeError: a candidate is ``Balanced``; what is chosen can be balanced after ``quantize_``.
     """
     if level not in (None, "auto"):
         raise ValueError(f"level must be 'auto', or None for HOT; got {level!r}")
     if level == "auto" and not candidates:
         raise ValueError("level='auto' needs at least one candidate")
+    if any(isinstance(candidate, Balanced) for candidate in candidates):
+        raise TypeError("a balance is of layers together, which calibrate measures one by one: call balance_ after quantize_")
     if level == "auto":
         choice: _Choice = _Cosines(candidates, target)
     else:

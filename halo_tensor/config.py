@@ -154,6 +154,13 @@ class LayerConfigs(AOBaseConfig):
         )
 
 
+@dataclass(frozen=True)
+class Balanced:
+    """A candidate of :func:`~halo_tensor.report`: ``config``, followed by :func:`~halo_tensor.balance_`."""
+
+    config: LinearConfig
+
+
 def halo_config(
     level: int = 1,
     dtype: str = "fp8",

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchao.quantization import FqnToConfig
 
 from halo_tensor import layers
-from halo_tensor.config import LayerConfigs, LinearConfig
+from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS, Product
@@ -70,7 +70,10 @@ def quantize_(
     Raises:
         ValueError: no layer is eligible; the message says why each was left alone. Or calibrated configs name layers that the
             model lacks.
+        TypeError: a ``Balanced`` config, whose balance needs a batch.
     """
+    if isinstance(config, Balanced):
+        raise TypeError("a balance needs a batch: call quantize_(model, balanced.config), and then balance_(model, **batch)")
     if isinstance(config, LinearConfig) and filter_fn is None:
         filter_fn = layer_filter(model, config)
     ties = _tied_parameters(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import LayerConfigs, calibrate, dequantize_, halo_config, hot_config, quantize_
+from halo_tensor import Balanced, LayerConfigs, calibrate, dequantize_, halo_config, hot_config, quantize_
 from halo_tensor.calibrate import gradients_under
 from tests.test_hot import project, rounded
 from tests.util import relative_error
@@ -101,6 +101,8 @@ def test_level_auto():
     assert len(quantize_(model, chosen).converted) == 2
     with pytest.raises(ValueError, match="level must be 'auto'"):
         calibrate(model, batches, level=1)
+    with pytest.raises(TypeError, match="call balance_ after quantize_"):
+        calibrate(model, batches, level="auto", candidates=[Balanced(halo_config(1, "int8"))])
 
 
 def test_gradients_under_a_recipe_leave_the_layer_alone():

@@ -17,6 +17,7 @@ import data  # noqa: E402
 import evaluation  # noqa: E402
 import finetune  # noqa: E402
 
+from halo_tensor import HaloWeight, balance_  # noqa: E402
 from tests.test_finetune import save_small_model  # noqa: E402
 
 TEMPLATE = (
@@ -163,13 +164,50 @@ def test_adapters(folder, tmp_path, monkeypatch):
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_balanced_run_resumes_with_the_balance_of_the_pretrained_weights(folder, tmp_path, monkeypatch):
+    gains = []
+
+    def recorded(model, *args, **kwargs):
+        count = balance_(model, *args, **kwargs)
+        gains.append([m.weight.gain.clone() for m in model.modules() if isinstance(getattr(m, "weight", None), HaloWeight)])
+        return count
+
+    monkeypatch.setattr(finetune, "balance_", recorded)
+    more = ("--balance", "--level", "1", "--lr", "2e-2")  # weights that move far would be balanced differently
+    whole, result = run(monkeypatch, folder, tmp_path / "a", *more, "--save-every", "2")
+    resumed, again = run(monkeypatch, folder, tmp_path / "a", *more, "--resume", str(tmp_path / "a" / "step-2"))
+    assert resumed == whole and again["validation loss"] == result["validation loss"]
+    assert len(gains) == 2 and len(gains[0]) == 14 and any(g.max() > g.min() for g in gains[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gains, strict=True))
+
+
+def test_adapters_of_a_balanced_base(folder, tmp_path, monkeypatch, tokenizer):
+    """The base is rounded once, with its gains, and a run resumes."""
+    pytest.importorskip("peft")
+    more = ("--balance", "--lora", "4", "--save-every", "2")
+    whole, _ = run(monkeypatch, folder, tmp_path, *more)
+    resumed, _ = run(monkeypatch, folder, tmp_path, *more, "--resume", str(tmp_path / "step-2"))
+    assert resumed == whole and whole[-1] < whole[0]
+
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options(folder, tmp_path, *more)])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    examples = [data.encode(tokenizer, chat(i)) for i in range(50)]
+    adapted = finetune.prepare(copy.deepcopy(plain), examples, 0, finetune.parse_args())
+    bases = {name: m.weight for name, m in adapted.named_modules() if name.endswith("base_layer")}
+    assert len(bases) == 14
+    for name, weight in bases.items():
+        dense = plain.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer")).weight
+        once = HaloWeight.from_hp(dense.detach(), weight.recipe, frozen=True, gains=weight.gains)
+        assert weight.master is None and torch.equal(weight.codes, once.codes) and torch.equal(weight.scale, once.scale)
+
+
 def test_two_ranks_train_as_one(folder, tmp_path, monkeypatch):
-    losses, result = run(monkeypatch, folder, tmp_path / "one")
+    losses, result = run(monkeypatch, folder, tmp_path / "one", "--balance")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
         *torchrun,
         str(EXAMPLES / "finetune.py"),
-        *options(folder, tmp_path / "two", "--save-every", "4", "--answers", "0"),
+        *options(folder, tmp_path / "two", "--balance", "--save-every", "4", "--answers", "0"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -178,7 +216,7 @@ def test_two_ranks_train_as_one(folder, tmp_path, monkeypatch):
     assert their_result["validation loss"] == pytest.approx(result["validation loss"], rel=5e-3)
     # What two ranks saved, one resumes: there is nothing left to do, so it only reports.
     (tmp_path / "two" / "result.json").unlink()
-    _, again = run(monkeypatch, folder, tmp_path / "two", "--resume", str(tmp_path / "two" / "step-4"))
+    _, again = run(monkeypatch, folder, tmp_path / "two", "--balance", "--resume", str(tmp_path / "two" / "step-4"))
     assert again["validation loss"] == pytest.approx(their_result["validation loss"], rel=1e-6)
 
 
@@ -187,6 +225,7 @@ def test_two_ranks_train_as_one(folder, tmp_path, monkeypatch):
     [
         (["--dataset", "nowhere.jsonl"], "there is no file 'nowhere.jsonl': pass one of sql, viggo, gsm8k"),
         (["--level", "7"], "level must be one of 0, 1, 2"),
+        (["--balance", "--dtype", "bf16"], "--dtype bf16 rounds neither: leave one of them out"),
     ],
 )
 def test_one_sentence_says_what_is_wrong(folder, tmp_path, monkeypatch, more, message):

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import runpy
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
-from halo_tensor import HaloWeight, halo_config, quantize_, recipe_config, report
+from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
 from halo_tensor.diagnostics import measure, roofline
 from halo_tensor.diagnostics.measure import Fidelity, Outliers
 from halo_tensor.diagnostics.report import CANDIDATES, _fastest
@@ -283,6 +284,111 @@ def test_exceptions_can_make_a_candidate_faithful():
     found = report(model, data, candidates=only, min_cosine=0.95)
     assert found.candidates[0].cosine < 0.95 < found.result.cosine
     assert found.recommended == "no rotation" and len(found.exceptions) == 2
+
+
+# Balance.
+
+BALANCED = INT8_HALO | {"int8 HALO-1, balanced": Balanced(halo_config(1, "int8"))}
+
+
+def followed(model, data, found):
+    """Cosine of the gradient of a model that follows a recommendation with the exact one, and the change of the loss."""
+    names = [f"{layer.name}.weight" for layer in found.layers]
+
+    def gradient(m):
+        loss = m.eval()(**data).loss
+        parameters = dict(m.named_parameters())
+        grads = torch.autograd.grad(loss, [parameters[name] for name in names])
+        return loss.item(), torch.cat([g.flatten() for g in grads])
+
+    loss, exact = gradient(model)
+    twin = copy.deepcopy(model)
+    quantize_(twin, found.config)
+    if found.balanced:
+        balance_(twin, **data)
+    quantized_loss, grads = gradient(twin)
+    return torch.cosine_similarity(grads, exact, dim=0).item(), quantized_loss - loss, twin
+
+
+def test_a_balanced_candidate_is_what_balance_makes_of_it():
+    model, data = Model(), batch()
+    add_outliers(model.blocks)
+    found = report(model, data, candidates=BALANCED)
+    plain, balanced = (found.candidates[i] for i in (1, 2))
+    assert (plain.balanced, balanced.balanced, balanced.config) == (False, True, halo_config(1, "int8"))
+    assert balanced.speed == plain.speed and 1 - balanced.cosine < (1 - plain.cosine) / 2
+    assert found.recommended == "int8 HALO-1, balanced" and found.balanced and found.config == halo_config(1, "int8")
+    cosine, change, twin = followed(model, data, found)
+    # Balanced in the quantised model, where X is a little different.
+    assert cosine == pytest.approx(balanced.cosine, abs=1e-4)
+    assert change == pytest.approx(balanced.loss_change, abs=2e-4)
+    for layer in found.layers:
+        assert layer.fidelity["int8 HALO-1, balanced"].keys() == set(PRODUCTS)
+        if not layer.name.endswith("down"):
+            before, after = (layer.fidelity[c]["output"].sqnr for c in ("int8 HALO-1", "int8 HALO-1, balanced"))
+            assert after > before + 5
+    assert twin.blocks[0].up.weight.gain is not None and not isinstance(model.blocks[0].up.weight, HaloWeight)
+
+
+def test_a_recommended_balance_is_said_in_every_form():
+    model, data = Model(1), batch()
+    add_outliers(model.blocks)
+    found = report(model, data, candidates=BALANCED)
+    plain = report(model, data, candidates=INT8_HALO)
+    for text in (str(found), found.to_markdown(), found.to_html()):
+        assert "balance_(model, **batch)" in text and "call balance_ after quantize_" in text
+        assert text.index("quantize_(model, HaloConfig") < text.index("balance_(model, **batch)")
+    assert not any("balance_" in text for text in (str(plain), plain.to_html()))
+    numbers = json.loads(found.to_json())
+    assert numbers["balanced"] and numbers["result"]["balanced"] and not json.loads(plain.to_json())["balanced"]
+    assert [c["balanced"] for c in numbers["candidates"]] == [False, False, True]
+
+
+def test_a_balance_that_gains_little_is_not_recommended():
+    plain = candidate("plain", 0.996, 1.5)
+    more = CandidateReport("balanced", None, 0.997, 0.0, 1.5, balanced=True)
+    much = CandidateReport("balanced", None, 0.999, 0.0, 1.5, balanced=True)
+    for order in ((plain, more), (more, plain)):
+        assert _fastest(list(order)) is plain
+    assert _fastest([plain, much]) is much and _fastest([more]) is more
+    found = report(Model(1), batch(), candidates=BALANCED)
+    assert (found.recommended, found.balanced) != ("int8 HALO-1, balanced", True)
+
+
+def test_exceptions_of_a_balanced_recipe_are_balanced_too():
+    """As balance_ does it, which reaches every converted layer."""
+    model, data = Model(), batch()
+    add_outliers(model.blocks)
+    only = {"balanced": BALANCED["int8 HALO-1, balanced"], "plain": halo_config(1, "int8"), "fp8": halo_config(1, "fp8")}
+    worst = sorted(x.worst("balanced")[0] for x in report(model, data, candidates=only).layers)
+    found = report(model, data, candidates=only, min_sqnr=(worst[0] + worst[1]) / 2, min_cosine=0.99)
+    assert found.recommended == "balanced" and len(found.exceptions) == 1
+    assert found.exceptions[0].recommended == HIGH_PRECISION  # fp8 is worse, and balance_ would balance the plain one
+    assert found.result.balanced and found.balanced
+    cosine, _, twin = followed(model, data, found)
+    assert cosine == pytest.approx(found.result.cosine, abs=1e-4)
+    assert sum(getattr(m.weight, "gain", None) is not None for m in twin.modules() if isinstance(m, nn.Linear)) == 5
+
+
+def test_an_earlier_balance_is_not_measured_and_not_lost():
+    model, data = Model(), batch()
+    add_outliers(model.blocks)
+    plain = report(model, data, candidates=BALANCED)
+    quantize_(model, halo_config(1, "int8"))
+    balance_(model, **data)
+    gains = [layer.gain for layer in model.parameters() if isinstance(layer, HaloWeight)]
+    again = report(model, data, candidates=BALANCED)
+    assert [c.cosine for c in again.candidates] == [c.cosine for c in plain.candidates]
+    assert all(a is b for a, b in zip(gains, (p.gain for p in model.parameters() if isinstance(p, HaloWeight)), strict=True))
+
+
+def test_a_balance_that_cannot_be_measured_is_an_error():
+    with pytest.raises(ValueError, match="x quantises no output, so there is nothing to balance"):
+        report(Model(1), batch(), candidates={"x": Balanced(halo_config(dtype="bf16"))})
+    with pytest.raises(TypeError, match="a candidate is a config of halo_config"):
+        report(Model(1), batch(), candidates=[Balanced("int8")])
+    with pytest.raises(TypeError, match=r"quantize_\(model, balanced.config\), and then balance_"):
+        quantize_(Model(1), Balanced(halo_config(1, "int8")))
 
 
 # The model is left as it was.

@@ -2,7 +2,7 @@
 
 from halo_tensor.diagnostics.environment import environment
 from halo_tensor.diagnostics.nonfinite import NonFiniteError, find_nonfinite
-from halo_tensor.diagnostics.report import report
+from halo_tensor.diagnostics.report import CANDIDATES, report
 from halo_tensor.diagnostics.result import Report
 
-__all__ = ["NonFiniteError", "Report", "environment", "find_nonfinite", "report"]
+__all__ = ["CANDIDATES", "NonFiniteError", "Report", "environment", "find_nonfinite", "report"]

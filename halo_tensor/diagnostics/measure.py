@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halo_tensor.gains import Gains
 from halo_tensor.layers import input_of
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import fit
@@ -180,15 +181,18 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def converted(weight: nn.Parameter, recipe: Recipe, earlier: nn.Parameter | None = None) -> nn.Parameter:
-    """A parameter of the same value that follows ``recipe``; with the codes of ``earlier``, the same weight converted to
-    another recipe, if they are the same."""
+def converted(
+    weight: nn.Parameter, recipe: Recipe, gains: Gains | None = None, earlier: nn.Parameter | None = None
+) -> nn.Parameter:
+    """A parameter of the same value that follows ``recipe``, balanced if there are ``gains``; with the codes of ``earlier``,
+    the same weight converted to another recipe, if they are the same."""
     if recipe.is_identity:
         return weight
-    if isinstance(earlier, HaloWeight) and earlier.recipe.output.right == recipe.output.right:
+    same = isinstance(earlier, HaloWeight) and earlier.recipe.output.right == recipe.output.right
+    if isinstance(earlier, HaloWeight) and same and gains is None is earlier.gain:
         made = HaloWeight(weight.detach(), earlier.operand, recipe)
     else:
-        made = HaloWeight.from_hp(weight.detach(), recipe)
+        made = HaloWeight.from_hp(weight.detach(), recipe, gains=gains)
     return nn.Parameter(made, weight.requires_grad)
 
 

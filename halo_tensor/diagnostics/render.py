@@ -142,18 +142,20 @@ def _call(report: Report) -> list[str]:
     if report.config is None:
         return []
     if isinstance(report.config, LinearConfig):
-        return [f"quantize_(model, {report.config!r})"]
-    return [f"quantize_(model, report.config)  # {len(report.config.fqn_to_config)} layers by name"]
+        calls = [f"quantize_(model, {report.config!r})"]
+    else:
+        calls = [f"quantize_(model, report.config)  # {len(report.config.fqn_to_config)} layers by name"]
+    return calls + ["balance_(model, **batch)  # some thousand tokens; before FSDP"] * report.balanced
 
 
 def _exceptions(report: Report) -> list[str]:
     if not report.exceptions:
         return []
-    lines = [f"- `{layer.name}`: {layer.recommended} ({_reason(layer, report)})" for layer in report.exceptions]
+    lines = [f"- `{layer.name}`: {layer.recommended} ({reason(layer, report)})" for layer in report.exceptions]
     return ["Except:\n\n" + "\n".join(lines)]
 
 
-def _reason(layer: LayerReport, report: Report) -> str:
+def reason(layer: LayerReport, report: Report) -> str:
     assert report.recommended is not None
     sqnr, product = layer.worst(report.recommended)
     return f"{product} has {sqnr:.1f} dB under {report.recommended}" if product else f"{report.recommended} leaves it alone"
@@ -181,7 +183,7 @@ def html(report: Report) -> str:
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
     code = "".join(f"<pre>{escape(call)}</pre>" for call in _call(report))
     exceptions = "".join(
-        f"<li><code>{escape(x.name)}</code>: {escape(x.recommended)} ({escape(_reason(x, report))})</li>"
+        f"<li><code>{escape(x.name)}</code>: {escape(x.recommended)} ({escape(reason(x, report))})</li>"
         for x in report.exceptions
     )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">

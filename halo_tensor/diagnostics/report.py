@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.config import LinearConfig, halo_config
+from halo_tensor import balance  # it imports this package, and so is not complete yet
+from halo_tensor.config import Balanced, LinearConfig, halo_config
 from halo_tensor.convert import layer_filter
 from halo_tensor.diagnostics import measure, roofline
 from halo_tensor.diagnostics.measure import Fidelity, LossFn, Operands
@@ -25,6 +26,7 @@ CANDIDATES: dict[str, LinearConfig] = {
     **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
     **{f"fp8 HALO-{level}": halo_config(level, "fp8") for level in (0, 1)},
 }
+Candidate = LinearConfig | Balanced
 
 
 def report(
@@ -32,7 +34,7 @@ def report(
     batch: Any,
     *,
     loss_fn: LossFn | None = None,
-    candidates: Mapping[str, LinearConfig] | Iterable[LinearConfig] | None = None,
+    candidates: Mapping[str, Candidate] | Iterable[Candidate] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     min_cosine: float = 0.97,
     min_sqnr: float = 20.0,
@@ -52,16 +54,18 @@ def report(
     less, and a cosine higher by more than 0.001; and so on from that one. But a layer of which one product has an SQNR below
     ``min_sqnr`` under that recipe takes the fastest candidate that keeps all above, or high precision if none does. If no
     candidate is faithful, the one with the highest cosine is tried with such exceptions; if that is not faithful either, or
-    leaves no layer, high precision is recommended.
+    leaves no layer, high precision is recommended. Of two candidates as fast, a balanced one comes second: it has to halve the
+    error. If one is recommended, ``balance_`` will reach the exceptions too, and they are measured so.
 
     Args:
-        model: plain, or converted already (then its dense weights are measured). It is left as it was: parameters, gradients,
-            modes, hooks and random state, also after an error. It runs in evaluation mode.
+        model: plain, or converted already (then its dense weights are measured, and not a balance it has). It is left as it
+            was: parameters, gradients, modes, hooks and random state, also after an error. It runs in evaluation mode.
         batch: called as ``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple and anything else.
             The loss is the output's ``loss``, or the output itself. Time is that of 1 + candidates forwards and backwards.
         loss_fn: ``(model, batch) -> scalar``, for models that return no loss.
         candidates: configs, by name if it is a mapping; by default int8 HALO-0, 1, 2 and fp8 HALO-0, 1, those the device runs.
-            With ``halo_config(dtype="bf16")`` among them, high precision competes in speed as well.
+            With ``halo_config(dtype="bf16")`` among them, high precision competes in speed as well. ``Balanced(config)`` is
+            that config and then ``balance_`` on the batch, whose X is taken from the exact run.
         filter_fn: ``(module, qualified name) -> bool``, as in ``quantize_``.
         min_cosine: of the whole gradient; 0.97 is a relative error of 24 %, about what lies between the exact gradients of two
             batches of a thousand tokens.
@@ -79,7 +83,7 @@ def report(
     """
     start = perf_counter()
     model = getattr(model, "_orig_mod", model)
-    configs = _candidates(candidates, model)
+    configs, balanced = _candidates(candidates, model)
     accepted = _accepted(model, configs, filter_fn)
     names = [name for name, _ in model.named_modules() if any(name in taken for taken in accepted.values())]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
@@ -90,7 +94,8 @@ def report(
         compared = {_weight(name) for name in names} & trained.keys()
         gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
         with measure.captured(layers, tokens) as operands:
-            loss = measure.loss_of(model, batch, loss_fn)
+            with balance.observed(layers if balanced else {}) as statistics:
+                loss = measure.loss_of(model, batch, loss_fn)
             exact = measure.gradients(loss, trained)  # of all, so that backward comes to every layer that training's does
             if not all(t.isfinite().all() for t in (loss, *exact.values())):
                 raise ValueError(
@@ -101,20 +106,25 @@ def report(
             raise ValueError("the batch reaches none of the eligible layers")
         exact = {name: gradient for name, gradient in exact.items() if name in (compared or trained)}
 
-        def convert(recipes: dict[str, Recipe], earlier: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-            """The weights of layers under their recipes, by qualified name; tied weights stay tied. Consumes ``earlier``."""
+        def convert(recipes: dict[str, Recipe], earlier: dict[str, nn.Parameter], balancing: bool) -> dict[str, nn.Parameter]:
+            """The weights of layers under their recipes, by qualified name, as ``balance_`` leaves them if ``balancing``; tied
+            weights stay tied. Consumes ``earlier``."""
+            found = [x for x in statistics.squares if x in recipes and recipes[x].output.left.format is not None]
+            gains = balance.gains_of({x: weights[x] for x in found}, statistics) if balancing and found else {}
             made: dict[tuple, nn.Parameter] = {}
             for x, recipe in recipes.items():
                 if (weights[x], recipe) not in made:
-                    made[weights[x], recipe] = measure.converted(weights[x], recipe, earlier.pop(_weight(x), None))
+                    before = earlier.pop(_weight(x), None)
+                    made[weights[x], recipe] = measure.converted(weights[x], recipe, gains.get(x), before)
             return {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}
 
-        def whole(name: str, config: LinearConfig | None, swap: dict[str, nn.Parameter]) -> CandidateReport:
+        def whole(name: str, config: LinearConfig | None, swap: dict[str, nn.Parameter], balancing: bool) -> CandidateReport:
             with measure.swapped(model, swap):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
                 found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
             change = (quantized_loss - loss).item()
-            return CandidateReport(name, config, _cosine(found, exact), change if isfinite(change) else None, 1.0)
+            finite = change if isfinite(change) else None
+            return CandidateReport(name, config, _cosine(found, exact), finite, 1.0, balancing)
 
         rotation = _rotation(configs)
         reached = [_layer(name, layers[name], operands, weights[name], rotation) for name in names if name in operands]
@@ -127,18 +137,20 @@ def report(
         measured: list[CandidateReport] = []
         swap: dict[str, nn.Parameter] = {}
         for name, config in configs.items():
-            swap = convert(dict.fromkeys(accepted[name], config.recipe), swap)
+            balancing = name in balanced
+            swap = convert(dict.fromkeys(accepted[name], config.recipe), swap, balancing)
             for layer in reached:
                 if layer.name in accepted[name]:
                     weight = swap[_weight(layer.name)]
                     layer.fidelity[name] = _fidelity(layer, operands[layer.name], weight, alone[layer.name])
-            measured.append(whole(name, config, swap))
+            measured.append(whole(name, config, swap, balancing))
         del swap
         for candidate in measured:
             candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
 
-        def mixture(chosen: dict[str, str]) -> CandidateReport:
-            return whole("as recommended", None, convert({k: configs[c].recipe for k, c in chosen.items()}, {}))
+        def mixture(chosen: dict[str, str], balancing: bool) -> CandidateReport:
+            swap = convert({k: configs[c].recipe for k, c in chosen.items()}, {}, balancing)
+            return whole("as recommended", None, swap, balancing)
 
         found = Report(
             type(model).__name__,
@@ -160,20 +172,23 @@ def report(
     return found
 
 
-def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], CandidateReport]) -> None:
-    """Apply the rule of :func:`report`. ``measure_mixture`` runs the model with layer -> candidate."""
+def _recommend(found: Report, measure_mixture: Callable[[dict[str, str], bool], CandidateReport]) -> None:
+    """Apply the rule of :func:`report`. ``measure_mixture`` runs the model with layer -> candidate, all balanced or none."""
     converting = [c for c in found.candidates if any(c.name in layer.fidelity for layer in found.layers)]
     faithful = [c for c in converting if c.cosine >= found.min_cosine]
     best = _fastest(faithful) if faithful else max(converting, key=lambda c: c.cosine)
+    # Exceptions are balanced if all of the model is, and not if it is not.
+    eligible = {c.name for c in found.candidates if c is best or not (c.balanced or c.config == best.config)}
     for layer in found.layers:
-        fit = [c for c in layer.fidelity if layer.worst(c)[0] >= found.min_sqnr]
+        fit = [c for c in layer.fidelity if c in eligible and layer.worst(c)[0] >= found.min_sqnr]
         if best.name in fit:
             layer.recommended = best.name
         elif best.name in layer.fidelity and fit:
             layer.recommended = min(fit, key=layer.seconds.__getitem__)
     found.recommended, found.result = best.name, best
     if found.exceptions:
-        found.result = measure_mixture({x.name: x.recommended for x in found.layers if x.recommended != HIGH_PRECISION})
+        chosen = {x.name: x.recommended for x in found.layers if x.recommended != HIGH_PRECISION}
+        found.result = measure_mixture(chosen, best.balanced)
         found.result.speed = _speed(found.layers, {x.name: x.recommended for x in found.layers})
     if not found.result.cosine >= found.min_cosine or all(x.recommended == HIGH_PRECISION for x in found.layers):
         found.verdict = (
@@ -190,11 +205,12 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str]], Candid
         f"{best.name}: gradient cosine {found.result.cosine:.4f} (at least {found.min_cosine} wanted), modelled at "
         f"{speed:.2f}× bf16's speed on an {found.ceilings.name}"
         + ("" if speed > 1 else ", so at these shapes it saves memory, and no time")
+        + ("; call balance_ after quantize_" if best.balanced else "")
     )
 
 
 def _fastest(faithful: list[CandidateReport]) -> CandidateReport:
-    by_speed = sorted(faithful, key=lambda c: (-c.speed, -c.cosine))
+    by_speed = sorted(faithful, key=lambda c: (-c.speed, c.balanced, -c.cosine))
     best = by_speed[0]
     for other in by_speed[1:]:
         as_fast = other.speed > (1 - SPEED_MARGIN) * best.speed
@@ -207,19 +223,24 @@ def _weight(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def _candidates(given, model: nn.Module) -> dict[str, LinearConfig]:
+def _candidates(given, model: nn.Module) -> tuple[dict[str, LinearConfig], set[str]]:
+    """Configs by name, and the names of those that are balanced."""
     device = next(model.parameters()).device
     if given is None:
-        configs = {name: config for name, config in CANDIDATES.items() if _runs(config.recipe, device)}
+        named: dict[str, Candidate] = {name: config for name, config in CANDIDATES.items() if _runs(config.recipe, device)}
     else:
-        configs = dict(given) if isinstance(given, Mapping) else {str(config): config for config in given}
-        for config in configs.values():
-            if not isinstance(config, LinearConfig):
-                raise TypeError(f"a candidate is a config of halo_config or recipe_config; got {config!r}")
-            check_device(config.recipe.formats, device)
+        named = dict(given) if isinstance(given, Mapping) else {str(config): config for config in given}
+    configs = {name: c.config if isinstance(c, Balanced) else c for name, c in named.items()}
+    for config in configs.values():
+        if not isinstance(config, LinearConfig):
+            raise TypeError(f"a candidate is a config of halo_config or recipe_config, or Balanced(config); got {config!r}")
+        check_device(config.recipe.formats, device)
     if not configs:
         raise ValueError(f"there is no candidate recipe to measure on {device}")
-    return configs
+    balanced = {name for name, c in named.items() if isinstance(c, Balanced)}
+    if useless := [name for name in balanced if configs[name].recipe.output.left.format is None]:
+        raise ValueError(f"{useless[0]} quantises no output, so there is nothing to balance: pass the config itself")
+    return configs, balanced
 
 
 def _runs(recipe: Recipe, device: torch.device) -> bool:

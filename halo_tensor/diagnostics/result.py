@@ -53,19 +53,21 @@ class LayerReport:
 @dataclass
 class CandidateReport:
     """The whole model under one recipe: the ``cosine`` of its gradient with the exact one, the change of the loss, and the
-    modelled speed of the linear layers, × bf16. ``config`` is None for a mixture."""
+    modelled speed of the linear layers, × bf16. ``config`` is None for a mixture. ``balanced``: with ``balance_`` after it."""
 
     name: str
     config: LinearConfig | None
     cosine: float
     loss_change: float | None  # None: the loss was not finite
     speed: float
+    balanced: bool = False
 
 
 @dataclass
 class Report:
     """What :func:`report` found. ``str`` gives a summary, ``to_markdown`` every layer, ``to_json`` and ``to_dict`` every
-    number; ``to_html`` and ``to_png`` draw it. ``quantize_(model, report.config)`` follows the recommendation.
+    number; ``to_html`` and ``to_png`` draw it. ``quantize_(model, report.config)`` follows the recommendation, and then, if
+    ``report.balanced``, ``balance_(model, **batch)``.
 
     Attributes:
         loss, tokens: of the batch, in high precision. step_tokens: those that time is modelled for.
@@ -109,6 +111,11 @@ class Report:
         chosen = {x.name: configs[x.recommended] for x in self.layers if x.recommended != HIGH_PRECISION}
         return FqnToConfig(chosen)
 
+    @property
+    def balanced(self) -> bool:
+        """Whether the recommendation is to call ``balance_`` after ``quantize_``."""
+        return self.result is not None and self.result.balanced
+
     def to_dict(self) -> dict[str, Any]:
         numbers = asdict(self)
         del numbers["_by_name"]
@@ -117,6 +124,7 @@ class Report:
         for layer, of_layer in zip(numbers["layers"], self.layers, strict=True):
             layer["speed"] = {name: of_layer.speed(name) for name in of_layer.fidelity}
             layer["outliers"] = {k: {"before": a, "after": b} for k, (a, b) in layer["outliers"].items()}
+        numbers["balanced"] = self.balanced
         if self.result is not None:
             numbers["result"]["config"] = repr(self.config)
         return numbers

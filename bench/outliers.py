@@ -1,0 +1,72 @@
+"""A model with the outlier channels that large ones have, and what ``report`` says of it.
+
+    python bench/outliers.py
+
+It computes the same function as before: 6 channels of what every norm gives out are × 32, and the columns of the linears that
+read them ÷ 32 (a power of two, so that bf16 weights lose nothing). bench/study.py trains the same one.
+"""
+
+import argparse
+from pathlib import Path
+
+import results
+import torch
+from common import load_model, load_tokens
+from torch import nn
+
+from halo_tensor import Balanced, halo_config, report
+from halo_tensor.diagnostics import CANDIDATES, render
+
+OUTLIERS, FACTOR = 6, 32
+
+
+@torch.no_grad()
+def inject_outliers(model: nn.Module) -> None:
+    """Scale channels of what the norms of every block of a Llama give out, and undo it in the columns of what reads them."""
+    width = model.config.hidden_size
+    channels = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:OUTLIERS].to(model.device)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        readers = {
+            layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
+            layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
+        }
+        for norm, linears in readers.items():
+            norm.weight[channels] *= FACTOR
+            for linear in linears:
+                linear.weight[:, channels] /= FACTOR
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--data", help=".txt or .jsonl (default: Python's documentation)")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--name", default="outliers", help="of the result files")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for the result files")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(args.model, torch.float32, device)
+    inject_outliers(model)
+    ids = load_tokens(tokenizer, args.data, args.tokens)[None].to(device)
+    candidates = CANDIDATES | {"int8 HALO-1, balanced": Balanced(halo_config(1, "int8"))}
+    found = report(model, {"input_ids": ids, "labels": ids}, candidates=candidates)
+    header, rows = render.candidate_rows(found)
+    exceptions = {layer.name: f"{layer.recommended}: {render.reason(layer, found)}" for layer in found.exceptions}
+    said = [render.sentence(found.verdict), *(f"Except {name}, {why}." for name, why in exceptions.items())]
+    results.write(
+        args.name,
+        f"What report says of {args.model or 'SmolLM2-135M-Instruct'} with {OUTLIERS} channels × {FACTOR}, float32, "
+        f"{found.tokens} tokens of {args.data or 'Python documentation'}",
+        [dict(zip(header, (cell.strip("*") for cell in row), strict=True)) for row in rows],
+        "  \n".join([*said, render.notes(found)]),
+        args.folder,
+        recommended=found.recommended,
+        balanced=found.balanced,
+        exceptions=exceptions,
+    )
+
+
+if __name__ == "__main__":
+    main()
