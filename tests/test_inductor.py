@@ -9,11 +9,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 pytest.importorskip("triton")
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.ops import library
+from halo_tensor.ops import joint_graph, library
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.recipe import INT8, Rotation
 from tests import interpreter
@@ -23,7 +23,7 @@ from tests.util import relative_error, typical_error
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=29)
+    interpreter.run(__file__, at_least=30)
 
 
 def model(config) -> nn.Module:
@@ -81,6 +81,36 @@ def test_no_op_of_hot_is_left(granularity, rounding):
     if rounding == "stochastic":
         draws = [(torch.manual_seed(seed), step(f, mlp, x, e)[1])[1] for seed in (1, 1, 2)]
         assert torch.equal(draws[0], draws[1]) and 0.05 < relative_error(draws[2], draws[0]) < 0.6
+
+
+@runs_kernels
+def test_what_is_quantised_again_in_backward():
+    """X of the layer behind attention: the transpose of its codes is made by launches of the other graph."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v, self.o = (nn.Linear(128, 128, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            v = self.v(x).unflatten(-1, (2, 64)).transpose(1, 2)
+            return self.o(scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2))
+
+    attention, x = Attention().to(DEVICE, torch.bfloat16), data()[0][None]
+    quantize_(attention, halo_config(1, "int8"))
+    results, launches = [], []
+    for on in (True, False):
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch, fresh_cache():
+            patch.setattr(joint_graph, "REPEAT_FOR_BACKWARD", on)
+            made, code = run_and_get_code(lambda: step(torch.compile(attention, fullgraph=True), attention, x, x.detach()))
+        assert not any(map(calls_ops, code)), "every op became launches"
+        launches.append([len(re.findall(r"^ +halo_\w+\(", s, re.MULTILINE)) for s in code])
+        results.append(made)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    (forward, backward), (once, without) = launches
+    assert forward == once - 1 and backward == without + 2  # the transpose moved, and its codes were made again
 
 
 @runs_kernels

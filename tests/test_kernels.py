@@ -4,6 +4,8 @@ Where there is no GPU the kernels run in Triton's interpreter. It must be chosen
 runs this module again, in a process of its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
@@ -32,7 +34,7 @@ in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=70)
+    interpreter.run(__file__, at_least=102)
 
 
 # What is compared, and how.
@@ -176,6 +178,25 @@ def test_tiles(m, size, left, scale, format, fold, gained, layouts, dtype, layou
         fold_columns = torch.rand(k, device=DEVICE) + 0.5
     exact, gain = rotations == 0 or integers, gain_of(k, dtype) if gained else None
     check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=exact, gain=gain)
+
+
+@runs_kernels
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
+@pytest.mark.parametrize("size", [(200, None), (192, 64), (768, 256), (576, 576)], ids=str)
+def test_a_layout_by_itself_is_the_same(size, scale, gained):
+    """Which compiled graphs rely on that make one in forward and one in backward."""
+    k, block = size
+    x, right = matrix(5, k, torch.bfloat16), Rotation(block, 3) if block else None
+    quantize = partial(
+        quantizer.rotate_quantize, x, None, right, FP8_E4M3, scale, None, None, gain=gain_of(k) if gained else None
+    )
+    codes, codes_t, scales = quantize(True, True)
+    alone, _, scales_1 = quantize(True, False)
+    _, alone_t, scales_2 = quantize(False, True)
+    assert_same_bytes(alone, codes)
+    assert_same_bytes(alone_t, codes_t)
+    assert torch.equal(scales_1, scales) and torch.equal(scales_2, scales)
 
 
 @runs_kernels

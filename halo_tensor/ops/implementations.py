@@ -1,5 +1,7 @@
 """What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
 
+import sys
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -133,18 +135,22 @@ for _op in (
 # Under tracing: shapes, dtypes and strides.
 
 
-def _teach_inductor() -> None:
-    """Import what lowers the ops. Not before something is traced: importing Inductor takes seconds."""
-    from halo_tensor.ops import inductor
+def _teach_inductor(device: torch.device) -> None:
+    """What lowers the ops, and what it does to graphs. Not before something is traced: importing Inductor takes seconds."""
+    if runs_kernels(device):
+        from halo_tensor.ops import inductor
 
-    inductor.tag_caches()
+        inductor.tag_caches()
+    if "torch._inductor.config" in sys.modules:  # Dynamo imports it; elsewhere this is no more than a fake tensor
+        from halo_tensor.ops import joint_graph
+
+        joint_graph.install()
 
 
 def _register_fake(op: str):
     def register(function):
         def fake(x, *args):
-            if runs_kernels(x.device):
-                _teach_inductor()
+            _teach_inductor(x.device)
             return function(x, *args)
 
         torch.library.register_fake(f"halo::{op}", fake, lib=library)
