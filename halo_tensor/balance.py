@@ -1,8 +1,17 @@
 """``balance_``: share out between X and W what either would lose to rounding.
 
-A converted layer rounds X and W to codes whose error grows with ‖X‖ and ‖W‖, and its forward's rounding is the larger part of
-what a gradient is off by. X Wᵀ = (X / s)(W s)ᵀ for every s [in_features], and by Cauchy and Schwarz ‖X / s‖·‖W s‖ is least
-at s = √(rms(X) / rms(W)), column by column. Of powers of two, to which it is rounded, products are exact.
+X Wᵀ = (X / s)(W s)ᵀ for every s [in_features]. With x² and w² the mean squares of X's and W's columns, codes of X / s err by
+as much as Σ x²/s² says, in all columns alike, and codes of W s by Σ w² s². So of the squared relative errors that ``output``,
+``grad_input`` and ``grad_weight`` have by them, the sum is
+
+    F (Σ x²/s²)(Σ w² s²) / Σ x² w²  +  (Σ 1/s²)(Σ w² s²) / Σ w²  +  (Σ x²/s²)(Σ s²) / Σ x²
+
+where F says how much more forward's counts. With a fourth term, (Σ 1/s²)(Σ s²)·Σ x² w² / (F Σ x² Σ w²), which is least without
+a balance, it is a product of two sums, and by Cauchy and Schwarz least at
+
+    s⁴ = (x² + ⟨x² w²⟩ / (F ⟨w²⟩)) / (w² + ⟨x² w²⟩ / (F ⟨x²⟩))
+
+with ⟨⟩ the mean over columns. Of powers of two, to which s is rounded, products are exact.
 
 The layer divides and multiplies on its way to codes (:mod:`halo_tensor.gains`). Weights, gradients, optimisers and state
 dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
@@ -21,6 +30,9 @@ from halo_tensor.diagnostics.measure import untouched
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.weight import HaloWeight
 
+#: How much more an error of forward's product counts than one of backward's: all that follows is off by it. From 2 to 128
+#: gradients are as good within 20 % (bench/NOTES.md).
+FORWARD = 8
 #: s is a power of two with an exponent of at most this size.
 LARGEST_EXPONENT = 8
 
@@ -160,10 +172,16 @@ def _exponents(group: list[str], weights: Mapping[str, torch.Tensor], statistics
     used = (x > 0) & (w > 0)
     if not used.any():
         return torch.zeros_like(x)
-    exponents = (x.log2() - w.log2()) / 4
+    exponents = fourth_power(x.double(), w.double()).log2() / 4
     # A common factor cancels; without one, scales of codes and gains stay near where they were.
     exponents = (exponents - exponents[used].mean()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-    return exponents.where(used, 0.0)
+    return exponents.where(used, 0.0).float()
+
+
+def fourth_power(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """s⁴ [in], up to a factor, from mean squares of X's columns and of W's, float [in]; some column has to be in both."""
+    xw, x_mean, w_mean = (x * w).mean(), x.mean(), w.mean()
+    return (x + xw / (FORWARD * w_mean)) / (w + xw / (FORWARD * x_mean))
 
 
 def _dense(weight: torch.Tensor) -> torch.Tensor:
