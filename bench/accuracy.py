@@ -2,20 +2,23 @@
 
 python bench/accuracy.py                                           # Python's documentation
 python bench/accuracy.py --data chats.jsonl --tokens 4096 --name accuracy_sql
+python bench/accuracy.py --outliers --recipes "int8 HALO-1" "int8 HALO-1, balanced" --name accuracy_outliers
 """
 
 import argparse
 
 import results
 import torch
-from common import load_model, load_tokens, saved_for_backward
+from common import fail, load_model, load_tokens, saved_for_backward
+from outliers import inject_outliers
 from tqdm import tqdm
 
-from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
+from halo_tensor import Balanced, balance_, dequantize_, halo_config, hot_config, quantize_, recipe_config
 
 CONFIGS = {
     **{f"int8 HALO-{level}, tensor": halo_config(level, "int8", granularity="tensor") for level in (0, 1, 2)},
     **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
+    **{f"int8 HALO-{level}, balanced": Balanced(halo_config(level, "int8")) for level in (1, 2)},
     "fp8 HALO-0, tensor": halo_config(0, "fp8", granularity="tensor"),
     "fp8 HALO-0": halo_config(0, "fp8"),
     "fp8 HALO-1": halo_config(1, "fp8"),
@@ -53,16 +56,26 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", default=list(CONFIGS), choices=list(CONFIGS), metavar="RECIPE")
+    parser.add_argument("--outliers", action="store_true", help="in the model, as in bench/outliers.py")
     parser.add_argument("--name", default="accuracy", help="of the result files")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(args.model, torch.float32, device)
-    rows = load_tokens(tokenizer, args.data, args.tokens).view(-1, args.length).to(device)
+    if args.outliers:
+        inject_outliers(model)
+    if len(tokens := load_tokens(tokenizer, args.data, 2 * args.tokens)) < 2 * args.tokens:
+        fail(f"the data have {len(tokens)} tokens; of {2 * args.tokens}, half are to measure and half to balance on")
+    rows, others = tokens.view(2, -1, args.length).to(device)
     exact_loss, exact, exact_saved = gradient(model, rows, args.batch)
     table = []
     for name in tqdm(args.recipes):
-        quantize_(model, CONFIGS[name])
+        config = CONFIGS[name]
+        if isinstance(config, Balanced):
+            quantize_(model, config.config)
+            balance_(model, others)
+        else:
+            quantize_(model, config)
         loss, grads, saved = gradient(model, rows, args.batch)
         dequantize_(model)
         cosine = (grads @ exact / (grads.norm() * exact.norm())).item()
@@ -77,9 +90,10 @@ def main() -> None:
         )
     results.write(
         args.name,
-        f"Gradient fidelity on SmolLM2-135M-Instruct, {args.tokens} tokens",
+        f"Gradient fidelity on SmolLM2-135M-Instruct{' with outliers' if args.outliers else ''}, {args.tokens} tokens",
         table,
         f"High precision is float32, with a loss of {exact_loss:.4f}. Scales are per row (folded) unless 'tensor' is said. "
+        "Balanced: on as many other tokens. "
         "What the converted layers save is counted with hooks, each storage once, parameters left out; bf16's is half of "
         "what float32 saves.",
     )

@@ -41,7 +41,7 @@ def prepare(model, examples: list, pad: int, args: argparse.Namespace):
     if args.balance:
         quantize_(model, replace(config, frozen=False))  # codes only would be rounded a second time
         first = next(batches(examples, args.batch, args.length, pad, args.seed))
-        rows = {name: first[name].to(args.device) for name in ("input_ids", "position_ids")}
+        rows = {name: first[name][: args.micro].to(args.device) for name in ("input_ids", "position_ids")}
         balance_(model.base_model, **rows, use_cache=False)  # without the head: no logits of a whole batch
     report = quantize_(model, config)  # which keeps the balance
     if args.main:
@@ -161,7 +161,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="int8", help="int8, fp8, fp6, …, or bf16: no quantisation")
     parser.add_argument("--granularity", default="row", help="row, or tensor as in the paper")
     parser.add_argument(
-        "--balance", action="store_true", help="share out the rounding of X and W, on the first batch: for int8"
+        "--balance", action="store_true", help="share out the rounding of X and W, on the first rows: for int8"
     )
     parser.add_argument("--weights", help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, on a frozen base")

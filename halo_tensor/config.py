@@ -156,7 +156,8 @@ class LayerConfigs(AOBaseConfig):
 
 @dataclass(frozen=True)
 class Balanced:
-    """A candidate of :func:`~halo_tensor.report`: ``config``, followed by :func:`~halo_tensor.balance_`."""
+    """A candidate of :func:`~halo_tensor.report`: ``config``, followed by :func:`~halo_tensor.balance_`. It is made for int8;
+    balanced fp8 has a better gradient, and did not train better (bench/NOTES.md)."""
 
     config: LinearConfig
 

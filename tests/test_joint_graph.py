@@ -9,11 +9,13 @@ from expecttest import assert_expected_inline
 from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
@@ -239,13 +241,37 @@ class Count(CustomGraphPass):
 
 def test_the_users_pass_runs_as_well():
     count, model = Count("count"), converted(Attention(), 1, "int8")
-    before = config.joint_custom_post_pass
     with config.patch(joint_custom_post_pass=count):
         *_, saved, _ = compiled(model, on=True)
         assert count.calls == 1 and saved == [(WIDTH, TOKENS)]
         compiled(model, on=True)
         assert count.calls == 2, "and once a graph, however many were compiled"
-    assert config.joint_custom_post_pass is before
+
+
+def test_a_fake_tensor_alone_leaves_inductors_config():
+    with config.patch(joint_custom_post_pass=None):
+        with FakeTensorMode():
+            halo.rotate_quantize(torch.empty(32, 32), [], [], "int8", "row", None, None, True, True, None, None)
+        assert config.joint_custom_post_pass is None
+
+
+class ByHand(Attention):
+    """Inductor finds attention in it, and puts the kernel's backward before the gradient that it reads."""
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.matmul(q, k.transpose(-2, -1)).div(8.0).softmax(dim=-1).matmul(v)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_by_hand():
+    model, found = converted(ByHand(), 1, "int8"), []
+    for on in (True, False):
+        counters.clear()
+        results, *_ = compiled(model, on)
+        assert counters["inductor"]["fuse_attention"]
+        found.append(results)
+    assert_same(*found)
 
 
 def test_the_users_option():

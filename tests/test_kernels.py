@@ -183,13 +183,14 @@ def test_tiles(m, size, left, scale, format, fold, gained, layouts, dtype, layou
 @runs_kernels
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
+@pytest.mark.parametrize("format", [FP8_E4M3, INT8], ids=str)
 @pytest.mark.parametrize("size", [(200, None), (192, 64), (768, 256), (576, 576)], ids=str)
-def test_a_layout_by_itself_is_the_same(size, scale, gained):
+def test_a_layout_by_itself_is_the_same(size, format, scale, gained):
     """Which compiled graphs rely on that make one in forward and one in backward."""
     k, block = size
     x, right = matrix(5, k, torch.bfloat16), Rotation(block, 3) if block else None
     quantize = partial(
-        quantizer.rotate_quantize, x, None, right, FP8_E4M3, scale, None, None, gain=gain_of(k) if gained else None
+        quantizer.rotate_quantize, x, None, right, format, scale, None, None, gain=gain_of(k) if gained else None
     )
     codes, codes_t, scales = quantize(True, True)
     alone, _, scales_1 = quantize(True, False)

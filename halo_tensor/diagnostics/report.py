@@ -177,8 +177,8 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str], bool], 
     converting = [c for c in found.candidates if any(c.name in layer.fidelity for layer in found.layers)]
     faithful = [c for c in converting if c.cosine >= found.min_cosine]
     best = _fastest(faithful) if faithful else max(converting, key=lambda c: c.cosine)
-    # Exceptions are balanced if all of the model is, and not if it is not.
-    eligible = {c.name for c in found.candidates if c is best or not (c.balanced or c.config == best.config)}
+    # balance_ will reach exceptions too, so they are judged by how they are with it.
+    eligible = {c.name for c in found.candidates if c.balanced == best.balanced}
     for layer in found.layers:
         fit = [c for c in layer.fidelity if c in eligible and layer.worst(c)[0] >= found.min_sqnr]
         if best.name in fit:

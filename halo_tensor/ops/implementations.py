@@ -1,7 +1,5 @@
 """What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
 
-import sys
-
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -141,7 +139,7 @@ def _teach_inductor(device: torch.device) -> None:
         from halo_tensor.ops import inductor
 
         inductor.tag_caches()
-    if "torch._inductor.config" in sys.modules:  # Dynamo imports it; elsewhere this is no more than a fake tensor
+    if torch._guards.TracingContext.try_get() is not None:  # it is compiled, and not only a fake tensor
         from halo_tensor.ops import joint_graph
 
         joint_graph.install()

@@ -8,6 +8,7 @@ This is written against AOTAutograd's partitioner and Inductor's joint passes as
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import fx
 from torch._functorch.partitioners import get_default_op_list, must_recompute
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils.checkpoint import CheckpointPolicy
 
 from halo_tensor.ops.schemas import fingerprint
 
-#: For comparison: without it, the transpose is always saved. It is part of the key of cached graphs.
+#: For comparison: without it, the transpose is always saved. It is part of the key of cached graphs, but not of AOTAutograd's
+#: where a pass comes through torch.compile's ``options``, which take effect after that key is made.
 REPEAT_FOR_BACKWARD = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # of its outputs
@@ -29,6 +32,7 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
     """Split each quantisation in two, one for forward and one for backward, where backward has X and can repeat it exactly."""
     if not (_tangents(graph) and graph.find_nodes(op="call_function", target=_QUANTIZE)):
         return
+    stable_topological_sort(graph)  # passes before this one put nodes where they can, and Inductor sorts after it
     graph.eliminate_dead_code()  # as the partitioner will: what it drops keeps nothing
     backward = _backward(graph)
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
@@ -104,7 +108,7 @@ def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
 class _Pass(CustomGraphPass):
     """And before it the passes that were there: not every version of Inductor takes a list."""
 
-    def __init__(self, others: tuple):
+    def __init__(self, others: Sequence):
         self.others = others
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -121,8 +125,9 @@ class _Pass(CustomGraphPass):
 
 def install() -> None:
     """Last of Inductor's joint passes: earlier ones find attention in products, and put a kernel in its place. To be called in
-    the thread that compiles, for every graph: torch's configuration is each thread's own, and may have been set anew."""
+    the thread that compiles, for every graph: torch's configuration is each thread's own, and may have been set anew. Models
+    compiled later in this thread, converted or not, have it in their keys, and are otherwise left alone."""
     current = config.joint_custom_post_pass
-    others = () if current is None else tuple(current) if isinstance(current, list | tuple) else (current,)
+    others = () if current is None else current if isinstance(current, list | tuple) else (current,)
     if not any(isinstance(other, _Pass) for other in others):
         config.joint_custom_post_pass = _Pass(others)

@@ -212,8 +212,8 @@ class VendorProduct:
 
 
 def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
-    """cuBLAS multiplies fp8 with row and column scales 3–9 % faster where the contraction is short. But it takes the CPU 50 µs
-    to choose its kernel, in every call, and smaller products gain less than that (bench/NOTES.md)."""
+    """cuBLAS multiplies fp8 with row and column scales 3–15 % faster where the contraction is short. But choosing its kernel
+    takes the CPU 25 µs more than a launch of ours, every time, which products below this size do not gain (bench/NOTES.md)."""
     (m, k), n = a.shape, b_t.shape[0]
     return (
         a.device.type == "cuda"
