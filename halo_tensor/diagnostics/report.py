@@ -55,7 +55,7 @@ def report(
     ``min_sqnr`` under that recipe takes the fastest candidate that keeps all above, or high precision if none does. If no
     candidate is faithful, the one with the highest cosine is tried with such exceptions; if that is not faithful either, or
     leaves no layer, high precision is recommended. Of two candidates as fast, a balanced one comes second: it has to halve the
-    error. If one is recommended, ``balance_`` will reach the exceptions too, and they are measured so.
+    error. If one is recommended, ``balance_`` will reach the exceptions too, so they are chosen among the balanced.
 
     Args:
         model: plain, or converted already (then its dense weights are measured, and not a balance it has). It is left as it
