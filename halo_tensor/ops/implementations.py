@@ -135,14 +135,21 @@ for _op in (
 
 def _teach_inductor(device: torch.device) -> None:
     """What lowers the ops, and what it does to graphs. Not before something is traced: importing Inductor takes seconds."""
-    if runs_kernels(device):
-        from halo_tensor.ops import inductor
+    compiled = torch._guards.TracingContext.try_get() is not None  # and not only a fake tensor
+    try:
+        if runs_kernels(device):
+            from halo_tensor.ops import inductor
 
-        inductor.tag_caches()
-    if torch._guards.TracingContext.try_get() is not None:  # it is compiled, and not only a fake tensor
-        from halo_tensor.ops import joint_graph
+            inductor.tag_caches()
+        if compiled:
+            from halo_tensor.ops import joint_graph
 
-        joint_graph.install()
+            joint_graph.install()
+    except ImportError as error:  # they are written against its internals
+        raise RuntimeError(
+            f"halo_tensor knows the compilers of torch 2.11 to 2.13, and that of {torch.__version__} differs: {error}. "
+            "Install one of these, or run without torch.compile"
+        ) from error
 
 
 def _register_fake(op: str):
