@@ -64,16 +64,20 @@ def main() -> None:
     model, tokenizer = load_model(args.model, torch.float32, device)
     if args.outliers:
         inject_outliers(model)
-    if len(tokens := load_tokens(tokenizer, args.data, 2 * args.tokens)) < 2 * args.tokens:
-        fail(f"the data have {len(tokens)} tokens; of {2 * args.tokens}, half are to measure and half to balance on")
-    rows, others = tokens.view(2, -1, args.length).to(device)
+    shares = 1 + any(isinstance(CONFIGS[name], Balanced) for name in args.recipes)
+    tokens = load_tokens(tokenizer, args.data, shares * args.tokens)
+    if len(tokens) < shares * args.tokens:
+        fail(
+            f"the data have {len(tokens)} tokens; {args.tokens} are to be measured, and as many others to balance on, if asked"
+        )
+    rows, *others = tokens.view(shares, -1, args.length).to(device)
     exact_loss, exact, exact_saved = gradient(model, rows, args.batch)
     table = []
     for name in tqdm(args.recipes):
         config = CONFIGS[name]
         if isinstance(config, Balanced):
             quantize_(model, config.config)
-            balance_(model, others)
+            balance_(model, *others)
         else:
             quantize_(model, config)
         loss, grads, saved = gradient(model, rows, args.batch)

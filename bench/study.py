@@ -31,6 +31,7 @@ from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, l
 from torch import nn
 
 from halo_tensor import balance_
+from halo_tensor.weight import dense_value
 
 MOST_RUNS = 8  # of a group that go to one of several processes
 SETTINGS = ("model", "data", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
@@ -117,7 +118,7 @@ class Study:
     def fit(self, model: nn.Module, seed: int) -> dict:
         args = self.args
         parameters = [p for p in model.parameters() if p.requires_grad]
-        copies = [p.detach().to(torch.float32, copy=True) for p in map(_dense, parameters)]
+        copies = [p.detach().to(torch.float32, copy=True) for p in map(dense_value, parameters)]
         optimizer = torch.optim.AdamW(copies, lr=args.lr, weight_decay=0.0, fused=True)
         warmup = max(args.steps // 10, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -170,10 +171,6 @@ class Study:
         loss = mean_loss(self.plain, self.valid_rows, self.args.batch)
         written = answers(self.plain, self.tokenizer, self.valid, len(self.valid), self.args.new_tokens)
         return {"validation": loss, "exact": exact_match(written, self.valid, sql), "example": written[0]}
-
-
-def _dense(p: torch.Tensor) -> torch.Tensor:
-    return p.dequantize() if hasattr(p, "master") else p
 
 
 def _elapsed(a, b) -> float:

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor import gains, layers
 from halo_tensor.diagnostics.measure import untouched
 from halo_tensor.fsdp import is_sharded
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight import dense_value
 
 #: How much more an error of forward's product counts than one of backward's: all that follows is off by it. From 2 to 128
 #: gradients are as good within what draws of signs differ by (bench/NOTES.md).
@@ -164,7 +164,7 @@ def _exponents(group: list[str], weights: Mapping[str, torch.Tensor], statistics
     x = torch.stack([statistics.squares[name].to(device) for name in group]).sum(0)
     x = x / sum(statistics.rows[name] for name in group)
     own = {id(weights[name]): weights[name] for name in group}.values()
-    w = torch.stack([_dense(weight).float().square().sum(0).to(device) for weight in own]).sum(0)
+    w = torch.stack([dense_value(weight).float().square().sum(0).to(device) for weight in own]).sum(0)
     w = w / sum(weight.shape[0] for weight in own)
     for what, squares in (("input", x), ("weight", w)):
         if not squares.isfinite().all():
@@ -182,7 +182,3 @@ def fourth_power(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """s⁴ [in], up to a factor, from mean squares of X's columns and of W's, float [in]; some column has to be in both."""
     xw, x_mean, w_mean = (x * w).mean(), x.mean(), w.mean()
     return (x + xw / (FORWARD * w_mean)) / (w + xw / (FORWARD * x_mean))
-
-
-def _dense(weight: torch.Tensor) -> torch.Tensor:
-    return weight.dequantize() if isinstance(weight, HaloWeight) else weight

@@ -30,7 +30,7 @@ from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
-from halo_tensor.weight import HaloWeight, set_weight
+from halo_tensor.weight import HaloWeight, dense_value, set_weight
 
 logger = logging.getLogger("halo_tensor")
 METHOD = "halo"
@@ -159,7 +159,7 @@ class HaloQuantizer(HfQuantizer):
                 if tensor.gain is not None:
                     state[f"{name}_balance"] = tensor.gain.log2().round().to(torch.int8)
             else:
-                state[name] = (tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor).detach()
+                state[name] = dense_value(tensor).detach()
         if not any(f"{name}_scale" in state for name in state):  # dequantised since, so a plain checkpoint
             self.remove_quantization_config(model)
         return state, {}

@@ -177,7 +177,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         """``weight.data = value``."""
         if isinstance(value, HaloWeight) and value.operand is self.operand and value.master is self.master:
             return  # the end of ``weight.data += …``, which has written already
-        value = value.dequantize() if isinstance(value, HaloWeight) else value
+        value = dense_value(value)
         if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
             raise ValueError(
                 f"a converted weight's data can only be replaced by a tensor like it, {list(self.shape)} {self.dtype} on "
@@ -225,11 +225,16 @@ def _grad(outputs, inputs, *args, **kwargs):
     return torch.autograd.grad(outputs, edges, *args, **kwargs)
 
 
+def dense_value(tensor: torch.Tensor) -> torch.Tensor:
+    """What a converted weight stands for, in high precision; any other tensor is itself."""
+    return tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor
+
+
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False) -> None:
     """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
     another stays balanced."""
     weight, gains = module.weight, None
-    dense = weight.dequantize() if isinstance(weight, HaloWeight) else weight.detach()
+    dense = dense_value(weight).detach()
     if isinstance(weight, HaloWeight) and recipe.output.right.format is not None:
         gains = weight.gains
     set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains), weight.requires_grad)

@@ -17,7 +17,7 @@ from halo_tensor.layers import input_of
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe, Rotation
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight import HaloWeight, dense_value
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 LOSSLESS = 150.0  # dB: below float32's own rounding
@@ -176,7 +176,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in model.named_parameters(remove_duplicate=False):
         if type(p) is nn.Parameter or isinstance(p, HaloWeight):
             if id(p) not in made:
-                made[id(p)] = nn.Parameter((p.dequantize() if isinstance(p, HaloWeight) else p).detach(), p.requires_grad)
+                made[id(p)] = nn.Parameter(dense_value(p).detach(), p.requires_grad)
             parameters[name] = made[id(p)]
     return parameters
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight import dense_value
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ class _Watch:
         """Whether a tensor is finite, which is noted either way. True of what is no floating tensor, and once closed."""
         if not self.open or not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             return True
-        dense = tensor.detach()
-        dense = dense.dequantize() if isinstance(dense, HaloWeight) else dense
+        dense = dense_value(tensor.detach())
         if bool(dense.isfinite().all()):
             if not self.found.all:
                 self.found.last_finite = f"{operand or product} of {layer or 'the model'}"

@@ -8,7 +8,7 @@ This is written against AOTAutograd's partitioner and Inductor's joint passes as
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
         tagged = "recompute" in node.meta  # by someone's checkpointing
         if rows and columns and repeatable and not tagged and node not in backward and _keeps(x, backward):
             transposed = [user for user in node.users if user.args[1] == _CODES_T]
-            if transposed and all(_is_only_in(backward, codes_t) for codes_t in transposed):
+            if transposed and all(reader in backward for codes_t in transposed for reader in _readers(codes_t, backward)):
                 _split(node, transposed)
 
 
@@ -71,7 +71,7 @@ def _keeps(x: fx.Node, backward: set[fx.Node]) -> bool:
     if made_by.op != "call_function" or _dtype(base) != _dtype(x):
         return False
     runs_twice = get_default_op_list().is_recomputable(made_by) or must_recompute(made_by) or must_recompute(base)
-    return not runs_twice and _is_read_in(backward, base)
+    return not runs_twice and any(reader in backward for reader in _readers(base, backward))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -83,12 +83,13 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and (target.is_view or target is torch.ops.aten._unsafe_view.default)
 
 
-def _is_read_in(backward: set[fx.Node], node: fx.Node) -> bool:
-    return any(user in backward or (_is_view(user) and _is_read_in(backward, user)) for user in node.users)
-
-
-def _is_only_in(backward: set[fx.Node], node: fx.Node) -> bool:
-    return all(user in backward or (_is_view(user) and _is_only_in(backward, user)) for user in node.users)
+def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
+    """What reads a node's memory, looked at through forward's views of it."""
+    for user in node.users:
+        if _is_view(user) and user not in backward:
+            yield from _readers(user, backward)
+        else:
+            yield user
 
 
 def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
