@@ -32,8 +32,9 @@ from halo_tensor.ops import packing_kernels, reference  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
 from halo_tensor.ops import scaled_mm as product  # noqa: E402
+from halo_tensor.ops import two_gradients as two  # noqa: E402
+from halo_tensor.ops.fast_math import fast_exp, reciprocal  # noqa: E402
 from halo_tensor.ops.launch import Launch  # noqa: E402
-from halo_tensor.ops.producers import libdevice  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
@@ -60,7 +61,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, rotating, product, packing_kernels):
+    for module in (quantizer, rotating, product, packing_kernels, two):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -228,13 +229,36 @@ def swiglu(x0, x1, x2, row, column, inside):
     """As a compiled graph writes it."""
     t0 = tl.load(x0 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
     t1 = -t0
-    t2 = libdevice.exp(t1)
+    t2 = fast_exp(t1)
     t3 = t2 + 1.0
-    t4 = t0 / t3
-    t5 = tl.load(x1 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
-    t6 = t4 * t5
-    y = tl.where(inside, t6, 0.0)
-    return y.to(tl.bfloat16)
+    t4 = reciprocal(t3)
+    t5 = t0 * t4
+    t6 = tl.load(x1 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t7 = t5 * t6
+    y0 = tl.where(inside, t7, 0.0)
+    return y0.to(tl.bfloat16)
+
+
+@triton.jit
+def swiglu_backward(x0, x1, x2, row, column, inside):
+    t0 = tl.load(x0 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t1 = tl.load(x1 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t2 = -t1
+    t3 = fast_exp(t2)
+    t4 = t3 + 1.0
+    t5 = reciprocal(t4)
+    t6 = t1 * t5
+    t7 = t0 * t6
+    t8 = tl.load(x2 + row * 14336 + column, mask=inside, other=0.0).to(tl.float32)
+    t9 = t0 * t8
+    t10 = t9 * t5
+    t11 = 1.0 - t5
+    t12 = t1 * t11
+    t13 = t12 + 1.0
+    t14 = t10 * t13
+    y0 = tl.where(inside, t7, 0.0)
+    y1 = tl.where(inside, t14, 0.0)
+    return y0.to(tl.bfloat16), y1.to(tl.bfloat16)
 
 
 @pytest.mark.parametrize("capability", [89, 90])
@@ -253,6 +277,31 @@ def test_quantising_what_is_not_written(launched, capability, right, gained):
     # Ahead of the loop, or in it, every load is of 16 bytes.
     loads = re.findall(r"(?:ld\.global|cp\.async\.c)\S* .*", kernel.asm["ptx"])
     assert loads and all("v4" in load or ", 0x10," in load for load in loads), loads
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("rows", [1000, 1024])
+def test_quantising_two_that_are_not_written(launched, capability, rows):
+    format, codes = (INT8, torch.int8) if capability == 80 else (FP8_E4M3, FP8[0])
+
+    def request(empty):
+        m, k = rows, 14336
+        passes = two._plan(m, k, format, torch.device("cuda", capability), swiglu_backward)
+        operands = [empty(m, k, dtype=BF16) for _ in range(3)] + [empty(n) for n in (m, m, k, k)]
+        operands.append(empty(2 * (m + k), dtype=torch.int32))
+        made = [empty(m, k, dtype=codes), empty(k, m, dtype=codes), empty(m), empty(k)] * 2
+        passes[0](*operands)
+        passes[1](*operands, *made)
+
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["amax_of_two", "cast_two"]
+    check_fit(kernels, capability)
+    for kernel in kernels:
+        ptx = kernel.asm["ptx"]
+        assert not re.search(r"\b(max|min)\.(xorsign\.abs\.)?b?f\d", ptx), "a NaN would be dropped"
+        wide = re.findall(r"ld\.global\S*v4|cp\.async\.c\S* .*, 0x10,", ptx)
+        assert len(wide) >= 3, "the three matrices are not read 16 bytes at a time"
+        assert "ex2.approx.ftz" in ptx and "div.full" not in ptx, "the exact functions take longer than the memory does"
 
 
 @pytest.mark.parametrize("name", ["rows", "rows, wide"])

@@ -35,6 +35,10 @@ def _quantize_pair(x, left, format, fold_columns, fold_rows):
     return codes, codes_t, row_scales, column_scales
 
 
+def _quantize_pairs(a, b, format, columns_a, rows_a, columns_b, rows_b):
+    return (*_quantize_pair(a, [], format, columns_a, rows_a), *_quantize_pair(b, [], format, columns_b, rows_b))
+
+
 def _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
     return reference.scaled_mm(a, b_t, a_scale, b_scale, bias, decode(left), decode(right), shape, dtype, gain).contiguous()
 
@@ -55,7 +59,10 @@ def _unpack_rows(packed, format):
     return packing.unpack_rows(packed, FORMATS[format])
 
 
-for _op in (_rotate_quantize, _rotate_quantize_, _quantize_pair, _scaled_mm, _rotate, _unrotate, _pack_rows_, _unpack_rows):
+for _op in (
+    _rotate_quantize, _rotate_quantize_, _quantize_pair, _quantize_pairs, _scaled_mm, _rotate, _unrotate, _pack_rows_,
+    _unpack_rows,
+):  # fmt: skip
     library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
 
 
@@ -88,6 +95,12 @@ def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
     from halo_tensor.ops import rotate_quantize as launch
 
     return launch.quantize_pair(x, decode(left), FORMATS[format], fold_columns, fold_rows)
+
+
+def _quantize_pairs_cuda(a, b, format, *folds):
+    from halo_tensor.ops import two_gradients as launch
+
+    return launch.quantize_pairs(a, b, FORMATS[format], *folds)
 
 
 def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
@@ -123,8 +136,8 @@ def _unpack_rows_cuda(packed, format):
 
 
 for _op in (
-    _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda,
-    _pack_rows__cuda, _unpack_rows_cuda,
+    _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _quantize_pairs_cuda, _scaled_mm_cuda, _rotate_cuda,
+    _unrotate_cuda, _pack_rows__cuda, _unpack_rows_cuda,
 ):  # fmt: skip
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
@@ -192,7 +205,7 @@ def _(x, left, right, format, scale, codes, scales, gain=None):
 
 
 @_register_fake("quantize_pair")
-def _(x, left, format, fold_columns, fold_rows):
+def _fake_pair(x, left, format, fold_columns, fold_rows):
     (r, c), r_padded = x.shape, reference.rotated(x.shape[0], decode(left))
     return (
         _code_matrix(x, r_padded, c, format),
@@ -200,6 +213,11 @@ def _(x, left, format, fold_columns, fold_rows):
         x.new_empty([r_padded], dtype=torch.float32),
         x.new_empty([c], dtype=torch.float32),
     )
+
+
+@_register_fake("quantize_pairs")
+def _(a, b, format, columns_a, rows_a, columns_b, rows_b):
+    return (*_fake_pair(a, [], format, columns_a, rows_a), *_fake_pair(b, [], format, columns_b, rows_b))
 
 
 @_register_fake("scaled_mm")

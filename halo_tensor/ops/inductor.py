@@ -58,8 +58,9 @@ class _Memory:
 
 class _StandIn:
     """As much of a tensor as launchers look at. ``recording`` is what all stand-ins of one launcher have in common: the
-    launches, each with its arguments. ``producer``: the function that gives the elements, and stand-ins for what it reads; a
-    launcher that calls it leaves the buffer without a reader, and Inductor drops it."""
+    launches, each with its arguments. ``producer``, of an op's first: the function that gives its elements, and the second's
+    if the op takes two that are computed, and stand-ins for what it reads; a launcher that calls it leaves the buffers without
+    a reader, and Inductor drops them."""
 
     producer: tuple[producers.Function, list["_StandIn"]] | None = None
 
@@ -201,9 +202,9 @@ _IMPORTS = (
     "import torch",
     "import triton",
     "import triton.language as tl",
-    "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm",
+    "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm, halo_tensor.ops.two_gradients",
     "from halo_tensor.ops.launch import Launch",
-    "from halo_tensor.ops.producers import libdevice",
+    "from halo_tensor.ops.producers import fast_exp, libdevice, reciprocal",
 )
 
 
@@ -215,17 +216,18 @@ def tag_caches() -> None:
         torch.compiler.config.cache_key_tag += tag
 
 
-def _producer(x: _StandIn) -> tuple[producers.Function, list[_StandIn]] | None:
-    if (found := producers.producer(x.memory.box)) is None:
+def _producer(made: list[_StandIn]) -> tuple[producers.Function, list[_StandIn]] | None:
+    if (found := producers.producer([x.memory.box for x in made])) is None:
         return None
     function, boxes = found
     try:
-        return function, [_StandIn.of(x.recording, box) for box in boxes]
+        return function, [_StandIn.of(made[0].recording, box) for box in boxes]
     except _Unsupported:
         return None
 
 
-def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
+def _lower(op: torch._ops.OpOverload, launcher: Callable, produced: int = 0) -> None:
+    """``produced``: how many of its arguments, from the first on, the launcher can have computed instead of read."""
     as_op = lowering.fallback_handler(op)
 
     @lowering.register_lowering(op, type_promotion_kind=None)
@@ -234,10 +236,10 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
             return as_op(*args)
         recording: list[tuple] = []
         try:
-            x = _StandIn.of(recording, args[0])
-            if op is torch.ops.halo.rotate_quantize.default and FUSE_PRODUCERS:
-                x.producer = _producer(x)
-            stand_ins = [x, *(_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args[1:])]
+            first = [_StandIn.of(recording, box) for box in args[: max(produced, 1)]]
+            first[0].producer = _producer(first) if produced and FUSE_PRODUCERS else None
+            rest = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args[len(first) :]]
+            stand_ins = [*first, *rest]
             with _disable_current_modes():  # launchers make constants, which must be real
                 made = launcher(*stand_ins)
         except _Unsupported:
@@ -251,8 +253,9 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable) -> None:
         return boxes if isinstance(made, tuple) else boxes[0]
 
 
-_lower(torch.ops.halo.rotate_quantize.default, implementations._rotate_quantize_cuda)
+_lower(torch.ops.halo.rotate_quantize.default, implementations._rotate_quantize_cuda, produced=1)
 _lower(torch.ops.halo.quantize_pair.default, implementations._quantize_pair_cuda)
+_lower(torch.ops.halo.quantize_pairs.default, implementations._quantize_pairs_cuda, produced=2)
 _lower(torch.ops.halo.scaled_mm.default, implementations._scaled_mm_cuda)
 _lower(torch.ops.halo.rotate.default, implementations._rotate_cuda)
 _lower(torch.ops.halo.unrotate.default, implementations._unrotate_cuda)

@@ -1,8 +1,11 @@
-"""In a compiled graph, nothing of X is saved beside X itself.
+"""What is done to a compiled graph of forward and backward, before it is cut in two.
 
-Forward makes X's codes for its own product, and their transpose for grad_weight, which is saved instead of X. But some X is
-saved in any case: attention's backward wants its result, which is what o_proj reads. There the transpose is made in backward,
-from X again. That costs one more pass over X, and saves a byte an element.
+Nothing of X is saved beside X itself. Forward makes X's codes for its own product, and their transpose for grad_weight, which
+is saved instead of X. But some X is saved in any case: attention's backward wants its result, which is what o_proj reads.
+There the transpose is made in backward, from X again. That costs one more pass over X, and saves a byte an element.
+
+Two E that elementwise operations make from the same matrices, as a gated MLP's backward does, are quantised by one op, so that
+neither need be written: see two_gradients.
 
 This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.13.
 """
@@ -19,13 +22,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.utils.checkpoint import CheckpointPolicy
 
-from halo_tensor.ops.schemas import fingerprint
+from halo_tensor.ops.schemas import PRODUCER_INPUTS, fingerprint, runs_kernels
 
-#: For comparison: without it, the transpose is always saved. It is part of the key of cached graphs, but not of AOTAutograd's
-#: where a pass comes through torch.compile's ``options``, which take effect after that key is made.
-REPEAT_FOR_BACKWARD = True
+#: For comparison: without them, the transpose is always saved, and each E quantised alone. They are part of the key of cached
+#: graphs, but not of AOTAutograd's where a pass comes through torch.compile's ``options``, which take effect after that key is
+#: made.
+REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # of its outputs
+_PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
@@ -34,7 +39,7 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
         return
     stable_topological_sort(graph)  # passes before this one put nodes where they can, and Inductor sorts after it
     graph.eliminate_dead_code()  # as the partitioner will: what it drops keeps nothing
-    backward = _backward(graph)
+    backward = _after(graph, _tangents(graph))  # what cannot be run before there is a gradient
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
         x, left, *_, fold_rows, fold_columns, rows, columns, seed, _ = arguments
@@ -52,13 +57,13 @@ def _tangents(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
 
 
-def _backward(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that cannot be run before there is a gradient."""
-    backward = set(_tangents(graph))
+def _after(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:
+    """These nodes, and what cannot be run before them."""
+    after = set(nodes)
     for node in graph.nodes:
-        if node.op != "output" and any(used in backward for used in node.all_input_nodes):
-            backward.add(node)
-    return backward
+        if node.op != "output" and any(used in after for used in node.all_input_nodes):
+            after.add(node)
+    return after
 
 
 def _keeps(x: fx.Node, backward: set[fx.Node]) -> bool:
@@ -106,6 +111,79 @@ def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
         codes_t.replace_input_with(node, again)
 
 
+def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
+    """Merge quantisations of two E that are made elementwise of as many matrices as a kernel takes, one of them in common."""
+    if len(graph.find_nodes(op="call_function", target=_PAIR)) < 2:
+        return
+    stable_topological_sort(graph)
+    alone: list[fx.Node] = []
+    for node in graph.find_nodes(op="call_function", target=_PAIR):
+        if not _is_computed(node):
+            continue
+        other = next((other for other in alone if _belong_together(graph, other, node)), None)
+        if other is None:
+            alone.append(node)
+        else:
+            alone.remove(other)
+            _merge(other, node)
+            stable_topological_sort(graph)  # what reads the first of them may stand before both
+
+
+def _is_computed(pair: fx.Node) -> bool:
+    """Whether E is the result of elementwise operations that nothing else reads, and is quantised as it is."""
+    arguments: Any = pair.args
+    e, left, _, *folds = arguments
+    known = all("val" in used.meta for used in pair.all_input_nodes)
+    if left or None in folds or not known or not runs_kernels(e.meta["val"].device):
+        return False
+    while _is_view(e) and len(e.users) == 1:
+        e = e.args[0]
+    return _is_elementwise(e) and len(e.users) == 1
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
+    """Whether the quantisations a and, later in the graph, b can be one."""
+    one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
+    if a.args[2] != b.args[2] or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    sources = [_sources(node.args[0]) for node in (a, b)]
+    if not sources[0] & sources[1] or len(sources[0] | sources[1]) > PRODUCER_INPUTS:
+        return False
+    later = _after(graph, [a])
+    return not any(used in later for used in b.all_input_nodes)
+
+
+def _sources(e: Any) -> set[fx.Node]:
+    """What e is made of by elementwise operations."""
+    sources, met, waiting = set(), {e}, [e]
+    while waiting:
+        node = waiting.pop()
+        if _is_view(node) or _is_elementwise(node):
+            new = [used for used in node.all_input_nodes if used not in met]
+            met.update(new)
+            waiting += new
+        else:
+            sources.add(node)
+    return sources
+
+
+def _merge(a: fx.Node, b: fx.Node) -> None:
+    e_a, _, format, *folds_a = a.args
+    e_b, _, _, *folds_b = b.args
+    with b.graph.inserting_before(b):
+        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b))
+    inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)  # whose strides Inductor keeps
+    both.meta = b.meta | {"val": (*a.meta["val"], *b.meta["val"]), "eager_input_vals": (inputs, {})}
+    for pair, first in ((a, 0), (b, len(a.meta["val"]))):
+        for made in list(pair.users):
+            made.args = (both, first + made.args[1])  # type: ignore[operator]
+        b.graph.erase_node(pair)
+
+
 class _Pass(CustomGraphPass):
     """And before it the passes that were there: not every version of Inductor takes a list."""
 
@@ -117,11 +195,13 @@ class _Pass(CustomGraphPass):
             other(graph)
         if REPEAT_FOR_BACKWARD:
             quantize_again_in_backward(graph)
+        if QUANTIZE_TWO_AT_ONCE:
+            quantize_two_gradients_at_once(graph)
 
     def uuid(self) -> tuple | None:
         """None, and then graphs are not cached, if one of the others has none."""
         others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
-        return ("halo_tensor", fingerprint(), REPEAT_FOR_BACKWARD, *others) if all(others) else None
+        return ("halo_tensor", fingerprint(), REPEAT_FOR_BACKWARD, QUANTIZE_TWO_AT_ONCE, *others) if all(others) else None
 
 
 def install() -> None:

@@ -20,13 +20,13 @@ ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _max(a, b):
+def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _scale(amax, INVERSE_MAX: tl.constexpr):
-    return _max(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
+    return maximum(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _product(a, b):
 
 
 @triton.jit
-def _round(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+def round_to_code(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
     """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and −2 for
     formats that the hardware converts to. ``MAX`` above 0 saturates there."""
     if MAX > 0:  # a bare cast; a scaled value is inside already
@@ -65,7 +65,7 @@ def _noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """As :func:`_round`, up or down so that the mean is exact."""
+    """As :func:`round_to_code`, up or down so that the mean is exact."""
     y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     quantum = tl.full(y.shape, 1.0, tl.float32)
     inverse = quantum
@@ -74,8 +74,8 @@ def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
         quantum = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # At the largest number the noise may round up to a whole step: hence _round's own limit.
-    return _round(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
+    # At the largest number the noise may round up to a whole step: hence round_to_code's own limit.
+    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
 
 
 @triton.jit
@@ -139,12 +139,12 @@ def whole_rows(
             y = y * NORM
         if FOLD:
             y = y * tl.load(fold + columns, mask=columns < K, other=0.0)
-        amax = tl.reduce(tl.abs(y), 1, _max)
-        amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, _max)
+        amax = tl.reduce(tl.abs(y), 1, maximum)
+        amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, maximum)
         scale = _scale(amax, INVERSE_MAX)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
-        q = _round(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
+        q = round_to_code(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
         tl.store(codes + at_row * stride_codes + columns, q, mask=inside)
         rows = first + step * ROWS + tl.arange(0, ROWS)
         tl.store(scales + rows, scale, mask=rows < M)
@@ -219,26 +219,26 @@ def amax_tiles(
             if FOLD_COLUMNS:
                 out, kept = _columns_out(tile_column, COLUMNS_OUT, WIDTH, KEPT)
                 y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
-            most = _max(most, tl.reduce(tl.abs(y), 1, _max))
+            most = maximum(most, tl.reduce(tl.abs(y), 1, maximum))
         if ALONG_COLUMNS:
             y = x_tile.to(tl.float32)
             if FOLD_ROWS:
                 y = y * by_row[:, None]
-            down = tl.reduce(tl.abs(y), 0, _max)
+            down = tl.reduce(tl.abs(y), 0, maximum)
             if ALONG_COLUMNS == 2:
                 tl.atomic_max(column_amax + columns, down.to(tl.int32, bitcast=True), mask=columns < K, sem="relaxed")
             else:
-                tl.atomic_max(column_amax, tl.reduce(down, 0, _max).to(tl.int32, bitcast=True), sem="relaxed")
+                tl.atomic_max(column_amax, tl.reduce(down, 0, maximum).to(tl.int32, bitcast=True), sem="relaxed")
     if ALONG_ROWS == 2:
         tl.atomic_max(row_amax + rows, most.to(tl.int32, bitcast=True), sem="relaxed")
     if ALONG_ROWS == 1:
         # As a matrix: Triton 3.6 cannot compile the reduction of a vector that was reduced from a product for sm_100.
-        all_rows = tl.reduce(tl.reshape(most, (1, T)), 1, _max)
+        all_rows = tl.reduce(tl.reshape(most, (1, T)), 1, maximum)
         tl.atomic_max(row_amax + tl.arange(0, 1), all_rows.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
-def _scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
+def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
     """The scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
     if ALONG == 2:
         return _scale(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
@@ -282,7 +282,7 @@ def cast_tiles(
     if FOLD_ROWS:
         by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
     if ROWS:
-        row_scale = _scale_of(row_amax, rows, ROWS_OUT, INVERSE_MAX, ROW_SCALE, T)
+        row_scale = scale_of(row_amax, rows, ROWS_OUT, INVERSE_MAX, ROW_SCALE, T)
         row_inverse = tl.div_rn(one, row_scale)
     for i in tl.range(0, TILES, num_stages=STAGES):
         tile_column = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES + i
@@ -301,7 +301,7 @@ def cast_tiles(
             if NOISY:
                 q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
-                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(rows < ROWS_OUT)[:, None] & kept[None, :])
         if COLUMNS:
@@ -309,13 +309,13 @@ def cast_tiles(
             if FOLD_ROWS:
                 y = y * by_row[:, None]
             if COLUMN_SCALE > 0:
-                scale = _scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
+                scale = scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
                 y = y * tl.div_rn(one, scale)[None, :]
                 _write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
                 q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
-                q = _round(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
             tl.store(target, tl.trans(q), mask=tl.trans(inside))
 

@@ -16,11 +16,10 @@ from halo_tensor.ops.formats import aligned, code_dtype
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
+from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
 LARGEST_ROW = 32768  # elements that a program of whole_rows holds in registers
-#: tensors of which whole_rows may compute its matrix
-PRODUCER_INPUTS = 3
 #: how many scales: 2 one per row or column, 1 one for all, 0 unit
 ALONG = {"row": 2, "column": 2, "tensor": 1, "unit": 0}
 
@@ -31,7 +30,7 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 
 
 @lru_cache
-def _format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
+def format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
     # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
     native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
     return {
@@ -202,7 +201,7 @@ def _plan_whole_rows(
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
         "GAIN": gained, "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
-        "PRODUCER": producer, **_format_options(format, x.device),
+        "PRODUCER": producer, **format_options(format, x.device),
     }  # fmt: skip
     grid = (triton.cdiv(m, rows * steps),)
     return Launch(kernels.whole_rows, grid, (m, k, *x.stride, stride), constants), (matrix, left_matrix, signs)
@@ -300,7 +299,7 @@ def _plan_tiles(
     cast_pass = tiled(
         kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
         ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=measure_columns,
-        NOISY=noisy, **_format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
+        NOISY=noisy, **format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
     )  # fmt: skip
     matrices = (
         block_diagonal(left, rotated, x.product_dtype, x.device, transposed=True) if left else None,

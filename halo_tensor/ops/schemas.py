@@ -12,6 +12,8 @@ from halo_tensor.recipe import Rotation
 library = torch.library.Library("halo", "DEF")
 #: Triton's interpreter runs the kernels on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: tensors of which a kernel may compute what it quantises: see producers
+PRODUCER_INPUTS = 3
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
     "bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor codes, Tensor codes_t, Tensor scales)",
@@ -19,6 +21,8 @@ for _schema in (
     "Tensor? gain) -> ()",
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
     "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
+    "quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] left, int[] right, "
     "SymInt[] shape, ScalarType dtype, Tensor? gain) -> Tensor",
     "rotate(Tensor x, int[] left, int[] right) -> Tensor",
