@@ -35,6 +35,7 @@ def _torchao_int8(model: nn.Module) -> None:
 
 BALANCED = "-balanced"  #: at the end of a contender's name: balance_ follows, on data that its caller has
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
+HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),

@@ -56,8 +56,8 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         the number of layers that were balanced.
 
     Raises:
-        ValueError: FSDP has sharded the model, or it is on the meta device; no layer was reached that can be balanced; or
-            an input or a weight of one has a NaN or Inf. No layer has been changed then.
+        ValueError: FSDP has sharded the model, it is on the meta device, or holds no codes (``keep_codes=False``); no layer
+            was reached that can be balanced; or an input or a weight of one has a NaN or Inf. No layer has been changed then.
     """
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_eligible(name, m)}
     with observed(chosen) as statistics, untouched(model), torch.no_grad():
@@ -84,7 +84,10 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
     recipe = layers.recipe_of(module)
     if recipe is not None and weight.is_meta:
         raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")
-    return recipe is not None and recipe.output.left.format is not None
+    eligible = recipe is not None and recipe.output.left.format is not None
+    if eligible and weight.operand is None:
+        raise ValueError(f"{name} holds no codes, whose s a balance is; convert it with keep_codes=True before balance_")
+    return eligible
 
 
 class Statistics:

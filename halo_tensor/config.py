@@ -41,12 +41,16 @@ class LinearConfig(AOBaseConfig):
         min_features: layers with fewer input or output features gain nothing and are left alone.
         frozen: hold weights as codes only, without a high-precision copy: half of bf16's memory or less, and such a weight
             cannot be trained. None freezes the weights that do not require a gradient when they are converted.
+        keep_codes: hold a trained ``nn.Linear``'s codes beside it, a byte an element, and quantise it whenever it is written
+            to. False quantises it in every forward instead, one that recomputes included, and holds nothing. Not for FSDP,
+            which sends codes, nor for ``balance_``, whose s is the codes'.
         adapters: convert PEFT's adapters too, of whatever rank.
     """
 
     skip: str = "lm_head"
     min_features: int = 128
     frozen: bool | None = None
+    keep_codes: bool = True
     adapters: bool = False
 
     @property
@@ -172,6 +176,7 @@ def halo_config(
     skip: str = "lm_head",
     min_features: int = 128,
     frozen: bool | None = None,
+    keep_codes: bool = True,
 ) -> HaloConfig:
     """HALO (arXiv 2501.02625) as a config for ``quantize_``.
 
@@ -186,14 +191,14 @@ def halo_config(
             smaller); None rotates the full width.
         seed: of the rotation's random signs; None for none.
         skip, min_features: which layers are left alone; frozen: whether weights are held as codes only (None: those that do
-            not require a gradient); see :class:`LinearConfig`.
+            not require a gradient); keep_codes: whether trained weights hold codes too; see :class:`LinearConfig`.
 
     Raises:
         ValueError: an unknown level, dtype, granularity, block size or seed; the message lists the valid ones.
     """
     return HaloConfig(
         level, dtype, granularity=granularity, block_size=block_size, seed=seed, skip=skip, min_features=min_features,
-        frozen=frozen,
+        frozen=frozen, keep_codes=keep_codes,
     )  # fmt: skip
 
 
@@ -292,9 +297,11 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
         )
     check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
+    if config.frozen and not config.keep_codes:
+        raise ValueError("frozen=True holds weights as codes only: keep_codes=False is for weights that are trained")
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)
-    layers.convert(module, recipe, frozen)
+    layers.convert(module, recipe, frozen, config.keep_codes)
     return module
 
 

@@ -51,7 +51,8 @@ def are_alike(a: Any, b: Any) -> bool:
     """Whether the codes of one are what the codes of the other would be."""
     if not all(isinstance(t, Shardable) for t in (a, b)) or a.base is not None:
         return False
-    same = (a.recipe, a.dtype, a.shape, a.master is None) == (b.recipe, b.dtype, b.shape, b.master is None)
+    same = (a.recipe, a.dtype, a.shape) == (b.recipe, b.dtype, b.shape)
+    same = same and (a.master is None, a.operand is None) == (b.master is None, b.operand is None)
     return same and a.gain is b.gain  # else it is the dense value that is copied, which is slower and always right
 
 

@@ -57,10 +57,10 @@ def recipe_of(module: nn.Module) -> Recipe | None:
     return module.__dict__.get("recipe") if features(module) else None
 
 
-def convert(module: Any, recipe: Recipe, frozen: bool) -> None:
-    """Make a layer follow ``recipe``, in place. ``frozen``: see :class:`~halo_tensor.config.LinearConfig`."""
+def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) -> None:
+    """Make a layer follow ``recipe``, in place. ``frozen``, ``keep_codes``: see :class:`~halo_tensor.config.LinearConfig`."""
     if isinstance(module, nn.Linear):
-        convert_weight(module, recipe, frozen)
+        convert_weight(module, recipe, frozen, keep_codes)
         return
     if isinstance(module, nn.Conv2d):
         module.__class__ = HaloConv2d

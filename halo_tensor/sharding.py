@@ -66,7 +66,7 @@ def _new_zeros(weight, size, **options):
     changed = any(options.get(name) is not None for name in ("dtype", "device"))
     if len(size) != 2 or size[1] != weight.shape[1] or weight.fsdp == "gathered" or changed:
         return NotImplemented
-    if weight.operand is not None:
+    if not weight.recipe.output.right.is_plain:
         _check_shardable(weight, size[0])
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     padded = weight.renewed(zeros)
@@ -78,7 +78,9 @@ def _new_zeros(weight, size, **options):
 
 def _check_shardable(weight, rows: int) -> None:
     obstacle = None
-    if weight.operand.left is not None:
+    if weight.operand is None:
+        obstacle = "it holds no codes, which are what FSDP sends; convert it with keep_codes=True"
+    elif weight.operand.left is not None:
         obstacle = "its recipe rotates out_features, which no shard of rows has whole"
     elif not reuses_operand(weight.recipe):
         obstacle = "in grad_input its recipe quantises it otherwise than in output, and only the latter's codes are gathered"

@@ -47,7 +47,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     Attributes:
         master: the high-precision weight, what optimisers update; its gradient is an ordinary dense tensor. None if the
             weight is frozen: then the codes are all there is; and None of a weight gathered by FSDP, whose master is sharded.
-        operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain.
+        operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain, or if
+            the weight holds none and is quantised in every forward.
         recipe: how the three products of its layer are computed.
         gain: float32 [in_features], powers of two that the operand's columns were multiplied with before they were rotated,
             and X's are divided by; or None. Neither the master nor its gradient knows of it. See ``balance_``.
@@ -79,8 +80,18 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         self.master, self.operand, self.recipe = master, operand, recipe
 
     @classmethod
-    def from_hp(cls, master: torch.Tensor, recipe: Recipe, frozen: bool = False, gains: Gains | None = None) -> "HaloWeight":
-        """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W."""
+    def from_hp(
+        cls,
+        master: torch.Tensor,
+        recipe: Recipe,
+        frozen: bool = False,
+        gains: Gains | None = None,
+        keep_codes: bool = True,
+    ) -> "HaloWeight":
+        """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W; any other
+        weight keeps the master, and its codes beside it if ``keep_codes``."""
+        if not (frozen or keep_codes):
+            return cls(master, None, recipe)
         operand = weight_operand(master, recipe, moved(gains, master.device))
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
@@ -167,7 +178,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
 
     def renewed(self, dense: torch.Tensor) -> "HaloWeight":
         """A weight like this one, of another dense value."""
-        weight = HaloWeight.from_hp(dense, self.recipe, frozen=self.master is None, gains=self.gains)
+        weight = HaloWeight.from_hp(
+            dense, self.recipe, frozen=self.master is None, gains=self.gains, keep_codes=self.operand is not None
+        )
         if self.operand is not None and self.operand.is_packed:
             weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
         weight.fsdp = self.fsdp
@@ -230,14 +243,19 @@ def dense_value(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor
 
 
-def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False) -> None:
+def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
     """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
     another stays balanced."""
     weight, gains = module.weight, None
     dense = dense_value(weight).detach()
     if isinstance(weight, HaloWeight) and recipe.output.right.format is not None:
         gains = weight.gains
-    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains), weight.requires_grad)
+    if gains is not None and not (frozen or keep_codes):
+        raise ValueError(
+            "this weight is balanced, which keep_codes=False cannot keep, since s is the codes': leave keep_codes at True, or "
+            "call dequantize_(model) first"
+        )
+    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains, keep_codes), weight.requires_grad)
 
 
 def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
