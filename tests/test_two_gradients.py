@@ -148,6 +148,40 @@ def test_what_is_not_merged(f, monkeypatch):
     assert merged(f, monkeypatch) == 2
 
 
+def experts(m1, m2, dh, gate, up):
+    """Each reads as many rows as its mask has ones: how many is not known, nor whether they are as many."""
+    made = []
+    for mask in (m1, m2):
+        rows = mask.nonzero().squeeze(-1)
+        a, b = gated(dh[rows], gate[rows], up[rows])
+        made += quantized(a, b, torch.ones(SHAPE[1]), torch.ones(a.shape[0]))
+    return made
+
+
+def alone(m1, m2, dh, gate, up):
+    """Experts that are not gated: one E each, of a size of its own."""
+    made = []
+    for mask in (m1, m2):
+        d = (dh * mask.sum())[mask.nonzero().squeeze(-1)]
+        made += halo.quantize_pair(d * up.exp().sum(), [], "int8", torch.ones(SHAPE[1]), torch.ones(d.shape[0]))
+    return made
+
+
+@pytest.mark.parametrize(("f", "left", "pairs"), [(experts, 0, 2), (alone, 2, 0)])
+def test_sizes_that_depend_on_data(f, left, pairs, monkeypatch):
+    monkeypatch.setattr(joint_graph, "runs_kernels", lambda device: True)
+    masks = [torch.arange(SHAPE[0]) % n == 0 for n in (2, 3)]
+    arguments = [*masks, *inputs()[:3]]
+    graph_module = make_fx(f, tracing_mode="symbolic")(*arguments)
+    guards = len(graph_module.shape_env.guards)
+    joint_graph.quantize_two_gradients_at_once(graph_module.graph)
+    graph_module.recompile()
+    found = [len(graph_module.graph.find_nodes(op="call_function", target=t)) for t in (joint_graph._PAIR, joint_graph._PAIRS)]
+    assert found == [left, pairs] and len(graph_module.shape_env.guards) == guards
+    for a, b in zip(graph_module(*arguments), f(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(interpreter.INTERPRETED, reason="there it does")
 def test_nothing_is_merged_where_no_kernel_runs():
     graph = graph_of(of_a_gated_mlp, *inputs()).graph
@@ -242,7 +276,8 @@ def test_rows_of_zeros():
         return list(quantized(*gated(dh, gate, up), columns, rows))
 
     dh, *rest = matrices((64, 64))
-    results, _ = compiled(f, dh * 0, *rest)
+    results, code = compiled(f, dh * 0, *rest)
+    assert "amax_of_two" in code
     for codes, codes_t, row_scales, column_scales in (results[:4], results[4:]):
         assert not codes.any() and not codes_t.any()
         assert (row_scales > 0).all() and (column_scales > 0).all()

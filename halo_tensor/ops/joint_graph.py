@@ -20,6 +20,7 @@ from torch._functorch.partitioners import get_default_op_list, must_recompute
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
 from halo_tensor.ops.schemas import PRODUCER_INPUTS, fingerprint, runs_kernels
@@ -147,11 +148,13 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
     """Whether the quantisations a and, later in the graph, b can be one."""
-    one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
-    if a.args[2] != b.args[2] or (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
     sources = [_sources(node.args[0]) for node in (a, b)]
     if not sources[0] & sources[1] or len(sources[0] | sources[1]) > PRODUCER_INPUTS:
+        return False
+    one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
+    # Without a guard: of symbols, and of sizes that depend on data.
+    alike = one.dtype == other.dtype and statically_known_true(sym_eq(one.shape, other.shape))
+    if a.args[2] != b.args[2] or not alike:
         return False
     later = _after(graph, [a])
     return not any(used in later for used in b.all_input_nodes)

@@ -142,7 +142,7 @@ def quantize_pairs(
     with columns_a [k], rows_a [m], and so on."""
     # What stands for a in a compiled graph may have the producer of both.
     function, inputs = getattr(a, "producer", None) or (None, [])
-    if function is None:
+    if function is None or 0 in a.shape:
         return (*quantize_pair(a, None, format, columns_a, rows_a), *quantize_pair(b, None, format, columns_b, rows_b))
     m, k = a.shape
     amax_pass, cast_pass = _plan(m, k, format, a.device, function)
