@@ -34,6 +34,11 @@ def gated(tangents_1, gate, up):
     return tangents_1 * silu(gate), aten.silu_backward(tangents_1 * up, gate)
 
 
+def gated_by_gelu(dh, gate, up):
+    """As Gemma's."""
+    return dh * gelu(gate, approximate="tanh"), aten.gelu_backward(dh * up, gate, approximate="tanh")
+
+
 def quantized(a, b, columns, rows, format="int8", other_format=None, left=()):
     first = halo.quantize_pair(a, left, format, columns, rows)
     return (*first, *halo.quantize_pair(b, left, other_format or format, columns, rows))
@@ -226,28 +231,29 @@ def assert_same_numbers(results, expected, format):
 @runs_kernels
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("shape", "dtype", "format"),
+    ("f", "shape", "dtype", "format"),
     [
-        ((256, 128), torch.bfloat16, INT8),  # whole tiles
-        ((40, 200), torch.float32, FP8_E4M3),
-        ((1, 16), torch.bfloat16, FP8_E4M3),
-        ((129, 72), torch.float32, INT8),
+        (gated, (256, 128), torch.bfloat16, INT8),  # whole tiles
+        (gated, (40, 200), torch.float32, FP8_E4M3),
+        (gated, (1, 16), torch.bfloat16, FP8_E4M3),
+        (gated, (129, 72), torch.float32, INT8),
+        (gated_by_gelu, (40, 72), torch.bfloat16, INT8),
     ],
-    ids=str,
+    ids=["whole tiles", "float32 to fp8", "one row", "odd tiles", "gelu"],
 )
-def test_against_the_pairs_alone(shape, dtype, format):
-    def f(dh, gate, up, columns, rows):
-        a, b = gated(dh, gate, up)
+def test_against_the_pairs_alone(f, shape, dtype, format):
+    def quantized_otherwise(dh, gate, up, columns, rows):
+        a, b = f(dh, gate, up)
         return [
             *library.quantize_pair(a, None, format, columns, rows),
             *library.quantize_pair(b, None, format, columns + 1, rows * 2),
         ]
 
     arguments = matrices(shape, dtype)
-    results, code = compiled(f, *arguments)
+    results, code = compiled(quantized_otherwise, *arguments)
     assert "amax_of_two" in code and "cast_two" in code and "halo_producer" in code
     assert "amax_tiles" not in code and "cast_tiles" not in code
-    expected, code = compiled(f, *arguments, at_once=False)
+    expected, code = compiled(quantized_otherwise, *arguments, at_once=False)
     assert "amax_tiles" in code and "halo_producer" not in code
     for i in (0, 4):
         assert_same_numbers(results[i : i + 4], expected[i : i + 4], format)

@@ -204,7 +204,7 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm, halo_tensor.ops.two_gradients",
     "from halo_tensor.ops.launch import Launch",
-    "from halo_tensor.ops.producers import fast_exp, libdevice, reciprocal",
+    "from halo_tensor.ops.producers import fast_exp, libdevice, reciprocal, tanh",
 )
 
 

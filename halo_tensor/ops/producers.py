@@ -18,7 +18,7 @@ from torch._inductor import ir
 from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.virtualized import V
 
-from halo_tensor.ops.fast_math import fast_exp, libdevice, reciprocal  # noqa: F401 (generated code takes them from here)
+from halo_tensor.ops.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: F401 (generated code takes them from here)
 from halo_tensor.ops.schemas import INTERPRETED, PRODUCER_INPUTS
 
 _ROW, _COLUMN = sympy.symbols("row column", integer=True, nonnegative=True)
@@ -32,6 +32,7 @@ _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default,
 _OPERATIONS = {
     "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "truediv": "({} / {})", "neg": "-{}",
     "exp": "fast_exp({})", "rsqrt": "libdevice.rsqrt({})", "sqrt": "tl.sqrt_rn({})", "erf": "libdevice.erf({})",
+    "tanh": "tanh({})",
 }  # fmt: skip
 
 
