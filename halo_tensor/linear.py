@@ -206,7 +206,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, recipe, dtype, trains, gain):
         master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
-        if operand is None:  # a weight that holds no codes, or whose recipe wants none
+        if operand is None and not recipe.output.right.is_plain:  # a weight that holds no codes
             operand = weight_operand(master, recipe)
         w = master if operand is None else operand
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
