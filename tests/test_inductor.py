@@ -17,6 +17,7 @@ from halo_tensor.ops import joint_graph, library
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.recipe import INT8, Rotation
 from tests import interpreter
+from tests.generated import compiled, work
 from tests.interpreter import DEVICE, runs_kernels
 from tests.util import relative_error, typical_error
 
@@ -169,30 +170,15 @@ def test_what_launchers_compute_with_tensors_stays_an_op():
 
 # Producers.
 
+FUSION = "halo_tensor.ops.inductor.FUSE_PRODUCERS"
+
 
 def quantize(x, right=None, format=INT8, gain=None) -> list[torch.Tensor]:
     return [y for y in library.rotate_quantize(x.flatten(0, -2), None, right, format, "row", gain=gain) if y is not None]
 
 
-def compiled(f, *args, fuse: bool = True) -> tuple[list[torch.Tensor], str]:
-    """What a function gives, and the code of its graph."""
-    from halo_tensor.ops import inductor
-
-    torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch, fresh_cache():  # a cached graph would not be lowered again
-        patch.setattr(inductor, "FUSE_PRODUCERS", fuse)
-        results, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), *args)
-    return results, code
-
-
-def work(code: str) -> str:
-    """What generated code allocates, then what it launches."""
-    kernels = dict(re.findall(r"^(halo_\w+) = Launch\([\w.]*\.(\w+),", code, re.MULTILINE))
-    pattern = r"empty_strided_\w+\(\((.*?),? ?\), .*, torch\.(\w+)\)|^\s+((?:cpp_fused|triton|halo)_\w+)(?:\.run)?\("
-    body = code[code.index("def call(") : code.index("return (", code.index("def call("))]
-    found = re.findall(pattern, body, re.MULTILINE)
-    buffers = [f"{dtype}[{shape}]" for shape, dtype, name in found if dtype]
-    launches = [kernels.get(name, "Inductor's") for _, _, name in found if name]
+def lines(code: str) -> str:
+    buffers, launches = work(code)
     return "\n".join(buffers + launches)
 
 
@@ -209,15 +195,15 @@ def swiglu(gate, up):
 def test_swiglu_is_not_written():
     fused, code = compiled(swiglu, *tensors(2, 20, 256))
     assert_expected_inline(
-        work(code),
+        lines(code),
         """\
 int8[40, 256]
 float32[40]
 whole_rows""",
     )
-    written, code = compiled(swiglu, *tensors(2, 20, 256), fuse=False)
+    written, code = compiled(swiglu, *tensors(2, 20, 256), off=FUSION)
     assert_expected_inline(
-        work(code),
+        lines(code),
         """\
 bfloat16[40, 256]
 int8[40, 256]
@@ -243,13 +229,13 @@ def test_a_gain_is_in_the_launch(right):
     fused, code = compiled(f, *arguments)
     assert "halo_producer" in code and "'GAIN': True" in code
     assert_expected_inline(
-        work(code),
+        lines(code),
         """\
 int8[40, 256]
 float32[40]
 whole_rows""",
     )
-    written, code = compiled(f, *arguments, fuse=False)
+    written, code = compiled(f, *arguments, off=FUSION)
     assert not calls_ops(code) and "halo_producer" not in code
     for a, b, c in zip(fused, written, quantize(silu(arguments[0]) * arguments[1], right), strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
@@ -296,7 +282,7 @@ def half(x):
 def test_producers_of_every_index(f, dtype):
     (x,) = tensors(9, 200, count=1, dtype=dtype)
     fused, code = compiled(f, x)
-    assert work(code).splitlines()[2:] == ["whole_rows"]
+    assert lines(code).splitlines()[2:] == ["whole_rows"]
     for a, b in zip(fused, f(x), strict=True):
         assert (a.float() - b.float()).abs().max() <= (1 if a.dtype == torch.int8 else 1e-2 * b.float().abs().max())
 
@@ -330,7 +316,7 @@ def test_what_is_written_first(f):
     a, b = tensors(16, 768)
     expected = f(a.clone(), b)
     results, code = compiled(f, a, b)
-    assert re.search(r"bfloat16\[16, 768\]\n(.*\n)*Inductor's\n(.*\n)*whole_rows", work(code))
+    assert re.search(r"bfloat16\[16, 768\]\n(.*\n)*Inductor's\n(.*\n)*whole_rows", lines(code))
     assert "halo_producer" not in code
     for x, y in zip(results, expected, strict=True):
         assert relative_error(x.float(), y.float()) < 1e-2

@@ -1,7 +1,5 @@
 """Two gradients that elementwise operations make from the same matrices are quantised by one op, and neither is written."""
 
-import re
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -14,11 +12,13 @@ from halo_tensor import halo_config, quantize_
 from halo_tensor.ops import joint_graph, library
 from halo_tensor.recipe import FP8_E4M3, INT8
 from tests import interpreter
+from tests.generated import compiled, work
 from tests.interpreter import DEVICE, runs_kernels
 from tests.util import relative_error, typical_error
 
 halo, aten = torch.ops.halo, torch.ops.aten
 SHAPE = (48, 32)
+AT_ONCE = "halo_tensor.ops.joint_graph.QUANTIZE_TWO_AT_ONCE"
 GPU_ONLY = pytest.mark.skipif(interpreter.INTERPRETED, reason="its like runs, and compiling takes long")
 
 
@@ -203,14 +203,6 @@ def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("torch._inductor.ir.is_cpu", lambda _: False)
 
 
-def compiled(f, *args, at_once: bool = True) -> tuple[list[torch.Tensor], str]:
-    torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch, fresh_cache():
-        patch.setattr(joint_graph, "QUANTIZE_TWO_AT_ONCE", at_once)
-        results, (code,) = run_and_get_code(torch.compile(f, fullgraph=True, dynamic=False), *args)
-    return results, code
-
-
 def matrices(shape, dtype=torch.bfloat16) -> list[torch.Tensor]:
     return [x.to(DEVICE, dtype if x.ndim == 2 else torch.float32) for x in inputs(shape)]
 
@@ -253,7 +245,7 @@ def test_against_the_pairs_alone(f, shape, dtype, format):
     results, code = compiled(quantized_otherwise, *arguments)
     assert "amax_of_two" in code and "cast_two" in code and "halo_producer" in code
     assert "amax_tiles" not in code and "cast_tiles" not in code
-    expected, code = compiled(quantized_otherwise, *arguments, at_once=False)
+    expected, code = compiled(quantized_otherwise, *arguments, off=AT_ONCE)
     assert "amax_tiles" in code and "halo_producer" not in code
     for i in (0, 4):
         assert_same_numbers(results[i : i + 4], expected[i : i + 4], format)
@@ -263,12 +255,9 @@ def test_against_the_pairs_alone(f, shape, dtype, format):
 @pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_is_hidden(value):
-    def f(dh, gate, up, columns, rows):
-        return list(quantized(*gated(dh, gate, up), columns, rows))
-
     dh, *rest = matrices((64, 64))
     dh[3, 5] = value
-    results, code = compiled(f, dh, *rest)
+    results, code = compiled(of_a_gated_mlp, dh, *rest)
     assert "amax_of_two" in code
     for *_, row_scales, column_scales in (results[:4], results[4:]):
         assert (~row_scales.isfinite()).nonzero().tolist() == [[3]]
@@ -278,11 +267,8 @@ def test_nothing_is_hidden(value):
 @runs_kernels
 @pytest.mark.usefixtures("_as_on_a_gpu")
 def test_rows_of_zeros():
-    def f(dh, gate, up, columns, rows):
-        return list(quantized(*gated(dh, gate, up), columns, rows))
-
     dh, *rest = matrices((64, 64))
-    results, code = compiled(f, dh * 0, *rest)
+    results, code = compiled(of_a_gated_mlp, dh * 0, *rest)
     assert "amax_of_two" in code
     for codes, codes_t, row_scales, column_scales in (results[:4], results[4:]):
         assert not codes.any() and not codes_t.any()
@@ -299,7 +285,7 @@ def test_what_cannot_be_computed_is_written():
     arguments = matrices((64, 64))
     results, code = compiled(f, *arguments)
     assert "amax_tiles" in code and "amax_of_two" not in code
-    expected, _ = compiled(f, *arguments, at_once=False)
+    expected, _ = compiled(f, *arguments, off=AT_ONCE)
     for i in (0, 4):
         assert_same_numbers(results[i : i + 4], expected[i : i + 4], INT8)
 
@@ -326,18 +312,10 @@ def backward_of(model, x, at_once=True):
         return torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y).cumsum(-1).cos())
 
     with pytest.MonkeyPatch.context() as patch, fresh_cache():
-        patch.setattr(joint_graph, "QUANTIZE_TWO_AT_ONCE", at_once)
+        patch.setattr(AT_ONCE, at_once)
         f = torch.compile(model, fullgraph=True)
         results, (_, code) = run_and_get_code(step)
-    return results, work(code)
-
-
-def work(code: str) -> str:
-    """What generated code launches."""
-    kernels = dict(re.findall(r"^(halo_\w+) = Launch\([\w.]*\.(\w+),", code, re.MULTILINE))
-    pattern = r"^\s+((?:cpp_fused|triton|halo)_\w+)(?:\.run)?\("
-    body = code[code.index("def call(") : code.index("return (", code.index("def call("))]
-    return "\n".join(kernels.get(name, "Inductor's") for name in re.findall(pattern, body, re.MULTILINE))
+    return results, "\n".join(work(code)[1])
 
 
 @runs_kernels

@@ -79,9 +79,15 @@ def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT
 
 
 @triton.jit
+def load_vector(pointer, index, count):
+    """Zeros beyond ``count``."""
+    return tl.load(pointer + index, mask=index < count, other=0.0)
+
+
+@triton.jit
 def _by_column(gain, columns, K, dtype: tl.constexpr):
     """A gain to multiply numbers of ``dtype`` in: bfloat16, which has all powers of two of float32, or else float32."""
-    by_column = tl.load(gain + columns, mask=columns < K, other=0.0)
+    by_column = load_vector(gain, columns, K)
     return by_column.to(dtype) if dtype == tl.bfloat16 else by_column
 
 
@@ -128,7 +134,7 @@ def whole_rows(
                 by_column = _by_column(gain, columns, K, tl.float32)
             y = y.to(by_column.dtype) * by_column
         if FULL:
-            y = y.to(tl.float32) * tl.load(signs + columns, mask=columns < K, other=0.0)
+            y = y.to(tl.float32) * load_vector(signs, columns, K)
         if ROTATE:
             y = _product(y.to(h.dtype), h)
         if FULL:
@@ -138,7 +144,7 @@ def whole_rows(
         if ROTATE:
             y = y * NORM
         if FOLD:
-            y = y * tl.load(fold + columns, mask=columns < K, other=0.0)
+            y = y * load_vector(fold, columns, K)
         amax = tl.reduce(tl.abs(y), 1, maximum)
         amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, maximum)
         scale = _scale(amax, INVERSE_MAX)
@@ -207,7 +213,7 @@ def amax_tiles(
     h_left = load_square(left, T) if LEFT and ALONG_ROWS else left
     h_right = _load_whole(right, T, WIDTH) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
-        by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
+        by_row = load_vector(fold_rows, rows, M)
     for i in tl.range(0, TILES, num_stages=STAGES):
         tile_column = tl.program_id(1) * TILES + i
         columns = tile_column * T + tl.arange(0, T)
@@ -248,7 +254,7 @@ def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr,
 
 
 @triton.jit
-def _write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
+def write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
     """By the first tile of each row of tiles (``other_tile`` 0); by the very first, for one scale."""
     if other_tile == 0:
         if ALONG == 2:
@@ -280,7 +286,7 @@ def cast_tiles(
     h_left = load_square(left, T) if LEFT and ROWS else left
     h_right = _load_whole(right, T, WIDTH) if RIGHT and ROWS else right
     if FOLD_ROWS:
-        by_row = tl.load(fold_rows + rows, mask=rows < M, other=0.0)
+        by_row = load_vector(fold_rows, rows, M)
     if ROWS:
         row_scale = scale_of(row_amax, rows, ROWS_OUT, INVERSE_MAX, ROW_SCALE, T)
         row_inverse = tl.div_rn(one, row_scale)
@@ -297,7 +303,7 @@ def cast_tiles(
                 y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
             if ROW_SCALE > 0:
                 y = y * row_inverse[:, None]
-                _write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
+                write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
             if NOISY:
                 q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
@@ -311,7 +317,7 @@ def cast_tiles(
             if COLUMN_SCALE > 0:
                 scale = scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
                 y = y * tl.div_rn(one, scale)[None, :]
-                _write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
+                write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
                 q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:

@@ -16,18 +16,13 @@ import triton.language as tl
 from halo_tensor.ops.fast_math import reciprocal
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.quantize_kernels import maximum, round_to_code, scale_of
+from halo_tensor.ops.quantize_kernels import load_vector, maximum, round_to_code, scale_of, write_scale
 from halo_tensor.ops.rotate_quantize import code_matrix, dense, format_options, quantize_pair
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import Format
 
 #: Rows and columns of a tile, tiles a program, stages, warps. Measured on one H100: bench/NOTES.md.
 TILES = {"amax_of_two": (16, 128, 8, 2, 2), "cast_two": (32, 64, 4, 2, 4)}
-
-
-@triton.jit
-def _by_column(vector, columns, K):
-    return tl.load(vector + columns, mask=columns < K, other=0.0)[None, :]
 
 
 @triton.jit
@@ -53,7 +48,8 @@ def amax_of_two(
     of the rows of a diag(fold_columns_a), M of them, then of the columns of diag(fold_rows_a) a, then b's. One program: STEPS
     times T rows by WIDTH columns."""
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    by_column_a, by_column_b = _by_column(fold_columns_a, columns, K), _by_column(fold_columns_b, columns, K)
+    by_column_a = load_vector(fold_columns_a, columns, K)[None, :]
+    by_column_b = load_vector(fold_columns_b, columns, K)[None, :]
     amax_b = amax + M + K
     most_a = tl.zeros((T, WIDTH), tl.float32)
     most_b = tl.zeros((T, WIDTH), tl.float32)
@@ -62,8 +58,8 @@ def amax_of_two(
         inside = _inside(rows, columns, M, K, EVEN)
         a, b = PRODUCER(x0, x1, x2, rows.to(tl.int64)[:, None], columns[None, :], inside)
         a, b = a.to(tl.float32), b.to(tl.float32)
-        most_a = maximum(most_a, tl.abs(a * tl.load(fold_rows_a + rows, mask=rows < M, other=0.0)[:, None]))
-        most_b = maximum(most_b, tl.abs(b * tl.load(fold_rows_b + rows, mask=rows < M, other=0.0)[:, None]))
+        most_a = maximum(most_a, tl.abs(a * load_vector(fold_rows_a, rows, M)[:, None]))
+        most_b = maximum(most_b, tl.abs(b * load_vector(fold_rows_b, rows, M)[:, None]))
         _raise(amax, rows, M, tl.reduce(tl.abs(a * by_column_a), 1, maximum))
         _raise(amax_b, rows, M, tl.reduce(tl.abs(b * by_column_b), 1, maximum))
     _raise(amax + M, columns, K, tl.reduce(most_a, 0, maximum))
@@ -71,27 +67,23 @@ def amax_of_two(
 
 
 @triton.jit
-def _column_scales(amax, scales, columns, K, first, INVERSE_MAX: tl.constexpr, WIDTH: tl.constexpr):
-    """1 / scale of each column; the ``first`` of a column's programs writes the scale."""
-    scale = scale_of(amax, columns, K, INVERSE_MAX, 2, WIDTH)
-    if first:
-        tl.store(scales + columns, scale, mask=columns < K)
-    return reciprocal(scale)[None, :]
+def _inverse(amax, scales, index, count, other_tile, INVERSE_MAX: tl.constexpr, WIDTH: tl.constexpr):
+    """1 / scale of WIDTH rows or columns; the first of their tiles writes the scale."""
+    scale = scale_of(amax, index, count, INVERSE_MAX, 2, WIDTH)
+    write_scale(scales, scale, index, count, other_tile, 2)
+    return reciprocal(scale)
 
 
 @triton.jit
 def _cast(
-    x, inside, fold_rows, by_column, inverse, amax, codes, codes_t, scales, rows, columns, first, M,
+    x, inside, fold_rows, by_column, inverse, amax, codes, codes_t, scales, rows, columns, tile_column, M,
     stride_codes, stride_codes_t, T: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(amax, rows, M, INVERSE_MAX, 2, T)
-    if first:
-        tl.store(scales + rows, scale, mask=rows < M)
-    y = x.to(tl.float32) * by_column * reciprocal(scale)[:, None]
+    y = x.to(tl.float32) * by_column * _inverse(amax, scales, rows, M, tile_column, INVERSE_MAX, T)[:, None]
     q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
     tl.store(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], q, mask=inside)
-    y = x.to(tl.float32) * tl.load(fold_rows + rows, mask=rows < M, other=0.0)[:, None] * inverse
+    y = x.to(tl.float32) * load_vector(fold_rows, rows, M)[:, None] * inverse
     q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
     target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
     tl.store(target, tl.trans(q), mask=tl.trans(inside))
@@ -111,21 +103,22 @@ def cast_two(
     # Backwards: amax_of_two has left the last tiles in L2.
     tile_row, tile_column = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     columns = tile_column * WIDTH + tl.arange(0, WIDTH)
-    by_column_a, by_column_b = _by_column(fold_columns_a, columns, K), _by_column(fold_columns_b, columns, K)
+    by_column_a = load_vector(fold_columns_a, columns, K)[None, :]
+    by_column_b = load_vector(fold_columns_b, columns, K)[None, :]
     amax_b = amax + M + K
-    inverse_a = _column_scales(amax + M, column_scales_a, columns, K, tile_row == 0, INVERSE_MAX, WIDTH)
-    inverse_b = _column_scales(amax_b + M, column_scales_b, columns, K, tile_row == 0, INVERSE_MAX, WIDTH)
+    inverse_a = _inverse(amax + M, column_scales_a, columns, K, tile_row, INVERSE_MAX, WIDTH)[None, :]
+    inverse_b = _inverse(amax_b + M, column_scales_b, columns, K, tile_row, INVERSE_MAX, WIDTH)[None, :]
     for i in tl.range(0, STEPS, num_stages=STAGES):
         rows = (tile_row * STEPS + i) * T + tl.arange(0, T)
         inside = _inside(rows, columns, M, K, EVEN)
         a, b = PRODUCER(x0, x1, x2, rows.to(tl.int64)[:, None], columns[None, :], inside)
         _cast(
             a, inside, fold_rows_a, by_column_a, inverse_a, amax, codes_a, codes_t_a, row_scales_a, rows, columns,
-            tile_column == 0, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
+            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
         )  # fmt: skip
         _cast(
             b, inside, fold_rows_b, by_column_b, inverse_b, amax_b, codes_b, codes_t_b, row_scales_b, rows, columns,
-            tile_column == 0, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
+            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
         )  # fmt: skip
 
 
@@ -167,12 +160,13 @@ def quantize_pairs(
 def _plan(m: int, k: int, format: Format, device: torch.device, producer: Any) -> tuple[Launch, Launch]:
     options = format_options(format, device)
     return (
-        _tiled(amax_of_two, m, k, (m, k), producer, {"enable_fp_fusion": options["enable_fp_fusion"]}),
-        _tiled(cast_two, m, k, (m, k, aligned(k), aligned(m)), producer, options),
+        _tiled(amax_of_two, (m, k), producer, {"enable_fp_fusion": options["enable_fp_fusion"]}),
+        _tiled(cast_two, (m, k, aligned(k), aligned(m)), producer, options),
     )
 
 
-def _tiled(kernel, m: int, k: int, integers: tuple[int, ...], producer: Any, options: dict[str, Any]) -> Launch:
+def _tiled(kernel, integers: tuple[int, ...], producer: Any, options: dict[str, Any]) -> Launch:
+    m, k, *_ = integers
     height, width, steps, stages, warps = TILES[kernel.fn.__name__]
     steps = max(min(steps, triton.cdiv(m, height)), 1)
     constants = {
