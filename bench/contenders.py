@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor import gains, halo_config, quantize_, recipe_config
+from halo_tensor.balance import give
 from halo_tensor.weight import HaloWeight
 
 
@@ -34,6 +35,7 @@ def _torchao_int8(model: nn.Module) -> None:
 
 
 BALANCED = "-balanced"  #: at the end of a contender's name: balance_ follows, on data that its caller has
+DRAWN = "-drawn"  #: draw_gains follows
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
 CONTENDERS = {
@@ -52,12 +54,26 @@ def rotated(name: str) -> bool:
 
 
 def convert(model: nn.Module, name: str, seed: int = 0) -> None:
-    """``seed``: of the random signs of a rotation, where there is one. To balance is the caller's."""
-    name = name.removesuffix(BALANCED)
+    """``seed``: of the random signs of a rotation, where there is one. To balance and to draw gains is the caller's."""
+    name = name.removesuffix(BALANCED).removesuffix(DRAWN)
     if rotated(name):
         _ours(replace(HALO[name], seed=seed), model)
     else:
         CONTENDERS[name](model)
+
+
+def draw_gains(model: nn.Module, seed: int) -> None:
+    """Let X and W of all layers share random powers of two from ¼ to 4, one draw for each width.
+
+    Floating codes keep their relative precision, but another element sets a row's scale, so that the whole row is rounded
+    otherwise: what random signs are to a rotation, for a recipe that has none.
+    """
+    generator, pairs = torch.Generator().manual_seed(seed), {}
+    for weight in [p for p in model.parameters() if isinstance(p, HaloWeight)]:
+        width = weight.shape[1]
+        if width not in pairs:
+            pairs[width] = gains.of_exponents(torch.randint(-2, 3, (width,), generator=generator).to(weight.device))
+        give(weight, pairs[width])
 
 
 @torch.no_grad()

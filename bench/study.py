@@ -23,7 +23,7 @@ from pathlib import Path
 import results
 import torch
 from common import fail, load_model
-from contenders import BALANCED, convert, rotated
+from contenders import BALANCED, DRAWN, convert, draw_gains, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from outliers import inject_outliers
@@ -101,6 +101,8 @@ class Study:
         run = {"model": which, "recipe": recipe, "seed": seed, "rotation seed": group_of(recipe, seed)[1]}
         if recipe.endswith(BALANCED):
             self.balance(model, seed)
+        if recipe.endswith(DRAWN):
+            draw_gains(model, seed)
         run["cosine"] = self.cosine(which, model)
         run |= self.fit(model, seed)
         run["by recipe"] = self.loss_by_recipe(model)

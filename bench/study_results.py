@@ -8,7 +8,7 @@ from pathlib import Path
 
 import results
 from common import fail
-from contenders import BALANCED
+from contenders import BALANCED, DRAWN
 
 from halo_tensor import environment
 
@@ -22,6 +22,7 @@ MAIN = (
     "halo2-int8",
     "halo2-int8" + BALANCED,
     "halo0-fp8",
+    "halo0-fp8" + DRAWN,
     "halo0-fp8" + BALANCED,
 )
 OTHERS = (
@@ -44,7 +45,8 @@ NOTES = (
     "match (greedy answers to {prompts} held-out prompts, as normalised strings): of the trained weights, exported and run "
     "in {dtype}; change: against bf16 with the same seed. " + EAGER + " is bf16 with its blocks not compiled, that is with "
     "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of "
-    "training data, before training. By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
+    "training data, before training. drawn: with other roundings for every seed, by random powers of two that X and W share. "
+    "By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
     "step, optimiser included{compiled}, over runs that had the device to themselves; a model this small is bound by "
     "launching, so this is no measure of speed."
 )

@@ -69,12 +69,17 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         )
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
     pairs = gains_of(weights, statistics)
-    with torch.no_grad():
-        for weight, pair in {id(weight): (weight, pairs[name]) for name, weight in weights.items()}.values():
-            dense = weight.dequantize()
-            weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
-            weight.requantize(dense)
+    for weight, pair in {id(weight): (weight, pairs[name]) for name, weight in weights.items()}.values():
+        give(weight, pair)
     return len(weights)
+
+
+@torch.no_grad()
+def give(weight: Any, pair: gains.Gains) -> None:
+    """Let the layer of a converted ``weight`` [out, in] use ``pair`` = (s, 1 / s), each [in], from now on."""
+    dense = weight.dequantize()
+    weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
+    weight.requantize(dense)
 
 
 def _is_eligible(name: str, module: nn.Linear) -> bool:

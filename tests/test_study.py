@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parent.parent
@@ -73,3 +74,24 @@ def test_parts_are_joined(tmp_path, monkeypatch):
     assert halo["change"] == "+2.00% ± 1.00%"  # 1 % and 3 %
     assert (bf16["tokens/s"], halo["tokens/s"], halo["× bf16"]) == (100, None, None)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["study.json", "study_part_mine.json"]
+
+
+def test_drawn_gains_round_otherwise_and_no_worse():
+    """So that seeds of a recipe without signs have roundings of their own: a control of its mean."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False))
+    exact = model[0].weight.detach().clone()
+    contenders.convert(model, "halo0-fp8" + contenders.DRAWN)
+
+    def error():
+        return (model[0].weight.operand.dequantize() - exact).flatten()
+
+    errors = [error()]
+    for seed in (0, 1):
+        contenders.draw_gains(model, seed)
+        assert torch.equal(model[0].weight.dequantize(), exact), "the layer is the same"
+        errors.append(error())
+    norms = [e.norm().item() for e in errors]
+    assert 0 < max(norms) < 1.05 * min(norms)
+    assert (torch.corrcoef(torch.stack(errors)) - torch.eye(3)).abs().max() < 0.5
+    contenders.draw_gains(model, 1)
+    assert torch.equal(error(), errors[-1]), "a seed is a draw"
