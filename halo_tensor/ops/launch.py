@@ -5,6 +5,7 @@ here is to look at pointers and to call the C function with which Triton launche
 """
 
 import inspect
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from types import BuiltinFunctionType
@@ -30,16 +31,16 @@ class Tiles(NamedTuple):
     strides: tuple[int, int]
     block: tuple[int, int]
 
-    def of(self, base: torch.Tensor) -> TensorDescriptor:
-        """Of a copy if TMA cannot read ``base`` where it lies: in a compiled graph nothing is known of pointers."""
+    def of(self, base: torch.Tensor, gluon: bool = False) -> Any:
+        """Of a copy if TMA cannot read ``base`` where it lies: in a compiled graph nothing is known of pointers. ``gluon``:
+        for a kernel that says itself how tiles lie in shared memory."""
         if base.data_ptr() % 16:
             base = torch.empty_strided(self.shape, self.strides, dtype=base.dtype, device=base.device).copy_(base)
+        if gluon:
+            from halo_tensor.ops.hopper import descriptor
+
+            return descriptor(self, base)
         return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
-
-
-def _descriptors(tiles: tuple[Tiles, ...], tensors: tuple) -> list[TensorDescriptor]:
-    """Of the first tensors, one for each of ``tiles``."""
-    return [tile.of(tensor) for tile, tensor in zip(tiles, tensors, strict=False)]
 
 
 class Launch:
@@ -61,6 +62,7 @@ class Launch:
         self.kernel, self.integers, self.constants = kernel, integers, constants
         self.tiles = tuple(Tiles(*tile) for tile in tiles)
         self.grid = (*grid, 1, 1)[:3]
+        self._gluon = isinstance(kernel, JITFunction) and kernel.is_gluon()
         self._run: Any = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -90,11 +92,15 @@ class Launch:
             compiled = self._compile(self._described(tensors), index)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
             rest = (*self.integers, *(self.constants[name] for name in names))
-            self._run = _runner(compiled, self.grid, self.tiles, rest)
+            self._run = _runner(compiled, self.grid, self._descriptors, len(self.tiles), rest)
         self._run(tensors, pointers, torch._C._cuda_getCurrentRawStream(index))
 
+    def _descriptors(self, tensors: tuple) -> list:
+        """Of the first tensors, one for each of ``tiles``."""
+        return [tile.of(tensor, self._gluon) for tile, tensor in zip(self.tiles, tensors, strict=False)]
+
     def _described(self, tensors: tuple) -> list:
-        return [*_descriptors(self.tiles, tensors), *tensors[len(self.tiles) :]]
+        return [*self._descriptors(tensors), *tensors[len(self.tiles) :]]
 
     def _launch_any(self, arguments: list) -> None:
         while True:
@@ -124,14 +130,14 @@ class Launch:
         self.constants = self.constants | {stages: self.constants[stages] - 1}
 
 
-def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest: tuple) -> Any:
+def _runner(compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Any:
     """A function of tensors, their pointers and a stream that launches ``compiled``: through Triton's launcher, or, where
-    that is as known (Triton 3.6) and nobody listens to launches, through the C function beneath it."""
+    that is as known (Triton 3.6) and nobody listens to launches, through the C function beneath it. ``descriptors``: of the
+    first ``described`` tensors."""
     launcher = compiled[grid]
-    described = len(tiles)
 
     def run(tensors, pointers, stream):
-        launcher(*_descriptors(tiles, tensors), *pointers[described:], *rest, stream=stream)
+        launcher(*descriptors(tensors), *pointers[described:], *rest, stream=stream)
 
     try:
         bare, encode = _bare(compiled, described)
@@ -154,7 +160,7 @@ def _runner(compiled: Any, grid: tuple[int, ...], tiles: tuple[Tiles, ...], rest
         if encoded is None:
             if len(remembered) == _REMEMBERED:
                 remembered.clear()
-            encoded = remembered[key] = encode(_descriptors(tiles, tensors))
+            encoded = remembered[key] = encode(descriptors(tensors))
         bare(*grid, stream, *head, *encoded, *pointers[described:], *rest)
 
     return run_bare

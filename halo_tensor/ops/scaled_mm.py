@@ -22,6 +22,11 @@ from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
+try:
+    from halo_tensor.ops import hopper
+except ImportError:  # Gluon is experimental
+    hopper = None  # type: ignore[assignment]
+
 #: columns of an output tile that an epilogue un-rotates at once
 EDGE = 128
 UNDO_EDGE = tl.constexpr(EDGE)
@@ -243,6 +248,9 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     integer, undo = a.dtype == torch.int8, left is not None or right is not None
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
+    if hopper is not None and hopper.suits(a, b_t, left, right, multiprocessors):
+        return hopper.plan(a, b_t, rows, right, epilogue, multiprocessors)
     tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
@@ -251,8 +259,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
         block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
     )
     constants = {
-        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, "INTEGER": integer,
-        "A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None,
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **epilogue,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
         # an accumulator meets another product inside a loop that is still running.

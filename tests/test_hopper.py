@@ -1,0 +1,105 @@
+"""The product in Gluon, which nothing but a GPU of SM 9.0 can run. tests/test_aot.py compiles it anywhere."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon")
+from halo_tensor.ops import hopper
+from halo_tensor.ops import scaled_mm as product
+from halo_tensor.ops.launch import Launch
+from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
+from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of
+from tests.util import relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that run, of which small products are made to be one in Gluon."""
+    names = []
+    call = Launch.__call__
+
+    def noted(self, *tensors):
+        names.append(self.kernel.fn.__name__)
+        call(self, *tensors)
+
+    suits = hopper.suits
+    monkeypatch.setattr(Launch, "__call__", noted)
+    monkeypatch.setattr(hopper, "suits", lambda *args: suits(*args[:-1], 0))
+    product._plan.cache_clear()
+    yield names
+    product._plan.cache_clear()
+
+
+SIZES = [(1, 1, 1), (70, 192, 200), (128, 256, 128), (300, 528, 1000), (1000, 1040, 640)]
+
+
+@given(
+    size=st.sampled_from(SIZES),
+    right=st.sampled_from([None, 16, 32, 64, 128]),
+    scales=st.tuples(*[st.sampled_from([None, "one", "vector"])] * 2),
+    biased=st.booleans(),
+    gained=st.booleans(),
+    dtype=DTYPES,
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "misaligned", "transposed"])] * 2),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_epilogue(launched, size, right, scales, biased, gained, dtype, layouts):
+    m, n, k = size
+    rotation = Rotation(right, 7) if right and n % right == 0 else None
+    a, b_t = (codes_of((r, k), INT8, layout) for r, layout in zip((m, n), layouts, strict=True))
+    a_scale, b_scale = (
+        None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / 127
+        for kind, length in zip(scales, (m, n), strict=True)
+    )
+    if dtype == torch.float16 and None in scales:  # sums of codes are too large for it
+        dtype = torch.bfloat16
+    bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None
+    gain = gain_of(n) if gained else None
+    launched.clear()
+    y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, None, rotation, (m, n), dtype, gain)
+    assert "wgmma_kernel" in launched and "scaled_mm_kernel" not in launched
+    error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, None, rotation, (m, n), gain))
+    # Sums are whole numbers, all else is float32: what is left is one rounding to the result's dtype.
+    few = y.numel() < 1000
+    assert error < (3 if few else 1.1) * ROUNDING[dtype] + 1e-6
+    assert error >= 0.8 * ROUNDING[dtype] or few
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (8192, 4096, 1000), (2048, 8192, 4096)])
+def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
+    """Bit for bit, where there is no rotation: over several tiles a program, and with rows that TMA pads."""
+    m, n, k = size
+    a, b_t = codes_of((m, k), INT8), codes_of((n, k), INT8)
+    a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
+    args = (a, b_t, a_scale, b_scale, None, None, None, (m, n), dtype, gain_of(n))
+    y = product.scaled_mm(*args)
+    monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    product._plan.cache_clear()
+    assert torch.equal(y, product.scaled_mm(*args))
+    assert "wgmma_kernel" in launched and launched[-1] == "scaled_mm_kernel"
+
+
+def test_a_nan_stays_in_its_row(launched):
+    a, b_t, scale = codes_of((256, 128), INT8), codes_of((512, 128), INT8), torch.ones(256, device=DEVICE)
+    scale[37] = torch.nan
+    y = product.scaled_mm(a, b_t, scale, None, None, None, Rotation(128), (256, 512), torch.bfloat16)
+    assert launched == ["wgmma_kernel"]
+    assert y[37].isnan().all() and y.isnan().sum() == 512
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("formats", [(FP8_E4M3, FP8_E4M3), (FP8_E5M2, FP8_E4M3)], ids=str)
+def test_fp8(launched, formats, block):
+    m, n, k = 300, 512, 1000
+    a, b_t = codes_of((m, k), formats[0]), codes_of((n, k), formats[1])
+    scale, right = torch.rand(m, device=DEVICE) + 0.5, Rotation(block, 7)
+    y = product.scaled_mm(a, b_t, scale, None, None, None, right, (m, n), torch.bfloat16)
+    assert "wgmma_kernel" in launched and "scaled_mm_kernel" not in launched
+    error = relative_error(y, exact_product(a, b_t, scale, None, None, None, right, (m, n)))
+    # The unit keeps about 14 bits of a sum.
+    assert 0.8 * ROUNDING[torch.bfloat16] < error < 1.2 * (ROUNDING[torch.bfloat16] ** 2 + 2e-3**2) ** 0.5
