@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from halo_tensor.ops.hadamard import rotation_signs
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.rotate import Matrix, norm
+from halo_tensor.ops.schemas import INTERPRETED
 from halo_tensor.recipe import Rotation
 
 #: An output tile and its depth, and how many are loaded ahead: what fills the shared memory and the registers of an SM.
@@ -37,7 +38,7 @@ _CODES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_
 def _place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
     """Row and column of a tile."""
     group = tile // (GROUP * tiles_n)
-    height = gl.minimum(tiles_m - group * GROUP, GROUP)
+    height = gl.maximum(gl.minimum(tiles_m - group * GROUP, GROUP), 1)  # after the last tile, whose place nobody uses, none
     return group * GROUP + (tile % (GROUP * tiles_n)) % height, (tile % (GROUP * tiles_n)) // height
 
 
@@ -114,12 +115,13 @@ def _rows_of_eight(m, n, warps):
 @gluon.jit
 def wgmma_kernel(
     a, b, out, a_scale, b_scale, gain, bias, signs,
-    M, N, K, ROWS_OUT, stride,
+    M, N, K,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, INTEGER: gl.constexpr, A_SCALE: gl.constexpr,
     B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, BLOCK: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`. BLOCK: of the rotation that is undone on the right, whose
-    ``signs`` are [BLOCK]; 0 for none."""
+    """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. BLOCK: of the rotation
+    that is undone on the right, whose ``signs`` are [BLOCK]; 0 for none."""
+    gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
@@ -153,7 +155,9 @@ def wgmma_kernel(
         for _ in range(steps):
             mbarrier.wait(arrived.index(slot), phase)
             acc = warpgroup_mma(a_tiles.index(slot), b_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))  # for the one before, whose tiles can be overwritten now
+            # The product before this one is done, so its tiles can be overwritten: by all warps, since Triton puts a barrier
+            # before a load that may meet reads of the same memory.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
             _load(a, b, a_tiles, b_tiles, arrived, free, ahead_m, ahead_n, ahead_k, to_load > 0)
             to_load -= 1
             ahead, ahead_m, ahead_n, ahead_k = _next(
@@ -191,26 +195,29 @@ def wgmma_kernel(
         y = gl.convert_layout(y.to(out.dtype.element_ty), stored)
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, stored))
         columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, stored))
-        inside = (rows < ROWS_OUT)[:, None] & (columns < N)[None, :]
-        gl.store(out + rows.to(gl.int64)[:, None] * stride + columns[None, :], y, mask=inside)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=inside)
 
 
 def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None, multiprocessors: int) -> bool:
-    """Whether there is such a unit, a compiler whose Gluon is as here, tiles for most multiprocessors, and something to gain:
+    """Whether there is such a unit, tiles for most multiprocessors, rows that wide stores can write, and something to gain:
     fp8 without an un-rotation is as fast without (bench/NOTES.md)."""
     m, n = a.shape[0], b_t.shape[0]
     return (
         a.device.type == "cuda"
+        and torch.version.hip is None
+        and not INTERPRETED
         and torch.cuda.get_device_capability(a.device) == (9, 0)
-        and triton.__version__.startswith("3.6.")
         and left is None
         and (a.dtype == torch.int8 or right is not None)
         and triton.cdiv(m, BM) * triton.cdiv(n, BN) >= 0.7 * multiprocessors
+        and m > BM // 2
+        and n % 8 == 0
     )
 
 
 def plan(
-    a: Matrix, b_t: Matrix, rows: int, right: Rotation | None, constants: dict[str, Any], multiprocessors: int
+    a: Matrix, b_t: Matrix, right: Rotation | None, constants: dict[str, Any], multiprocessors: int
 ) -> tuple[Launch, tuple]:
     """As ``scaled_mm._plan``, which gives those of the constants that both kernels have."""
     (m, k), n = a.shape, b_t.shape[0]
@@ -221,7 +228,7 @@ def plan(
     }  # fmt: skip
     tiles = Tiles((m, k), a.stride, (BM, BK)), Tiles((n, k), b_t.stride, (BN, BK))
     signs = rotation_signs(right, a.device) if right else None
-    return Launch(wgmma_kernel, (programs,), (m, n, k, rows, n), constants, tiles), (signs,)
+    return Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles), (signs,)
 
 
 @lru_cache

@@ -3,7 +3,8 @@
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. One persistent program per multiprocessor
 walks the output tiles in groups that share operand rows (so that they meet in L2); tensor descriptors make the loads TMA on
 SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of rotations, the gain, the bias and the cast happen on the
-accumulator, before anything is written.
+accumulator, before anything is written. Where two others are faster they take over: cuBLAS, and on SM 9.0
+:mod:`halo_tensor.ops.hopper`.
 """
 
 from functools import lru_cache
@@ -22,9 +23,9 @@ from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-try:
+if triton.__version__.startswith("3.6."):  # Gluon is experimental
     from halo_tensor.ops import hopper
-except ImportError:  # Gluon is experimental
+else:
     hopper = None  # type: ignore[assignment]
 
 #: columns of an output tile that an epilogue un-rotates at once
@@ -250,7 +251,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
     if hopper is not None and hopper.suits(a, b_t, left, right, multiprocessors):
-        return hopper.plan(a, b_t, rows, right, epilogue, multiprocessors)
+        return hopper.plan(a, b_t, right, epilogue, multiprocessors)
     tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
