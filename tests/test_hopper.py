@@ -1,4 +1,7 @@
-"""The product in Gluon, which nothing but a GPU of SM 9.0 can run. tests/test_aot.py compiles it anywhere."""
+"""The product in Gluon, which nothing but a GPU of SM 9.0 can run. tests/test_aot.py compiles it anywhere, and its algebra is
+tested here on tensors."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +11,52 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 from halo_tensor.ops import hopper
 from halo_tensor.ops import scaled_mm as product
+from halo_tensor.ops.hadamard import hadamard
 from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
 from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of
 from tests.util import relative_error
 
 HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and product.hopper is not None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6")]
+skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6")
+
+
+def on_hopper(test):
+    return pytest.mark.gpu(skip_elsewhere(test))
+
+
+class Held(torch.Tensor):
+    """A tile, as the functions of a kernel see it."""
+
+    type = SimpleNamespace(layout=None)
+
+
+def shuffled(assembly, constraints, arguments, **options):
+    """What the other of two lanes holds. Lane 4·row + column / 2 has two columns of every 8 (PTX, accumulators of wgmma)."""
+    (tile,), lanes = arguments, int(assembly.split(",")[2])
+    assert assembly.startswith("shfl.sync.bfly") and lanes in (1, 2)
+    return tile.index_select(1, torch.arange(tile.shape[1]) ^ 2 * lanes)
+
+
+@pytest.fixture
+def on_tensors(monkeypatch):
+    """The module's functions, as functions of PyTorch's tensors."""
+    stand_in = {
+        "float32": torch.float32, "where": torch.where, "inline_asm_elementwise": shuffled, "split": lambda x: x.unbind(-1),
+        "join": lambda a, b: torch.stack([a, b], -1), "convert_layout": lambda x, *_, **__: x,
+    }  # fmt: skip
+    for name, function in vars(hopper).copy().items():
+        if hasattr(function, "fn"):
+            monkeypatch.setattr(hopper, name, function.fn)
+    monkeypatch.setattr(hopper, "gl", SimpleNamespace(**stand_in))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_butterflies_are_a_hadamard_matrix(on_tensors, block):
+    y = torch.randn(16, 256, dtype=torch.float64)
+    whole = torch.block_diag(*[hadamard(block).double()] * (256 // block))
+    unrotated = hopper._unrotate(y.as_subclass(Held), torch.arange(256, 512), block)
+    torch.testing.assert_close(unrotated.as_subclass(torch.Tensor), y @ whole)
 
 
 @pytest.fixture
@@ -37,6 +79,7 @@ def launched(monkeypatch):
 SIZES = [(1, 1, 1), (70, 192, 200), (128, 256, 128), (300, 528, 1000), (1000, 1040, 640)]
 
 
+@on_hopper
 @given(
     size=st.sampled_from(SIZES),
     right=st.sampled_from([None, 16, 32, 64, 128]),
@@ -69,6 +112,7 @@ def test_every_epilogue(launched, size, right, scales, biased, gained, dtype, la
     assert error >= 0.8 * ROUNDING[dtype] or few
 
 
+@on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [*SIZES, (8192, 4096, 1000), (2048, 8192, 4096)])
 def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
@@ -84,6 +128,7 @@ def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
     assert "wgmma_kernel" in launched and launched[-1] == "scaled_mm_kernel"
 
 
+@on_hopper
 def test_a_nan_stays_in_its_row(launched):
     a, b_t, scale = codes_of((256, 128), INT8), codes_of((512, 128), INT8), torch.ones(256, device=DEVICE)
     scale[37] = torch.nan
@@ -92,6 +137,7 @@ def test_a_nan_stays_in_its_row(launched):
     assert y[37].isnan().all() and y.isnan().sum() == 512
 
 
+@on_hopper
 @pytest.mark.parametrize("block", [16, 128])
 @pytest.mark.parametrize("formats", [(FP8_E4M3, FP8_E4M3), (FP8_E5M2, FP8_E4M3)], ids=str)
 def test_fp8(launched, formats, block):
