@@ -63,17 +63,37 @@ def convert(model: nn.Module, name: str, seed: int = 0) -> None:
 
 
 def draw_gains(model: nn.Module, seed: int) -> None:
-    """Let X and W of all layers share random powers of two from ¼ to 4, one draw for each width.
+    """Let X and W of all converted layers, torchao's too, share random powers of two from ¼ to 4, one draw for each width.
 
     Floating codes keep their relative precision, but another element sets a row's scale, so that the whole row is rounded
-    otherwise: what random signs are to a rotation, for a recipe that has none.
+    otherwise: what random signs are to a recipe with a rotation. (Not where scales are powers of two, as torchao's by rows.)
     """
     generator, pairs = torch.Generator().manual_seed(seed), {}
-    for weight in [p for p in model.parameters() if isinstance(p, HaloWeight)]:
-        width = weight.shape[1]
+    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        ours, width = isinstance(module.weight, HaloWeight), module.in_features
+        if not ours and type(module) is nn.Linear:
+            continue
         if width not in pairs:
-            pairs[width] = gains.of_exponents(torch.randint(-2, 3, (width,), generator=generator).to(weight.device))
-        give(weight, pairs[width])
+            exponents = torch.randint(-2, 3, (width,), generator=generator)
+            pairs[width] = gains.of_exponents(exponents.to(module.weight.device))
+        if ours:
+            give(module.weight, pairs[width])
+        else:
+            _give_float8(module, pairs[width])
+
+
+def _give_float8(module: nn.Linear, pair: gains.Gains) -> None:
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x, weight = x * module.gain[1], module.weight * module.gain[0]
+        y = matmul_with_hp_or_float8_args.apply(x, weight.t(), module.linear_mm_config, module.config)
+        return y if module.bias is None else y + module.bias
+
+    if not hasattr(module, "gain"):
+        module.register_buffer("gain", torch.empty(2, module.in_features).to(module.weight), persistent=False)
+        module.forward = forward
+    module.gain.copy_(torch.stack(pair))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ MAIN = (
 OTHERS = (
     "torchao-tensorwise",
     "torchao-rowwise",
+    "torchao-tensorwise" + DRAWN,
     "halo0-int8",
     "halo1-fp8",
     "halo2-fp8",
