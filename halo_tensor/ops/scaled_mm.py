@@ -23,7 +23,7 @@ from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-if triton.__version__.startswith("3.6."):  # Gluon is experimental
+if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):  # Gluon is experimental: 3.9 has other names
     from halo_tensor.ops import hopper
 else:
     hopper = None  # type: ignore[assignment]
