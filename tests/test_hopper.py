@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 from halo_tensor.ops import hopper
 from halo_tensor.ops import scaled_mm as product
+from halo_tensor.ops.device import is_hopper
 from halo_tensor.ops.hadamard import hadamard
 from halo_tensor.ops.launch import Launch
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
-from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of
+from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
 from tests.util import relative_error
 
-HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and product.hopper is not None
+HERE = is_hopper(torch.device(DEVICE)) and product.hopper is not None
 skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.8")
 
 
@@ -94,10 +95,7 @@ def test_every_epilogue(launched, size, right, scales, biased, gained, dtype, la
     m, n, k = size
     rotation = Rotation(right, 7) if right and n % right == 0 else None
     a, b_t = (codes_of((r, k), INT8, layout) for r, layout in zip((m, n), layouts, strict=True))
-    a_scale, b_scale = (
-        None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / 127
-        for kind, length in zip(scales, (m, n), strict=True)
-    )
+    a_scale, b_scale = scales_of(scales, (m, n), [INT8.max] * 2)
     if dtype == torch.float16 and None in scales:  # sums of codes are too large for it
         dtype = torch.bfloat16
     bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None

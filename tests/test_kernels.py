@@ -436,6 +436,14 @@ def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, righ
     return y if bias is None else y + bias.double()
 
 
+def scales_of(kinds, lengths, largest):
+    """One for each operand, for codes up to ``largest``: None, a number or a vector."""
+    return [
+        None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / most
+        for kind, length, most in zip(kinds, lengths, largest, strict=True)
+    ]
+
+
 #: Root mean square of the relative error of rounding to a dtype.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}
 
@@ -462,10 +470,7 @@ def test_scaled_mm(size, formats, left, right, scales, biased, gained, dtype, la
     assume(dtype != torch.float16 or None not in scales)  # sums of codes are too large for it
     assume(k > 1 or left is None)  # one product for a row may cancel
     a, b_t = (codes_of((r, k), f, layout) for r, f, layout in zip((rows, columns), formats, layouts, strict=True))
-    a_scale, b_scale = (
-        None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / format.max
-        for kind, length, format in zip(scales, (rows, columns), formats, strict=True)
-    )
+    a_scale, b_scale = scales_of(scales, (rows, columns), [format.max for format in formats])
     bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None
     gain = gain_of(n) if gained else None
     y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (m, n), dtype, gain)

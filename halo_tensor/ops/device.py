@@ -5,6 +5,11 @@ import torch
 from halo_tensor.recipe import Format
 
 
+def is_hopper(device: torch.device) -> bool:
+    """SM 9.0, not an AMD GPU that calls itself so."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -21,25 +21,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from halo_tensor.ops.device import is_hopper
 from halo_tensor.ops.hadamard import rotation_signs
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.rotate import Matrix, norm
 from halo_tensor.ops.schemas import INTERPRETED
+from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import Rotation
 
 #: An output tile and its depth, and how many are loaded ahead: what fills the shared memory and the registers of an SM.
 BM, BN, BK, STAGES, WARPS = 128, 256, 128, 4, 8
-#: Tiles that share operand rows follow each other in groups of so many rows of tiles, so that they meet in L2.
-GROUP = 8
+GROUP = 8  # see place_of
 _CODES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5}
 
 
-@gluon.jit
-def _place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """Row and column of a tile."""
-    group = tile // (GROUP * tiles_n)
-    height = gl.maximum(gl.minimum(tiles_m - group * GROUP, GROUP), 1)  # after the last tile, whose place nobody uses, none
-    return group * GROUP + (tile % (GROUP * tiles_n)) % height, (tile % (GROUP * tiles_n)) // height
+_place_of = gluon.jit(place_of.fn)
 
 
 @gluon.jit
@@ -61,7 +57,7 @@ def _next(tile, tile_m, tile_n, k, steps, tiles_m, tiles_n, GROUP: gl.constexpr,
     if k == steps:
         k = 0
         tile += PROGRAMS
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = _place_of(tile, tiles_m, tiles_n, GROUP, True)
     return tile, tile_m, tile_n, k
 
 
@@ -141,7 +137,7 @@ def wgmma_kernel(
     fence_async_shared()
 
     to_load = gl.cdiv(tiles_m * tiles_n - first, PROGRAMS) * steps
-    tile_m, tile_n = _place(first, tiles_m, tiles_n, GROUP)
+    tile_m, tile_n = _place_of(first, tiles_m, tiles_n, GROUP, True)
     ahead, ahead_m, ahead_n, ahead_k = first, tile_m, tile_n, 0
     for i in gl.static_range(STAGES - 1):
         _load(a, b, a_tiles, b_tiles, arrived, i, ahead_m, ahead_n, ahead_k, to_load > 0)
@@ -150,7 +146,7 @@ def wgmma_kernel(
 
     slot, free, phase = 0, STAGES - 1, 0
     for tile in range(first, tiles_m * tiles_n, PROGRAMS):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = _place_of(tile, tiles_m, tiles_n, GROUP, True)
         acc = gl.zeros([BM, BN], accumulator_type, layout)
         for _ in range(steps):
             mbarrier.wait(arrived.index(slot), phase)
@@ -204,10 +200,8 @@ def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None,
     fp8 without an un-rotation is as fast without (bench/NOTES.md)."""
     m, n = a.shape[0], b_t.shape[0]
     return (
-        a.device.type == "cuda"
-        and torch.version.hip is None
+        is_hopper(a.device)
         and not INTERPRETED
-        and torch.cuda.get_device_capability(a.device) == (9, 0)
         and left is None
         and (a.dtype == torch.int8 or right is not None)
         and triton.cdiv(m, BM) * triton.cdiv(n, BN) >= 0.7 * multiprocessors

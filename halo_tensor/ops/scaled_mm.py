@@ -14,13 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from halo_tensor.ops.device import check_device
+from halo_tensor.ops.device import check_device, is_hopper
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.quantize_kernels import load_square
 from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
+from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
 if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):  # Gluon is experimental: 3.9 has other names
@@ -98,11 +99,7 @@ def scaled_mm_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
-        group = tile // (GROUP * tiles_n)
-        height = min(tiles_m - group * GROUP, GROUP)
-        tile_m = group * GROUP + (tile % (GROUP * tiles_n)) % height
-        tile_n = (tile % (GROUP * tiles_n)) // height
-
+        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BM, BN), dtype=accumulator_type)
         for k in range(tl.cdiv(K, BK)):
             a_tile = a.load([tile_m * BM, k * BK])
@@ -222,8 +219,7 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
     takes the CPU 25 µs more than a launch of ours, every time, which products below this size do not gain (bench/NOTES.md)."""
     (m, k), n = a.shape, b_t.shape[0]
     return (
-        a.device.type == "cuda"
-        and a.dtype == b_t.dtype == torch.float8_e4m3fn
+        a.dtype == b_t.dtype == torch.float8_e4m3fn
         and dtype == torch.bfloat16
         and rotation is None
         and bias is None
@@ -233,7 +229,7 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
         and n % 16 == k % 16 == 0
         and a.is_contiguous()
         and b_t.is_contiguous()
-        and torch.cuda.get_device_capability(a.device) == (9, 0)
+        and is_hopper(a.device)
     )
 
 
