@@ -99,8 +99,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench/gemm.py needs a CUDA device")
     torch.manual_seed(0)
-    rows = [row for shape in args.shapes for row in measure(shape, args.reps)]
-    results.write(args.name, "Matrix products", rows, NOTES)
+    rows: list[dict] = []
+    for shape in args.shapes:
+        rows += measure(shape, args.reps)
+        results.write(args.name, "Matrix products", rows, NOTES, quiet=shape != args.shapes[-1])
 
 
 if __name__ == "__main__":

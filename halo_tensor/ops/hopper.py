@@ -1,8 +1,8 @@
 """The product of :mod:`halo_tensor.ops.scaled_mm` on SM 9.0, in Gluon: where Triton's compiler falls short of the unit.
 
 Triton 3.6 waits for every integer ``wgmma`` before it issues the next, and a rotation that is undone by a product ends the
-pipeline of loads (ptxas C7515). Here one ``wgmma`` is always in flight, loads run ahead from tile to tile, and a rotation is
-undone by butterflies on the float32 accumulator: sums and differences of columns that one thread holds or four lanes share.
+pipeline of loads (ptxas C7515). Here one ``wgmma`` is always in flight, and loads run ahead from tile to tile. What undoes a
+rotation is a product too, from registers, whose columns come in such an order that threads can store them as they are.
 """
 
 from functools import lru_cache
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from halo_tensor.ops.device import is_hopper
-from halo_tensor.ops.hadamard import rotation_signs
+from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.rotate import Matrix, norm
 from halo_tensor.ops.schemas import INTERPRETED
@@ -31,6 +31,7 @@ from halo_tensor.recipe import Rotation
 
 #: An output tile and its depth, and how many are loaded ahead: what fills the shared memory and the registers of an SM.
 BM, BN, BK, STAGES, WARPS = 128, 256, 128, 4, 8
+EDGE = BN // 2  # columns that are un-rotated at once
 GROUP = 8  # see place_of
 _CODES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5}
 
@@ -61,43 +62,6 @@ def _next(tile, tile_m, tile_n, k, steps, tiles_m, tiles_n, GROUP: gl.constexpr,
     return tile, tile_m, tile_n, k
 
 
-@gluon.jit
-def _butterfly(y, SPAN: gl.constexpr):
-    """Sums and differences of columns ``SPAN`` apart, both of which a thread holds."""
-    ROWS: gl.constexpr = y.shape[0]
-    COLUMNS: gl.constexpr = y.shape[1]
-    pairs = y.reshape([ROWS, COLUMNS // (2 * SPAN), 2, SPAN]).permute([0, 1, 3, 2])
-    low, high = gl.split(pairs)
-    y_new = gl.join(low + high, low - high).permute([0, 1, 3, 2]).reshape([ROWS, COLUMNS])
-    return gl.convert_layout(y_new, y.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _butterfly_of_lanes(y, columns, SPAN: gl.constexpr):
-    """The same of columns that lanes ``SPAN`` / 2 apart hold: in an accumulator of wgmma a lane has two columns of eight."""
-    LANES: gl.constexpr = SPAN // 2
-    assembly: gl.constexpr = f"shfl.sync.bfly.b32 $0, $1, {LANES}, 0x1f, 0xffffffff;"
-    other = gl.inline_asm_elementwise(assembly, "=r,r", [y], dtype=gl.float32, is_pure=False, pack=1)
-    sign = gl.where((columns & SPAN) == 0, 1.0, -1.0)
-    return y * sign[None, :] + other
-
-
-@gluon.jit
-def _unrotate(y, columns, BLOCK: gl.constexpr):
-    """y · (I ⊗ H_BLOCK), Sylvester's H of 16 to 128."""
-    y = _butterfly(y, 1)
-    y = _butterfly_of_lanes(y, columns, 2)
-    y = _butterfly_of_lanes(y, columns, 4)
-    y = _butterfly(y, 8)
-    if BLOCK > 16:
-        y = _butterfly(y, 16)
-    if BLOCK > 32:
-        y = _butterfly(y, 32)
-    if BLOCK > 64:
-        y = _butterfly(y, 64)
-    return y
-
-
 @gluon.constexpr_function
 def _rows_of_eight(m, n, warps):
     """An accumulator's layout, but that a thread holds 8 columns in a row, for wide stores: groups of four lanes exchange."""
@@ -109,29 +73,64 @@ def _rows_of_eight(m, n, warps):
 
 
 @gluon.jit
+def _in_order(y):
+    """Of an accumulator whose columns were multiplied in :func:`_order`, the columns as they belong, in name only: nothing
+    moves, since a thread has 8 of them in a row."""
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    y = y.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
+    return gl.convert_layout(y, _rows_of_eight(ROWS, COLUMNS, gl.num_warps()), assert_trivial=True)
+
+
+@gluon.jit
+def _store(out, y, gain, bias, tile_m, first, M, N, GAIN: gl.constexpr, BIASED: gl.constexpr):
+    """``first``: column of ``out`` [M, N] at which y [BM, …] begins."""
+    BM: gl.constexpr = y.shape[0]
+    WIDTH: gl.constexpr = y.shape[1]
+    columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, y.type.layout))
+    if GAIN:
+        y = y * gl.load(gain + columns, mask=columns < N, other=0.0)[None, :]
+    if BIASED:
+        y = y + gl.load(bias + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+    stored: gl.constexpr = _rows_of_eight(BM, WIDTH, gl.num_warps())
+    y = gl.convert_layout(y.to(out.dtype.element_ty), stored)
+    rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, stored))
+    columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, stored))
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=inside)
+
+
+@gluon.jit
 def wgmma_kernel(
-    a, b, out, a_scale, b_scale, gain, bias, signs,
+    a, b, out, a_scale, b_scale, gain, bias, right,
     M, N, K,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, INTEGER: gl.constexpr, A_SCALE: gl.constexpr,
-    B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, BLOCK: gl.constexpr, NORM: gl.constexpr,
+    B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. BLOCK: of the rotation
-    that is undone on the right, whose ``signs`` are [BLOCK]; 0 for none."""
+    """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
+    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation."""
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
+    EDGE: gl.constexpr = BN // 2
     WARPS: gl.constexpr = gl.num_warps()
     accumulator_type: gl.constexpr = gl.int32 if INTEGER else gl.float32
     # Triton's integer wgmma is at most 128 columns wide.
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128 if INTEGER else 256, 32])
-    stored: gl.constexpr = _rows_of_eight(BM, BN, WARPS)
+    unrotated: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EDGE, 16])
 
     tiles_m, tiles_n, steps = gl.cdiv(M, BM), gl.cdiv(N, BN), gl.cdiv(K, BK)
     first = gl.program_id(0)
     a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, BM, BK], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BN, BK], b.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if RIGHT:
+        at: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+        row, column = gl.arange(0, EDGE, gl.SliceLayout(1, at)), gl.arange(0, EDGE, gl.SliceLayout(0, at))
+        matrix = gl.load(right + row[:, None] * EDGE + column[None, :])
+        swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([EDGE, EDGE], gl.bfloat16)
+        h = gl.allocate_shared_memory(gl.bfloat16, [EDGE, EDGE], swizzled, matrix)
     for i in gl.static_range(STAGES):
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
@@ -168,8 +167,8 @@ def wgmma_kernel(
 
         y = acc.to(gl.float32)
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
-        columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
         if B_SCALE == 2:
+            columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
             y = y * gl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
         row_scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(1, layout))
         if A_SCALE == 2:
@@ -178,21 +177,22 @@ def wgmma_kernel(
             row_scale = row_scale * gl.load(a_scale)
         if B_SCALE == 1:
             row_scale = row_scale * gl.load(b_scale)
-        if BLOCK > 0:
-            y = _unrotate(y, columns, BLOCK) * gl.load(signs + columns % BLOCK)[None, :]
+        if RIGHT:
             row_scale = row_scale * NORM
-        if A_SCALE > 0 or B_SCALE == 1 or BLOCK > 0:
+        if A_SCALE > 0 or B_SCALE == 1 or RIGHT:
             y = y * row_scale[:, None]
-        if GAIN:
-            y = y * gl.load(gain + columns, mask=columns < N, other=0.0)[None, :]
-        if BIASED:
-            y = y + gl.load(bias + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-
-        y = gl.convert_layout(y.to(out.dtype.element_ty), stored)
-        rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, stored))
-        columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, stored))
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=inside)
+        if RIGHT:
+            y0, y1 = gl.split(y.to(gl.bfloat16).reshape([BM, 2, EDGE]).permute([0, 2, 1]))
+            operand: gl.constexpr = gl.DotOperandLayout(0, unrotated, 2)
+            nothing = gl.zeros([BM, EDGE], gl.float32, unrotated)
+            y0 = warpgroup_mma(gl.convert_layout(y0, operand, assert_trivial=True), h, nothing, use_acc=False, is_async=True)
+            y1 = warpgroup_mma(gl.convert_layout(y1, operand, assert_trivial=True), h, nothing, use_acc=False, is_async=True)
+            y0 = warpgroup_mma_wait(1, deps=(y0,))
+            _store(out, _in_order(y0), gain, bias, tile_m, tile_n * BN, M, N, GAIN, BIASED)
+            y1 = warpgroup_mma_wait(0, deps=(y1,))
+            _store(out, _in_order(y1), gain, bias, tile_m, tile_n * BN + EDGE, M, N, GAIN, BIASED)
+        else:
+            _store(out, y, gain, bias, tile_m, tile_n * BN, M, N, GAIN, BIASED)
 
 
 def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None, multiprocessors: int) -> bool:
@@ -218,11 +218,23 @@ def plan(
     programs = min(multiprocessors, triton.cdiv(m, BM) * triton.cdiv(n, BN))
     constants = {
         "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": programs, **constants,
-        "BLOCK": right.edge if right else 0, "NORM": norm(None, right), "num_warps": WARPS,
+        "RIGHT": right is not None, "NORM": norm(None, right), "num_warps": WARPS,
     }  # fmt: skip
     tiles = Tiles((m, k), a.stride, (BM, BK)), Tiles((n, k), b_t.stride, (BN, BK))
-    signs = rotation_signs(right, a.device) if right else None
-    return Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles), (signs,)
+    matrix = _matrix(right, a.device) if right else None
+    return Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles), (matrix,)
+
+
+def _order() -> torch.Tensor:
+    """Which column of the result is multiplied where. Of an accumulator, lane c of the four that share a row has columns 2c
+    and 2c + 1 of every 8; like this, these are 8 in a row, from 8c on of every 32."""
+    return torch.arange(EDGE).view(-1, 4, 4, 2).transpose(1, 2).flatten()
+
+
+@lru_cache(maxsize=256)
+def _matrix(right: Rotation, device: torch.device) -> torch.Tensor:
+    """What undoes a rotation, [EDGE, EDGE], its columns in :func:`_order`."""
+    return block_diagonal(right, EDGE, torch.bfloat16, device, transposed=True)[:, _order()].contiguous()
 
 
 @lru_cache

@@ -197,7 +197,7 @@ def _plan_whole_rows(
         if right is not None:
             matrix = block_diagonal(right, width, x.product_dtype, x.device, transposed=False)
     rotated, produced = right is not None, producer is not None
-    rows, steps, warps, stages = _row_launch(chunks * width, chunks, full or width > TILE, rotated, produced)
+    rows, steps, warps, stages = _row_launch(m, chunks * width, chunks, full or width > TILE, rotated, produced)
     constants = {
         "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
         "GAIN": gained, "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
@@ -214,20 +214,21 @@ def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
     return torch.nn.functional.pad(hadamard_factor(n, device).t(), (0, edge - n, 0, edge - n)).to(dtype).contiguous()
 
 
-def _row_launch(row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> tuple[int, int, int, int]:
-    """(rows at a time, times, warps, stages) for rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md.
+def _row_launch(m: int, row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> tuple[int, int, int, int]:
+    """(rows at a time, times, warps, stages) for ``m`` rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md.
     ``large``: the matrices of the rotation leave no shared memory for pipelining. ``produced``: a row is computed, from two
     that are read, and other programs hide that better than a pipeline."""
     if large:
         return 1, 16, 8 if row <= 16384 else 16, 1
-    rows = max(1, (8192 if row <= 4096 else 16384) // row)
+    rows = max(1, (8192 if row <= 4096 or (rotate and produced) else 16384) // row)
     while rows > 1 and rows * chunks > 512:  # many narrow pieces
         rows //= 2
     tile = rows * row
     warps = 4 if tile <= 8192 else 8 if tile <= 16384 else 16
     if not rotate or produced:
         return rows, 1, 16 if produced and not rotate and tile > 8192 else warps, 1
-    return rows, max(1, 16 // rows), warps, 3 if tile <= 16384 else 2
+    times = min(16, m // 256) // rows  # 256 programs or more, where there are as many rows
+    return rows, max(1, times), warps, 3 if tile <= 16384 else 2
 
 
 # Tiles.

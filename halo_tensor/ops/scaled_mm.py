@@ -163,20 +163,28 @@ def scaled_mm(
 ) -> torch.Tensor:
     """See :func:`halo_tensor.ops.reference.scaled_mm`; scales are numbers or vectors."""
     in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
-    # Both in one int8 epilogue spill registers, which costs in proportion to k; a pass of its own does not.
-    spills = a.dtype == torch.int8 and in_right is not None and a.shape[1] > 8192
-    in_left = left if fits_epilogue(left) and not spills else None
+    in_left = left if fits_epilogue(left) and not _left_is_dear(a, b_t, in_right) else None
     if in_left == left and in_right == right:
         return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
-    # What the epilogue cannot undo is undone in a pass of its own, before the gain and the bias.
+    # What the epilogue cannot undo is undone in a pass of its own. The bias follows, and where that pass rotates columns, the
+    # gain.
     rows = shape[0] if in_left else a.shape[0]
+    in_gain, gain = (gain, None) if in_right == right else (None, gain)
     # Before the gain, a result may be outside of float16's range.
     wide = torch.float32 if gain is not None and dtype == torch.float16 else dtype
-    y = _product(a, b_t, a_scale, b_scale, None, None, in_left, in_right, rows, wide)
+    y = _product(a, b_t, a_scale, b_scale, in_gain, None, in_left, in_right, rows, wide)
     y = unrotate(y, None if in_left else left, None if in_right else right, shape, wide)
     y = y if gain is None else y.mul_(gain)
     y = y if bias is None else y.add_(bias)
     return y if wide == dtype else y.to(dtype)
+
+
+def _left_is_dear(a: torch.Tensor, b_t: torch.Tensor, right: Rotation | None) -> bool:
+    """Whether a pass of its own undoes a rotation on the left faster than an epilogue that undoes another on the right. In
+    int8 both spill registers, which costs in proportion to k; and on SM 9.0 the product without is much the faster one."""
+    if a.dtype != torch.int8 or right is None:
+        return False
+    return a.shape[1] > 8192 or _in_gluon(Matrix.of(a), Matrix.of(b_t), None, right)
 
 
 def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -244,9 +252,9 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     (m, k), n, device = a.shape, b_t.shape[0], a.device
     integer, undo = a.dtype == torch.int8, left is not None or right is not None
     check_device((INT8 if integer else FP8_E4M3,), device)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    multiprocessors = _multiprocessors(device)
     epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
-    if hopper is not None and hopper.suits(a, b_t, left, right, multiprocessors):
+    if _in_gluon(a, b_t, left, right):
         return hopper.plan(a, b_t, right, epilogue, multiprocessors)
     tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
@@ -265,6 +273,14 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     }  # fmt: skip
     tiles = Tiles((m, k), a.stride, (tile.m, tile.k)), Tiles((n, k), b_t.stride, (tile.n, tile.k))
     return Launch(scaled_mm_kernel, (programs,), (m, n, k, rows, n), constants, tiles), matrices
+
+
+def _in_gluon(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None) -> bool:
+    return hopper is not None and hopper.suits(a, b_t, left, right, _multiprocessors(a.device))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _kind(scale: torch.Tensor | None) -> int:
