@@ -477,6 +477,10 @@ def test_the_kernel_in_gluon_is_worth_its_lines(launched, name, monkeypatch, tmp
     (kernel,) = launched(90, MULTIPLY[name])
     assert kernel.name == "wgmma_kernel" and in_flight(kernel) == {"0", "1"}
     assert re.search(r"\b0 bytes spill stores", log_of_ptxas(kernel, tmp_path))
+    assert "st.global.v4" in kernel.asm["ptx"] and "st.global.b" not in kernel.asm["ptx"], "stores are narrow"
+    if "undo" in name:
+        operands, matrix = 4 * (128 + 256) * 128, 2 * 128 * 128
+        assert kernel.metadata.shared - operands - matrix < 64, "threads exchange columns before they store them"
     between = re.search(r"wait_group\.sync\.aligned 1;(.*?)cp\.async\.bulk\.tensor", kernel.asm["ptx"], re.DOTALL)
     assert "bar.sync" in between[1], "a warp may still read what is overwritten"
     monkeypatch.setattr(hopper, "suits", lambda *_: False)

@@ -91,11 +91,13 @@ def test_level_auto():
     """The cheapest candidate that is faithful enough; the most faithful if none is."""
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
     batches = [(torch.randn(64, 128), torch.randint(128, (64,)))]
-    cosines = calibrate(model, batches, level="auto", target=0).measured["0"]
+    candidates = halo_config(0, "fp8"), halo_config(1, "int8")
+    cosines = calibrate(model, batches, level="auto", target=0, candidates=candidates).measured["0"]
     assert cosines["cosine of candidate 1"] > cosines["cosine of candidate 0"] > 0.99
-    for target, expected in ((0.99, halo_config(0, "fp8")), (0.9995, halo_config(1, "int8"))):
-        chosen = calibrate(model, batches, level="auto", target=target)
+    for target, expected in zip((0.99, 0.9995), candidates, strict=True):
+        chosen = calibrate(model, batches, level="auto", target=target, candidates=candidates)
         assert set(chosen.layers.values()) == {expected}
+    assert set(calibrate(model, batches, level="auto").layers.values()) == {halo_config(1, "int8")}
     best = calibrate(model, batches, level="auto", target=1.0).layers["0"]
     assert best.dtype == "int8"
     assert len(quantize_(model, chosen).converted) == 2
