@@ -95,7 +95,11 @@ def read_chats(path: str) -> list[Chat]:
     """The "messages" of every line of a JSONL file."""
     if not Path(path).is_file():
         fail(f"there is no file {path!r}: pass one of {', '.join(SOURCES)}, or a .jsonl with messages in every line")
-    chats = [json.loads(line).get("messages") for line in Path(path).read_text().splitlines() if line.strip()]
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    try:
+        chats = [json.loads(line).get("messages") for line in lines]
+    except (ValueError, AttributeError) as error:
+        fail(f"every line of {path!r} must be a JSON object with messages ({error})")
     if not chats or not all(chat and chat[-1]["role"] == "assistant" for chat in chats):
         fail(f"every line of {path!r} must have messages, the last of them the assistant's")
     return chats
@@ -128,6 +132,14 @@ def encode(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
             labels += piece if learnt else [IGNORED] * len(piece)
         done = whole
     return ids, labels
+
+
+def learnable(examples: list[tuple[list[int], list[int]]], length: int) -> list[tuple[list[int], list[int]]]:
+    """Those of which something is learnt within the first ``length`` tokens: of others, :func:`pack` would cut the answer."""
+    kept = [(ids, labels) for ids, labels in examples if any(label != IGNORED for label in labels[:length])]
+    if not kept:
+        fail(f"no answer of {len(examples)} chats begins within {length} tokens: pass a larger --length")
+    return kept
 
 
 def pack(examples: list[tuple[list[int], list[int]]], length: int, pad: int) -> Rows:

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import fail, load_model
-from data import IGNORED, SOURCES, Rows, batches, encode, load_chats, pack, steps_per_epoch
+from data import IGNORED, SOURCES, Rows, batches, encode, learnable, load_chats, pack, steps_per_epoch
 from evaluation import EXACT, answers, exact_match, mean_loss
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
@@ -66,7 +67,7 @@ def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
     """AdamW with a linear warm-up and decay; logs every step, and saves what a resumed run needs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-    steps = args.steps or args.epochs * steps_per_epoch(examples, args.batch, args.length)
+    steps = args.epochs * steps_per_epoch(examples, args.batch, args.length) if args.steps is None else args.steps
     first = restore(model, optimizer, args.resume) if args.resume else 0
     data = batches(examples, args.batch, args.length, pad, args.seed, first)
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not args.main)
@@ -77,6 +78,7 @@ def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
         lr = args.lr * min((step + 1) / args.warmup, decayed) if args.warmup else args.lr * decayed
         for group in optimizer.param_groups:
             group["lr"] = lr
+        torch.manual_seed(hash((args.seed, step, args.rank)) % 2**63)  # dropout's, in a resumed run too
         loss = accumulate(model, next(data), args)
         optimizer.step()
         optimizer.zero_grad()
@@ -124,7 +126,12 @@ def restore(model, optimizer, folder: Path) -> int:
     """Returns the number of steps done."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state = {"model": weights, "optimizer": moments, "step": 0}
-    dcp.load(state, checkpoint_id=folder)
+    if not (folder / ".metadata").is_file():
+        fail(f"there is no checkpoint {folder}: pass a folder step-N that --save-every wrote")
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (CheckpointException, RuntimeError) as error:
+        fail(f"{folder} is of another model, or of other options than these ({str(error).splitlines()[-1]:.200})")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED)
     return state["step"]
 
@@ -143,13 +150,20 @@ def export(model, tokenizer, args: argparse.Namespace) -> Path:
 def evaluate(model, tokenizer, chats: list, pad: int, args: argparse.Namespace) -> dict:
     """Validation loss, and the share of exact answers where it is known what makes one exact."""
     model.eval()
-    result = {"validation loss": mean_loss(model, pack([encode(tokenizer, c) for c in chats], args.length, pad), args.micro)}
+    examples = learnable([encode(tokenizer, c) for c in chats], args.length)
+    result = {"validation loss": mean_loss(model, pack(examples, args.length, pad), args.micro)}
     if args.metric and args.answers:
         key, limit = EXACT[args.metric]
         asked = chats[: args.answers]
         written = answers(model, tokenizer, asked, 32, limit)
         result |= {"exact match": exact_match(written, asked, key), "answers": len(asked), "example": written[0]}
     return result
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"at least 1, not {text}")
+    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -163,13 +177,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--balance", action="store_true", help="share out the rounding of X and W, on the first rows: for int8"
     )
-    parser.add_argument("--weights", help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument(
+        "--weights", choices=dtypes, help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, on a frozen base")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, help="in place of --epochs")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step, of all ranks; 8 hold about 32 chats of sql")
-    parser.add_argument("--micro", type=int, default=8, help="rows at once")
-    parser.add_argument("--length", type=int, default=512, help="tokens per row")
+    parser.add_argument("--batch", type=_count, default=8, help="rows per step, of all ranks; 8 hold about 32 chats of sql")
+    parser.add_argument("--micro", type=_count, default=8, help="rows at once")
+    parser.add_argument("--length", type=_count, default=512, help="tokens per row")
     parser.add_argument("--lr", type=float, help="default: the paper's for the data set, else 3e-5")
     parser.add_argument("--warmup", type=int, default=20, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.0)
@@ -183,7 +200,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
     args = parser.parse_args()
     known = SOURCES.get(args.dataset)
-    args.lr = args.lr or (known.lr if known else 3e-5)
+    args.lr = (known.lr if known else 3e-5) if args.lr is None else args.lr
     args.metric = args.metric or (args.dataset if known else None)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.main = args.rank == 0
@@ -206,7 +223,11 @@ def main() -> None:
     weights = getattr(torch, args.weights or ("bfloat16" if args.device != "cpu" else "float32"))
     model, tokenizer = load_model(args.model, weights, args.device)
     chats, valid = load_chats(args.dataset, args.limit)
-    examples = [encode(tokenizer, chat) for chat in chats]
+    examples = learnable([encode(tokenizer, chat) for chat in chats], args.length)
+    if len(examples) < len(chats) and args.main:
+        print(
+            f"left out: {len(chats) - len(examples)} of {len(chats)} chats, whose answers begin after --length {args.length}"
+        )
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
     args.output.mkdir(parents=True, exist_ok=True)
     try:

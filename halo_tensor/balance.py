@@ -37,6 +37,7 @@ FORWARD = 8
 LARGEST_EXPONENT = 8
 
 
+@torch.inference_mode(False)  # or the model could not be trained outside of it
 def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Run ``model(*args, **kwargs)`` once, without gradients and in evaluation mode, and balance every converted ``nn.Linear``
     that it reaches and whose recipe quantises ``output``: in place, replacing an earlier balance.

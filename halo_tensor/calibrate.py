@@ -58,7 +58,7 @@ def calibrate(
 
     Raises:
         ValueError: no layer that the config could convert got a gradient, or a layer is converted already.
-        TypeError: a candidate is ``Balanced``; what is chosen can be balanced after ``quantize_``.
+        TypeError: the config is not HOT's, or a candidate is ``Balanced``; what is chosen can be balanced after ``quantize_``.
     """
     if level not in (None, "auto"):
         raise ValueError(f"level must be 'auto', or None for HOT; got {level!r}")
@@ -66,6 +66,8 @@ def calibrate(
         raise ValueError("level='auto' needs at least one candidate")
     if any(isinstance(candidate, Balanced) for candidate in candidates):
         raise TypeError("a balance is of layers together, which calibrate measures one by one: call balance_ after quantize_")
+    if config is not None and not isinstance(config, HotConfig):
+        raise TypeError(f"config is HOT's, of hot_config(); level='auto' chooses HALO's level and dtype. Got {config!r:.100}")
     if level == "auto":
         choice: _Choice = _Cosines(candidates, target)
     else:

@@ -1,6 +1,7 @@
 """What a user asks for: configs for ``quantize_``, validated when they are made."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -53,6 +54,21 @@ class LinearConfig(AOBaseConfig):
     keep_codes: bool = True
     adapters: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.skip, str):
+            raise ValueError(f"skip must be a regular expression, as a string; got {self.skip!r}")
+        try:
+            re.compile(self.skip)
+        except re.error as error:
+            raise ValueError(
+                f"skip={self.skip!r} is no regular expression ({error}); it is searched for in layers' names"
+            ) from None
+        if type(self.min_features) is not int:
+            raise ValueError(f"min_features must be an integer; got {self.min_features!r}")
+        for name, allowed in {"frozen": (True, False, None), "keep_codes": (True, False), "adapters": (True, False)}.items():
+            if not any(getattr(self, name) is value for value in allowed):
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+
     @property
     def recipe(self) -> Recipe:
         raise NotImplementedError(f"{type(self).__name__} has no recipe; use halo_config, hot_config or recipe_config")
@@ -69,13 +85,16 @@ class HaloConfig(LinearConfig):
     seed: int | None = field(default=0, kw_only=True)
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("level", self.level, LEVELS)
         _one_of("dtype", self.dtype, tuple(DTYPES))
         _one_of("granularity", self.granularity, GRANULARITIES)
         block = self.block_size
         if block is not None and (not isinstance(block, int) or block < 16 or block & (block - 1)):
             raise ValueError(f"block_size must be a power of two of at least 16, or None for the full width; got {block!r}")
-        Rotation(block, self.seed)  # checks the seed
+        if type(self.seed) not in (int, type(None)):
+            raise ValueError(f"seed must be an integer or None; got {self.seed!r}")
+        Rotation(block, self.seed)  # checks the seed's range
 
     @property
     def recipe(self) -> Recipe:
@@ -97,6 +116,7 @@ class HotConfig(LinearConfig):
     min_features: int = field(default=64, kw_only=True)
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("block_size", self.block_size, (16, 32, 64, 128, 256))
         _one_of("grad_input_bits", self.grad_input_bits, tuple(BITS))
         _one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
@@ -124,6 +144,7 @@ class RecipeConfig(LinearConfig):
     name: str = "switchback"
 
     def __post_init__(self):
+        super().__post_init__()
         _one_of("recipe", self.name, tuple(recipes.RECIPES))
 
     @property

@@ -12,6 +12,7 @@ import torch
 import torchao.quantization
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
 from halo_tensor import layers
@@ -19,7 +20,7 @@ from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS, Product
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight import HaloWeight, keep_plain
 
 logger = logging.getLogger("halo_tensor")
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -51,6 +52,7 @@ class Conversion:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # or the model could not be trained outside of it
 def quantize_(
     model: nn.Module,
     config,
@@ -70,10 +72,12 @@ def quantize_(
     Raises:
         ValueError: no layer is eligible; the message says why each was left alone. Or calibrated configs name layers that the
             model lacks.
-        TypeError: a ``Balanced`` config, whose balance needs a batch.
+        TypeError: no config, or a ``Balanced`` one, whose balance needs a batch.
     """
     if isinstance(config, Balanced):
         raise TypeError("a balance needs a batch: call quantize_(model, balanced.config), and then balance_(model, **batch)")
+    if not isinstance(config, AOBaseConfig):
+        raise TypeError(f"a config is what halo_config(level=1, dtype='int8') makes, for example; got {config!r}")
     if isinstance(config, LinearConfig) and filter_fn is None:
         filter_fn = layer_filter(model, config)
     ties = _tied_parameters(model)
@@ -121,6 +125,11 @@ def dequantize_(model: nn.Module) -> None:
         if layers.recipe_of(module) is not None:
             layers.restore(module)
     _tie_again(model, ties)
+    for module in model.modules():  # what was tied to a converted layer, before a state dict was assigned
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, HaloWeight):
+                setattr(module, name, nn.Parameter(parameter.dequantize(), requires_grad=parameter.requires_grad))
+                keep_plain(module)
 
 
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
@@ -204,6 +213,7 @@ def _tie_again(model: nn.Module, ties: dict[int, list[tuple[nn.Module, str]]]) -
         new = [getattr(m, name) for m, name in holders if id(getattr(m, name)) != key]
         for module, name in holders if new else ():
             setattr(module, name, new[-1])
+            keep_plain(module)
 
 
 def warn_of_unrotated(model: nn.Module, report: Conversion) -> None:

@@ -66,6 +66,7 @@ def copy(target: Any, source: Any) -> Any:
     for to, from_ in pairs:
         to.copy_(from_)
     torch.autograd.graph.increment_version([to for to, _ in pairs])
+    target.in_step()
     if target.operand is not None:
         keep_common_scale(target.operand, source.operand)
     return target

@@ -4,6 +4,8 @@ Forward quantises X and meets W as codes, which :class:`~halo_tensor.weight.Halo
 multiplies it with the same operands again. Of X, only the codes that grad_weight reads are saved; of W, references.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -19,8 +21,17 @@ from halo_tensor.ops.schemas import is_traced
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
-# matrix -> (its version, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its matrix.
-_shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+class _Shared(threading.local):
+    """What the last matrix was quantised to, in each thread: q, k and v follow each other, and so do gate and up. Of more, the
+    codes would live as long as the matrices, which checkpointing keeps."""
+
+    def __init__(self) -> None:
+        # matrix -> (its version and stream, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its matrix.
+        self.operands: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+_shared = _Shared()
 
 
 def quantize_operands(
@@ -35,10 +46,10 @@ def quantize_operands(
     """What ``matrix``, one of X, W and E by its ``dims``, brings to each of ``products``: a HadamardQuantTensor in the layout
     that the product reads, or the matrix itself where the recipe keeps it in high precision.
 
-    Products that want the same operand are served by one quantisation, and so are later calls with the same ``owner``, the
-    tensor that ``matrix`` is a view of, until it is written to. ``folds`` gives, per product, another operand's scale along
-    the contracted dimension, to be multiplied in first. ``gains`` are those of in_features, of X or W, for every operand that
-    is quantised.
+    Products that want the same operand are served by one quantisation, and so are calls that follow with the same ``owner``,
+    the result of a differentiable operation that ``matrix`` is a view of. ``folds`` gives, per product, another operand's
+    scale along the contracted dimension, to be multiplied in first. ``gains`` are those of in_features, of X or W, for every
+    operand that is quantised.
     """
     folds = folds or {}
     wanted: dict[tuple, list[str]] = {}
@@ -95,8 +106,8 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
 def _is_shared(owner: torch.Tensor) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
         return False
-    plain = type(owner) in (torch.Tensor, torch.nn.Parameter) and not owner.is_inference()
-    return plain and not is_traced()
+    # A leaf may be a buffer that others write to without a trace: receiving ranks, NumPy, x.data, the replay of a graph.
+    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_traced()
 
 
 def _shared_operands(owner: torch.Tensor | None) -> dict:
@@ -104,10 +115,13 @@ def _shared_operands(owner: torch.Tensor | None) -> dict:
     (tracing, selective checkpointing): a mode must see every op."""
     if owner is None or not _is_shared(owner):
         return {}
-    version, operands = _shared.get(owner, (None, {}))
-    if version != owner._version:
+    stream = torch._C._cuda_getCurrentRawStream(owner.get_device()) if owner.is_cuda else None
+    now = owner._version, stream
+    seen, operands = _shared.operands.get(owner, (None, {}))
+    if seen != now:
         operands = {}
-        _shared[owner] = (owner._version, operands)
+        _shared.operands.clear()
+        _shared.operands[owner] = (now, operands)
     return operands
 
 
@@ -246,7 +260,7 @@ def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.
 
     Raises ValueError if they differ outside autocast.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
@@ -267,15 +281,14 @@ def linear(
     plain, of any weight.
 
     Args:
-        x: [..., in], of the weight's dtype; bias: [out] or None. Under autocast the result has its dtype, while X and W
-            are quantised from the precision they come in.
+        x: [..., in], of the weight's dtype; bias: [out], one number, or None. Under autocast the result has its dtype, while
+            X and W are quantised from the precision they come in.
         gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own: a compiler knows of inputs, but
             not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
 
     Raises:
-        ValueError: the shapes do not fit, or the dtypes differ outside autocast.
+        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast.
     """
-    device = x.device.type
     if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
@@ -283,6 +296,13 @@ def linear(
         )
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
+    if bias is not None and bias.numel() == 1:
+        bias = bias.expand(weight.shape[:1])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: a bias of shape {list(bias.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
+    if devices := {str(t.device) for t in (weight, bias) if t is not None and t.device != x.device}:
+        raise ValueError(f"linear: the input is on {x.device} and the layer on {', '.join(sorted(devices))}; move one of them")
     dtype = product_dtype("linear", x, weight, bias)
-    with torch.autocast(device, enabled=False):
+    meta = x.device.type == "meta"
+    with contextlib.nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
         return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)

@@ -40,7 +40,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
     if a.format is None:
         y = ops.unrotate(torch.mm(left.to(dtype), right.t().to(dtype)), a.left, b.right, shape)
         return (y if bias is None else y + bias).to(dtype)
-    if bias is not None and bias.ndim != 1:  # the kernels add a row; a full matrix is added here
+    if bias is not None and bias.shape != shape[1:]:  # the kernels add a row; what else there may be is added here
         return _multiply(a, b, None, dtype) + bias
     b_scale = b.scale.t().contiguous() if b.scale is not None and b.scale_along == "block" else b.scale
     gain = b.undo_gain if b.gain_along == "column" else None

@@ -58,6 +58,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     undo_gain: torch.Tensor | None = None
     gain_along: str | None = None
 
+    version: int | None = None  #: of the matrix whose codes these are, where a HaloWeight keeps them in step with it
+
     @staticmethod
     def __new__(cls, size, dtype, tensors, attributes):
         anchor = tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"]

@@ -36,6 +36,10 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
 
 
+def _version(master: torch.Tensor | None) -> int | None:
+    return None if master is None or master.is_inference() else master._version
+
+
 def _of_operand(name: str) -> Any:
     """The operand's attribute as the weight's own; None without an operand."""
     return property(lambda weight: None if weight.operand is None else getattr(weight.operand, name))
@@ -95,7 +99,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         operand = weight_operand(master, recipe, moved(gains, master.device))
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
-        return cls(master, operand, recipe)
+        weight = cls(master, operand, recipe)
+        weight.in_step()
+        return weight
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight: the master, or what the codes of a frozen weight stand for."""
@@ -105,12 +111,26 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self.operand.dequantize()
 
     def requantize(self, dense: torch.Tensor | None = None) -> None:
-        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself. ``dense`` is
-        the new value of a frozen weight."""
+        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no eager
+        forward follows, which does it by itself. ``dense`` is the new value of a frozen weight."""
         if self.base is not None:
             self.base.requantize()
         elif self.operand is not None:
             self.operand.requantize_(self.dequantize() if dense is None else dense)
+            self.in_step()
+
+    def in_step(self) -> None:
+        """The codes are those of the master as it is now."""
+        if self.operand is not None:
+            self.operand.version = _version(self.master)
+
+    def _follow(self) -> None:
+        """Bring the codes up to date if the master itself was written to, as by who averages the tensors of state dicts."""
+        operand, master = self.operand, self.master
+        if operand is None or master is None or operand.version == _version(master) or is_traced():
+            return
+        with torch.no_grad():
+            self.requantize()
 
     def __repr__(self):
         return f"HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe})"
@@ -123,6 +143,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             if isinstance(weight, cls):
                 sharding.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
+                if not torch.compiler.is_compiling():
+                    weight._follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
             if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
                 warnings.warn(
@@ -261,7 +283,16 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False
 def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
     """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
     module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
-    if _save_plain not in module._state_dict_hooks.values():
+    keep_plain(module)
+
+
+def keep_plain(module: torch.nn.Module) -> None:
+    """Let the state dict of a module that holds converted weights, and no longer of one that holds none, stay a plain one."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
+                del hooks[key]
+    if any(isinstance(parameter, HaloWeight) for parameter in module._parameters.values()):
         module.register_state_dict_post_hook(_save_plain)
         module.register_load_state_dict_pre_hook(_load_plain)
 
@@ -271,29 +302,32 @@ def restore_weight(module: torch.nn.Linear) -> None:
     weight = module.weight
     assert isinstance(weight, HaloWeight)
     module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad)
-    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
-                del hooks[key]
+    keep_plain(module)
 
 
 def _save_plain(module, state_dict, prefix, local_metadata):
-    weight = state_dict[prefix + "weight"]
-    if isinstance(weight, HaloWeight) and not isinstance(weight, torch.nn.Parameter):  # it is one under keep_vars=True
-        state_dict[prefix + "weight"] = weight.dequantize()
-    elif fsdp.is_sharded(weight) and not isinstance(weight, torch.nn.Parameter):
-        state_dict[prefix + "weight"] = fsdp.map_shard(weight, HaloWeight.dequantize)
+    for name, _ in module.named_parameters(remove_duplicate=False):  # those of parametrisations too
+        weight = state_dict.get(prefix + name)
+        if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
+            continue
+        if isinstance(weight, HaloWeight):
+            state_dict[prefix + name] = weight.dequantize()
+        elif fsdp.is_sharded(weight):
+            state_dict[prefix + name] = fsdp.map_shard(weight, HaloWeight.dequantize)
 
 
 def _load_plain(module, state_dict, prefix, local_metadata, *_):
     """``load_state_dict(assign=True)`` puts a tensor of the state dict in the weight's place: make it one."""
-    weight = state_dict.get(prefix + "weight")
-    if not local_metadata.get("assign_to_params_buffers") or weight is None or isinstance(weight, HaloWeight):
+    if not local_metadata.get("assign_to_params_buffers"):
         return
-    if fsdp.is_sharded(module.weight):
-        state_dict[prefix + "weight"] = fsdp.map_shard(weight.detach(), fsdp.local(module.weight).renewed)
-    else:
-        state_dict[prefix + "weight"] = module.weight.renewed(weight.detach())
+    for name, own in module.named_parameters(remove_duplicate=False):
+        weight = state_dict.get(prefix + name)
+        if weight is None or isinstance(weight, HaloWeight):
+            continue
+        if fsdp.is_sharded(own):
+            state_dict[prefix + name] = fsdp.map_shard(weight.detach(), fsdp.local(own).renewed)
+        elif isinstance(own, HaloWeight):
+            state_dict[prefix + name] = own.renewed(weight.detach())
 
 
 def _linear_arguments(input, weight, bias=None):

@@ -265,6 +265,7 @@ def test_s_of_columns():
 
 def test_layers_that_read_one_tensor_have_one_s_and_one_x():
     model, x, _ = balanced()
+    x = x.clone().requires_grad_() + 0  # what another layer would give: eager sharing is of such
     assert model.q.weight.gain is model.k.weight.gain is model.v.weight.gain is not model.o.weight.gain
     for copied in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64).float()):
         with _counted() as made:

@@ -103,6 +103,8 @@ def test_level_auto():
     assert len(quantize_(model, chosen).converted) == 2
     with pytest.raises(ValueError, match="level must be 'auto'"):
         calibrate(model, batches, level=1)
+    with pytest.raises(TypeError, match=r"config is HOT's, of hot_config\(\); level='auto' chooses"):
+        calibrate(model, batches, halo_config())
     with pytest.raises(TypeError, match="call balance_ after quantize_"):
         calibrate(model, batches, level="auto", candidates=[Balanced(halo_config(1, "int8"))])
 

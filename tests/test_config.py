@@ -50,6 +50,12 @@ def test_equal_configs_share_one_recipe():
         ({"block_size": 100}, r"power of two of at least 16"),
         ({"block_size": 8}, r"power of two of at least 16"),
         ({"seed": -1}, r"seed must be"),
+        ({"seed": 1.5}, r"seed must be an integer or None; got 1.5"),
+        ({"skip": "*.head"}, r"skip='\*.head' is no regular expression \(nothing to repeat"),
+        ({"skip": ["head"]}, r"skip must be a regular expression, as a string; got \['head'\]"),
+        ({"min_features": "64"}, r"min_features must be an integer; got '64'"),
+        ({"frozen": "no"}, r"frozen must be one of \(True, False, None\); got 'no'"),
+        ({"keep_codes": 1}, r"keep_codes must be one of"),
     ],
 )
 def test_unknown_values_are_named(arguments, message):

@@ -7,7 +7,7 @@ import torchao.quantization
 from torch import nn
 from torchao.quantization import FqnToConfig
 
-from halo_tensor import HaloWeight, dequantize_, halo_config, layer_filter, quantize_, recipe_config
+from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, layer_filter, quantize_, recipe_config
 
 
 class Model(nn.Module):
@@ -155,3 +155,21 @@ def test_the_output_embedding_is_the_largest_vocabulary():
     """Not any layer as wide as some table of positions."""
     model = nn.ModuleDict({"tokens": nn.Embedding(512, 128), "positions": nn.Embedding(256, 128), "up": nn.Linear(128, 256)})
     assert quantize_(model, halo_config()).converted == ["up"]
+
+
+@pytest.mark.parametrize("config", ["int8", None, halo_config], ids=["string", "none", "function"])
+def test_what_is_no_config(config):
+    with pytest.raises(TypeError, match=r"a config is what halo_config\(level=1, dtype='int8'\) makes"):
+        quantize_(nn.Sequential(nn.Linear(128, 128)), config)
+
+
+def test_converted_in_inference_mode_and_trained_after_it():
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(16, 128)
+    with torch.inference_mode():
+        quantize_(model, halo_config(1, "int8"))
+        balance_(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(x)
+    before.square().sum().backward()
+    optimizer.step()
+    assert model[0].weight.grad is not None and not torch.equal(model(x), before)

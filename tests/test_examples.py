@@ -226,11 +226,50 @@ def test_two_ranks_train_as_one(folder, tmp_path, monkeypatch):
         (["--dataset", "nowhere.jsonl"], "there is no file 'nowhere.jsonl': pass one of sql, viggo, gsm8k"),
         (["--level", "7"], "level must be one of 0, 1, 2"),
         (["--balance", "--dtype", "bf16"], "--dtype bf16 rounds neither: leave one of them out"),
+        (["--length", "16"], "no answer of 179 chats begins within 16 tokens: pass a larger --length"),
+        (["--resume", "nowhere/step-2"], "there is no checkpoint nowhere/step-2: pass a folder step-N that --save-every"),
+        (["--batch", "0"], "2"),  # argparse's, which prints why
     ],
 )
 def test_one_sentence_says_what_is_wrong(folder, tmp_path, monkeypatch, more, message):
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, folder, tmp_path, *more)
+
+
+def test_lines_that_are_no_json(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    for text in ("{", "[]"):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="every line of .* must be a JSON object with messages"):
+            data.read_chats(str(path))
+
+
+def test_what_is_cut_before_its_answer_is_left_out():
+    cut, kept = ([1] * 20, [data.IGNORED] * 16 + [1] * 4), ([1] * 8, [data.IGNORED] * 4 + [1] * 4)
+    assert data.learnable([cut, kept], 16) == [kept]
+
+
+def test_a_checkpoint_of_other_options(folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    run(monkeypatch, folder, tmp_path, "--save-every", "4")
+    with pytest.raises(SystemExit, match="is of another model, or of other options than these"):
+        run(monkeypatch, folder, tmp_path, "--lora", "4", "--resume", str(tmp_path / "step-4"))
+
+
+def test_dropout_is_resumed_too(folder, tmp_path, monkeypatch):
+    def dropping(*args):
+        model, tokenizer = load_model(*args)
+        model.config.attention_dropout = 0.2
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        return model, tokenizer
+
+    load_model = finetune.load_model
+    monkeypatch.setattr(finetune, "load_model", dropping)
+    whole, _ = run(monkeypatch, folder, tmp_path, "--save-every", "2")
+    resumed, _ = run(monkeypatch, folder, tmp_path, "--resume", str(tmp_path / "step-2"))
+    other, _ = run(monkeypatch, folder, tmp_path / "other", "--seed", "1")
+    assert resumed == whole != other
 
 
 def test_without_the_hub_the_error_says_what_to_do(monkeypatch):

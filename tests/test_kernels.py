@@ -449,6 +449,32 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}
 
 
 @runs_kernels
+@pytest.mark.parametrize("gained", [False, True])
+def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
+    """Where a pass of its own undoes the left one: columns of nearly one value, rotated along tokens, are √128 times as large."""
+    monkeypatch.setattr(product, "_left_is_dear", lambda *_: True)
+    left, right, (m, n, k) = Rotation(128, None), Rotation(128, 1), (128, 128, 256)
+    x, w = 1 + 0.05 * matrix(m, k), 0.1 * matrix(n, k) + 0.05
+    x = x * (2e4 / (x @ w.t()).abs().max())
+    a, a_scale = reference.rotate_quantize(x, left, None, INT8, "row")
+    b, b_scale = reference.rotate_quantize(w.t().contiguous(), None, right, INT8, "column")
+    args = (a, b.t().contiguous(), a_scale, b_scale, None, left, right, (m, n))
+    y = product.scaled_mm(*args, torch.float16, torch.ones(n, device=DEVICE) if gained else None)
+    assert y.dtype == torch.float16 and y.isfinite().all()
+    assert relative_error(y.float(), exact_product(*args)) < 2e-3
+
+
+def test_scales_of_one_are_float32():
+    """Whatever PyTorch makes by default, and keeps making after that."""
+    product._ones.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert product._ones(4, torch.device("cpu")).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@runs_kernels
 @given(
     size=st.sampled_from([(1, 16, 1), (37, 48, 100), (70, 192, 200), (200, 576, 144), (300, 512, 64)]),
     formats=st.sampled_from(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.linear import _shared_operands
+from halo_tensor.linear import _shared, _shared_operands
 from halo_tensor.ops.hadamard import hadamard, signs
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation
 from halo_tensor.weight import convert_weight
@@ -207,7 +207,7 @@ def test_only_the_gradients_that_are_needed(frozen):
 def test_saved_activations_are_eight_bit_and_shared(recipe):
     """Three layers that read one X save it once, as codes."""
     layers = nn.ModuleList(nn.Linear(256, 128) for _ in range(3))
-    x = torch.randn(64, 256, requires_grad=True)
+    x = torch.randn(64, 256, requires_grad=True) + 0  # what a layer before them would give; of leaves nothing is shared
     with saved_bytes() as saved:
         out = [layer(x) for layer in layers]
     plain = saved(layers)
@@ -222,9 +222,9 @@ def test_saved_activations_are_eight_bit_and_shared(recipe):
 
 def test_what_is_shared_is_not_stale():
     layer = converted(nn.Linear(128, 128, bias=False), halo_config(1, "int8"))
-    x = torch.randn(16, 128)
+    x = torch.randn(16, 128, requires_grad=True) + 0
     first = layer(x)
-    assert torch.equal(layer(x), first)
+    assert torch.equal(layer(x), first) and _shared_operands(x)
     x.mul_(2)
     torch.testing.assert_close(layer(x), 2 * first)
     with torch.no_grad():
@@ -238,10 +238,60 @@ def test_what_is_shared_is_not_stale():
         torch.testing.assert_close(layer(x.clone()), 16 * first)
 
 
+@pytest.mark.parametrize("write", ["data", "numpy", "set_data"])
+def test_inputs_written_without_a_trace(write):
+    """As receiving ranks, data loaders and graphs write to the buffers that a first layer reads: versions do not tell."""
+    layer = converted(nn.Linear(128, 128, bias=False), halo_config(1, "int8"))
+    array = torch.randn(16, 128).numpy()
+    x = torch.from_numpy(array)
+    first = layer(x).detach()
+    if write == "data":
+        x.data.mul_(2)
+    elif write == "numpy":
+        array *= 2
+    else:
+        x.data = x * 2
+    torch.testing.assert_close(layer(x), 2 * first)
+
+
+@pytest.mark.parametrize("size", [1, 100, 300])
+def test_a_bias_of_another_size(size):
+    layer, x = nn.Linear(128, 256), torch.randn(16, 128)
+    layer.bias = nn.Parameter(torch.randn(size))
+    if size > 1:
+        layer = converted(layer, halo_config(1, "int8"))
+        with pytest.raises(ValueError, match=rf"a bias of shape \[{size}\] does not fit"):
+            layer(x)
+        return
+    expected = layer(x)
+    layer = converted(layer, halo_config(1, "int8"))
+    layer(x).sum().backward()
+    assert 1e-4 < relative_error(layer(x), expected) < 0.05
+    torch.testing.assert_close(layer.bias.grad, torch.tensor([16.0 * 256]))
+
+
+def test_devices():
+    layer = converted(nn.Linear(128, 256), halo_config(1, "int8"))
+    with pytest.raises(ValueError, match="the input is on meta and the layer on cpu"):
+        layer(torch.ones(16, 128, device="meta"))
+    assert layer.to("meta")(torch.ones(16, 128, device="meta")).shape == (16, 256)
+
+
+def test_codes_of_one_matrix_are_kept():
+    """Checkpointing keeps the X of every block; their codes would double that."""
+    layer = converted(nn.Linear(128, 128, bias=False), halo_config(1, "int8"))
+    kept = [torch.randn(16, 128, requires_grad=True) + i for i in range(3)]
+    for x in kept:
+        layer(x)
+    assert list(_shared.operands.keys()) == kept[-1:]
+    del x, kept
+    assert not _shared.operands
+
+
 def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):
     """Not the codes of a warm-up, which a replay would never renew."""
     layer = converted(nn.Linear(128, 128), halo_config(1, "int8"))
-    x = torch.randn(16, 128)
+    x = torch.randn(16, 128, requires_grad=True) + 0
     layer(x)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

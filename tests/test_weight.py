@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
@@ -520,3 +521,50 @@ def test_a_product_with_a_part_of_a_weight_says_that_it_is_not_quantised():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         F.linear(x, layer.weight), layer(x)
+
+
+def test_writes_to_a_tensor_of_the_state_dict_reach_the_codes():
+    """As moving averages make them."""
+    model = nn.Sequential(nn.Linear(128, 128))
+    quantize_(model, halo_config(1, "int8"))
+    average, x = copy.deepcopy(model), torch.randn(16, 128)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-2)
+        for old, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            old.copy_(new)
+    assert torch.equal(average(x), model(x))
+    version = average[0].weight.codes._version
+    average(x)
+    assert average[0].weight.codes._version == version, "what is in step is not quantised anew"
+
+
+def test_a_write_to_the_master_reaches_the_codes():
+    layer = nn.Linear(128, 128, bias=False)
+    quantize_(layer, halo_config(1, "int8"), filter_fn=lambda *_: True)
+    x = torch.randn(16, 128)
+    before = layer(x)
+    layer.weight.master.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before)
+
+
+def test_a_tied_weight_is_plain_in_every_state_dict():
+    model = nn.ModuleDict({"embed": nn.Embedding(256, 128), "head": nn.Linear(128, 256, bias=False)})
+    model["head"].weight = model["embed"].weight
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, _: isinstance(module, nn.Linear))
+    state = model.state_dict()
+    assert {type(value) for value in state.values()} == {torch.Tensor}
+    assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()
+    model.load_state_dict({name: value + 1 for name, value in state.items()}, assign=True)
+    assert {type(value) for value in model.state_dict().values()} == {torch.Tensor}
+    dequantize_(model)
+    assert type(model["embed"].weight) is type(model["head"].weight) is nn.Parameter
+    assert not model["embed"]._state_dict_hooks and not model["head"]._state_dict_hooks
+
+
+@pytest.mark.parametrize("add", [nn.utils.parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_a_parametrised_weight_can_be_saved(add):
+    layer = nn.Linear(128, 128)
+    quantize_(layer, halo_config(1, "int8"), filter_fn=lambda *_: True)
+    add(layer)
+    assert all(type(value) is torch.Tensor for value in layer.state_dict().values())

@@ -158,7 +158,7 @@ def _runner(compiled: Any, grid: tuple[int, ...], descriptors: Callable, describ
         key = tuple(pointers[:described])
         encoded = remembered.get(key)
         if encoded is None:
-            if len(remembered) == _REMEMBERED:
+            if len(remembered) >= _REMEMBERED:
                 remembered.clear()
             encoded = remembered[key] = encode(descriptors(tensors))
         bare(*grid, stream, *head, *encoded, *pointers[described:], *rest)

@@ -13,20 +13,7 @@ Three shapes of work, all limited by memory:
 import triton
 import triton.language as tl
 
-#: 2⁻¹²⁶: see reference.SMALLEST_SCALE.
-SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
-#: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
-ROUNDER = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _scale(amax, INVERSE_MAX: tl.constexpr):
-    return maximum(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
+from halo_tensor.ops.rounding import maximum, noise, round_by, round_to_code, scale_from
 
 
 @triton.jit
@@ -35,47 +22,6 @@ def _product(a, b):
     if a.dtype == tl.float32:
         return tl.dot(a, b, input_precision="tf32x3")
     return tl.dot(a, b)
-
-
-@triton.jit
-def round_to_code(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and −2 for
-    formats that the hardware converts to. ``MAX`` above 0 saturates there."""
-    if MAX > 0:  # a bare cast; a scaled value is inside already
-        y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    if MANTISSA == -1:
-        return (y + ROUNDER).to(tl.int32, bitcast=True).to(CODE)
-    if MANTISSA >= 0:  # a grid inside fp8's: round at the exponent's quantum
-        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
-        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
-        rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
-        y = (y + rounder) - rounder
-    return y.to(CODE)
-
-
-@triton.jit
-def _noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
-    """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
-    quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
-    row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
-    a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
-    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (T, WIDTH))
-    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
-
-
-@triton.jit
-def _round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """As :func:`round_to_code`, up or down so that the mean is exact."""
-    y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    quantum = tl.full(y.shape, 1.0, tl.float32)
-    inverse = quantum
-    if MANTISSA >= 0:
-        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
-        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
-        quantum = (exponent << 23).to(tl.float32, bitcast=True)
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # At the largest number the noise may round up to a whole step: hence round_to_code's own limit.
-    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
 
 
 @triton.jit
@@ -147,7 +93,7 @@ def whole_rows(
             y = y * load_vector(fold, columns, K)
         amax = tl.reduce(tl.abs(y), 1, maximum)
         amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, maximum)
-        scale = _scale(amax, INVERSE_MAX)
+        scale = scale_from(amax, INVERSE_MAX)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
         q = round_to_code(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
@@ -247,9 +193,9 @@ def amax_tiles(
 def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
     """The scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
     if ALONG == 2:
-        return _scale(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
+        return scale_from(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
     if ALONG == 1:
-        return _scale(tl.zeros((T,), tl.float32) + tl.load(amax).to(tl.float32, bitcast=True), INVERSE_MAX)
+        return scale_from(tl.zeros((T,), tl.float32) + tl.load(amax).to(tl.float32, bitcast=True), INVERSE_MAX)
     return tl.full((T,), 1.0, tl.float32)
 
 
@@ -305,7 +251,7 @@ def cast_tiles(
                 y = y * row_inverse[:, None]
                 write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
             if NOISY:
-                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
@@ -319,7 +265,7 @@ def cast_tiles(
                 y = y * tl.div_rn(one, scale)[None, :]
                 write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
-                q = _round_by(_noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]

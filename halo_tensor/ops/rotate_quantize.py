@@ -227,8 +227,9 @@ def _row_launch(m: int, row: int, chunks: int, large: bool, rotate: bool, produc
     warps = 4 if tile <= 8192 else 8 if tile <= 16384 else 16
     if not rotate or produced:
         return rows, 1, 16 if produced and not rotate and tile > 8192 else warps, 1
-    times = min(16, m // 256) // rows  # 256 programs, if there are rows for them
-    return rows, max(1, times), warps, 3 if tile <= 16384 else 2
+    # 256 programs, if there are rows for them; a power of two, so that other numbers of rows seldom compile anew.
+    times = 1 << max(min(16, m // 256) // rows, 1).bit_length() - 1
+    return rows, times, warps, 3 if tile <= 16384 else 2
 
 
 # Tiles.

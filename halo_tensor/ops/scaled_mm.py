@@ -163,15 +163,15 @@ def scaled_mm(
 ) -> torch.Tensor:
     """See :func:`halo_tensor.ops.reference.scaled_mm`; scales are numbers or vectors."""
     in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
-    in_left = left if fits_epilogue(left) and not _left_is_dear(a, b_t, in_right) else None
+    in_left = left if fits_epilogue(left) and not _left_is_dear(a, b_t, in_right, dtype) else None
     if in_left == left and in_right == right:
         return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
     # What the epilogue cannot undo is undone in a pass of its own. The bias follows, and where that pass rotates columns, the
     # gain.
     rows = shape[0] if in_left else a.shape[0]
     in_gain, gain = (gain, None) if in_right == right else (None, gain)
-    # Before the gain, a result may be outside of float16's range.
-    wide = torch.float32 if gain is not None and dtype == torch.float16 else dtype
+    # Still rotated, or before the gain, a result may be outside of float16's range.
+    wide = torch.float32 if dtype == torch.float16 else dtype
     y = _product(a, b_t, a_scale, b_scale, in_gain, None, in_left, in_right, rows, wide)
     y = unrotate(y, None if in_left else left, None if in_right else right, shape, wide)
     y = y if gain is None else y.mul_(gain)
@@ -179,12 +179,13 @@ def scaled_mm(
     return y if wide == dtype else y.to(dtype)
 
 
-def _left_is_dear(a: torch.Tensor, b_t: torch.Tensor, right: Rotation | None) -> bool:
+def _left_is_dear(a: torch.Tensor, b_t: torch.Tensor, right: Rotation | None, dtype: torch.dtype) -> bool:
     """Whether a pass of its own undoes a rotation on the left faster than an epilogue that undoes another on the right. In
-    int8 both spill registers, which costs in proportion to k; and on SM 9.0 the product without is much the faster one."""
+    int8 both spill registers, which costs in proportion to k; and on SM 9.0 the product without is much the faster one. But
+    float32, which float16 goes through as well, is rotated slowly."""
     if a.dtype != torch.int8 or right is None:
         return False
-    return a.shape[1] > 8192 or _in_gluon(Matrix.of(a), Matrix.of(b_t), None, right)
+    return a.shape[1] > 8192 or (dtype == torch.bfloat16 and _in_gluon(Matrix.of(a), Matrix.of(b_t), None, right))
 
 
 def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -243,7 +244,7 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
 
 @lru_cache
 def _ones(n: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(n, device=device)
+    return torch.ones(n, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=4096)

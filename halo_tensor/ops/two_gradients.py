@@ -16,8 +16,9 @@ import triton.language as tl
 from halo_tensor.ops.fast_math import reciprocal
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.quantize_kernels import load_vector, maximum, round_to_code, scale_of, write_scale
+from halo_tensor.ops.quantize_kernels import load_vector, scale_of, write_scale
 from halo_tensor.ops.rotate_quantize import code_matrix, dense, format_options, quantize_pair
+from halo_tensor.ops.rounding import maximum, round_to_code
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import Format
 

@@ -1,0 +1,61 @@
+"""How the Triton kernels round: the scale of a largest magnitude, and float32 to codes, to nearest or stochastically."""
+
+import triton
+import triton.language as tl
+
+#: 2⁻¹²⁶: see reference.SMALLEST_SCALE.
+SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
+#: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scale_from(amax, INVERSE_MAX: tl.constexpr):
+    """That of codes up to 1 / INVERSE_MAX; a NaN stays one."""
+    return maximum(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
+
+
+@triton.jit
+def round_to_code(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and −2 for
+    formats that the hardware converts to. ``MAX`` above 0 saturates there."""
+    if MAX > 0:  # a bare cast; a scaled value is inside already
+        y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    if MANTISSA == -1:
+        return (y + ROUNDER).to(tl.int32, bitcast=True).to(CODE)
+    if MANTISSA >= 0:  # a grid inside fp8's: round at the exponent's quantum
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
+        y = (y + rounder) - rounder
+    return y.to(CODE)
+
+
+@triton.jit
+def noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
+    """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
+    quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
+    row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
+    a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
+    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (T, WIDTH))
+    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
+
+
+@triton.jit
+def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+    """As :func:`round_to_code`, up or down so that the mean is exact."""
+    y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    quantum = tl.full(y.shape, 1.0, tl.float32)
+    inverse = quantum
+    if MANTISSA >= 0:
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        quantum = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    # At the largest number the noise may round up to a whole step: hence round_to_code's own limit.
+    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
