@@ -143,6 +143,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             if isinstance(weight, cls):
                 sharding.check_whole(weight)
             if isinstance(weight, cls) and not weight.recipe.is_identity:
+                if torch.compiler.is_exporting():
+                    raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
                 if not torch.compiler.is_compiling():
                     weight._follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)

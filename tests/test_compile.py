@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import dequantize_, halo_config, quantize_
 from tests.test_weight import make, train
 
 
@@ -165,3 +165,13 @@ def test_autocast_and_no_grad_compile():
         assert f(x).dtype == model(x).dtype
     with torch.no_grad():
         torch.testing.assert_close(f(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused_and_says_what_to_do(strict):
+    model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(8, 128)
+    quantize_(model, halo_config(1, "int8"))
+    with pytest.raises(Exception, match=r"torch\.export knows no converted weights: call dequantize_\(model\) first"):
+        torch.export.export(model, (x,), strict=strict)
+    dequantize_(model)
+    assert torch.export.export(model, (x,), strict=strict).module()(x).shape == (8, 128)
