@@ -65,9 +65,9 @@ class LinearConfig(AOBaseConfig):
             ) from None
         if type(self.min_features) is not int:
             raise ValueError(f"min_features must be an integer; got {self.min_features!r}")
-        for name, allowed in {"frozen": (True, False, None), "keep_codes": (True, False), "adapters": (True, False)}.items():
-            if not any(getattr(self, name) is value for value in allowed):
-                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+        _one_of("frozen", self.frozen, (True, False, None))
+        _one_of("keep_codes", self.keep_codes, (True, False))
+        _one_of("adapters", self.adapters, (True, False))
 
     @property
     def recipe(self) -> Recipe:
@@ -92,8 +92,7 @@ class HaloConfig(LinearConfig):
         block = self.block_size
         if block is not None and (not isinstance(block, int) or block < 16 or block & (block - 1)):
             raise ValueError(f"block_size must be a power of two of at least 16, or None for the full width; got {block!r}")
-        if type(self.seed) not in (int, type(None)):
-            raise ValueError(f"seed must be an integer or None; got {self.seed!r}")
+        _integer_or_none("seed", self.seed)
         Rotation(block, self.seed)  # checks the seed's range
 
     @property
@@ -122,9 +121,8 @@ class HotConfig(LinearConfig):
         _one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
         _one_of("scale", self.scale, ("tensor", "tokens"))
         _one_of("granularity", self.granularity, GRANULARITIES)
-        for name in ("rank", "seed"):
-            if type(getattr(self, name)) not in (int, type(None)):
-                raise ValueError(f"{name} must be an integer or None; got {getattr(self, name)!r}")
+        _integer_or_none("rank", self.rank)
+        _integer_or_none("seed", self.seed)
         if self.rank is not None and self.seed is not None:
             raise ValueError("a seed signs whole blocks (rank=None); a low rank takes seed=None")
         self.recipe  # noqa: B018  checks the rank, the seed and the rounding
@@ -279,6 +277,11 @@ def recipe_config(
 def _one_of(what: str, value, valid: tuple) -> None:
     if value not in valid or type(value) not in map(type, valid):  # 8.0 and True equal integers
         raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}; got {value!r}")
+
+
+def _integer_or_none(what: str, value) -> None:
+    if type(value) not in (int, type(None)):
+        raise ValueError(f"{what} must be an integer or None; got {value!r}")
 
 
 @lru_cache

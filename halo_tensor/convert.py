@@ -20,7 +20,7 @@ from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS, Product
-from halo_tensor.weight import HaloWeight, keep_plain
+from halo_tensor.weight import HaloWeight, keep_plain, restore_weight
 
 logger = logging.getLogger("halo_tensor")
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -126,10 +126,7 @@ def dequantize_(model: nn.Module) -> None:
             layers.restore(module)
     _tie_again(model, ties)
     for module in model.modules():  # what was tied to a converted layer, before a state dict was assigned
-        for name, parameter in module._parameters.items():
-            if isinstance(parameter, HaloWeight):
-                setattr(module, name, nn.Parameter(parameter.dequantize(), requires_grad=parameter.requires_grad))
-                keep_plain(module)
+        restore_weight(module)
 
 
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:

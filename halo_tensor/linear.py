@@ -4,7 +4,6 @@ Forward quantises X and meets W as codes, which :class:`~halo_tensor.weight.Halo
 multiplies it with the same operands again. Of X, only the codes that grad_weight reads are saved; of W, references.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -303,6 +302,6 @@ def linear(
     if devices := {str(t.device) for t in (weight, bias) if t is not None and t.device != x.device}:
         raise ValueError(f"linear: the input is on {x.device} and the layer on {', '.join(sorted(devices))}; move one of them")
     dtype = product_dtype("linear", x, weight, bias)
-    meta = x.device.type == "meta"
-    with contextlib.nullcontext() if meta else torch.autocast(x.device.type, enabled=False):
+    device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
+    with torch.autocast(device, enabled=False):
         return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)

@@ -299,11 +299,11 @@ def keep_plain(module: torch.nn.Module) -> None:
         module.register_load_state_dict_pre_hook(_load_plain)
 
 
-def restore_weight(module: torch.nn.Linear) -> None:
-    """The inverse of :func:`convert_weight`."""
-    weight = module.weight
-    assert isinstance(weight, HaloWeight)
-    module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad)
+def restore_weight(module: torch.nn.Module) -> None:
+    """The inverse of :func:`convert_weight`, for every converted weight that ``module`` itself holds."""
+    for name, weight in module._parameters.items():
+        if isinstance(weight, HaloWeight):
+            setattr(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
     keep_plain(module)
 
 
