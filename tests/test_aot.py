@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 from functools import partial
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.driver import wrap_handle_tensordesc  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.ops import hopper, packing_kernels, reference  # noqa: E402
+from halo_tensor.ops import hopper, launcher, packing_kernels, reference  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
@@ -40,6 +40,7 @@ from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # n
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
 GPUS = {80: (163 * 1024, 108), 89: (99 * 1024, 128), 90: (227 * 1024, 132), 100: (227 * 1024, 148), 120: (99 * 1024, 170)}
 BF16, FP32 = torch.bfloat16, torch.float32
+OLD = triton.__version__.startswith(("3.6.", "3.7."))
 
 
 class Driver:
@@ -411,10 +412,12 @@ def test_multiplying(launched, capability, name):
     kernel, *passes = launched(capability, MULTIPLY[name])
     # Where the product in Gluon is the faster one, it leaves the left rotation to a pass.
     assert [k.name for k in passes] == ["rotate_tiles"] * (capability == 90 and name == "int8, undo both")
-    # Triton has no tcgen05 product of integers.
-    unit = {90: "wgmma.mma_async", 100: "mma.sync" if integer else "tcgen05.mma"}.get(capability, "mma.sync")
+    # Triton has tcgen05 products of integers from 3.8 on.
+    unit = {90: "wgmma.mma_async", 100: "mma.sync" if integer and OLD else "tcgen05.mma"}.get(capability, "mma.sync")
     kind = (
-        "s32.s8.s8"
+        "kind::i8"
+        if integer and unit == "tcgen05.mma"
+        else "s32.s8.s8"
         if integer
         else "kind::f8f6f4"
         if capability == 100
@@ -522,11 +525,53 @@ def test_a_plan_keeps_to_a_device(launched):
 
 
 def test_remembered_descriptors_keep_no_tensor_alive():
-    """Where there is no TMA, Triton's wrapper has no metadata of descriptors, and hands the tensors on."""
-    wrapped = wrap_handle_tensordesc(len, {0: "tensordesc<fp8e4nv[128,128]>", 1: "*fp32"}, None)
-    run = SimpleNamespace(launch=wrapped, global_scratch_size=0, profile_scratch_size=0)
-    target = SimpleNamespace(target=GPUTarget("cuda", 80, 32))
-    bare, encode = launching._bare(SimpleNamespace(run=run, metadata=target), 1)
+    """Where there is no TMA, there is no metadata of descriptors, and Triton hands the tensors on."""
+    encode = launcher._encoder(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
     codes = torch.empty(256, 128, dtype=torch.int8)
     encoded = encode([launching.Tiles((256, 128), (128, 1), (128, 128)).of(codes)])
-    assert bare is len and encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)
+    assert encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)
+
+
+@pytest.mark.parametrize("described", [0, 1])
+def test_the_function_beneath_the_launcher(monkeypatch, described):
+    """It gets what it would get through Triton's launcher, tensors as their addresses."""
+    calls = []
+
+    def c_function(*args):
+        flat = (a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg]))
+        calls.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in flat])
+
+    signature = dict(enumerate(["*i8", "*fp32", "i32", "constexpr"]))
+    if described:
+        signature[0] = "tensordesc<i8[128,128]>"
+    theirs = CudaLauncher.__new__(CudaLauncher)
+    vars(theirs).update(
+        launch=wrap_handle_tensordesc(c_function, signature, []), num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
+        global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, gsan_enabled=False,
+        arg_annotations=["annotations"], kernel_signature=b"signature",
+    )  # fmt: skip
+    compiled = Compiled(theirs)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace(launch=c_function)))
+    monkeypatch.setattr(launcher, "BuiltinFunctionType", FunctionType)
+    tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
+    tiles = launching.Tiles((256, 128), (128, 1), (128, 128))
+    descriptors = [tiles.of(tensors[0])][:described]
+    ours = launcher.launcher_of(compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant"))
+    for _ in range(2):
+        ours(tensors, [t.data_ptr() for t in tensors], 5)
+    compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
+    assert len(calls) == 3 and calls[0] == calls[1] == calls[2]
+    assert calls[0][:5] == [3, 2, 1, 5, "function"] and calls[0][-3:] == [tensors[1].data_ptr(), 7, "constant"]
+
+
+class Compiled:
+    """A kernel of Triton's that is launched by ``run``."""
+
+    metadata = SimpleNamespace(target=GPUTarget("cuda", 80, 32), tensordesc_meta=[])
+    function, packed_metadata = "function", (4, 1, 0)
+
+    def __init__(self, run):
+        self.run = run
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.run(*grid, stream, self.function, self.packed_metadata, None, None, None, *args)

@@ -73,7 +73,7 @@ SIZES = [(1, 1, 1), (70, 192, 200), (128, 256, 128), (300, 528, 1000), (1000, 10
 )
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_epilogue(launched, size, left, right, scales, biased, gained, dtype, layouts):
-    """A pass of its own undoes a rotation on the left."""
+    """A pass of its own undoes a rotation on the left; but of float32 results it is slow, so they are multiplied elsewhere."""
     m, n, k = size
     rotation = Rotation(right, 7) if right and n % right == 0 else None
     of_rows = Rotation(left, 8) if left and rotation else None
@@ -86,7 +86,8 @@ def test_every_epilogue(launched, size, left, right, scales, biased, gained, dty
     gain = gain_of(n) if gained else None
     launched.clear()
     y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, of_rows, rotation, (m, n), dtype, gain)
-    assert "wgmma_kernel" in launched and "scaled_mm_kernel" not in launched
+    here, elsewhere = ("wgmma_kernel", "scaled_mm_kernel")[:: -1 if of_rows and dtype != torch.bfloat16 else 1]
+    assert here in launched and elsewhere not in launched
     error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, of_rows, rotation, (m, n), gain))
     # Sums are whole numbers, all else is float32: what is left is the rounding of the result, and of what is un-rotated.
     few, rounding = y.numel() < 1000, ROUNDING[dtype]

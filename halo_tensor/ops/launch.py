@@ -1,26 +1,21 @@
 """Launching Triton kernels at little cost: everything but the tensors is decided, and compiled, once per shape.
 
 Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run. What is left
-here is to look at pointers and to call the C function with which Triton launches.
+here is to look at pointers.
 """
 
-import inspect
-from collections.abc import Callable
 from functools import reduce
 from operator import or_
-from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from triton import knobs
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# As many encoded descriptors as a launch remembers; a model meets few pointers, since allocations recur.
-_REMEMBERED = 512
+from halo_tensor.ops.launcher import launcher_of
+
 _DATA_PTR = torch.Tensor.data_ptr
 
 
@@ -92,7 +87,7 @@ class Launch:
             compiled = self._compile(self._described(tensors), index)
             names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
             rest = (*self.integers, *(self.constants[name] for name in names))
-            self._run = _runner(compiled, self.grid, self._descriptors, len(self.tiles), rest)
+            self._run = launcher_of(compiled, self.grid, self._descriptors, len(self.tiles), rest)
         self._run(tensors, pointers, torch._C._cuda_getCurrentRawStream(index))
 
     def _descriptors(self, tensors: tuple) -> list:
@@ -128,63 +123,3 @@ class Launch:
                 "for rows this wide: take a smaller block_size, or weights in bfloat16"
             )
         self.constants = self.constants | {stages: self.constants[stages] - 1}
-
-
-def _runner(compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Any:
-    """A function of tensors, their pointers and a stream that launches ``compiled``: through Triton's launcher, or, where
-    that is as known (Triton 3.6) and nobody listens to launches, through the C function beneath it. ``descriptors``: of the
-    first ``described`` tensors."""
-    launcher = compiled[grid]
-
-    def run(tensors, pointers, stream):
-        launcher(*descriptors(tensors), *pointers[described:], *rest, stream=stream)
-
-    try:
-        bare, encode = _bare(compiled, described)
-        listeners = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
-    except (AttributeError, ImportError, KeyError, TypeError):  # another Triton
-        return run
-
-    launching = compiled.run
-    options = launching.launch_cooperative_grid, launching.launch_pdl, None, None  # no memory for the launch
-    head = (compiled.function, *options, compiled.packed_metadata, None, None, None)  # and no hooks
-    remembered: dict[tuple, tuple] = {}
-
-    def run_bare(tensors, pointers, stream):
-        if any(listeners):
-            return run(tensors, pointers, stream)
-        if not described:
-            return bare(*grid, stream, *head, *pointers, *rest)
-        key = tuple(pointers[:described])
-        encoded = remembered.get(key)
-        if encoded is None:
-            if len(remembered) >= _REMEMBERED:
-                remembered.clear()
-            encoded = remembered[key] = encode(descriptors(tensors))
-        bare(*grid, stream, *head, *encoded, *pointers[described:], *rest)
-
-    return run_bare
-
-
-def _bare(compiled: Any, described: int) -> tuple[Any, Any]:
-    """(Triton's C function, how descriptors become its arguments). Raises what :func:`_runner` catches where it is not so."""
-    if not triton.__version__.startswith("3.6.") or compiled.metadata.target.backend != "cuda":
-        raise TypeError("whose arguments are not known")
-    launcher = compiled.run
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        raise TypeError("this kernel wants memory for each launch")
-    bare, encode = launcher.launch, None
-    if described:
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        around = inspect.getclosurevars(bare).nonlocals  # the wrapper that encodes descriptors anew for every launch
-        bare, metas = around["launcher"], around["tensordesc_meta"]
-
-        def encode(descriptors):
-            encoded = [a for d, meta in zip(descriptors, metas, strict=True) for a in make_tensordesc_arg(d, meta)]
-            # Without TMA a descriptor is its tensor, which must not be kept alive: its address will do.
-            return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
-
-    if not isinstance(bare, BuiltinFunctionType):
-        raise TypeError("not a function of C")
-    return bare, encode
