@@ -1,6 +1,7 @@
 """How every benchmark here reports: a Markdown table and the same as JSON, with date, device and versions."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def command(argv: list[str]) -> str:
     script, options = Path(argv[0]), [*argv[1:]]
     if "--folder" in options:
         del options[(at := options.index("--folder")) : at + 2]
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *options])
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *options])
 
 
 def _cell(value) -> str:

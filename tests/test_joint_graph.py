@@ -260,7 +260,7 @@ def test_another_compiler_is_a_clear_error(monkeypatch):
     model = converted(Attention(), 1, "int8")
     monkeypatch.delattr("halo_tensor.ops.joint_graph")
     monkeypatch.setitem(sys.modules, "halo_tensor.ops.joint_graph", None)
-    with pytest.raises(Exception, match="knows the compilers of torch 2.11 to 2.13, and that of .* or run without torch.comp"):
+    with pytest.raises(Exception, match="knows the compilers of torch 2.11 to 2.14, and that of .* or run without torch.comp"):
         torch.compile(model, fullgraph=True)(data())
 
 

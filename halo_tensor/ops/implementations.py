@@ -160,7 +160,7 @@ def _teach_inductor(device: torch.device) -> None:
             joint_graph.install()
     except ImportError as error:  # they are written against its internals
         raise RuntimeError(
-            f"halo_tensor knows the compilers of torch 2.11 to 2.13, and that of {torch.__version__} differs: {error}. "
+            f"halo_tensor knows the compilers of torch 2.11 to 2.14, and that of {torch.__version__} differs: {error}. "
             "Install one of these, or run without torch.compile"
         ) from error
 

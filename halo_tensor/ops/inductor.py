@@ -6,7 +6,7 @@ shapes are known, all of it is known when the graph is compiled. So each op is l
 for tensors: what it allocates becomes buffers of the graph, planned and reused by Inductor, and each launch a line of the
 generated code. An op with dynamic shapes, or whose launcher computes with tensors on the way, stays an op.
 
-This is written against Inductor's internals as of torch 2.11–2.13.
+This is written against Inductor's internals as of torch 2.11–2.14.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ There the transpose is made in backward, from X again. That costs one more pass 
 Two E that elementwise operations make from the same matrices, as a gated MLP's backward does, are quantised by one op, so that
 neither need be written: see two_gradients.
 
-This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.13.
+This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.14.
 """
 
 import operator
