@@ -55,6 +55,11 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     return model.to(device).eval(), tokenizer
 
 
+def lines_of(path: str) -> list[str]:
+    """Of a JSONL file, but empty ones. Strings may hold characters at which ``splitlines`` would cut, U+2028 for one."""
+    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
     """At most ``limit`` token ids, in one row, of a text file, of JSONL with a "text" or "messages" field in every line, or
     (``path`` None) of Python's own documentation, which every Python ships."""
@@ -63,13 +68,13 @@ def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
     elif not Path(path).is_file():
         fail(f"there is no file {path!r}: pass --data a .txt file, or a .jsonl with a text or messages field")
     elif path.endswith(".jsonl"):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines_of(path)]
         texts = [
             tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"]
             for row in rows
         ]
     else:
-        texts = [Path(path).read_text()]
+        texts = [Path(path).read_text(encoding="utf-8")]
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text)["input_ids"]

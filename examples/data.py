@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import fail
+from common import fail, lines_of
 
 Chat = list[dict[str, str]]  # of {"role": "user", "content": "…"}; the answer to learn comes last
 Rows = dict[str, torch.Tensor]  # input_ids, labels and position_ids, each [rows, length] of int64
@@ -69,6 +69,8 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
     "messages" in every line, the last tenth of which (at most 1000) is for validation."""
     if name not in SOURCES:
         chats = read_chats(name)
+        if len(chats) < 2:
+            fail(f"{name!r} has one chat: there must be one to train on and another to validate with")
         held_out = min(len(chats) // 10 + 1, 1000)
         return chats[:-held_out][:limit], chats[-held_out:][:limit]
     source = SOURCES[name]
@@ -95,9 +97,8 @@ def read_chats(path: str) -> list[Chat]:
     """The "messages" of every line of a JSONL file."""
     if not Path(path).is_file():
         fail(f"there is no file {path!r}: pass one of {', '.join(SOURCES)}, or a .jsonl with messages in every line")
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     try:
-        chats = [json.loads(line).get("messages") for line in lines]
+        chats = [json.loads(line).get("messages") for line in lines_of(path)]
     except (ValueError, AttributeError) as error:
         fail(f"every line of {path!r} must be a JSON object with messages ({error})")
     if not chats or not all(chat and chat[-1]["role"] == "assistant" for chat in chats):

@@ -57,7 +57,8 @@ def calibrate(
         configs for ``quantize_``, with what was measured; they can be saved as JSON.
 
     Raises:
-        ValueError: no layer that the config could convert got a gradient, or a layer is converted already.
+        ValueError: no layer that the config could convert got a gradient, a layer is converted already, or arguments are of
+            different choices.
         TypeError: the config is not HOT's, or a candidate is ``Balanced``; what is chosen can be balanced after ``quantize_``.
     """
     if level not in (None, "auto"):
@@ -68,6 +69,10 @@ def calibrate(
         raise TypeError("a balance is of layers together, which calibrate measures one by one: call balance_ after quantize_")
     if config is not None and not isinstance(config, HotConfig):
         raise TypeError(f"config is HOT's, of hot_config(); level='auto' chooses HALO's level and dtype. Got {config!r:.100}")
+    if level == "auto" and (config is not None or energy is not None):
+        raise ValueError("level='auto' chooses among candidates: config and energy are of HOT's choice, with level=None")
+    if energy is not None and config is not None and config.seed is not None:
+        raise ValueError("energy chooses a low rank, which takes no signs: pass a config with seed=None")
     if level == "auto":
         choice: _Choice = _Cosines(candidates, target)
     else:

@@ -68,6 +68,8 @@ class LinearConfig(AOBaseConfig):
         _one_of("frozen", self.frozen, (True, False, None))
         _one_of("keep_codes", self.keep_codes, (True, False))
         _one_of("adapters", self.adapters, (True, False))
+        if self.frozen and not self.keep_codes:
+            raise ValueError("frozen=True holds weights as codes only: keep_codes=False is for weights that are trained")
 
     @property
     def recipe(self) -> Recipe:
@@ -321,8 +323,6 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
         )
     check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
-    if config.frozen and not config.keep_codes:
-        raise ValueError("frozen=True holds weights as codes only: keep_codes=False is for weights that are trained")
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)
     layers.convert(module, recipe, frozen, config.keep_codes)

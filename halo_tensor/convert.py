@@ -18,9 +18,10 @@ from torchao.quantization import FqnToConfig
 from halo_tensor import layers
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
+from halo_tensor.modules import keep_plain, restore_weight
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS, Product
-from halo_tensor.weight import HaloWeight, keep_plain, restore_weight
+from halo_tensor.weight import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
 #: 8-bit matrix units read operands in pieces of 16 bytes.

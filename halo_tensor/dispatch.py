@@ -58,6 +58,7 @@ def are_alike(a: Any, b: Any) -> bool:
 
 def copy(target: Any, source: Any) -> Any:
     """Copy a weight to one like it, with its codes. A compiled optimiser ends so: its new weights are quantised already."""
+    source.follow()
     pairs: list = [] if target.master is None else [(target.master, source.master)]
     if target.operand is not None:
         assert source.operand is not None

@@ -54,6 +54,7 @@ class Shardable:
     sent: tuple | None = None  # of a shard: what it sends, if that lies where its codes are brought up to date
     shape: torch.Size
     dtype: torch.dtype
+    follow: Any
 
     @property
     def fsdp_pre_all_gather(self) -> "_PreAllGather":
@@ -120,6 +121,7 @@ class _PreAllGather:
         shard = self.shard
         if shard.sent is None:
             _check_agreement(shard, mesh, outer_size, module)
+        shard.follow()
         ranks, operand = mesh.size(), cast(Any, shard.operand)
         if operand is None:
             assert shard.master is not None

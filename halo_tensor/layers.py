@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from halo_tensor.conv import HaloConv2d
+from halo_tensor.modules import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
-from halo_tensor.weight import HaloWeight, convert_weight, restore_weight
+from halo_tensor.weight import HaloWeight
 
 
 def _conv1d() -> Any:

@@ -57,6 +57,8 @@ def _refusal(a: torch.Tensor, b: torch.Tensor, reason: str) -> ValueError:
 
 def _obstacle(a: HadamardQuantTensor, b: HadamardQuantTensor) -> str | None:
     """Why ``a @ b`` cannot be computed, if it cannot."""
+    if a.device != b.device:
+        return f"they are on different devices, {a.device} and {b.device}"
     if a.shape[1] != b.shape[0]:
         return "the contracted dimensions differ in size"
     if a.right != b.left:

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _rows(weight: Any, start: int, stop: int, fsdp: str | None) -> Any:
-    """Some rows of a weight: a weight on the same memory."""
+    """Some rows of a weight, whose codes are in step: a weight on the same memory."""
     start, stop = min(start, weight.shape[0]), min(stop, weight.shape[0])
     master = None if weight.master is None else weight.master[start:stop]
     operand = weight.operand
@@ -30,6 +30,7 @@ def _rows(weight: Any, start: int, stop: int, fsdp: str | None) -> Any:
         operand = operand._with(size=size, codes=operand.codes[start:stop], scale=scale)
     rows = type(weight)(master, operand, weight.recipe)
     rows.fsdp = fsdp
+    rows.in_step()
     return rows
 
 
@@ -46,6 +47,7 @@ def _split(weight, size, dim=0):
             )
         chunks = [weight._view(columns) for columns in weight.dequantize().split(size, dim)]
     else:
+        weight.follow()
         chunks = [_rows(weight, start, start + size, None) for start in range(0, max(weight.shape[0], 1), size)]
     for chunk in chunks:
         chunk.base, chunk.fsdp = weight, "chunk"

@@ -102,7 +102,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
         Raises:
             TypeError: ``x`` is not floating. ValueError: it is not a matrix, a rotation has no definite block that can be
-                built, no layout is asked for, or gains do not fit or are given without a format.
+                built, no layout is asked for, or gains do not fit, are on another device or are given without a format.
         """
         if not x.is_floating_point():
             raise TypeError(f"only floating tensors can be quantised; got {x.dtype}")
@@ -117,6 +117,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 )
         if gains is not None and (format is None or gains[0].shape != x.shape[1:]):
             raise ValueError(f"gains {list(gains[0].shape)} do not fit the columns of {list(x.shape)}, or there is no format")
+        if gains is not None and not x.is_meta and gains[0].device != x.device:
+            raise ValueError(f"gains on {gains[0].device} for a matrix on {x.device}: take gains.moved(gains, x.device)")
         if format is None:
             rotated = ops.rotate(x, left, right)
             codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None

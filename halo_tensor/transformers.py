@@ -25,12 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halo_tensor import gains
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, warn_of_unrotated
+from halo_tensor.modules import set_weight
 from halo_tensor.ops import formats
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
-from halo_tensor.weight import HaloWeight, dense_value, set_weight
+from halo_tensor.weight import HaloWeight, dense_value
 
 logger = logging.getLogger("halo_tensor")
 METHOD = "halo"

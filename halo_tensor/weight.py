@@ -9,6 +9,7 @@ reads codes, and a weight is quantised once per optimiser step however many micr
 """
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -70,15 +71,18 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def __new__(cls, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
         like = operand if master is None else master
         assert like is not None
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            like.shape,
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=like.dtype,
-            device=like.device,
-            requires_grad=like.requires_grad,
-        )
+        # In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view.
+        plain = torch.is_inference_mode_enabled() and not like.is_inference()
+        with torch.inference_mode(False) if plain else nullcontext():
+            return torch.Tensor._make_wrapper_subclass(
+                cls,
+                like.shape,
+                strides=like.stride(),
+                storage_offset=like.storage_offset(),
+                dtype=like.dtype,
+                device=like.device,
+                requires_grad=like.requires_grad,
+            )
 
     def __init__(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
         self.master, self.operand, self.recipe = master, operand, recipe
@@ -124,13 +128,23 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if self.operand is not None:
             self.operand.version = _version(self.master)
 
-    def _follow(self) -> None:
-        """Bring the codes up to date if the master itself was written to, as by who averages the tensors of state dicts."""
+    def follow(self) -> None:
+        """Bring the codes up to date if the master itself was written to, as by who averages the tensors of state dicts. To be
+        called by who is about to use the codes, or to hand them on."""
         operand, master = self.operand, self.master
         if operand is None or master is None or operand.version == _version(master) or is_traced():
             return
         with torch.no_grad():
             self.requantize()
+
+    def share_memory_(self) -> "HaloWeight":
+        for tensor in [self.master] if self.operand is None else [self.master, *self.operand.parts]:
+            if tensor is not None:
+                tensor.share_memory_()
+        return self
+
+    def __dlpack__(self, **options):
+        raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
 
     def __repr__(self):
         return f"HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe})"
@@ -146,7 +160,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 if torch.compiler.is_exporting():
                     raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
                 if not torch.compiler.is_compiling():
-                    weight._follow()
+                    weight.follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
             if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
                 warnings.warn(
@@ -250,7 +264,14 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         outer = tuple(self.shape), self.stride(), self.dtype, self.requires_grad
         return repr((fingerprint(), outer, inner, attributes))
 
+    def __deepcopy__(self, memo):
+        self.follow()
+        copied = super().__deepcopy__(memo)
+        copied.in_step()  # versions of another master say nothing of its own
+        return copied
+
     def __getstate__(self):
+        self.follow()
         return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
 
 
@@ -265,71 +286,6 @@ def _grad(outputs, inputs, *args, **kwargs):
 def dense_value(tensor: torch.Tensor) -> torch.Tensor:
     """What a converted weight stands for, in high precision; any other tensor is itself."""
     return tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor
-
-
-def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
-    """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
-    another stays balanced."""
-    weight, gains = module.weight, None
-    dense = dense_value(weight).detach()
-    if isinstance(weight, HaloWeight) and recipe.output.right.format is not None:
-        gains = weight.gains
-    if gains is not None and not (frozen or keep_codes):
-        raise ValueError(
-            "this weight is balanced, which keep_codes=False cannot keep, since s is the codes': leave keep_codes at True, or "
-            "call dequantize_(model) first"
-        )
-    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains, keep_codes), weight.requires_grad)
-
-
-def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
-    """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
-    module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
-    keep_plain(module)
-
-
-def keep_plain(module: torch.nn.Module) -> None:
-    """Let the state dict of a module that holds converted weights, and no longer of one that holds none, stay a plain one."""
-    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
-                del hooks[key]
-    if any(isinstance(parameter, HaloWeight) for parameter in module._parameters.values()):
-        module.register_state_dict_post_hook(_save_plain)
-        module.register_load_state_dict_pre_hook(_load_plain)
-
-
-def restore_weight(module: torch.nn.Module) -> None:
-    """The inverse of :func:`convert_weight`, for every converted weight that ``module`` itself holds."""
-    for name, weight in module._parameters.items():
-        if isinstance(weight, HaloWeight):
-            setattr(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
-    keep_plain(module)
-
-
-def _save_plain(module, state_dict, prefix, local_metadata):
-    for name, _ in module.named_parameters(remove_duplicate=False):  # those of parametrisations too
-        weight = state_dict.get(prefix + name)
-        if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
-            continue
-        if isinstance(weight, HaloWeight):
-            state_dict[prefix + name] = weight.dequantize()
-        elif fsdp.is_sharded(weight):
-            state_dict[prefix + name] = fsdp.map_shard(weight, HaloWeight.dequantize)
-
-
-def _load_plain(module, state_dict, prefix, local_metadata, *_):
-    """``load_state_dict(assign=True)`` puts a tensor of the state dict in the weight's place: make it one."""
-    if not local_metadata.get("assign_to_params_buffers"):
-        return
-    for name, own in module.named_parameters(remove_duplicate=False):
-        weight = state_dict.get(prefix + name)
-        if weight is None or isinstance(weight, HaloWeight):
-            continue
-        if fsdp.is_sharded(own):
-            state_dict[prefix + name] = fsdp.map_shard(weight.detach(), fsdp.local(own).renewed)
-        elif isinstance(own, HaloWeight):
-            state_dict[prefix + name] = own.renewed(weight.detach())
 
 
 def _linear_arguments(input, weight, bias=None):

@@ -561,7 +561,27 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
         ours(tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
     assert len(calls) == 3 and calls[0] == calls[1] == calls[2]
+    listener = SimpleNamespace(calls=[print])
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", listener)
+    with monkeypatch.context() as patch:
+        patch.setattr(theirs, "launch", lambda *args: calls.append("through Triton's launcher"))
+        ours(tensors, [t.data_ptr() for t in tensors], 5)
+    assert calls.pop() == "through Triton's launcher", "where somebody listens"
     assert calls[0][:5] == [3, 2, 1, 5, "function"] and calls[0][-3:] == [tensors[1].data_ptr(), 7, "constant"]
+
+
+def test_two_threads_that_compile_one_plan(monkeypatch):
+    """While one compiles with two stages, which do not fit, the other has found that out already."""
+    launch = Launch(SimpleNamespace(fn=len, warmup=None), (1,), (), {"num_stages": 2})
+
+    def warmup(*arguments, grid, num_stages):
+        launch.constants = {"num_stages": 1}
+        return SimpleNamespace(metadata=SimpleNamespace(shared=200 * num_stages))
+
+    monkeypatch.setattr(launch.kernel, "warmup", warmup)
+    monkeypatch.setattr(launching, "max_shared_mem", lambda index: 300)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    assert launch._compile([], 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
 
 
 class Compiled:

@@ -24,8 +24,9 @@ from halo_tensor import (
 )
 from halo_tensor.balance import FORWARD, fourth_power
 from halo_tensor.linear import weight_operand
+from halo_tensor.modules import convert_weight
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
-from halo_tensor.weight import HaloWeight, convert_weight
+from halo_tensor.weight import HaloWeight
 from tests.test_compile import graphs
 from tests.test_linear import converted, everything, exact, gradients
 from tests.test_weight import Mlp, step_alike, train

@@ -105,6 +105,10 @@ def test_level_auto():
         calibrate(model, batches, level=1)
     with pytest.raises(TypeError, match=r"config is HOT's, of hot_config\(\); level='auto' chooses"):
         calibrate(model, batches, halo_config())
+    with pytest.raises(ValueError, match="config and energy are of HOT's choice"):
+        calibrate(model, batches, hot_config(), level="auto")
+    with pytest.raises(ValueError, match="a low rank, which takes no signs"):
+        calibrate(model, batches, hot_config(None, seed=0), energy=0.9)
     with pytest.raises(TypeError, match="call balance_ after quantize_"):
         calibrate(model, batches, level="auto", candidates=[Balanced(halo_config(1, "int8"))])
 

@@ -244,6 +244,15 @@ def test_lines_that_are_no_json(tmp_path):
             data.read_chats(str(path))
 
 
+def test_lines_end_at_line_ends_only(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "é"}]
+    path.write_text(json.dumps({"messages": chat}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert data.read_chats(str(path)) == [chat]
+    with pytest.raises(SystemExit, match="has one chat"):
+        data.load_chats(str(path))
+
+
 def test_what_is_cut_before_its_answer_is_left_out():
     cut, kept = ([1] * 20, [data.IGNORED] * 16 + [1] * 4), ([1] * 8, [data.IGNORED] * 4 + [1] * 4)
     assert data.learnable([cut, kept], 16) == [kept]

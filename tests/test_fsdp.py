@@ -292,6 +292,28 @@ def loading_with_assign(world):
             assert all(local(layer.weight).operand is not None for layer in (other[0].up, other[1]))
 
 
+def writes_to_state_dicts(world):
+    """Before sharding and after it, as dcp.load makes them; and without one nothing is quantised anew."""
+    x = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
+    for dtype, granularity, size in (("int8", "row", MIXED), ("fp6", "row", EVEN), ("int8", "tensor", MIXED)):
+        config = halo_config(1, dtype, granularity=granularity)
+        expected, model = make(config, size), make(config, size)
+
+        def write(model):
+            with torch.no_grad():
+                for value in model.state_dict().values():
+                    (value.to_local() if isinstance(value, DTensor) else value).mul_(-2)
+
+        write(expected), write(model)
+        shard(model)
+        assert torch.equal(model(x), expected(x)), (dtype, granularity)
+        write(expected), write(model)
+        assert torch.equal(model(x), expected(x)), (dtype, granularity)
+        versions = [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
+        model(x)
+        assert versions == [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
+
+
 def frozen_weights(world):
     """They are sharded, sent and held as codes, and give what they give in one process."""
     for dtype, granularity, size in itertools.product(("int8", "fp6"), ("row", "tensor"), (EVEN, UNEVEN)):
@@ -457,7 +479,7 @@ def curves(world: int) -> dict:
 
 ANY = [
     other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
-    checkpoints_cross_world_sizes, loading_with_assign, frozen_weights, balanced_weights, misuse, unlike_configs,
+    checkpoints_cross_world_sizes, loading_with_assign, writes_to_state_dicts, frozen_weights, balanced_weights, misuse, unlike_configs,
 ]  # fmt: skip
 TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
 

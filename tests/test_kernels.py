@@ -337,13 +337,23 @@ def test_nan_and_inf_show_in_the_result(format, bad):
 
 
 @runs_kernels
+@pytest.mark.parametrize("right", [None, Rotation(32, 5)], ids=str)
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_a_gain_beyond_float16(scale, right):
+    x, gain = matrix(37, 64, torch.float16), torch.ones(64, device=DEVICE)
+    x[0, 3], gain[3] = 300.0, 256.0
+    check(x, None, right, INT8, scale, rtol=1e-5, gain=gain)
+
+
+@runs_kernels
 @pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
 def test_nothing_is_quantised(scale):
-    x = torch.empty(0, 64, device=DEVICE)
-    codes, codes_t, scales = quantizer.rotate_quantize(x, None, None, INT8, scale, None, None, True, True)
-    expected, expected_scales = reference.rotate_quantize(x, None, None, INT8, scale)
-    assert codes.shape == codes_t.t().shape == expected.shape and scales.shape == expected_scales.shape
-    assert scales.isfinite().all() and (scales > 0).all()
+    for size in ((0, 64), (64, 0)):
+        x = torch.empty(size, device=DEVICE)
+        codes, codes_t, scales = quantizer.rotate_quantize(x, None, None, INT8, scale, None, None, True, True)
+        expected, expected_scales = reference.rotate_quantize(x, None, None, INT8, scale)
+        assert codes.shape == codes_t.t().shape == expected.shape and scales.shape == expected_scales.shape
+        assert scales.isfinite().all() and (scales > 0).all()
 
 
 # Rotation and transposition.
@@ -528,6 +538,24 @@ def test_integer_products_are_exact(size, layout):
     gain = gain_of(n)
     y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32, gain)
     assert torch.equal(y.double(), exact_product(a, b_t) / 4 * gain + bias)
+
+
+@runs_kernels
+@pytest.mark.parametrize("rotations", [(None, None), (Rotation(16), Rotation(32, 5))], ids=str)
+def test_sums_that_an_integer_does_not_hold(monkeypatch, rotations):
+    """Are cut. In the interpreter shorter ones, of which each part is exact."""
+    assert reference.LONGEST_SUM * INT8.max**2 < 2**31
+    monkeypatch.setattr(product, "LONGEST_SUM", 256)
+    launches = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: (launches.append(self.kernel.fn), call(self, *tensors))[1])
+    m, n, k = 64, 96, 700
+    a, b_t = codes_of((m, k), INT8, "misaligned"), codes_of((n, k), INT8)
+    scale, bias, gain = torch.rand(m, device=DEVICE) + 0.5, torch.randn(n, device=DEVICE), gain_of(n)
+    y = product.scaled_mm(a, b_t, scale, None, bias, *rotations, (m, n), torch.float32, gain)
+    assert launches.count(product.scaled_mm_kernel.fn) == 3
+    error = relative_error(y, exact_product(a, b_t, scale, None, bias, *rotations, (m, n), gain))
+    assert error < (5e-3 if GPU and rotations[0] else 1e-6)
 
 
 @runs_kernels

@@ -10,9 +10,9 @@ from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
 from halo_tensor.linear import _shared, _shared_operands
+from halo_tensor.modules import convert_weight
 from halo_tensor.ops.hadamard import hadamard, signs
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation
-from halo_tensor.weight import convert_weight
 from tests.util import OpLog, relative_error, saved_bytes, typical_error
 
 LEVELS, DTYPES, GRANULARITIES = (0, 1, 2), ("int8", "fp8", "fp6_e2m3", "fp6_e3m2"), ("row", "tensor")
@@ -268,6 +268,14 @@ def test_a_bias_of_another_size(size):
     layer(x).sum().backward()
     assert 1e-4 < relative_error(layer(x), expected) < 0.05
     torch.testing.assert_close(layer.bias.grad, torch.tensor([16.0 * 256]))
+
+
+def test_more_tokens_than_an_integer_holds_products_of():
+    """127² · 140000 > 2³¹."""
+    layer = converted(nn.Linear(16, 16, bias=False), halo_config(0, "int8"))
+    x = torch.ones(140000, 16)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.full((16, 16), 140000.0), rtol=1e-5, atol=0)
 
 
 def test_devices():

@@ -112,6 +112,7 @@ def test_fidelity_of_known_differences():
     assert Fidelity.of(torch.tensor([[-4.0, 3.0]]), exact).cosine == pytest.approx(0.0)
     assert Fidelity.of(exact, exact) == Fidelity.of(exact * 0, exact * 0) == Fidelity(1.0, 150.0)
     assert Fidelity.of(exact * torch.nan, exact) == Fidelity(0.0, -150.0)
+    assert Fidelity.of(exact.double() * 1e18, exact.double() * 1e-3).sqnr == -150.0
 
 
 def test_noise_beyond_float32_is_no_error():

@@ -237,6 +237,10 @@ def test_bad_input_gets_one_clear_error():
         torch.mm(from_hp(x, INT8), from_hp(w, FP8_E4M3).t())
     with pytest.raises(ValueError, match="quantise both"):
         torch.mm(q, w.t())
+    with pytest.raises(ValueError, match="different devices, cpu and meta"):
+        torch.mm(from_hp(x, INT8), from_hp(w.to("meta"), INT8).t())
+    with pytest.raises(ValueError, match="gains on meta for a matrix on cpu"):
+        from_hp(x, INT8, gains=(torch.ones(64, device="meta"), torch.ones(64, device="meta")))
     with pytest.raises(ValueError, match="dtypes differ"):
         torch.mm(from_hp(x, INT8), from_hp(w.bfloat16(), INT8).t())
     with pytest.raises(ValueError, match="block scales"):

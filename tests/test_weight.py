@@ -539,6 +539,68 @@ def test_writes_to_a_tensor_of_the_state_dict_reach_the_codes():
     assert average[0].weight.codes._version == version, "what is in step is not quantised anew"
 
 
+def pickled(model):
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def into(copy_weight):
+    def copied(model):
+        target = nn.Sequential(nn.Linear(128, 128))
+        quantize_(target, halo_config(1, "int8"))
+        with torch.no_grad():
+            copy_weight(target[0].weight, model[0].weight)
+            target[0].bias.copy_(model[0].bias)
+        return target
+
+    return copied
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        pickled,
+        into(lambda target, source: target.copy_(source)),
+        into(lambda target, source: target.data.copy_(source.data)),
+        into(lambda target, source: torch._foreach_copy_([target], [source])),
+    ],
+)
+def test_copies_of_a_weight_whose_master_was_written(copied):
+    model = nn.Sequential(nn.Linear(128, 128))
+    quantize_(model, halo_config(1, "int8"))
+    model.state_dict()["0.weight"].mul_(3)
+    copies, x = copied(model), torch.randn(16, 128)
+    assert torch.equal(copies(x), model(x)), "which has its codes brought up to date"
+    version = copies[0].weight.codes._version
+    copies(x)
+    assert copies[0].weight.codes._version == version
+
+
+def test_inference_mode():
+    model = nn.Sequential(nn.Linear(128, 128))
+    quantize_(model, halo_config(1, "int8"))
+    with torch.inference_mode():
+        state, weight = model.state_dict(), model[0].weight
+        assert torch.equal(state["0.weight"], weight.master) and not weight.detach().is_inference()
+        assert weight.view(-1).shape == (128 * 128,) and weight[0].shape == (128,)
+    model.load_state_dict(state)
+    model(torch.randn(4, 128)).sum().backward()
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_who_reads_the_memory_of_a_weight():
+    layer = nn.Linear(128, 128, bias=False)
+    quantize_(layer, halo_config(1, "int8"), filter_fn=lambda *_: True)
+    layer.share_memory()
+    weight = layer.weight
+    assert weight.master.is_shared() and weight.codes.is_shared() and weight.scale.is_shared()
+    assert layer(torch.randn(4, 128)).isfinite().all()
+    with pytest.raises(BufferError, match=r"export weight.dequantize\(\)"):
+        torch.from_dlpack(weight.detach())
+
+
 def test_a_write_to_the_master_reaches_the_codes():
     layer = nn.Linear(128, 128, bias=False)
     quantize_(layer, halo_config(1, "int8"), filter_fn=lambda *_: True)

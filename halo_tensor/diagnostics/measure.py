@@ -42,7 +42,7 @@ class Fidelity:
             return cls(1.0, LOSSLESS)
         if not 0 < signal * power < float("inf") or not noise < float("inf"):
             return cls(0.0, -LOSSLESS)
-        return cls(dot / sqrt(signal * power), min(10 * log10(signal / noise), LOSSLESS))
+        return cls(dot / sqrt(signal * power), max(min(10 * log10(signal / noise), LOSSLESS), -LOSSLESS))
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout, no statistics updated), gradients enabled, eager, the same random numbers every time; and
     every module's mode and the random state as they were afterwards."""
     modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         for module, mode in modes.items():
             stack.callback(setattr, module, "training", mode)
-        stack.enter_context(torch.random.fork_rng(sorted(devices)))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))  # loss_of seeds all
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -130,7 +130,7 @@ def carried(operand: Operand, dimension: str, size: int) -> Rotation | None:
     return rotation if dimension == "tokens" else fit(rotation, size)
 
 
-# Constants of a rotation as float32 on a device, kept for the life of the process. ±1 throughout: the factor 1/√block is
+# Constants of a rotation as float32 on a device, kept while they are in use. ±1 throughout: the factor 1/√block is
 # applied to the result, so that a kernel which multiplies bf16 by ±1 is exact.
 
 

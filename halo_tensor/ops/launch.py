@@ -99,27 +99,29 @@ class Launch:
 
     def _launch_any(self, arguments: list) -> None:
         while True:
+            constants = self.constants
             try:
-                return self.kernel[self.grid](*arguments, *self.integers, **self.constants)
+                return self.kernel[self.grid](*arguments, *self.integers, **constants)
             except OutOfResources as error:
                 if error.name != "shared memory":
                     raise
-                self._take_less(error.required, error.limit, torch.cuda.get_device_name())
+                self.constants = self._with_less(constants, error.required, error.limit, torch.cuda.get_device_name())
 
     def _compile(self, arguments: list, index: int) -> Any:
         available = max_shared_mem(index)
         while True:
-            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **self.constants)
+            constants = self.constants  # which another thread may change
+            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **constants)
             if compiled.metadata.shared <= available:
                 return compiled
-            self._take_less(compiled.metadata.shared, available, torch.cuda.get_device_name(index))
+            self.constants = self._with_less(constants, compiled.metadata.shared, available, torch.cuda.get_device_name(index))
 
-    def _take_less(self, needed: int, available: int, device: str) -> None:
+    def _with_less(self, constants: dict[str, Any], needed: int, available: int, device: str) -> dict[str, Any]:
         """As many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
-        stages = "STAGES" if "STAGES" in self.constants else "num_stages"
-        if self.constants.get(stages, 1) == 1:
+        stages = "STAGES" if "STAGES" in constants else "num_stages"
+        if constants.get(stages, 1) == 1:
             raise RuntimeError(
                 f"{device} gives a kernel {available} bytes of shared memory, and {self.kernel.fn.__name__} needs {needed} "
                 "for rows this wide: take a smaller block_size, or weights in bfloat16"
             )
-        self.constants = self.constants | {stages: self.constants[stages] - 1}
+        return constants | {stages: constants[stages] - 1}

@@ -35,7 +35,7 @@ def launcher_of(
     try:
         bare, head = _bare(compiled, described)
         encode = _encoder(compiled, described)
-        listeners = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
+        _ = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
     except (AttributeError, ImportError, KeyError, TypeError):  # another Triton
         return launch
 
@@ -43,7 +43,7 @@ def launcher_of(
     remembered: dict[tuple, tuple] = {}
 
     def launch_bare(tensors, pointers, stream):
-        if any(listeners):
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             return launch(tensors, pointers, stream)
         encoded: Any = ()
         if described:

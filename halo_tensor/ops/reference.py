@@ -4,7 +4,8 @@ Rotations are passed as concrete :class:`~halo_tensor.recipe.Rotation` objects (
 dimension that its block does not divide is padded with zero rows, which no product notices.
 """
 
-from functools import wraps
+from functools import reduce, wraps
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from halo_tensor.recipe import Format, Rotation
 #: Scales below this are replaced by it, so that an all-zero row divides by something: 2⁻¹²⁶, the smallest normal float32.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 BLOCK = 32  # the edge of a block of scale="block"
+#: As many products of 8-bit integers an int32 holds the sum of: 127² · 2¹⁷ < 2³¹.
+LONGEST_SUM = 2**17
 
 
 def padded(width: int, rotation: Rotation | None) -> int:
@@ -150,14 +153,19 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, kind: str) -> to
 
 
 def multiply_codes(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
-    """a b_tᵀ of two matrices of codes, accumulated exactly for integers (int32) and in float32 for floats, as float32."""
+    """a b_tᵀ of two matrices of codes, as float32: integers are accumulated exactly, in int32 (of LONGEST_SUM products; such
+    sums in float32), and floats in float32."""
+    if a.dtype != torch.int8:
+        return a.to(torch.float32) @ b_t.to(torch.float32).t()
+    return reduce(add, map(_multiply_integers, a.split(LONGEST_SUM, 1), b_t.split(LONGEST_SUM, 1)))
+
+
+def _multiply_integers(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
     # torch 2.13's _int_mm on CPU refuses empty operands, and returns garbage for dimensions of 1 in some layouts. With
     # k < 1024 float32 is exact as well, and with m or n = 1 speed is no concern.
-    if a.dtype == torch.int8 and min(a.shape[0], b_t.shape[0], a.shape[1]) > 1:
+    if min(a.shape[0], b_t.shape[0], a.shape[1]) > 1:
         return torch._int_mm(a, b_t.t()).to(torch.float32)
-    if a.dtype == torch.int8:
-        return (a.to(torch.float64) @ b_t.to(torch.float64).t()).to(torch.float32)
-    return a.to(torch.float32) @ b_t.to(torch.float32).t()
+    return (a.to(torch.float64) @ b_t.to(torch.float64).t()).to(torch.float32)
 
 
 @_without_autocast

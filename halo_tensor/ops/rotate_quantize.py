@@ -63,6 +63,8 @@ def rotate_quantize(
     fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
+    if gain is not None and x.dtype == torch.float16:
+        x, gain = x * gain, None  # float32, since float16 may not hold it
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
     noisy = seed is not None
@@ -193,7 +195,7 @@ def _plan_whole_rows(
         signs = rotation_signs(right, x.device)
     else:
         width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
-        chunks = triton.next_power_of_2(triton.cdiv(k, width))
+        chunks = triton.next_power_of_2(max(triton.cdiv(k, width), 1))
         if right is not None:
             matrix = block_diagonal(right, width, x.product_dtype, x.device, transposed=False)
     rotated, produced = right is not None, producer is not None

@@ -22,8 +22,8 @@ def scale_from(amax, INVERSE_MAX: tl.constexpr):
 
 @triton.jit
 def round_to_code(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, 0. ``MANTISSA`` is −1 for integers and −2 for
-    formats that the hardware converts to. ``MAX`` above 0 saturates there."""
+    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, anything: its scale is NaN. ``MANTISSA`` is −1 for
+    integers and −2 for formats that the hardware converts to. ``MAX`` above 0 saturates there."""
     if MAX > 0:  # a bare cast; a scaled value is inside already
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA == -1:

@@ -7,7 +7,8 @@ accumulator, before anything is written. Where two others are faster they take o
 :mod:`halo_tensor.ops.hopper`.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.quantize_kernels import load_square
+from halo_tensor.ops.reference import LONGEST_SUM
 from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.ops.tile_order import place_of
@@ -162,6 +164,10 @@ def scaled_mm(
     gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`halo_tensor.ops.reference.scaled_mm`; scales are numbers or vectors."""
+    if a.dtype == torch.int8 and a.shape[1] > LONGEST_SUM:
+        parts = zip(a.split(LONGEST_SUM, 1), b_t.split(LONGEST_SUM, 1), strict=True)
+        y = reduce(add, (scaled_mm(*part, a_scale, b_scale, None, left, right, shape, torch.float32, gain) for part in parts))
+        return (y if bias is None else y.add_(bias)).to(dtype)
     in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
     in_left = left if fits_epilogue(left) and not _left_is_dear(a, b_t, in_right, dtype) else None
     if in_left == left and in_right == right:

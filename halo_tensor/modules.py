@@ -1,0 +1,72 @@
+"""Modules that hold converted weights: how they come to, and that their state dicts stay plain ones."""
+
+import torch
+
+from halo_tensor import fsdp
+from halo_tensor.recipe import Recipe
+from halo_tensor.weight import HaloWeight, dense_value
+
+
+def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
+    """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
+    another stays balanced."""
+    weight, gains = module.weight, None
+    dense = dense_value(weight).detach()
+    if isinstance(weight, HaloWeight) and recipe.output.right.format is not None:
+        gains = weight.gains
+    if gains is not None and not (frozen or keep_codes):
+        raise ValueError(
+            "this weight is balanced, which keep_codes=False cannot keep, since s is the codes': leave keep_codes at True, or "
+            "call dequantize_(model) first"
+        )
+    set_weight(module, HaloWeight.from_hp(dense, recipe, frozen, gains, keep_codes), weight.requires_grad)
+
+
+def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
+    """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
+    module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
+    keep_plain(module)
+
+
+def keep_plain(module: torch.nn.Module) -> None:
+    """Let the state dict of a module that holds converted weights, and no longer of one that holds none, stay a plain one."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
+                del hooks[key]
+    if any(isinstance(parameter, HaloWeight) for parameter in module._parameters.values()):
+        module.register_state_dict_post_hook(_save_plain)
+        module.register_load_state_dict_pre_hook(_load_plain)
+
+
+def restore_weight(module: torch.nn.Module) -> None:
+    """The inverse of :func:`convert_weight`, for every converted weight that ``module`` itself holds."""
+    for name, weight in module._parameters.items():
+        if isinstance(weight, HaloWeight):
+            setattr(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
+    keep_plain(module)
+
+
+def _save_plain(module, state_dict, prefix, local_metadata):
+    for name, _ in module.named_parameters(remove_duplicate=False):  # those of parametrisations too
+        weight = state_dict.get(prefix + name)
+        if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
+            continue
+        if isinstance(weight, HaloWeight):
+            state_dict[prefix + name] = weight.dequantize()
+        elif fsdp.is_sharded(weight):
+            state_dict[prefix + name] = fsdp.map_shard(weight, HaloWeight.dequantize)
+
+
+def _load_plain(module, state_dict, prefix, local_metadata, *_):
+    """``load_state_dict(assign=True)`` puts a tensor of the state dict in the weight's place: make it one."""
+    if not local_metadata.get("assign_to_params_buffers"):
+        return
+    for name, own in module.named_parameters(remove_duplicate=False):
+        weight = state_dict.get(prefix + name)
+        if weight is None or isinstance(weight, HaloWeight):
+            continue
+        if fsdp.is_sharded(own):
+            state_dict[prefix + name] = fsdp.map_shard(weight.detach(), fsdp.local(own).renewed)
+        elif isinstance(own, HaloWeight):
+            state_dict[prefix + name] = own.renewed(weight.detach())
