@@ -156,15 +156,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def swapped(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """``parameters``, by their qualified names, in the place of the model's; the very same ones are put back."""
-    holders = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in parameters}
-    kept = {name: holder[name.rpartition(".")[2]] for name, holder in holders.items()}
+    places = []
+    for name, new in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(path)._parameters
+        places.append((holder, leaf, holder[leaf], new))
     try:
-        for name, holder in holders.items():
-            holder[name.rpartition(".")[2]] = parameters[name]
+        for holder, leaf, _, new in places:
+            holder[leaf] = new
         yield
     finally:
-        for name, holder in holders.items():
-            holder[name.rpartition(".")[2]] = kept[name]
+        for holder, leaf, old, _ in places:
+            holder[leaf] = old
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
