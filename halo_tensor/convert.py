@@ -30,7 +30,7 @@ ALIGNMENT = 16
 
 @dataclass
 class Conversion:
-    """What :func:`quantize_` did: ``converted`` layer names, and ``skipped`` layers of these kinds with the reason."""
+    """What :func:`quantize_` did: names of ``converted`` layers, and of ``skipped`` ones and stacks of matrices the reason."""
 
     config: object
     converted: list[str] = field(default_factory=list)
@@ -97,6 +97,8 @@ def quantize_(
             report.converted.append(name)
         elif name in reasons or isinstance(config, LayerConfigs) or isinstance(model.get_submodule(name), nn.Linear):
             report.skipped[name] = reasons.get(name, "filter_fn or the config says so")
+    if isinstance(config, LinearConfig):
+        report.skipped |= _stacks(model, config.min_features)
     if not report.converted and isinstance(config, LinearConfig):
         kinds = "nn.Linear, nn.Conv2d or Conv1D" if config.recipe.output == Product() else "nn.Linear"
         why = report.reasons or f"  it has no {kinds}"
@@ -133,9 +135,10 @@ def dequantize_(model: nn.Module) -> None:
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
     """The default filter: a ``filter_fn`` for :func:`quantize_`, this library's or torchao's.
 
-    It takes every ``nn.Linear``, and where the config's forward is plain every ``nn.Conv2d`` and ``Conv1D``, but output
-    embeddings, layers with tied weights, PEFT's adapters, those that ``config.skip`` names, those with fewer than
-    ``config.min_features`` features on a side (channels of a group), and those whose features 8-bit units cannot address.
+    It takes every ``nn.Linear`` whose forward is that of ``nn.Linear``, and where the config's forward is plain every
+    ``nn.Conv2d`` and ``Conv1D``, but output embeddings, layers with tied weights, PEFT's adapters, those that ``config.skip``
+    names, those with fewer than ``config.min_features`` features on a side (channels of a group), and those whose features
+    8-bit units cannot address.
     """
     shared = _tied_parameters(model)
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
@@ -147,6 +150,10 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
         sides = layers.features(module)
         if sides is None:
             return "of convolutions, only nn.Conv2d is converted"
+        if "weight" not in module._parameters:
+            return "its weight is another module's"
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            return f"it is a {type(module).__name__}, whose forward may be its own"
         if obstacle := layers.misfit(module, config.recipe):
             return obstacle
         if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
@@ -156,7 +163,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
             return "it belongs to an adapter"
         if id(module.weight) in shared:
             return "its weight is tied to another layer's"
-        if module is output or sides[0] < sides[1] == vocabulary:
+        if module is output or (output is None and sides[0] < sides[1] == vocabulary):
             return "it is the output embedding"
         if config.skip and re.search(config.skip, name):
             return f"its name matches skip={config.skip!r}"
@@ -177,6 +184,13 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
 
     accept.reasons = reasons  # type: ignore[attr-defined]
     return accept
+
+
+def _stacks(model: nn.Module, min_features: int) -> dict[str, str]:
+    """Parameters that are matrices one over the other, as a mixture's experts are, and why they are left alone."""
+    reason = "a stack of matrices, as of experts, which is not called through F.linear"
+    found = ((name, p) for name, p in model.named_parameters() if p.ndim > 2 and min(p.shape[-2:]) >= min_features)
+    return {name: reason for name, _ in found}
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:

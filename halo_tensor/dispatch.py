@@ -5,12 +5,14 @@ The weight itself, :class:`~halo_tensor.weight.HaloWeight`, answers what is its 
 shards.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from halo_tensor.fsdp import Shardable, keep_common_scale
+from halo_tensor.ops.schemas import is_traced
 from halo_tensor.sharding import check_whole
 
 aten = torch.ops.aten
@@ -25,14 +27,19 @@ def run(func, args, kwargs):
     if func in _PRODUCTS:
         for weight in weights.values():
             check_whole(weight)
+            _warn_of_product(func, weight)
     dense = {key: weight.dequantize() for key, weight in weights.items()}
     plain = [_replaced(value, dense) for value in values]
+    writes = func._schema.is_mutable or func.namespace == "c10d"
+    before = {key: dense[key].clone() for key, weight in weights.items() if writes and _is_frozen(weight)}
     out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
-    if not func._schema.is_mutable:
-        return out
     written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
+    if written and func.namespace == "c10d":
+        (out[-1] if isinstance(out, tuple) else out).wait()
     for key in written:
-        _bring_up_to_date(weights[key], dense[key])
+        # DDP, for one, sends every weight to itself: frozen codes would be rounded a second time.
+        if key not in before or not torch.equal(before[key], dense[key]):
+            _bring_up_to_date(weights[key], dense[key])
     owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
@@ -45,6 +52,23 @@ def _bring_up_to_date(weight: Any, dense: torch.Tensor) -> None:
         # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrapper.
         torch.autograd.graph.increment_version(weight.master)
     weight.requantize(dense)
+
+
+def _is_frozen(weight: Any) -> bool:
+    """Whether codes are all there is, and values that can be compared."""
+    whole = weight if weight.base is None else weight.base
+    return whole.master is None and not (is_traced() or weight.is_meta)
+
+
+def _warn_of_product(func, weight: Any) -> None:
+    whole = weight if weight.base is None else weight.base
+    if not whole.recipe.is_identity:
+        part = "" if weight is whole else f"a view {list(weight.shape)} of "
+        warnings.warn(
+            f"{func} with {part}a converted weight {list(whole.shape)} runs in high precision, since it is not called as "
+            "F.linear(x, weight): leave its layer out with skip or filter_fn, or dequantize() the weight",
+            stacklevel=2,
+        )
 
 
 def are_alike(a: Any, b: Any) -> bool:
@@ -94,5 +118,11 @@ def _written_arguments(func, args, kwargs) -> list:
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if _is_written(func, argument)
     ]
+
+
+def _is_written(func, argument) -> bool:
+    if func.namespace == "c10d":  # whose schemas do not say it
+        return func._opname.endswith("_") and argument.name.startswith(("output", "tensors"))
+    return argument.alias_info is not None and argument.alias_info.is_write

@@ -52,8 +52,8 @@ def misfit(module: nn.Module, recipe: Recipe) -> str | None:
 
 def recipe_of(module: nn.Module) -> Recipe | None:
     """What a converted layer follows; None of any other module."""
-    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
+        weight = module._parameters.get("weight")  # its own: a subclass may lend another's
         return weight.recipe if isinstance(weight, HaloWeight) else None
     return module.__dict__.get("recipe") if features(module) else None
 

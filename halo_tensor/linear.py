@@ -240,7 +240,8 @@ class _Linear(torch.autograd.Function):
         ctx.x_count = len(x_tensors)
         ctx.recipe, ctx.x_shape, ctx.x_dtype, ctx.w_dtype = recipe, x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # What a function returns as a view, autograd lets nobody write to; ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     @backward_of_rounding

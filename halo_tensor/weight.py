@@ -8,7 +8,6 @@ It also holds what the weight brings to its products, as codes that every write 
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
-import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -143,6 +142,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 tensor.share_memory_()
         return self
 
+    def numpy(self, *, force: bool = False):
+        """A copy, of which no write would be noticed."""
+        return self.dequantize().detach().clone().requires_grad_(self.requires_grad).numpy(force=force)
+
+    def tolist(self) -> list:
+        return self.dequantize().tolist()
+
     def __dlpack__(self, **options):
         raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
 
@@ -162,16 +168,12 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 if not torch.compiler.is_compiling():
                     weight.follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
-            if isinstance(weight, cls) and weight.base is not None and not weight.base.recipe.is_identity:
-                warnings.warn(
-                    f"F.linear with a view {list(weight.shape)} of a converted weight {list(weight.base.shape)} runs in high "
-                    "precision; multiply with the whole weight, or leave its layer out with skip or filter_fn",
-                    stacklevel=2,
-                )
         elif func == _SET_DATA:
             return args[0]._set_data(args[1])
         elif func is torch.autograd.grad:
             return _grad(*args, **kwargs)
+        elif func is torch.autograd.backward:
+            return _backward(*args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -276,11 +278,19 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
 
 
 def _grad(outputs, inputs, *args, **kwargs):
-    """``torch.autograd.grad`` with weights among its inputs. Run with __torch_function__ disabled, a backward that recomputes
-    (activation checkpointing) would recompute in high precision; so the weights go in as edges of the graph instead."""
-    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    edges = [torch.autograd.graph.get_gradient_edge(t) if isinstance(t, HaloWeight) else t for t in inputs]
-    return torch.autograd.grad(outputs, edges, *args, **kwargs)
+    return torch.autograd.grad(_edges(outputs), _edges(inputs), *args, **kwargs)
+
+
+def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None):
+    inputs = None if inputs is None else _edges(inputs)
+    return torch.autograd.backward(_edges(tensors), grad_tensors, retain_graph, create_graph, inputs=inputs)
+
+
+def _edges(tensors) -> list:
+    """Weights as edges of the graph. Run with __torch_function__ disabled, which they ask for as they are, a backward that
+    recomputes (activation checkpointing) would recompute in high precision."""
+    tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+    return [torch.autograd.graph.get_gradient_edge(t) if isinstance(t, HaloWeight) else t for t in tensors]
 
 
 def dense_value(tensor: torch.Tensor) -> torch.Tensor:

@@ -412,7 +412,8 @@ def test_a_balance_waits_for_a_weight_that_goes_to_meta(frozen, dtype, assign):
     for m in (model, back):
         m.load_state_dict(plain, assign=assign)
     assert torch.equal(back.q.weight.gain, model.q.weight.gain) and back.q.weight.gain is back.k.weight.gain
-    assert torch.equal(back(x), model(x))
+    # A frozen weight that is given its own value keeps its codes; another one rounds the value again, to nearly the same.
+    assert relative_error(back(x), model(x)) <= (1e-6 if frozen else 0)
 
 
 def test_a_balance_that_was_loaded_to_meta_is_lost_with_a_warning():

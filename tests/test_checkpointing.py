@@ -41,6 +41,18 @@ def gradients(f, model, x, e):
     return torch.autograd.grad(f(x), [x, *model.parameters()], e)
 
 
+@pytest.mark.parametrize("backward", [torch.Tensor.backward, torch.autograd.backward])
+def test_gradients_of_chosen_weights(backward):
+    """Also where the loss is asked for them: what is computed again is what the recipe computes."""
+    model, x, e = make(CONFIGS[1])
+    expected = gradients(model, model, x, e)[1:]
+    for chosen in ([*model.parameters()], [model.down.weight]):
+        model.zero_grad()
+        backward((checkpoint(model, x, use_reentrant=False) * e).sum(), inputs=chosen)
+        for parameter, exact in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, exact) if any(parameter is p for p in chosen) else parameter.grad is None
+
+
 @in_every_config
 def test_gradients_stay_and_products_are_not_repeated(config):
     model, x, e = make(config)

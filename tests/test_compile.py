@@ -60,7 +60,7 @@ forward:
   view
   halo.rotate_quantize(left=[], right=[], int8, row)
   halo.scaled_mm
-  view
+  _unsafe_view
   t
 backward:
   view
@@ -79,7 +79,7 @@ forward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], int8, row)
   halo.scaled_mm
-  view
+  _unsafe_view
   t
 backward:
   view
@@ -98,7 +98,7 @@ forward:
   view
   halo.rotate_quantize(left=[], right=[128, 0], fp8_e4m3, row)
   halo.scaled_mm
-  view
+  _unsafe_view
   t
 backward:
   view

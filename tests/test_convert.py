@@ -48,6 +48,46 @@ def test_the_default_filter(tied, caplog):
     assert (model.head.weight is model.embed.weight) == tied
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Borrowed(nn.Linear):
+    """As some adapters of PEFT, whose weight is that of the layer they wrap."""
+
+    def __init__(self, base):
+        nn.Module.__init__(self)
+        self.base = base
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, None
+
+    weight = property(lambda self: self.base.weight)
+
+
+def test_layers_of_another_kind_are_left_alone_and_named():
+    model = nn.ModuleDict({"own": Scaled(128, 128), "wrapper": Borrowed(nn.Linear(128, 128)), "plain": nn.Linear(128, 128)})
+    model.experts = nn.Parameter(torch.randn(4, 128, 256))
+    model.kernel = nn.Parameter(torch.randn(128, 128, 3))
+    report = quantize_(model, halo_config(1, "int8"))
+    assert report.converted == ["wrapper.base", "plain"]
+    assert report.skipped == {
+        "own": "it is a Scaled, whose forward may be its own",
+        "wrapper": "its weight is another module's",
+        "experts": "a stack of matrices, as of experts, which is not called through F.linear",
+    }
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: name == "own")
+    with pytest.warns(UserWarning, match="runs in high precision"):
+        model["own"](torch.randn(2, 128))
+
+
+def test_a_layer_as_wide_as_the_vocabulary_is_no_head_where_the_head_is_known():
+    model = nn.ModuleDict({"embed": nn.Embedding(512, 128), "up": nn.Linear(128, 512), "head": nn.Linear(128, 512)})
+    with pytest.raises(ValueError, match="left alone: up, head: it is the output embedding"):
+        quantize_(copy.deepcopy(model), halo_config(1, "int8"))
+    model.get_output_embeddings = lambda: model["head"]
+    assert quantize_(model, halo_config(1, "int8")).converted == ["up"]
+
+
 def test_skip_is_a_regular_expression():
     assert quantize_(Model(), halo_config(skip=r"blocks\.1\.|router")).converted == BLOCKS[:2]
 

@@ -27,7 +27,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -314,6 +316,59 @@ def writes_to_state_dicts(world):
         assert versions == [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
 
 
+def collectives(world):
+    """Write to weights as other ops do, and DDP and ZeRO are made of them; a weight that is only sent keeps its codes."""
+    rank, x = dist.get_rank(), torch.randn(8, 64)
+
+    def layer(seed, frozen=False):
+        torch.manual_seed(seed)
+        linear = nn.Linear(64, 64, bias=False).bfloat16()
+        quantize_(linear, halo_config(1, "int8", min_features=0, frozen=frozen), filter_fn=lambda *_: True)
+        return linear
+
+    def in_step(linear):
+        fresh = HaloWeight.from_hp(linear.weight.dequantize().detach(), linear.weight.recipe).codes
+        return torch.equal(linear.weight.codes, fresh)
+
+    first = layer(0).weight.master
+    for detached in (lambda weight: weight.data, lambda weight: weight.detach()):
+        linear = layer(rank)
+        dist.broadcast(detached(linear.weight), 0)
+        assert torch.equal(linear.weight.master, first) and in_step(linear)
+    linear = layer(rank)
+    dist.all_reduce(linear.weight.data, async_op=True).wait()
+    torch.testing.assert_close(linear.weight.master, sum(layer(i).weight.master for i in range(world)), rtol=0.02, atol=0.02)
+    assert in_step(linear)
+    linear = layer(rank)
+    parts = [torch.empty_like(first) for _ in range(world)]
+    parts[0] = linear.weight.data
+    dist.all_gather(parts, layer(rank + 5).weight.data)
+    assert torch.equal(linear.weight.master, layer(5).weight.master) and in_step(linear)
+    held = layer(rank, frozen=True)
+    before = held.weight.codes.clone()
+    dist.broadcast(held.weight.data, 0)
+    assert torch.equal(held.weight.codes, before) == (rank == 0)
+    held = layer(0, frozen=True)
+    DistributedDataParallel(nn.Sequential(held, nn.Linear(64, 64)))
+    assert torch.equal(held.weight.codes, layer(0, frozen=True).weight.codes), "DDP sends every weight to itself"
+
+    losses = []
+    for config in (None, halo_config(1, "int8", min_features=0)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        if config:
+            quantize_(model, config)
+        model = DistributedDataParallel(model)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (model(x) - x).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05), losses
+
+
 def frozen_weights(world):
     """They are sharded, sent and held as codes, and give what they give in one process."""
     for dtype, granularity, size in itertools.product(("int8", "fp6"), ("row", "tensor"), (EVEN, UNEVEN)):
@@ -479,7 +534,7 @@ def curves(world: int) -> dict:
 
 ANY = [
     other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
-    checkpoints_cross_world_sizes, loading_with_assign, writes_to_state_dicts, frozen_weights, balanced_weights, misuse, unlike_configs,
+    checkpoints_cross_world_sizes, loading_with_assign, writes_to_state_dicts, collectives, frozen_weights, balanced_weights, misuse, unlike_configs,
 ]  # fmt: skip
 TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
 

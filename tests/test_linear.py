@@ -270,6 +270,22 @@ def test_a_bias_of_another_size(size):
     torch.testing.assert_close(layer.bias.grad, torch.tensor([16.0 * 256]))
 
 
+@pytest.mark.parametrize("config", [halo_config(1, "int8"), halo_config(0, "fp8"), recipe_config("hot_llm")], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_results_can_be_written_to(config, compiled):
+    """By ReLU(inplace=True), or a residual that is added in place."""
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(inplace=True), nn.Linear(128, 128))
+    x, other = torch.randn(4, 8, 128), copy.deepcopy(model)
+    other[1] = nn.ReLU()
+    for m in (model, other):
+        quantize_(m, config)
+    written = torch.compile(lambda x: model(x).add_(x), backend="aot_eager", fullgraph=True) if compiled else model(x).add_
+    written(x).sum().backward()
+    (other(x) + x).sum().backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_more_tokens_than_an_integer_holds_products_of():
     """127² · 140000 > 2³¹."""
     layer = converted(nn.Linear(16, 16, bias=False), halo_config(0, "int8"))

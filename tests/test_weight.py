@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -515,9 +516,15 @@ def test_a_product_with_a_part_of_a_weight_says_that_it_is_not_quantised():
     layer = nn.Linear(128, 128)
     quantize_(layer, halo_config(1, "int8"))
     x = torch.randn(4, 128)
-    with pytest.warns(UserWarning, match=r"view \[64, 128\] of a converted weight \[128, 128\] runs in high precision"):
+    with pytest.warns(UserWarning, match=r"view \[128, 64\] of a converted weight \[128, 128\] runs in high precision"):
         y = F.linear(x, layer.weight[:64])
     torch.testing.assert_close(y, x @ layer.weight.master[:64].t())
+    with pytest.warns(UserWarning, match=r"aten.mm.* runs in high precision, since it is not called as F.linear\(x, weight\)"):
+        assert torch.equal(x @ layer.weight.T, x @ layer.weight.master.T)
+    with pytest.warns(UserWarning, match="a converted weight .* runs in high precision"):  # as WavLM calls it
+        F.multi_head_attention_forward(
+            *[x[:, None]] * 3, 128, 2, torch.eye(128).repeat(3, 1), None, None, None, False, 0.0, layer.weight, layer.bias
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         F.linear(x, layer.weight), layer(x)
@@ -599,6 +606,12 @@ def test_who_reads_the_memory_of_a_weight():
     assert layer(torch.randn(4, 128)).isfinite().all()
     with pytest.raises(BufferError, match=r"export weight.dequantize\(\)"):
         torch.from_dlpack(weight.detach())
+    array = np.asarray(weight.detach())
+    assert (array == weight.dequantize().detach().numpy()).all() and weight.tolist() == array.tolist()
+    with pytest.raises(RuntimeError, match="Can't call numpy"):
+        weight.numpy()
+    array[:] = 0
+    assert weight.dequantize().abs().min() > 0, "it was a copy"
 
 
 def test_a_write_to_the_master_reaches_the_codes():
