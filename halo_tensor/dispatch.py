@@ -14,6 +14,7 @@ import torch
 from halo_tensor.fsdp import Shardable, keep_common_scale
 from halo_tensor.ops.schemas import is_traced
 from halo_tensor.sharding import check_whole
+from halo_tensor.tensor import HadamardQuantTensor
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
@@ -36,22 +37,29 @@ def run(func, args, kwargs):
     written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
     if written and func.namespace == "c10d":
         (out[-1] if isinstance(out, tuple) else out).wait()
-    for key in written:
-        # DDP, for one, sends every weight to itself: frozen codes would be rounded a second time.
-        if key not in before or not torch.equal(before[key], dense[key]):
-            _bring_up_to_date(weights[key], dense[key])
+    # DDP, for one, sends every weight to itself: frozen codes would be rounded a second time.
+    changed = [key for key in written if key not in before or not torch.equal(before[key], dense[key])]
+    _bring_up_to_date([(weights[key], dense[key]) for key in changed])
     owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
 
-def _bring_up_to_date(weight: Any, dense: torch.Tensor) -> None:
-    """After an op wrote to the dense value of a weight."""
-    if weight.base is not None and weight.base.master is None:
-        raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
-    if weight.master is not None:
-        # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrapper.
-        torch.autograd.graph.increment_version(weight.master)
-    weight.requantize(dense)
+def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]]) -> None:
+    """After an op wrote to the dense values of weights, an optimiser's to all."""
+    whole: dict[int, tuple[Any, torch.Tensor]] = {}
+    for weight, dense in written:
+        if weight.base is not None:
+            if weight.base.master is None:
+                raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
+            whole[id(weight.base)] = weight.base, weight.base.master
+        else:
+            whole[id(weight)] = weight, dense
+    # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrappers.
+    torch.autograd.graph.increment_version([weight.master for weight, _ in written if weight.master is not None])
+    coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None]
+    HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
+    for weight, _ in coded:
+        weight.in_step()
 
 
 def _is_frozen(weight: Any) -> bool:

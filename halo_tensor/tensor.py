@@ -189,6 +189,22 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 ops.pack_rows_(codes, self.format, packed)
         torch.autograd.graph.increment_version(self.parts)
 
+    @staticmethod
+    def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
+        """:meth:`requantize_` of many, each of its matrix: one op for all that are quantised alike."""
+        alike: dict[tuple, list[tuple]] = {}
+        for operand, x in zip(operands, matrices, strict=True):
+            how = (operand.left, operand.right, operand.format, operand.scale_along, x.device, operand.gain is None)
+            traced = type(operand.codes) is not torch.Tensor  # or fake
+            if operand.format is None or operand.scale is None or operand.is_packed or traced:
+                operand.requantize_(x)
+            else:
+                alike.setdefault(how, []).append((x, operand.codes, operand.scale, operand.gain))
+        for (left, right, format, along, _, plain), group in alike.items():
+            xs, codes, scales, gains = map(list, zip(*group, strict=True))
+            ops.requantize_(xs, left, right, format, along, codes, scales, [] if plain else gains)
+            torch.autograd.graph.increment_version([*codes, *scales])
+
     def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
         tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
         attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}

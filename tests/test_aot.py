@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.ops import hopper, launcher, packing_kernels, reference  # noqa: E402
+from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
@@ -62,7 +62,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, rotating, product, packing_kernels, two):
+    for module in (quantizer, requantize, rotating, product, packing_kernels, two):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -99,7 +99,7 @@ def launched(monkeypatch):
     )
     monkeypatch.setattr(quantizer, "rotation_signs", lambda rotation, device: torch.empty(rotation.edge, device=device))
     # A fake CUDA tensor has no address, and where there is no CUDA it cannot be sliced.
-    monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: 0)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: 4096)
     monkeypatch.setattr(FakeTensor, "__getitem__", lambda t, s: torch.ops.aten.slice(t, 0, s.start, s.stop), raising=False)
 
     def run(capability, request):
@@ -142,7 +142,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain",
 }  # fmt: skip
 #: What does not fit yet, and where. Take out what does: a test that passes unexpectedly fails.
@@ -172,6 +172,16 @@ def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, colu
         x = empty(shape, dtype=dtype)
         by_column = empty(shape[1]) if gain else None
         quantizer.rotate_quantize(x, left, right, format, scale, fold_rows, None, rows, columns, None, seed, by_column)
+
+    return request
+
+
+def many(right, dtype=BF16, gain=False, width=4096):
+    def request(empty, format):
+        xs = [empty(rows, width, dtype=dtype) for rows in (4096, 1024, 14336)]
+        codes = [quantizer.code_matrix(x, *x.shape, format) for x in xs]
+        gains = [empty(width) for x in xs if gain]
+        requantize.requantize_(xs, None, right, format, "row", codes, [empty(x.shape[0]) for x in xs], gains)
 
     return request
 
@@ -206,6 +216,11 @@ QUANTIZE = {
         "whole_rows transpose_codes",
     ),
     "rows, full width, gain": (quantize((1000, 4096), None, Rotation(4096), "row", gain=True), "whole_rows transpose_codes"),
+    "many": (many(H), "whole_rows_of_many"),
+    "many, plain": (many(None), "whole_rows_of_many"),
+    "many, wide, gain": (many(H, gain=True, width=14336), "whole_rows_of_many"),
+    "many, fp32": (many(H, FP32), "whole_rows_of_many"),
+    "many, full width": (many(Rotation(4096)), "whole_rows_of_many"),
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
     "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles transpose_codes"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
@@ -225,7 +240,7 @@ def test_quantising(launched, capability, name):
     request, names = QUANTIZE[name]
     kernels = launched(capability, partial(request, format=FP8_E4M3 if capability >= 89 else INT8))
     assert [kernel.name for kernel in kernels] == names.split()
-    if ("whole_rows" in names and not name.startswith("rows, plain")) or name.startswith("tokens"):
+    if ("whole_rows" in names and ", plain" not in name) or name.startswith("tokens"):
         assert instructions(kernels[0]), "the rotation does not run on matrix units"
     check_nan(kernels)
     check_fit(kernels, capability)
@@ -275,7 +290,7 @@ def test_quantising_what_is_not_written(launched, capability, right, gained):
     def request(empty):
         gate, up, codes = (empty(1000, 14336, dtype=dtype) for dtype in (BF16, BF16, FP8[0]))
         matrix = quantizer.Matrix.of(gate)
-        launch, matrices = quantizer._plan_whole_rows(matrix, right, FP8_E4M3, gained, False, 14336, swiglu)
+        launch, matrices = quantizer.plan_whole_rows(matrix, right, FP8_E4M3, gained, False, 14336, swiglu)
         rest = [codes if t is None else t for t in (None, empty(14336) if gained else None, *matrices, None)]
         launch(gate, up, *rest, codes, empty(1000))
 

@@ -202,6 +202,8 @@ def test_adapters_of_a_balanced_base(folder, tmp_path, monkeypatch, tokenizer):
 
 
 def test_two_ranks_train_as_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of which there may be one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     losses, result = run(monkeypatch, folder, tmp_path / "one", "--balance")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [

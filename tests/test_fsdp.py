@@ -567,7 +567,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks(world, tmp_path):
+def test_ranks(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a mesh would take GPUs, of which there may be fewer
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_rank, args=(rank, world, str(tmp_path)), daemon=True) for rank in range(world)]
     for rank in ranks:

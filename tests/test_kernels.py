@@ -286,6 +286,79 @@ def test_into_codes_that_were_copied():
     assert torch.equal(copied, codes) and (memory[37 * 100 :] == 77).all()
 
 
+def requantized(xs, right, format, scale, gains):
+    """Codes and scales of 7 everywhere, then of these matrices."""
+    codes = [quantizer.code_matrix(x, x.shape[0], reference.rotated(x.shape[1], right), format) for x in xs]
+    scales = [x.new_full((x.shape[0],) if scale == "row" else (), 7, dtype=torch.float32) for x in xs]
+    for code in codes:
+        code.view(torch.int8).fill_(7)
+    library.requantize_(xs, None, right, format, scale, codes, scales, gains)
+    return codes, scales
+
+
+@runs_kernels
+@examples
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([64, 100, 128, 576])), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), min_size=1, max_size=2),
+    layouts=st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=2),
+    format=FORMAT, scale=st.sampled_from(["row", "row", "row", "tensor"]), block=st.sampled_from([None, 16, 64, 576]),
+    gained=st.booleans(),
+)  # fmt: skip
+def test_many_are_requantised_as_each(shapes, dtypes, layouts, format, scale, block, gained):
+    right = block and Rotation(block, 3)
+    shapes = [(m, k) for m, k in shapes if block != 576 or k == 576]
+    xs = [
+        matrix(m, k, dtypes[i % len(dtypes)], "contiguous" if m == 0 else layouts[i % len(layouts)])
+        for i, (m, k) in enumerate(shapes)
+    ]
+    gains = [gain_of(x.shape[1]) for x in xs] if gained else []
+    for codes, scales, x, gain in zip(
+        *requantized(xs, right, format, scale, gains), xs, gains or [None] * len(xs), strict=True
+    ):
+        expected, _, expected_scales = library.rotate_quantize(x, None, right, format, scale, gain=gain)
+        assert_same_bytes(codes, expected)
+        assert torch.equal(scales, expected_scales)
+
+
+@runs_kernels
+def test_many_alike_are_one_launch(monkeypatch):
+    launched = []
+    call = Launch.__call__
+
+    def noted(self, *tensors):
+        launched.append((self.kernel.fn.__name__, self.integers[0]))
+        call(self, *tensors)
+
+    def launches_of(xs, right, gains=()):
+        launched.clear()
+        requantized(xs, right, INT8, "row", [*gains])
+        return launched
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    narrow, wide = [matrix(m, 128) for m in (3, 70, 5)], [matrix(m, 256) for m in (9, 2)]
+    many = "whole_rows_of_many"
+    for right in (None, Rotation(64)):
+        assert launches_of([*narrow, *wide], right) == [(many, 3), (many, 2)]
+        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(many, 3), (many, 2)]
+    # Those that the kernel cannot take have launches of their own.
+    odd = [matrix(4, 128, layout="misaligned"), matrix(4, 128, torch.float64), matrix(4, 100)]
+    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(many, 3), *[("whole_rows", 4)] * 3]
+
+
+@runs_kernels
+def test_many_that_have_moved():
+    """What is remembered holds pointers."""
+    kept = []
+    for m in (37, 37, 5, 37):
+        xs = [matrix(m, 128), matrix(40 - m, 128)]
+        kept.append(xs)
+        for codes, scales, x in zip(*requantized(xs, None, INT8, "row", []), xs, strict=True):
+            expected, _, expected_scales = library.rotate_quantize(x, None, None, INT8, "row")
+            assert_same_bytes(codes, expected)
+            assert torch.equal(scales, expected_scales)
+
+
 @runs_kernels
 def test_vectors_of_any_stride():
     """An expanded or sliced bias, scale or fold is read as what it is."""

@@ -1,5 +1,7 @@
 """What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
 
+from functools import partial
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -27,6 +29,11 @@ def _rotate_quantize_(x, left, right, format, scale, codes, scales, gain=None):
     new_codes, new_scales = reference.rotate_quantize(x, decode(left), decode(right), FORMATS[format], scale, gain=gain)
     codes.copy_(new_codes)
     scales.copy_(new_scales)
+
+
+def _requantize_(xs, left, right, format, scale, codes, scales, gains):
+    for x, code, scale_of_x, gain in zip(xs, codes, scales, gains or [None] * len(xs), strict=True):
+        _rotate_quantize_(x, left, right, format, scale, code, scale_of_x, gain)
 
 
 def _quantize_pair(x, left, format, fold_columns, fold_rows):
@@ -60,8 +67,8 @@ def _unpack_rows(packed, format):
 
 
 for _op in (
-    _rotate_quantize, _rotate_quantize_, _quantize_pair, _quantize_pairs, _scaled_mm, _rotate, _unrotate, _pack_rows_,
-    _unpack_rows,
+    _rotate_quantize, _rotate_quantize_, _requantize_, _quantize_pair, _quantize_pairs, _scaled_mm, _rotate, _unrotate,
+    _pack_rows_, _unpack_rows,
 ):  # fmt: skip
     library.impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
 
@@ -89,6 +96,14 @@ def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=No
         return _rotate_quantize_(x, left, right, format, scale, codes, scales, gain)
     rotations, into = (decode(left), decode(right)), (codes, scales)
     launch.rotate_quantize(x, *rotations, FORMATS[format], scale, None, None, True, False, into, gain=gain)
+
+
+def _requantize__cuda(xs, left, right, format, scale, *operands):
+    from halo_tensor.ops import requantize as launch
+
+    if scale == "block":
+        return _requantize_(xs, left, right, format, scale, *operands)
+    launch.requantize_(xs, decode(left), decode(right), FORMATS[format], scale, *operands)
 
 
 def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
@@ -136,8 +151,8 @@ def _unpack_rows_cuda(packed, format):
 
 
 for _op in (
-    _rotate_quantize_cuda, _rotate_quantize__cuda, _quantize_pair_cuda, _quantize_pairs_cuda, _scaled_mm_cuda, _rotate_cuda,
-    _unrotate_cuda, _pack_rows__cuda, _unpack_rows_cuda,
+    _rotate_quantize_cuda, _rotate_quantize__cuda, _requantize__cuda, _quantize_pair_cuda, _quantize_pairs_cuda,
+    _scaled_mm_cuda, _rotate_cuda, _unrotate_cuda, _pack_rows__cuda, _unpack_rows_cuda,
 ):  # fmt: skip
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         library.impl(_op.__name__[1:].removesuffix("_cuda"), _op, _key)
@@ -201,6 +216,11 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, see
 
 @_register_fake("rotate_quantize_")
 def _(x, left, right, format, scale, codes, scales, gain=None):
+    return None
+
+
+@partial(torch.library.register_fake, "halo::requantize_", lib=library)  # for meta tensors: it is not traced
+def _(xs, left, right, format, scale, codes, scales, gains):
     return None
 
 

@@ -68,6 +68,21 @@ def rotate_quantize_(
     torch.ops.halo.rotate_quantize_(x, encode(left), encode(right), format.name, scale, codes, scales, gain)
 
 
+def requantize_(
+    xs: list[torch.Tensor],
+    left: Rotation | None,
+    right: Rotation | None,
+    format: Format,
+    scale: str,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    gains: list[torch.Tensor],
+) -> None:
+    """:func:`rotate_quantize_` of many matrices, of any shapes, on one device. ``gains``: one for each, or none at all. Not
+    for code that is compiled."""
+    torch.ops.halo.requantize_(xs, encode(left), encode(right), format.name, scale, codes, scales, gains)
+
+
 def quantize_pair(
     x: torch.Tensor,
     left: Rotation | None,

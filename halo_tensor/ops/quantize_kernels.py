@@ -53,10 +53,60 @@ def whole_rows(
     [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. PRODUCER, if not None, computes x from the tensors
     x, x1, x2; see producers.
     """
+    first = tl.program_id(0) * (ROWS * STEPS)
+    _whole_rows(
+        x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
+        first, M, K, stride_row, stride_column, stride_codes,
+        ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
+        PRODUCER,
+    )  # fmt: skip
+
+
+@triton.jit
+def whole_rows_of_many(
+    like, table, matrix, left_matrix, signs,
+    COUNT, K, stride_row, stride_column, stride_codes,
+    ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
+    CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
+):  # fmt: skip
+    """:func:`whole_rows` of COUNT matrices of the dtype of ``like``, with as many columns, in one launch.
+
+    table: int64 [6, COUNT], of each matrix its first program, its rows, and where x, its codes, its scales and its gain lie,
+    at multiples of 16 bytes. ENTRIES: a power of two, at least COUNT.
+    """
+    program = tl.program_id(0)
+    entry = tl.arange(0, ENTRIES)
+    starts = tl.load(table + entry, mask=entry < COUNT, other=2**62)
+    mine = table + tl.sum((starts <= program).to(tl.int32), 0) - 1
+    first = (program - tl.load(mine).to(tl.int32)) * (ROWS * STEPS)
+    rows = tl.load(mine + COUNT).to(tl.int32)
+    x = tl.multiple_of(tl.load(mine + 2 * COUNT).to(tl.pointer_type(like.dtype.element_ty)), 16)
+    codes = tl.multiple_of(tl.load(mine + 3 * COUNT).to(tl.pointer_type(CODE)), 16)
+    scales = tl.multiple_of(tl.load(mine + 4 * COUNT).to(tl.pointer_type(tl.float32)), 16)
+    gain = tl.multiple_of(tl.load(mine + 5 * COUNT).to(tl.pointer_type(tl.float32)), 16)
+    _whole_rows(
+        x, x, x, gain, matrix, left_matrix, signs, scales, codes, scales,
+        first, rows, K, stride_row, stride_column, stride_codes,
+        ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
+        PRODUCER,
+    )  # fmt: skip
+
+
+@triton.jit
+def _whole_rows(
+    x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
+    first, M, K, stride_row, stride_column, stride_codes,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
+    CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
+):  # fmt: skip
     piece = tl.arange(0, ROWS * CHUNKS)
     inner = tl.arange(0, WIDTH)
     columns = (piece % CHUNKS)[:, None] * WIDTH + inner[None, :]
-    first = tl.program_id(0) * (ROWS * STEPS)
     if ROTATE:
         h = tl.load(matrix + inner[:, None] * WIDTH + inner[None, :])
     if FULL:

@@ -68,8 +68,8 @@ def rotate_quantize(
     folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
     noisy = seed is not None
-    rotates_first = not folds_on_the_way or (not turns and _needs_rotating_first(x, left, right, scale, noisy))
-    if gain is not None and (rotates_first or not _gains_on_the_way(x, left, right, scale, noisy)):
+    rotates_first = not folds_on_the_way or (not turns and needs_rotating_first(x, left, right, scale, noisy))
+    if gain is not None and (rotates_first or not gains_on_the_way(x, left, right, scale, noisy)):
         x, gain = (x * gain).to(x.dtype), None
     if rotates_first:
         x, left, right = rotate(x, left, right, torch.float32), None, None
@@ -77,7 +77,7 @@ def rotate_quantize(
         x = x if fold_rows is None else x * fold_rows.unsqueeze(1)
         x = x if fold_columns is None else x * fold_columns
         fold_rows = fold_columns = None
-    if _takes_whole_rows(x, left, right, scale, noisy):
+    if takes_whole_rows(x, left, right, scale, noisy):
         x, gain = whole_blocks(x, right), gain if gain is None else whole_blocks(gain, right)
         codes, scales = _whole_rows(x, right, format, gain, fold_columns, into)
         codes_t = transposed(codes) if columns else None
@@ -136,22 +136,22 @@ def _turns(x, left, right, scale, rows) -> bool:
     return left.rank is not None or scale == "column" or not rows
 
 
-def _takes_whole_rows(x, left, right, scale, noisy) -> bool:
+def takes_whole_rows(x, left, right, scale, noisy) -> bool:
     low = right is not None and right.rank is not None
     return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
 
 
-def _gains_on_the_way(x, left, right, scale, noisy) -> bool:
+def gains_on_the_way(x, left, right, scale, noisy) -> bool:
     """Whether a gain is multiplied with where x is read: a wide row, and a matrix wider than a tile, leave no room for it."""
     fits = right is None or right.edge <= TILE or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
-    return fits and _takes_whole_rows(x, left, right, scale, noisy)
+    return fits and takes_whole_rows(x, left, right, scale, noisy)
 
 
-def _needs_rotating_first(x, left, right, scale, noisy) -> bool:
+def needs_rotating_first(x, left, right, scale, noisy) -> bool:
     """Whether no kernel can rotate on the way: the wider blocks on tiles, and scales that only plain tiles know."""
     if left is None and right is None:
         return False
-    if right is not None and _takes_whole_rows(x, left, right, scale, noisy):
+    if right is not None and takes_whole_rows(x, left, right, scale, noisy):
         if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
             return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
@@ -174,14 +174,14 @@ def _whole_rows(x, right, format, gain, fold, into):
         function, inputs = getattr(x, "producer", None) or (None, [x])
     inputs = [*inputs, *[None] * (PRODUCER_INPUTS - len(inputs))]
     gained, folded = gain is not None, fold is not None
-    launch, matrices = _plan_whole_rows(Matrix.of(x), right, format, gained, folded, codes.stride(0), function)
+    launch, matrices = plan_whole_rows(Matrix.of(x), right, format, gained, folded, codes.stride(0), function)
     operands = (*inputs, gain, *matrices, fold)
     launch(*(codes if t is None else t for t in operands), codes, scales)  # any pointer for what is not there
     return codes, scales
 
 
 @lru_cache(maxsize=4096)
-def _plan_whole_rows(
+def plan_whole_rows(
     x: Matrix, right: Rotation | None, format: Format, gained: bool, folded: bool, stride: int, producer: Any = None
 ) -> tuple[Launch, tuple]:
     m, k = x.shape

@@ -19,6 +19,8 @@ for _schema in (
     "bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor codes, Tensor codes_t, Tensor scales)",
     "rotate_quantize_(Tensor x, int[] left, int[] right, str format, str scale, Tensor(a!) codes, Tensor(b!) scales, "
     "Tensor? gain) -> ()",
+    "requantize_(Tensor[] xs, int[] left, int[] right, str format, str scale, Tensor(a!)[] codes, Tensor(b!)[] scales, "
+    "Tensor[] gains) -> ()",
     "quantize_pair(Tensor x, int[] left, str format, Tensor? fold_columns, Tensor? fold_rows) "
     "-> (Tensor codes, Tensor codes_t, Tensor row_scales, Tensor column_scales)",
     "quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b) "
