@@ -21,6 +21,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.versions import require_version
 
 from halo_tensor import gains
 from halo_tensor.config import HaloConfig, halo_config
@@ -33,10 +34,12 @@ from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight, dense_value
 
+require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 logger = logging.getLogger("halo_tensor")
 METHOD = "halo"
-#: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain.
-_PARTS = ("", "_scale", "_balance")
+#: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain. Before transformers 5.21 a name goes to the
+#: first of these patterns that it begins with.
+_PARTS = ("(?!_)", "_scale", "_balance")
 
 
 @register_quantization_config(METHOD)
@@ -240,6 +243,8 @@ def _from_stored(stored: torch.Tensor, scale: torch.Tensor, like: torch.Tensor, 
     spec = recipe.output.right
     assert spec.format is not None
     dtype = formats.code_dtype(spec.format) if spec.format.bits == 8 else torch.uint8
+    if dtype.is_floating_point and stored.is_floating_point():
+        stored = stored.to(dtype)  # exact: transformers before 5.21 has made them of the model's dtype
     size = like.numel() * spec.format.bits // 8
     scale_shape = [like.shape[0]] if spec.scale == "out_features" else []
     if (stored.dtype, stored.numel(), list(scale.shape)) != (dtype, size, scale_shape):

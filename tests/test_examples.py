@@ -190,9 +190,10 @@ def test_adapters_of_a_balanced_base(folder, tmp_path, monkeypatch, tokenizer):
     assert resumed == whole and whole[-1] < whole[0]
 
     monkeypatch.setattr(sys, "argv", ["finetune.py", *options(folder, tmp_path, *more)])
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    args = finetune.parse_args()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").to(args.device)
     examples = [data.encode(tokenizer, chat(i)) for i in range(50)]
-    adapted = finetune.prepare(copy.deepcopy(plain), examples, 0, finetune.parse_args())
+    adapted = finetune.prepare(copy.deepcopy(plain), examples, 0, args)
     bases = {name: m.weight for name, m in adapted.named_modules() if name.endswith("base_layer")}
     assert len(bases) == 14
     for name, weight in bases.items():

@@ -692,7 +692,8 @@ def test_environment():
     text = json.dumps(found) + str(found)
     assert "/" not in text and "\\" not in text.replace("\\n", "")
     assert all(key in str(found) for key in ("torchao", "transformers", "peft", "triton", "python"))
-    assert f"threads), halo_tensor {found['halo_tensor']}, torch {torch.__version__}, torchao " in found.line()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "threads)"
+    assert f"{where}, halo_tensor {found['halo_tensor']}, torch {torch.__version__}, " in found.line()
 
 
 def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
