@@ -33,8 +33,9 @@ def run(func, args, kwargs):
     plain = [_replaced(value, dense) for value in values]
     writes = func._schema.is_mutable or func.namespace == "c10d"
     before = {key: dense[key].clone() for key, weight in weights.items() if writes and _is_frozen(weight)}
+    # In the order of the arguments, which is the same in every step of an optimiser.
+    written = dict.fromkeys(id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights)
     out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
-    written = {id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights}
     if written and func.namespace == "c10d":
         (out[-1] if isinstance(out, tuple) else out).wait()
     # DDP, for one, sends every weight to itself: frozen codes would be rounded a second time.
@@ -46,20 +47,21 @@ def run(func, args, kwargs):
 
 def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]]) -> None:
     """After an op wrote to the dense values of weights, an optimiser's to all."""
-    whole: dict[int, tuple[Any, torch.Tensor]] = {}
+    whole: dict[int, tuple[Any, Any]] = {}
     for weight, dense in written:
-        if weight.base is not None:
-            if weight.base.master is None:
-                raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
-            whole[id(weight.base)] = weight.base, weight.base.master
-        else:
+        if weight.base is None:
             whole[id(weight)] = weight, dense
+        else:
+            whole[id(weight.base)] = weight.base, weight.base.master
+    lost = [weight for weight, dense in whole.values() if dense is None]
     # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrappers.
     torch.autograd.graph.increment_version([weight.master for weight, _ in written if weight.master is not None])
-    coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None]
+    coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None and dense is not None]
     HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
     for weight, _ in coded:
         weight.in_step()
+    if lost:
+        raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
 
 
 def _is_frozen(weight: Any) -> bool:

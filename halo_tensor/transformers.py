@@ -39,7 +39,7 @@ logger = logging.getLogger("halo_tensor")
 METHOD = "halo"
 #: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain. Before transformers 5.21 a name goes to the
 #: first of these patterns that it begins with.
-_PARTS = ("(?!_)", "_scale", "_balance")
+_PARTS = (r"(?!\w)", r"_scale(?!\w)", r"_balance(?!\w)")
 
 
 @register_quantization_config(METHOD)

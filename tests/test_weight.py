@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
 from halo_tensor.linear import weight_operand
+from halo_tensor.ops import library
 from tests.util import OpLog, saved_bytes
 
 
@@ -418,6 +419,25 @@ def test_a_write_to_weights_of_every_kind():
     assert len(set(versions)) == 1 and versions[0] > 0, "what autograd saved would be taken for what it was"
     kinds = {(w.operand.format, w.operand.scale_along, w.operand.right) for w in [*weights, part]}
     assert [name for name, _ in log.calls].count("requantize_") == len(kinds)
+
+
+def test_one_that_cannot_be_written_leaves_no_other_behind():
+    trained = [converted(halo_config(1, "int8")).weight for _ in range(2)]
+    frozen_rows = frozen(halo_config(1, "int8")).weight[2:4]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be written through a view"):
+        torch._foreach_mul_([trained[0], frozen_rows, trained[1]], 3.0)
+    assert all(map(in_step, trained))
+
+
+def test_weights_are_quantised_in_the_order_of_the_arguments(monkeypatch):
+    """So that what is planned for them in one step of an optimiser is found in the next, also where it meets aliases."""
+    weights = [converted(halo_config(1, "int8")).weight for _ in range(12)]
+    kept, given = [], []
+    monkeypatch.setattr(library, "requantize_", lambda xs, *rest: given.append([x.data_ptr() for x in xs]))
+    for step in range(5):
+        kept.append([object() for _ in range(7 * step)])  # aliases with other addresses
+        torch._foreach_mul_([w.data for w in weights], 0.5)
+    assert given == [[w.master.data_ptr() for w in weights]] * 5
 
 
 def test_a_compiled_optimizer_writes_codes():
