@@ -37,8 +37,8 @@ from halo_tensor.weight import HaloWeight, dense_value
 require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 logger = logging.getLogger("halo_tensor")
 METHOD = "halo"
-#: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain. Before transformers 5.21 a name goes to the
-#: first of these patterns that it begins with.
+#: What a checkpoint holds of a weight: codes, scale, and if it is balanced its gain. Before transformers 5.21 a name goes to
+#: the first of these patterns that it begins with.
 _PARTS = (r"(?!\w)", r"_scale(?!\w)", r"_balance(?!\w)")
 
 
