@@ -243,7 +243,7 @@ def _from_stored(stored: torch.Tensor, scale: torch.Tensor, like: torch.Tensor, 
     spec = recipe.output.right
     assert spec.format is not None
     dtype = formats.code_dtype(spec.format) if spec.format.bits == 8 else torch.uint8
-    if dtype.is_floating_point and stored.is_floating_point():
+    if dtype.is_floating_point and stored.is_floating_point() and stored.ndim == 1:
         stored = stored.to(dtype)  # exact: transformers before 5.21 has made them of the model's dtype
     size = like.numel() * spec.format.bits // 8
     scale_shape = [like.shape[0]] if spec.scale == "out_features" else []

@@ -341,6 +341,8 @@ def test_many_alike_are_one_launch(monkeypatch):
     for right in (None, Rotation(64)):
         assert launches_of([*narrow, *wide], right) == [(many, 3), (many, 2)]
         assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(many, 3), (many, 2)]
+    halves = [x.bfloat16() for x in narrow[:2]]
+    assert launches_of([*halves, *narrow], None) == [(many, 2), (many, 3)]
     # Those that the kernel cannot take have launches of their own.
     odd = [matrix(4, 128, layout="misaligned"), matrix(4, 128, torch.float64), matrix(4, 100)]
     assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(many, 3), *[("whole_rows", 4)] * 3]

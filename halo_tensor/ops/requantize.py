@@ -14,6 +14,9 @@ from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate import Matrix
 from halo_tensor.recipe import Format, Rotation
 
+#: What CUDA graphs read in every replay, and so must not be freed.
+_captured: list[list["_Group"]] = []
+
 
 class _Weight(NamedTuple):
     """What launches need to know of a weight. Pointers: of x, codes, scales and gain, 0 for none."""
@@ -54,6 +57,8 @@ def requantize_(
         for x, c, s, g in operands
     )
     groups, alone = _plan(weights, left, right, format, scale)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured.append(groups)
     for launch, like, table, matrices in groups:
         launch(xs[like], table, *(table if matrix is None else matrix for matrix in matrices))
     for index in alone:
@@ -61,8 +66,7 @@ def requantize_(
         single.rotate_quantize(x, left, right, format, scale, None, None, True, False, (into[0], into[1]), gain=gain)
 
 
-# A table holds pointers, and who asks for it has tensors that lie there. An optimiser asks for the same in every step; a CUDA
-# graph of one reads the table in every replay, so it is kept.
+# A table holds pointers, and who asks for it has tensors that lie there. An optimiser asks for the same in every step.
 @lru_cache(maxsize=4096)
 def _plan(
     weights: tuple[_Weight, ...], left: Rotation | None, right: Rotation | None, format: Format, scale: str
