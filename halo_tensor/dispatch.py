@@ -47,31 +47,30 @@ def run(func, args, kwargs):
 
 def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]]) -> None:
     """After an op wrote to the dense values of weights, an optimiser's to all."""
-    whole: dict[int, tuple[Any, Any]] = {}
-    for weight, dense in written:
-        if weight.base is None:
-            whole[id(weight)] = weight, dense
-        else:
-            whole[id(weight.base)] = weight.base, weight.base.master
-    lost = [weight for weight, dense in whole.values() if dense is None]
+    # Of several views of one, once.
+    whole = {id(_whole(w)): (_whole(w), dense if w.base is None else w.base.master) for w, dense in written}
     # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrappers.
     torch.autograd.graph.increment_version([weight.master for weight, _ in written if weight.master is not None])
     coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None and dense is not None]
     HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
     for weight, _ in coded:
         weight.in_step()
-    if lost:
+    if any(dense is None for _, dense in whole.values()):
         raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
+
+
+def _whole(weight: Any) -> Any:
+    """The weight that this one is a view of, or itself."""
+    return weight if weight.base is None else weight.base
 
 
 def _is_frozen(weight: Any) -> bool:
     """Whether codes are all there is, and values that can be compared."""
-    whole = weight if weight.base is None else weight.base
-    return whole.master is None and not (is_traced() or weight.is_meta)
+    return _whole(weight).master is None and not (is_traced() or weight.is_meta)
 
 
 def _warn_of_product(func, weight: Any) -> None:
-    whole = weight if weight.base is None else weight.base
+    whole = _whole(weight)
     if not whole.recipe.is_identity:
         part = "" if weight is whole else f"a view {list(weight.shape)} of "
         warnings.warn(

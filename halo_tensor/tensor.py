@@ -192,17 +192,21 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     @staticmethod
     def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
         """:meth:`requantize_` of many, each of its matrix: one op for all that are quantised alike."""
-        alike: dict[tuple, list[tuple]] = {}
+        alike: dict[tuple, list[tuple[HadamardQuantTensor, torch.Tensor]]] = {}
         for operand, x in zip(operands, matrices, strict=True):
-            how = (operand.left, operand.right, operand.format, operand.scale_along, x.device, operand.gain is None)
+            how: tuple = (operand.left, operand.right, operand.format, operand.scale_along, x.device, operand.gain is None)
             traced = type(operand.codes) is not torch.Tensor  # or fake
             if operand.format is None or operand.scale is None or operand.is_packed or traced:
-                operand.requantize_(x)
-            else:
-                alike.setdefault(how, []).append((x, operand.codes, operand.scale, operand.gain))
-        for (left, right, format, along, _, plain), group in alike.items():
-            xs, codes, scales, gains = map(list, zip(*group, strict=True))
-            ops.requantize_(xs, left, right, format, along, codes, scales, [] if plain else gains)
+                how = (id(operand),)  # unlike any other
+            alike.setdefault(how, []).append((operand, x))
+        for group in alike.values():
+            first, x = group[0]
+            if len(group) == 1:
+                first.requantize_(x)
+                continue
+            codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
+            xs, gains = [x for _, x in group], [] if first.gain is None else gains
+            ops.requantize_(xs, first.left, first.right, cast(Format, first.format), first.scale_along, codes, scales, gains)
             torch.autograd.graph.increment_version([*codes, *scales])
 
     def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":

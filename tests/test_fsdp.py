@@ -110,7 +110,7 @@ def together(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32,
     for batch in data(model, steps, world, dtype):
         optimizer.zero_grad()
         x, target = batch[dist.get_rank()]
-        loss = nn.functional.mse_loss(model(x).float(), target)
+        loss = nn.functional.mse_loss(model(x).to(target.dtype), target)
         loss.backward()
         optimizer.step()
         if precompute:

@@ -693,7 +693,8 @@ def test_environment():
     assert "/" not in text and "\\" not in text.replace("\\n", "")
     assert all(key in str(found) for key in ("torchao", "transformers", "peft", "triton", "python"))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "threads)"
-    assert f"{where}, halo_tensor {found['halo_tensor']}, torch {torch.__version__}, " in found.line()
+    triton = f"triton {found['triton']}, " if torch.cuda.is_available() else ""
+    assert f"{where}, halo_tensor {found['halo_tensor']}, torch {torch.__version__}, {triton}torchao " in found.line()
 
 
 def test_environment_names_what_a_gpu_cannot_run(monkeypatch):

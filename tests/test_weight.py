@@ -415,8 +415,12 @@ def test_a_write_to_weights_of_every_kind():
             torch._foreach_mul_(written, 3.0)
     assert all(map(in_step, [*weights, part]))
     assert torch.equal(idle.operand.codes, kept) and plain.operand is None
-    versions = [w.operand.codes._version for w in weights]
-    assert len(set(versions)) == 1 and versions[0] > 0, "what autograd saved would be taken for what it was"
+    for versions in (
+        [w.operand.codes._version for w in weights],
+        [w.operand.scale._version for w in weights],
+        [w.master._version for w in weights],
+    ):
+        assert len(set(versions)) == 1 and versions[0] > 0, "what autograd saved would be taken for what it was"
     kinds = {(w.operand.format, w.operand.scale_along, w.operand.right) for w in [*weights, part]}
     assert [name for name, _ in log.calls].count("requantize_") == len(kinds)
 
@@ -460,6 +464,7 @@ def test_a_weight_is_quantised_once_per_step():
     names = [name for name, _ in log.calls]
     assert names.count("requantize_") == 1 and "rotate_quantize_" not in names, "one for all weights"
     assert names.count("rotate_quantize") == 3 * 4, "of X alone"
+    assert all(p.operand.version == p.master._version for p in model.parameters() if isinstance(p, HaloWeight))
 
 
 # Frozen weights.

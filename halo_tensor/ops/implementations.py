@@ -1,7 +1,5 @@
 """What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
 
-from functools import partial
-
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -183,7 +181,7 @@ def _teach_inductor(device: torch.device) -> None:
 def _register_fake(op: str):
     def register(function):
         def fake(x, *args):
-            _teach_inductor(x.device)
+            _teach_inductor((x if isinstance(x, torch.Tensor) else x[0]).device)
             return function(x, *args)
 
         torch.library.register_fake(f"halo::{op}", fake, lib=library)
@@ -215,13 +213,10 @@ def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, see
 
 
 @_register_fake("rotate_quantize_")
-def _(x, left, right, format, scale, codes, scales, gain=None):
-    return None
-
-
-@partial(torch.library.register_fake, "halo::requantize_", lib=library)  # for meta tensors: it is not traced
-def _(xs, left, right, format, scale, codes, scales, gains):
-    return None
+@_register_fake("requantize_")
+@_register_fake("pack_rows_")
+def _(*args):
+    """They write to their arguments."""
 
 
 @_register_fake("quantize_pair")
@@ -254,11 +249,6 @@ def _(x, left, right):
 @_register_fake("unrotate")
 def _(x, left, right, shape):
     return x.new_empty(shape)
-
-
-@_register_fake("pack_rows_")
-def _(codes, format, packed):
-    return None
 
 
 @_register_fake("unpack_rows")

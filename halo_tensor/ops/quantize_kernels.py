@@ -3,7 +3,7 @@
 Three shapes of work, all limited by memory:
 
 * ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. It rotates by a tensor-core
-  product with ±1, exact in any dtype.
+  product with ±1, exact in any dtype. ``whole_rows_of_many`` does so to many matrices in one launch.
 * ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
   the two differently folded copies that backward needs of one gradient.
 * ``transpose_codes``: for codes that are wanted in both orders. A transposed copy is never stored from the result of a
