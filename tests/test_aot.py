@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize  # noqa: E402
+from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize, sm80  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
@@ -90,7 +90,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(CompiledKernel, "__getitem__", launch)
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (quantizer, rotating, product):
+    for module in (quantizer, rotating, product, sm80):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(hopper, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))

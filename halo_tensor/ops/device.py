@@ -10,6 +10,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by descriptors. Triton's interpreter, on a CPU, reads descriptors too."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:

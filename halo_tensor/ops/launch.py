@@ -38,6 +38,11 @@ class Tiles(NamedTuple):
         return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return max_shared_mem(device.index if device.index is not None else torch.cuda.current_device())
+
+
 class Launch:
     """A kernel with its grid, its integers and its compile-time constants.
 

@@ -18,10 +18,32 @@ from halo_tensor.ops.rounding import maximum, noise, round_by, round_to_code, sc
 
 @triton.jit
 def _product(a, b):
-    """a b where one of them is ±1 (and 0): exact products; float32 goes through three tf32 products, close to float32."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3")
-    return tl.dot(a, b)
+    """a b where one of them is ±1 (and 0), so that products are exact. If only the other one is float32, it is multiplied as
+    three bf16 numbers, whose sum it is: nothing but the order of the sum differs from a product in float32."""
+    if a.dtype == tl.float32 and b.dtype != tl.float32:
+        high, middle, low = _three_parts(a)
+        matrix = b.to(tl.bfloat16)
+        y = tl.dot(low, matrix)
+        y = tl.dot(middle, matrix, y)
+        y = tl.dot(high, matrix, y)
+    elif a.dtype != tl.float32 and b.dtype == tl.float32:
+        high, middle, low = _three_parts(b)
+        matrix = a.to(tl.bfloat16)
+        y = tl.dot(matrix, low)
+        y = tl.dot(matrix, middle, y)
+        y = tl.dot(matrix, high, y)
+    else:
+        y = tl.dot(a, b)
+    return y
+
+
+@triton.jit
+def _three_parts(x):
+    """float32 numbers as sums of three bf16 numbers, of 8 bits each; NaN and Inf give NaN."""
+    high = x.to(tl.bfloat16)
+    x = x - high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    return high, middle, (x - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -115,6 +137,7 @@ def _whole_rows(
     # In the loop, Triton would give a gain's load a place in shared memory for every stage of the pipeline. In registers it
     # fits beside pieces of 16 bits; beside wider ones it spills, and a full width has no pipeline.
     ONCE: tl.constexpr = GAIN and ROTATE and not FULL and x.dtype.element_ty.primitive_bitwidth == 16
+    WIDE: tl.constexpr = x.dtype.element_ty == tl.float32
     if ONCE:
         by_column = _by_column(gain, columns, K, h.dtype)
     for step in tl.range(0, STEPS, num_stages=STAGES):
@@ -132,7 +155,7 @@ def _whole_rows(
         if FULL:
             y = y.to(tl.float32) * load_vector(signs, columns, K)
         if ROTATE:
-            y = _product(y.to(h.dtype), h)
+            y = _product(y if WIDE else y.to(h.dtype), h)
         if FULL:
             high = y.to(h_left.dtype)  # two bf16 numbers hold 16 bits of a sum, and two products cost little
             y = tl.dot(h_left, high) + tl.dot(h_left, (y - high.to(tl.float32)).to(h_left.dtype))
@@ -166,11 +189,12 @@ def _load_whole(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """h_left · x · h_right of one [T, T] tile, in float32: [T, T], or as wide as h_right, of low rank, is."""
+    WIDE: tl.constexpr = x_tile.dtype == tl.float32
     y = x_tile
     if RIGHT:
-        y = _product(y.to(h_right.dtype), h_right)
+        y = _product(y if WIDE else y.to(h_right.dtype), h_right)
     if LEFT:
-        y = _product(h_left.to(tl.float32), y) if RIGHT else _product(h_left, y.to(h_left.dtype))
+        y = _product(h_left, y if WIDE or RIGHT else y.to(h_left.dtype))
     y = y.to(tl.float32)
     if LEFT or RIGHT:
         y = y * NORM

@@ -34,9 +34,11 @@ class Matrix(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
-        exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
-        return self.dtype if exact else torch.float32
+        """The dtype of the matrices of ±1 that it is multiplied with: bfloat16 beside float32, which the kernels cut into three
+        bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+        if self.device.type != "cuda":
+            return torch.float32
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
 
 def norm(*rotations: Rotation | None) -> float:
@@ -52,8 +54,7 @@ def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
 
 
 def tile_edge(x: torch.Tensor | Matrix) -> int:
-    """Of a tile that is rotated. In float32, with products in three tf32 parts, a wider one exceeds every shared memory."""
-    return TILE // 2 if x.dtype == torch.float32 and x.device.type == "cuda" else TILE
+    return TILE
 
 
 def fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
