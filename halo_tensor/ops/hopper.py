@@ -167,14 +167,15 @@ def wgmma_kernel(
 
         y = acc.to(gl.float32)
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
+        SHIFT: gl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.SHIFT
         if B_SCALE == 2:
             columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
-            y = y * gl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
+            y = y * (gl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT))[None, :]
         row_scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(1, layout))
         if A_SCALE == 2:
-            row_scale = gl.load(a_scale + rows, mask=rows < M, other=0.0)
+            row_scale = gl.load(a_scale + rows, mask=rows < M, other=0.0) * SHIFT
         if A_SCALE == 1:
-            row_scale = row_scale * gl.load(a_scale)
+            row_scale = row_scale * (gl.load(a_scale) * SHIFT)
         if B_SCALE == 1:
             row_scale = row_scale * gl.load(b_scale)
         if RIGHT:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from halo_tensor.ops import hadamard, reference
 from halo_tensor.ops import quantize_kernels as kernels
-from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
@@ -34,14 +34,14 @@ class Matrix(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
+        """In which it is multiplied with powers of two. Triton's interpreter, on a CPU, has no 16-bit products."""
         exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
         return self.dtype if exact else torch.float32
 
 
 def norm(*rotations: Rotation | None) -> float:
-    """What products with ±1 lack of these rotations."""
-    return prod(r.edge**-0.5 for r in rotations if r is not None)
+    """What products with the constants of these rotations lack of them."""
+    return prod(hadamard.norm(r) for r in rotations if r is not None)
 
 
 def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:

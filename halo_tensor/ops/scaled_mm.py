@@ -73,7 +73,8 @@ def _store(
     out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
     SCALED: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    # ±1 times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the result's own.
+    # A power of two times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the
+    # result's own.
     if RIGHT:
         y = tl.dot(y.to(h_right.dtype), h_right, out_dtype=tl.float32)
     if SCALED:
@@ -110,14 +111,15 @@ def scaled_mm_kernel(
 
         rows = tile_m * BM + tl.arange(0, BM)
         y = acc.to(tl.float32)
+        SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.SHIFT
         if B_SCALE == 2:
             columns = tile_n * BN + tl.arange(0, BN)
-            y = y * tl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
+            y = y * (tl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT))[None, :]
         row_scale = tl.full((BM,), 1.0, tl.float32)
         if A_SCALE == 2:
-            row_scale = tl.load(a_scale + rows, mask=rows < M, other=0.0)
+            row_scale = tl.load(a_scale + rows, mask=rows < M, other=0.0) * SHIFT
         if A_SCALE == 1:
-            row_scale = row_scale * tl.load(a_scale)
+            row_scale = row_scale * (tl.load(a_scale) * SHIFT)
         if B_SCALE == 1:
             row_scale = row_scale * tl.load(b_scale)
         if LEFT or RIGHT:
