@@ -108,7 +108,8 @@ def wgmma_kernel(
     B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
-    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation."""
+    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation. Scales are not shifted as there, since no registers
+    are left: the scale of a column times its sums of codes has to be in the range of float32."""
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
@@ -167,15 +168,14 @@ def wgmma_kernel(
 
         y = acc.to(gl.float32)
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
-        SHIFT: gl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.SHIFT
         if B_SCALE == 2:
             columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
-            y = y * (gl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT))[None, :]
+            y = y * gl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
         row_scale = gl.full([BM], 1.0, gl.float32, gl.SliceLayout(1, layout))
         if A_SCALE == 2:
-            row_scale = gl.load(a_scale + rows, mask=rows < M, other=0.0) * SHIFT
+            row_scale = gl.load(a_scale + rows, mask=rows < M, other=0.0)
         if A_SCALE == 1:
-            row_scale = row_scale * (gl.load(a_scale) * SHIFT)
+            row_scale = row_scale * gl.load(a_scale)
         if B_SCALE == 1:
             row_scale = row_scale * gl.load(b_scale)
         if RIGHT:
