@@ -12,7 +12,7 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.formats import aligned, code_dtype
+from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
@@ -33,12 +33,14 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 def format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
     # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
     native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
+    code_lift = 1.0 if saturate or noisy else lift(format)  # without a scale nothing is lifted; noise is one of whole codes
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
         "MAX": format.max if saturate or noisy else 0.0,
-        "INVERSE_MAX": 1.0 / format.max,
+        "INVERSE_MAX": code_lift / format.max,
+        "STEP": 1.0 / code_lift,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
 
@@ -65,7 +67,7 @@ def rotate_quantize(
         x = x.to(torch.float32)
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # float32, since float16 may not hold it
-    folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
+    folds_on_the_way = reference.folds_across(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
     noisy = seed is not None
     rotates_first = not folds_on_the_way or (not turns and needs_rotating_first(x, left, right, scale, noisy))
@@ -120,12 +122,6 @@ def quantize_pair(
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     """As kernels read scales, folds and biases: one after the other."""
     return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
-
-
-def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
-    """Whether the kernels know these folds: along rows where scales lie along columns, and the other way round, which is what
-    recipes ask for."""
-    return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
 
 
 def _turns(x, left, right, scale, rows) -> bool:
