@@ -19,9 +19,10 @@ def finish(
 ):  # fmt: skip
     """Store one tile of R_left (diag(a_scale) acc diag(b_scale)) Rᵀ_right diag(gain) + bias.
 
-    A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector. LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation;
-    NORM is what their products lack of 1/√block, see rotate.norm. PART: how many columns are un-rotated and stored at a time; where RIGHT it is at most
-    128: a whole un-rotated tile beside the accumulator would spill.
+    A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector.
+    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation. NORM is what products with them lack of 1/√block.
+    PART: how many columns are un-rotated and stored at a time, at most 128 where RIGHT. Where the accumulator is in registers,
+    128 un-rotated columns beside it would spill.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]

@@ -18,8 +18,11 @@ from halo_tensor.ops.rounding import FOLD_LIFT, maximum, noise, round_by, round_
 
 @triton.jit
 def _product(a, b):
-    """a b where one of them is ± a power of two or 0, so that products are exact. If only the other one is float32, it is multiplied as
-    three bf16 numbers, whose sum it is: nothing but the order of the sum differs from a product in float32."""
+    """a b where one of them is ± a power of two or 0, so that products are exact.
+
+    If only the other one is float32, it is multiplied as three bf16 numbers, whose sum it is: nothing but the order of the
+    sum differs from a product in float32.
+    """
     if a.dtype == tl.float32 and b.dtype != tl.float32:
         high, middle, low = _three_parts(a)
         matrix = b.to(tl.bfloat16)

@@ -34,8 +34,8 @@ class Matrix(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of the rotation matrices, of powers of two, that it is multiplied with: bfloat16 beside float32, which the kernels cut into three
-        bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+        """The dtype of the rotation matrices, of powers of two, that it is multiplied with: bfloat16 beside float32, which the
+        kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
         if self.device.type != "cuda":
             return torch.float32
         return torch.float16 if self.dtype == torch.float16 else torch.bfloat16

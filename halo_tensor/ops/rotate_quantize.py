@@ -12,9 +12,10 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
+from halo_tensor.ops.device import has_wgmma
 from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
-from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.launch import Launch, shared_memory
 from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -134,12 +135,30 @@ def _turns(x, left, right, scale, rows) -> bool:
 
 def takes_whole_rows(x, left, right, scale, noisy) -> bool:
     low = right is not None and right.rank is not None
-    return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
+    return scale == "row" and left is None and not low and not noisy and _holds_row(x, right)
+
+
+def _holds_row(x: torch.Tensor | Matrix, right: Rotation | None) -> bool:
+    """Whether a program has room for a whole row of x, rotated by ``right``."""
+    k = reference.padded(x.shape[1], right)
+    if k > LARGEST_ROW:
+        return False
+    if right is None or x.device.type != "cuda":
+        return True
+    if x.dtype == torch.float32 and not has_wgmma(x.device):
+        return False  # it would spill registers
+    a, b = factors(right.edge) or (1, right.edge)
+    width, row = max(b, TILE), triton.next_power_of_2(k)
+    matrices = width * width + (max(triton.next_power_of_2(a), 16) ** 2 if a > 1 else 0)
+    needed = 2 * (matrices + (2 if a > 1 else 1) * row)  # bytes, of bfloat16; float32 rows are multiplied in parts
+    return needed <= shared_memory(x.device)
 
 
 def gains_on_the_way(x, left, right, scale, noisy) -> bool:
-    """Whether a gain is multiplied with where x is read: a wide row, and a matrix wider than a tile, leave no room for it."""
-    fits = right is None or right.edge <= TILE or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
+    """Whether a gain is multiplied with where x is read. It takes registers, and has no room beside the widest rows if these
+    share registers with a product's operands, or if the rotation's matrix is wider than a tile."""
+    roomy = right is None or (right.edge <= TILE and has_wgmma(x.device))
+    fits = roomy or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
     return fits and takes_whole_rows(x, left, right, scale, noisy)
 
 
@@ -148,8 +167,6 @@ def needs_rotating_first(x, left, right, scale, noisy) -> bool:
     if left is None and right is None:
         return False
     if right is not None and takes_whole_rows(x, left, right, scale, noisy):
-        if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
-            return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
         whole = reference.padded(x.shape[1], right)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != whole))
@@ -281,7 +298,9 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
-        warps *= 2 if constants.get("NOISY") or x.dtype == torch.float32 else 1  # the noise takes as many registers as the tile; not measured
+        # Noise takes as many registers as the tile, a float32 tile two times its own, and without wgmma operands do too.
+        wide = x.dtype == torch.float32 or not has_wgmma(x.device)
+        warps *= 2 if constants.get("NOISY") or (rotated and wide) else 1
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         kept = edge if right is None else reference.rotated(edge, right)
