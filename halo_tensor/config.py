@@ -365,8 +365,8 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
             f"and with a plain forward of nn.Conv2d; got {parameter_name!r} of {type(module).__name__}"
             + (f": {obstacle}" if obstacle else "")
         )
-    if 0 in (layers.features(module) or ()):
-        return module  # of Linear(0, n): there is nothing to multiply
+    if layers.is_empty(module):
+        return module
     if (type(weight) is not torch.nn.Parameter and not isinstance(weight, HaloWeight)) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "

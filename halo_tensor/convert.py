@@ -189,7 +189,7 @@ def _is_ours(config: AOBaseConfig) -> bool:
 def _why_left(module: nn.Module, config: object) -> str:
     """Why a layer was left alone that the default filter was not asked about."""
     obstacle = layers.misfit(module, config.recipe) if isinstance(config, LinearConfig) else None
-    return obstacle or (EMPTY if _is_empty(module) else CHOICE)
+    return obstacle or (EMPTY if layers.is_empty(module) else CHOICE)
 
 
 def _of_layers(filter_fn: Callable[[nn.Module, str], bool]) -> Callable[[nn.Module, str], bool]:
@@ -246,7 +246,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
         sides = layers.features(module)
         if sides is None:
             return layers.misfit(module, config.recipe)
-        if _is_empty(module):
+        if layers.is_empty(module):
             return EMPTY
         if "weight" not in module._parameters:
             computed = hasattr(module, "weight_v") or hasattr(module, "weight_orig") or hasattr(module, "parametrizations")
@@ -284,10 +284,6 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
 
     accept.reasons = reasons  # type: ignore[attr-defined]
     return accept
-
-
-def _is_empty(module: Any) -> bool:
-    return 0 in (layers.features(module) or ())
 
 
 def _marks(model: nn.Module) -> dict[str, object]:

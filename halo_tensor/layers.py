@@ -34,6 +34,11 @@ def features(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def is_empty(module: Any) -> bool:
+    """Whether a layer has no features on a side, as ``Linear(0, n)``: there is nothing to multiply."""
+    return 0 in (features(module) or ()) and not nn.parameter.is_lazy(module._parameters.get("weight"))
+
+
 def input_of(args: tuple, kwargs: dict) -> Any:
     """The input of a layer that was called with these."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -82,9 +82,9 @@ def test_a_head_is_what_the_model_says(vocabulary, width):
 def test_a_head_that_peft_wraps_is_still_a_head():
     config = {**SMALL, "vocab_size": 256, "intermediate_size": 256, "tie_word_embeddings": False}
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["embed_out", "dense"]))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["lm_head", "dense"]))
     report = quantize_(model, INT8)
-    head = "base_model.model.embed_out.base_layer"
+    head = "base_model.model.lm_head.base_layer"
     assert report.skipped[head] == "it is the output embedding" and len(report.converted) == 8
 
 
@@ -95,7 +95,7 @@ class HandWritten(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(32, width)
         self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(width, 256), "down": nn.Linear(256, width)}) for _ in "ab")
-        for name, out in ((head, vocabulary), (last, 256)):
+        for name, out in ((head, vocabulary), (last, 384)):
             if name is not None:
                 self.add_module(name, nn.Linear(width, out, bias=False))
 
@@ -142,11 +142,9 @@ def test_most_of_a_model_converted_is_not_warned_of():
         skipped = quantize_(llama(), halo_config(1, "int8", skip="lm_head|mlp"))  # is what the caller wants
         chosen = quantize_(llama(), halo_config(1, "int8"), filter_fn=lambda m, name: name.endswith("q_proj"))
         quantize_(gpt2(), halo_config(1, "int8"))
-    assert skipped.share < 0.5 and chosen.share < 0.1
-    with pytest.warns(UserWarning, match=r"only 40 % .*\n  left alone: .*gate_proj.*min_features=256.*\(60 %"):
-        quantize_(
-            llama(intermediate_size=128), halo_config(1, "int8", min_features=256), filter_fn=None
-        ) if False else quantize_(llama(intermediate_size=144), halo_config(1, "int8", min_features=128), filter_fn=None)
+    assert skipped.share < 0.5 and chosen.share == pytest.approx(0.1)
+    with pytest.warns(UserWarning, match=r"(?s)only 39 % .*gate_proj, .* and 3 more: a width that .* 16 \(61 % of"):
+        quantize_(llama(intermediate_size=264), halo_config(1, "int8"))
 
 
 def test_the_loader_and_report_say_it_too(tmp_path):
@@ -161,7 +159,7 @@ def test_the_loader_and_report_say_it_too(tmp_path):
         found = report(model, {"input_ids": IDS, "labels": IDS}, candidates=only)
     assert found.share < 0.2 and found.to_dict()["share"] == found.share
     for text in (str(found), found.to_markdown(), found.to_html()):
-        assert "linear layers stay" not in text and "stay in high precision, and gain nothing" in text and "experts" in text
+        assert "gain nothing" in text and "mlp.experts.gate_up_proj" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = report(llama(), {"input_ids": IDS, "labels": IDS}, candidates=only)
@@ -313,18 +311,19 @@ def test_conv1d_is_the_linear_layer_of_its_transpose(config):
     assert isinstance(layer[0], Conv1D) and type(layer[0].weight) is nn.Parameter and layer[0].weight.shape == (128, 256)
     x, e = torch.randn(2, 16, 128), torch.randn(2, 16, 256)
     results = []
-    for model in (layer, linear, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
+    for model in (layer, linear):
         own = x.clone().requires_grad_()
         with OpLog() as log:
             y = model(own)
             y.backward(e)
-        assert len(log.products()) == 3 or model not in (layer, linear)
+        assert len(log.products()) == (2 if config == recipe_config("switchback") else 3)
         weight, bias = model.parameters()
         results.append([y, own.grad, weight.grad if model is linear else weight.grad.t(), bias.grad])
-    for other in (results[0], results[2]):
-        for a, b in zip(other, results[1], strict=True):
-            torch.testing.assert_close(a, b)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(x), layer.parameters(), e), results[0][2:], strict=True):
+        torch.testing.assert_close(a if a.ndim == 1 else a.t(), b)
     again = pickle.loads(pickle.dumps(layer))
     assert torch.equal(again(x), layer(x)) and not torch.equal(again(x), plain(x))
     dequantize_(layer)
@@ -453,7 +452,7 @@ def test_layers_that_are_nearly_linear():
         }
     )
     model.position_embeddings = nn.Parameter(torch.randn(256, 128))
-    with pytest.warns(UserWarning, match="only 1 % of the parameters"):
+    with pytest.warns(UserWarning, match="only 0.72 % of the parameters"):
         found = quantize_(model, halo_config(1, "int8"))
     assert found.converted == ["plain"] and found.skipped == {
         "normed": "its weight is computed from others in every forward",
