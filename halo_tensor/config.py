@@ -44,7 +44,8 @@ class LinearConfig(AOBaseConfig):
             with tied weights always are (pass ``filter_fn`` to :func:`~halo_tensor.quantize_` to decide otherwise).
         min_features: layers with fewer input or output features gain nothing and are left alone.
         frozen: hold weights of ``nn.Linear`` as codes only, without a high-precision copy: half of bf16's memory or less, and
-            such a weight cannot be trained. A ``Conv1D`` keeps its weight as it is. None freezes the weights that do not require a gradient when they are converted.
+            such a weight cannot be trained. A ``Conv1D`` keeps its weight as it is. None freezes the weights that do not
+            require a gradient when they are converted.
         keep_codes: hold a trained ``nn.Linear``'s codes beside it, a byte an element, and quantise it whenever it is written
             to. False quantises it in every forward instead, one that recomputes included, and holds nothing. Not for FSDP,
             which sends codes, nor for ``balance_``, whose s is the codes'.
@@ -357,7 +358,7 @@ def _hot(rank, block, grad_input_bits, grad_weight_bits, scale, granularity, rou
 @register_quantize_module_handler(RecipeConfig)
 def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
     """torchao's hook: make a layer follow ``config``, in place."""
-    recipe, weight = config.recipe, module.weight
+    recipe, weight = config.recipe, cast(Any, getattr(module, "weight", None))
     obstacle = layers.misfit(module, recipe) if layers.features(module) else "no layer of a kind that it knows"
     if obstacle or parameter_name != "weight":
         raise ValueError(

@@ -93,13 +93,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share in (0, 1) or 0.01 <= share < 0.995 else f"{100 * share:.2f} %"
 
 
-def survey(model: nn.Module, config: object, converted: list[str], skipped: dict[str, str], filtered=()) -> Conversion:
+def survey(
+    model: nn.Module,
+    config: object,
+    converted: list[str],
+    skipped: dict[str, str],
+    filtered: Iterable[object] | None = None,
+) -> Conversion:
     """A Conversion of ``model`` with the sizes, and with the matrices that are no layer's among the skipped.
 
     Args:
         filtered: the configs whose ``min_features`` and ``adapters`` say what is counted; by default ``config``.
     """
-    configs = [c for c in (filtered or [config]) if isinstance(c, LinearConfig)]
+    configs = [c for c in filtered or [config] if isinstance(c, LinearConfig)]
     least = min((c.min_features for c in configs), default=LinearConfig.min_features)
     sizes, others = parts.matrices(model, least, any(c.adapters for c in configs))
     return Conversion(config, converted, skipped | others, sizes)

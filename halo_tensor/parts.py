@@ -10,8 +10,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from halo_tensor import layers
 
-#: How the last layer of a language model is called, where the model has no ``get_output_embeddings``.
-_HEAD = re.compile(r"(^|_)(head|logits|unembed|unembedding|output|output_embedding|embed_out|vocab)$")
+#: How the last layer of a language model is called, where the model does not say which it is.
+_HEAD = re.compile(
+    r"(^|_)(head|logits|unembed|unembedding|output|output_embedding|output_projection|embed_out|decoder|proj_out|lm_loss|vocab"
+    r"|vocab_projector|vocab_projection)$"
+)
 #: By these names PEFT's classes (0.21) hold what they adapt. A class of PEFT that holds none of them is all adapter: prompt
 #: encoders, classifiers of mixtures of adapters.
 _ADAPTED = {"base_layer", "base_model", "model", "original_module", "lora_model", "modules_to_save"}
@@ -23,12 +26,13 @@ _STACK = "a stack of matrices, as of experts, which is not called through F.line
 def output_embeddings(model: nn.Module) -> set[nn.Module]:
     """The modules that make logits of a vocabulary.
 
-    They are what ``get_output_embeddings`` of the model, or of a model inside it, returns. Linear layers that belong to no
-    module with that method are output embeddings if they have as many outputs as the largest ``nn.Embedding`` has entries,
-    and are outside of lists of blocks, and are the model's last linear layer or are named like a head.
+    They are what ``get_output_embeddings`` of the model, or of a model inside it, returns. A linear layer of no module that
+    returns one is an output embedding if it has as many outputs as the largest ``nn.Embedding`` has entries, is outside of
+    lists of blocks, and is named like a head; or is the model's last linear layer, and of no module with that method.
     """
     declared: set[nn.Module] = set()
-    governed: set[nn.Module] = set()
+    asked: set[nn.Module] = set()
+    answered: set[nn.Module] = set()
     for module in model.modules():
         try:
             declare = getattr(module, "get_output_embeddings", None)
@@ -36,13 +40,14 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
         except NotImplementedError:
             continue
         if callable(declare):
-            governed |= set(module.modules())
+            asked |= set(module.modules())
         if isinstance(output, nn.Module):  # a wrapper of PEFT's around the layer, or a list of heads
             declared |= set(output.modules())
-    return declared | _undeclared_heads(model, governed)
+            answered |= set(module.modules())
+    return declared | _undeclared_heads(model, asked, answered)
 
 
-def _undeclared_heads(model: nn.Module, governed: set[nn.Module]) -> set[nn.Module]:
+def _undeclared_heads(model: nn.Module, asked: set[nn.Module], answered: set[nn.Module]) -> set[nn.Module]:
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     of_adapters = adapters(model)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in of_adapters]
@@ -54,9 +59,9 @@ def _undeclared_heads(model: nn.Module, governed: set[nn.Module]) -> set[nn.Modu
         module
         for name, module in linears
         if module.out_features == vocabulary
-        and module not in governed | repeated
+        and module not in answered | repeated
         and counts[_kind(name)] == 1
-        and (module is linears[-1][1] or _HEAD.search(_kind(name).rpartition(".")[2]))
+        and ((module is linears[-1][1] and module not in asked) or _HEAD.search(_kind(name).rpartition(".")[2]))
     }
 
 

@@ -45,7 +45,8 @@ def adds_nothing(module: nn.Linear) -> bool:
 def follow_linear(module: nn.Linear) -> None:
     """Make a layer call F.linear, if its forward computes the same in another way."""
     if type(module).forward is not nn.Linear.forward and _product(module) == "matmul":
-        module.__class__ = _following(type(module))
+        kind: Any = type(module)
+        module.__class__ = _following(kind)
 
 
 def own_class(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torchao.quantization
 from torch import nn
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, hot_config, layer_filter, quantize_, recipe_config, report
@@ -115,20 +116,23 @@ def test_heads_of_models_that_do_not_say(vocabulary, head, last):
 def test_a_head_on_a_model_that_says_it_has_none():
     model = nn.ModuleDict({"body": llama().model, "head": nn.Linear(128, 128), "project": nn.Linear(128, 128)})
     assert quantize_(model, INT8).skipped == {"head": "it is the output embedding", "project": "it is the output embedding"}
+    model = llama().model
+    model.ctc_head, model.extra = nn.Linear(128, 128), nn.Linear(128, 128)
+    assert quantize_(model, INT8).skipped == {"ctc_head": "it is the output embedding"}, "it says that it has none"
     sequential = nn.Sequential(nn.Embedding(256, 128), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 256))
     assert quantize_(sequential, INT8).converted == ["1"]
 
 
 def test_mixtures_are_said_to_be_left_alone():
     model = mixtral()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="only") as caught:
         found = quantize_(model, halo_config(1, "int8"))
     (message,) = [str(w.message) for w in caught]
     stacks = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.ndim == 3)
     attention = sum(model.get_submodule(n).weight.numel() for n in found.converted)
     assert found.share == attention / (attention + stacks) < 0.2 and len(found.converted) == 8
     assert f"only {100 * found.share:.0f} % of the parameters in the linear layers of this MixtralForCausalLM" in message
-    assert f"mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj, model.layers.1" in message
+    assert "mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj, model.layers.1" in message
     assert (
         f"a stack of matrices, as of experts, which is not called through F.linear ({100 * (1 - found.share):.0f} %" in message
     )
@@ -396,6 +400,10 @@ def test_a_filter_may_take_containers():
     assert found.converted == [n for n in linears_in_order(model) if ".mlp" in n] and len(found.converted) == 6
     model = nn.Sequential(nn.Embedding(64, 128), nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128)), nn.ReLU())
     assert quantize_(model, halo_config(1, "int8"), filter_fn=lambda *_: True).converted == ["1.0"]
+    with pytest.raises(
+        ValueError, match="converts the weight of nn.Linear .* of Sequential: no layer of a kind that it knows"
+    ):
+        torchao.quantization.quantize_(model, halo_config(1, "int8"), filter_fn=lambda *_: True)
     with pytest.raises(ValueError, match="it has no nn.Linear, nn.Conv2d or Conv1D"):
         quantize_(nn.Sequential(nn.Embedding(128, 128)), halo_config(1, "int8"), filter_fn=lambda *_: True)
 

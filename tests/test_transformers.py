@@ -183,7 +183,9 @@ def test_a_config_with_a_field_that_is_not_known_is_refused(plain, tmp_path):
     assert config["quantization_config"]["dtype"] == HaloQuantConfig().dtype == "int8", "what a default was is written"
     config["quantization_config"]["groups"] = 32
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"has a field 'groups' that this halo_tensor does not know \(it knows .*level, dtype"):
+    with pytest.raises(
+        ValueError, match=r"has a field 'groups' that this halo_tensor does not know \(it knows .*level, dtype"
+    ):
         AutoModel.from_pretrained(tmp_path)
 
 
