@@ -3,8 +3,8 @@
 from halo_tensor.transformers import HaloQuantConfig  # importing this module teaches transformers to read "halo" checkpoints
 model = AutoModelForCausalLM.from_pretrained(name, quantization_config=HaloQuantConfig(level=1, dtype="int8"))
 
-Every weight that :func:`~halo_tensor.quantize_` would convert is quantised as it arrives on its device and held as codes only,
-so no more than one of them is there in high precision at a time. Such a model trains with adapters (PEFT).
+Every weight of an ``nn.Linear`` that :func:`~halo_tensor.quantize_` would convert is quantised as it arrives on its device and
+held as codes only, so no more than one of them is there in high precision at a time. Such a model trains with adapters (PEFT).
 ``model.save_pretrained`` writes codes and scales, and ``from_pretrained`` reads them back, bit for bit, with no config but the
 checkpoint's; ``model.dequantize()`` makes it a plain model again.
 
