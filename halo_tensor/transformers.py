@@ -10,9 +10,9 @@ checkpoint's; ``model.dequantize()`` makes it a plain model again.
 
 In the checkpoint a quantised ``x.weight`` is its codes in one row (int8, fp8 e4m3, or four fp6 codes in three bytes), so that
 a reader without this module stops at their shape and does not take them for weights; ``x.weight_scale`` is float32, and
-``x.weight_balance``, of a balanced layer, the exponents of its gain, int8 [in_features]. ``x.weight_recipe`` is a text, UTF-8 in
-uint8, that says what the codes were made with: a checkpoint whose ``config.json`` says something else is refused, as are parts
-that are missing or damaged.
+``x.weight_balance``, of a balanced layer, the exponents of its gain, int8 [in_features]. ``x.weight_recipe`` is a text, UTF-8
+in uint8, that says what the codes were made with: a checkpoint whose ``config.json`` says something else is refused, as are
+parts that are missing or damaged.
 """
 
 import logging
@@ -35,6 +35,7 @@ from halo_tensor.ops import formats
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Format, Recipe, Rotation
+from halo_tensor.references import watch_trainers
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight, dense_value
 
@@ -127,8 +128,8 @@ class HaloQuantizer(HfQuantizer):
         self.refused: dict[str, str] = {}  # weights of the checkpoint that cannot be read, and why
         self.recorded: dict[str, bool] = {}  # weights that were read as codes, and whether there was a record of their recipe
         self.plain: set[str] = set()  # weights that were plain when the quantised model was saved
-        # Layers whose weights may be codes: which of them are is the file's to say, since another class of model, or version of
-        # this library, may choose otherwise.
+        # Layers whose weights may be codes. The file says which of them are, since another class of model, or another version
+        # of this library, may choose otherwise.
         self.readable: list[str] = []
         for name, module in model.named_modules():
             is_precise = bool(precise & set(name.split(".")))
@@ -154,6 +155,7 @@ class HaloQuantizer(HfQuantizer):
         linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
         held = [name for name, module in linears if isinstance(module._parameters.get("weight"), HaloWeight)]
         self._report_what_is_held(held)
+        watch_trainers()
         warn_of_unrotated(model, Conversion(self.report.config, held))
         # Layers that read one X have equal gains: make them the very same again, by which X is known to be shared.
         seen: dict[tuple, gains.Gains] = {}
@@ -172,8 +174,8 @@ class HaloQuantizer(HfQuantizer):
             self.refused |= dict.fromkeys(unrecorded, "the record of its recipe is missing, which other weights have")
         elif unrecorded:
             warnings.warn(
-                f"the checkpoint does not say what its {len(unrecorded)} quantised weights were made with, as those written by "
-                "halo_tensor 0.1.0 do not: its config.json cannot be checked against them. save_pretrained adds the records",
+                f"the checkpoint does not say what its {len(unrecorded)} quantised weights were made with, as those that "
+                "halo_tensor 0.1.0 wrote do not: its config.json cannot be checked. save_pretrained adds the records",
                 stacklevel=2,
             )
         if self.refused:
@@ -282,9 +284,9 @@ class _Deserialize(ConversionOps):
 
     def convert(self, input_dict, source_patterns, target_patterns=None, *, model, full_layer_name, **kwargs):
         name, quantizer = full_layer_name, self.hf_quantizer
-        codes, *others = parts = [input_dict.get(pattern, [None])[0] for pattern in source_patterns]
+        codes, scale, exponents, record = parts = [input_dict.get(pattern, [None])[0] for pattern in source_patterns]
         like = model.get_parameter(name)  # on the meta device
-        if codes is not None and codes.ndim == like.ndim and not any(part is not None for part in others):
+        if codes is not None and codes.ndim == like.ndim and scale is exponents is record is None:
             quantizer.plain.add(name)
             quantizer.weights.discard(name)  # transformers then looks at the shape
             return {name: codes.to(like.dtype)}
@@ -292,11 +294,11 @@ class _Deserialize(ConversionOps):
         try:
             if name.removesuffix(".weight") not in quantizer.readable:
                 raise ValueError("it is quantised, and this model has no linear layer there that may be")
-            operand = _from_stored(*parts, like, quantizer.recipe)
+            operand = _from_stored(codes, scale, exponents, record, like, quantizer.recipe)
         except ValueError as error:  # if it were raised, transformers would log it and raise one that names nothing
             quantizer.refused[name] = str(error)
             return {name: _placeholder(like, device)}
-        quantizer.recorded[name] = parts[-1] is not None
+        quantizer.recorded[name] = record is not None
         check_device(quantizer.recipe.formats, device)
         return {name: _hold(model, name, HaloWeight(None, operand, quantizer.recipe))}
 
@@ -328,9 +330,7 @@ def _said(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _record(
-    format: Format | None, scale_along: str, rotation: Rotation | None, shape: tuple[int, ...], balanced: bool
-) -> str:
+def _record(format: Format | None, scale_along: str, rotation: Rotation | None, shape: tuple[int, ...], balanced: bool) -> str:
     """What the codes of a weight [out, in] stand for, as text. Equal texts mean that codes can be read: the levels 1 and 2,
     which differ in E only, have the same."""
     scale = "one scale" if scale_along == "tensor" else f"a scale per {scale_along}"

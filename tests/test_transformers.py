@@ -415,11 +415,15 @@ def test_plain_weights_of_another_shape_are_mismatches(tiny, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 384}))
     # Transformers 5.6 looks at no shape of a quantised model.
-    with pytest.raises((RuntimeError, ValueError), match=f"ignore_mismatched_sizes|{WEIGHT}: it is .128, 256., where") as error:
+    with pytest.raises(
+        (RuntimeError, ValueError), match=f"ignore_mismatched_sizes|{WEIGHT}: it is .128, 256., where"
+    ) as error:
         AutoModel.from_pretrained(folder, quantization_config=CONFIGS["int8"])
     if error.type is ValueError:
         return
-    with pytest.warns(UserWarning, match="newly initialised.*down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"):
+    with pytest.warns(
+        UserWarning, match="newly initialised.*down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"
+    ):
         model = AutoModel.from_pretrained(folder, quantization_config=CONFIGS["int8"], ignore_mismatched_sizes=True)
     assert len(weights(model)) == 4 and type(model.get_parameter(WEIGHT)) is nn.Parameter
     assert model.get_parameter(WEIGHT).shape == (128, 384) and logits(model).isfinite().all()
@@ -479,22 +483,20 @@ def test_options_of_loading_change_nothing(quantised, tiny, options):
     assert torch.equal(logits(AutoModel.from_pretrained(tiny, quantization_config=CONFIGS["fp6"], **options)), expected)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8", "fp6"])
-def test_another_dtype_leaves_codes_as_they_are(quantised, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "half"), [("int8", torch.bfloat16), ("fp8", torch.float16), ("fp6", torch.bfloat16)])
+def test_another_dtype_leaves_codes_as_they_are(quantised, tmp_path, dtype, half):
     model = AutoModel.from_pretrained(quantised[dtype])
-    for half in (torch.float16, torch.bfloat16):
-        loaded, moved = AutoModel.from_pretrained(quantised[dtype], dtype=half), deepcopy(model).to(half)
-        for other in (loaded, moved):
-            assert all(p.dtype == half for p in other.parameters())
-            assert relative_error(logits(other), logits(model)) < 0.05
-        moved.save_pretrained(tmp_path / str(half))
-        again = AutoModel.from_pretrained(tmp_path / str(half))
+    loaded, moved = AutoModel.from_pretrained(quantised[dtype], dtype=half), deepcopy(model).to(half)
+    moved.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    for other in (loaded, moved, again):
+        assert all(p.dtype == half for p in other.parameters())
         for name, weight in weights(model).items():
-            for other in (loaded, moved, again):
-                same = other.get_parameter(name)
-                assert torch.equal(same.operand.codes.view(torch.uint8), weight.operand.codes.view(torch.uint8))
-                assert torch.equal(same.operand.scale, weight.operand.scale)
-                assert torch.equal(same.dequantize(), weight.dequantize().to(half))
+            same = other.get_parameter(name)
+            assert torch.equal(same.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+            assert torch.equal(same.scale, weight.scale)
+            assert torch.equal(same.dequantize(), weight.dequantize().to(half))
+    assert relative_error(logits(loaded), logits(model)) < 0.05
     with pytest.raises(ValueError, match="half.* is not supported for quantized"):
         model.half()
 
@@ -532,6 +534,33 @@ def test_resized_embeddings_stay_plain_and_are_saved(quantised, tmp_path):
     assert torch.equal(logits(model)[..., :192], before) and logits(model).shape[-1] == 256
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_converted_output_layer_that_is_resized_is_told(tiny):
+    model = AutoModel.from_pretrained(tiny)
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    assert isinstance(model.lm_head.weight, HaloWeight)
+    with pytest.warns(UserWarning, match=r"lm_head .192, 128. of a LlamaForCausalLM, which is converted, is replaced"):
+        model.resize_token_embeddings(256)
+    assert type(model.lm_head.weight) is nn.Parameter and len(weights(model)) == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.resize_token_embeddings(128)  # plain to plain
+        model.lm_head = deepcopy(model.model.layers[0].mlp.down_proj)  # plain to converted
+        model.lm_head = model.model.layers[0].mlp.down_proj  # converted to converted
+        model.model.layers[0].mlp.down_proj = nn.Identity()
+
+
+def test_a_converted_output_layer_that_is_tied_is_not_resized(tiny):
+    config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=True)
+    model = AutoModel.from_config(config)
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    assert isinstance(model.lm_head.weight, HaloWeight) and model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="dequantize_.model. before changing its shape"):
+        model.resize_token_embeddings(256)
+    dequantize_(model)
+    model.resize_token_embeddings(256)
+    assert logits(model).shape[-1] == 256
 
 
 def test_the_files_say_that_they_are_pytorchs(quantised):
