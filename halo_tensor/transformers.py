@@ -284,9 +284,10 @@ class _Deserialize(ConversionOps):
 
     def convert(self, input_dict, source_patterns, target_patterns=None, *, model, full_layer_name, **kwargs):
         name, quantizer = full_layer_name, self.hf_quantizer
-        codes, scale, exponents, record = parts = [input_dict.get(pattern, [None])[0] for pattern in source_patterns]
+        codes, *_ = parts = [input_dict.get(pattern, [None])[0] for pattern in source_patterns]
         like = model.get_parameter(name)  # on the meta device
-        if codes is not None and codes.ndim == like.ndim and scale is exponents is record is None:
+        alone = all(part is None for part in parts[1:])
+        if codes is not None and alone and codes.ndim == like.ndim and codes.is_floating_point():
             quantizer.plain.add(name)
             quantizer.weights.discard(name)  # transformers then looks at the shape
             return {name: codes.to(like.dtype)}
@@ -294,11 +295,11 @@ class _Deserialize(ConversionOps):
         try:
             if name.removesuffix(".weight") not in quantizer.readable:
                 raise ValueError("it is quantised, and this model has no linear layer there that may be")
-            operand = _from_stored(codes, scale, exponents, record, like, quantizer.recipe)
+            operand = _from_stored(parts, like, quantizer.recipe)
         except ValueError as error:  # if it were raised, transformers would log it and raise one that names nothing
             quantizer.refused[name] = str(error)
             return {name: _placeholder(like, device)}
-        quantizer.recorded[name] = record is not None
+        quantizer.recorded[name] = parts[-1] is not None
         check_device(quantizer.recipe.formats, device)
         return {name: _hold(model, name, HaloWeight(None, operand, quantizer.recipe))}
 
@@ -352,19 +353,13 @@ def _to_stored(operand: HadamardQuantTensor) -> torch.Tensor:
     return operand.codes.contiguous().flatten()
 
 
-def _from_stored(
-    stored: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    exponents: torch.Tensor | None,
-    record: torch.Tensor | None,
-    like: torch.Tensor,
-    recipe: Recipe,
-) -> HadamardQuantTensor:
-    """What a weight like ``like`` [out, in] brings to its products, from the parts that a checkpoint has of it.
+def _from_stored(parts: list[torch.Tensor | None], like: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor:
+    """What a weight like ``like`` [out, in] brings to its products, from the ``_PARTS`` that a checkpoint has of it.
 
     Raises:
         ValueError: a part is missing, or is not what such a weight has under this recipe.
     """
+    stored, scale, exponents, record = parts
     if stored is None or scale is None:
         raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
     spec = recipe.output.right

@@ -310,6 +310,14 @@ DAMAGES = {
     "no balance": ("int8", lambda t: t.pop(WEIGHT + "_balance"), r"as .*, balanced.*by config.json .* not balanced"),
     "no record": ("int8", lambda t: t.pop(WEIGHT + "_recipe"), "record of its recipe is missing"),
     "only codes": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("_scale", "_recipe")], "its scale is missing"),
+    "only codes, as a matrix": (
+        "int8",
+        lambda t: (
+            [t.pop(WEIGHT + part) for part in ("_scale", "_balance", "_recipe")]
+            and t.update({WEIGHT: t[WEIGHT].view(128, -1)})
+        ),
+        "its scale is missing",
+    ),
     "only a scale": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_recipe")], "its codes are missing"),
     "only a record": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_scale")], "its codes are missing"),
     "a balance too many": ("fp8", lambda t: t.update({WEIGHT + "_balance": torch.zeros(256, dtype=torch.int8)}), "balanced"),
