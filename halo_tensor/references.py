@@ -1,8 +1,9 @@
 """Reference models of TRL's trainers, which are to be quantised as the model in training is.
 
 ``DPOTrainer``, ``GRPOTrainer``, ``KTOTrainer`` and ``RLOOTrainer`` that are given no reference model load one from the path
-that ``model.config`` names, and so in high precision, whatever ``quantize_`` made of the model (TRL 1.16). They offer no hook
-between this and the training, so ``Trainer.train``, which all of them inherit, is wrapped once a model has been converted.
+that ``model.config`` names, and so in high precision, whatever ``quantize_`` made of the model (TRL 1.16; a neighbour of this:
+https://github.com/huggingface/trl/pull/6312). They offer no hook between this and the training, so ``Trainer.train``, which
+all of them inherit, is wrapped once a model has been converted.
 """
 
 import sys
