@@ -12,18 +12,21 @@ import os
 import pickle
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePath
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import fail, one_line
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+# DCP of torch 2.11 to 2.15 warns of what is meant: a training in one process.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is")
 
 IDENTITY = "run.json"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are those of the model that was loaded
@@ -221,7 +224,7 @@ def save(model, optimizer, run: Run, steps: int, folder: Path, main: bool) -> bo
     partial = partial_of(folder)
     try:
         state = {"model": weights, "optimizer": moments["state"]}  # tensors only
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=not dist.is_initialized())
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
         if main:
             write_identity(partial, run, steps)
             put(folder)
@@ -242,7 +245,8 @@ def restore(model, optimizer, run: Run) -> None:
     state = {"model": weights, "optimizer": moments["state"]}
     try:
         reader = SafeReader(run.checkpoint)
-        dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=not dist.is_initialized())
+        reader.read_metadata()  # of whose errors DCP would print a traceback
+        dcp.load(state, storage_reader=reader, planner=TensorPlanner())
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
     except (Exception, CheckpointException) as error:  # a damaged file can raise anything
         cause = root(error)
@@ -260,8 +264,8 @@ def root(error: BaseException) -> BaseException:
 class MetadataUnpickler(pickle.Unpickler):
     """Knows the classes that describe tensors in DCP's .metadata, and nothing that could run code.
 
-    DCP itself reads that file by ``pickle.load`` (https://github.com/pytorch/pytorch/issues/189308). Tested with torch 2.11
-    to 2.14.
+    DCP itself reads that file by ``pickle.load`` (https://github.com/pytorch/pytorch/issues/189308). Tested with torch 2.13
+    and 2.15.
     """
 
     DESCRIPTIONS = (
