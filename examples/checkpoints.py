@@ -88,7 +88,7 @@ def find(path: Path) -> Run:
         if run is None:
             fail(f"{path / IDENTITY} is missing or damaged, so it is unknown of which run {path} is: pass another checkpoint")
         return run
-    if run is None:
+    if run is None or run.steps:  # nothing, or a checkpoint without its metadata
         fail(f"there is no checkpoint {path}: pass a folder step-N that --save-every wrote, or the folder of a run")
     whole = [found for found in map(read_identity, checkpoints(path)) if found is not None and found.id == run.id]
     if not whole:
@@ -287,6 +287,8 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, which unpickles nothing freely: it reads tensors by ``weights_only``, and .metadata as above."""
+
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = MetadataUnpickler(file).load()
@@ -296,8 +298,9 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class TensorPlanner(dcp.DefaultLoadPlanner):
+    """DCP's planner, which refuses values other than tensors: :func:`save` writes none, and DCP would unpickle them."""
+
     def load_bytes(self, read_item, value) -> None:
-        """Of what is no tensor, which :func:`save` does not write, and DCP would unpickle."""
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
 
 

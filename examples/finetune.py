@@ -140,7 +140,7 @@ def export(model, tokenizer, run: checkpoints.Run, args: argparse.Namespace) -> 
     elsewhere = [Path(place) / f"finetune-{run.id}" / name for place in (tempfile.gettempdir(), Path.home())]
     exported, reasons = checkpoints.write_where_there_is_room([args.output / name, *elsewhere], write)
     if exported is None:
-        fail(f"the trained weights could not be written ({'; '.join(reasons)}): make room, and --resume from a checkpoint")
+        fail(f"the trained weights could not be written ({'; '.join(reasons)}): make room, and --resume the last checkpoint")
     for reason in reasons:
         print(f"not written to {reason}")
     print(f"the trained weights are in {exported}")
