@@ -594,7 +594,7 @@ class _Collectives:
         return before
 
     def rows(self, op: str, argument: str) -> int:
-        flat = "base" in op or "tensor" in op
+        flat = any(part in op for part in ("base", "tensor", "single"))
         many = "input" if "reduce_scatter" in op else "out"
         grows = flat and ("gather" in op or "scatter" in op) and argument.startswith(many)
         return 32 * (self.world if grows else 1)
@@ -634,7 +634,6 @@ def every_collective(world):
                     if not torch.equal(weight.master, before):
                         changed.add(op._opname)
                         assert name in declared or not name.startswith("input"), (op, name)
-            print(op)
             dist.barrier()
     expected = {"allreduce_", "reduce_scatter_", "allgather_", "all_reduce_", "alltoall_base_", "all_gather_into_tensor_out"}
     assert expected <= changed
