@@ -58,7 +58,7 @@ def run(func, args, kwargs):
     counted = written if func.namespace == "c10d" else declared
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
-    owner = {id(dense[key]): weights[key] for key in declared}  # an in-place op returns what it wrote to
+    owner = {id(dense[key]): weights[key] for key in counted}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
 
@@ -168,7 +168,7 @@ def _is_written(func, argument) -> bool:
 
 def _may_be_written(func, argument) -> bool:
     """Whether an op may write to an argument although its schema does not say so: c10d's say it of none, and of other
-    libraries' it is not known. In a graph that is being traced, ops do what their schemas say or are not run correctly at all."""
+    libraries' it is not known. While a graph is traced, schemas are believed, as the compiler believes them."""
     if func.namespace in _DECLARING or func._schema.name in _READING or _is_written(func, argument):
         return False
     if func.namespace in _COLLECTIVES and argument.name.startswith("input"):

@@ -51,8 +51,8 @@ def _of_operand(name: str) -> Any:
 
 
 def _codes(weight: "HaloWeight") -> torch.Tensor | None:
-    """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its graph:
-    so it sees writes to the master as an eager one does."""
+    """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its
+    graph: so it sees writes to the master as an eager one does."""
     if weight.operand is None:
         return None
     if not torch.compiler.is_compiling():
@@ -129,8 +129,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self.operand.dequantize()
 
     def requantize(self, dense: torch.Tensor | None = None) -> None:
-        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no eager
-        forward follows, which does it by itself. ``dense`` is the new value of a frozen weight."""
+        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no forward
+        follows, eager or compiled, which does it by itself: before the replay of a CUDA graph that was captured by hand.
+        ``dense`` is the new value of a frozen weight."""
         if self.base is not None:
             self.base.requantize()
         elif self.operand is not None:
@@ -146,15 +147,15 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
         does. To be called before the codes are used or handed on."""
         operand = self.operand
-        if operand is None or type(self.master) is not torch.Tensor:
+        if operand is None or type(self.master) not in (torch.Tensor, torch.nn.Parameter):
             return  # a fake or functional master has no values to follow
         counted = operand.version != _version(self)
         if not (counted or operand.lent):
             return
-        # Nor does autograd count writes through .data of a plain weight.
+        # Autograd counts no writes through .data of a plain weight, and so none of what follows from them.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
-        # Hidden from modes: it belongs to the write. Selective checkpointing, which matches the ops of two runs, would find it
-        # in one of them, and make_fx would put it into its graph.
+        # Hidden from modes (by a private function, as of torch 2.11–2.15): it belongs to the write. Selective checkpointing,
+        # which matches the ops of two runs, would find it in one of them, and make_fx would put it into its graph.
         with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(parts):
             self.requantize()
 

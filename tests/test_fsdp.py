@@ -537,12 +537,13 @@ def from_meta(world):
 
 
 class _Collectives:
-    """Calls of every op of a namespace, whose tensors are all converted weights. ``made`` are those, of the last call."""
+    """Calls of every op of a namespace, whose tensors are all converted weights."""
 
     def __init__(self, world: int):
-        self.rank, self.world, self.made, group = dist.get_rank(), world, [], dist.group.WORLD
-        self.given = {"group_name": group.group_name, "process_group": group.boxed(), "group_size": world, "wait_all_ranks": False}
-        self.given |= {"output_split_sizes": [], "input_split_sizes": [], "device_ids": [], "sparse_indices": None, "timeout": 20000}
+        self.rank, self.world, group = dist.get_rank(), world, dist.group.WORLD
+        self.given = {"group_name": group.group_name, "process_group": group.boxed(), "group_size": world}
+        self.given |= dict.fromkeys(("output_split_sizes", "input_split_sizes", "device_ids"), [])
+        self.given |= {"sparse_indices": None, "wait_all_ranks": False, "timeout": 20000}
         calls = []
 
         class Mode(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and whether a mode listens there."""
+"""The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and which kind of mode listens there."""
 
 import os
 from functools import cache
@@ -14,7 +14,7 @@ library = torch.library.Library("halo", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: tensors of which a kernel may compute what it quantises: see producers
 PRODUCER_INPUTS = 3
-_KEYS = torch._C._TorchDispatchModeKey
+_KEYS = torch._C._TorchDispatchModeKey  # private, as of torch 2.11–2.15
 _TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
