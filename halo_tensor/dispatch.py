@@ -66,7 +66,7 @@ def _wait(func, out, written: list[torch.Tensor]) -> None:
     """Until a collective has written: it may return at once."""
     for returned in out if isinstance(out, tuple) else (out,):
         if isinstance(returned, torch.ScriptObject):  # a Work
-            returned.wait()
+            returned.wait()  # type: ignore[attr-defined]
     if func.namespace == "_c10d_functional" and func is not torch.ops._c10d_functional.wait_tensor.default:
         for tensor in written:
             torch.ops._c10d_functional.wait_tensor(tensor)

@@ -542,8 +542,8 @@ class _Collectives:
     def __init__(self, world: int):
         self.rank, self.world, group = dist.get_rank(), world, dist.group.WORLD
         self.given = {"group_name": group.group_name, "process_group": group.boxed(), "group_size": world}
-        self.given |= dict.fromkeys(("output_split_sizes", "input_split_sizes", "device_ids"), [])
-        self.given |= {"sparse_indices": None, "wait_all_ranks": False, "timeout": 20000}
+        self.given |= {name: [32 // world] * world for name in ("output_split_sizes", "input_split_sizes")}
+        self.given |= {"device_ids": [], "sparse_indices": None, "wait_all_ranks": False, "timeout": 20000}
         calls = []
 
         class Mode(TorchDispatchMode):
