@@ -108,7 +108,7 @@ WRITES = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from([*WRITES]), st.sampled_from([*MODES])), min_size=1, max_size=3),
     inside=st.lists(st.sampled_from([*MODES]), max_size=2),
