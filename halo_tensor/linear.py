@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor import multiply  # noqa: F401  defines torch.mm of two operands
 from halo_tensor.gains import Gains
 from halo_tensor.ops import hadamard
-from halo_tensor.ops.schemas import is_traced
+from halo_tensor.ops.schemas import is_recorded
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -106,7 +106,7 @@ def _is_shared(owner: torch.Tensor) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
         return False
     # A leaf may be a buffer that others write to without a trace: receiving ranks, NumPy, x.data, the replay of a graph.
-    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_traced()
+    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
 
 
 def _shared_operands(owner: torch.Tensor | None) -> dict:

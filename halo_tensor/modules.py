@@ -78,9 +78,9 @@ def _save_plain(module, state_dict, prefix, local_metadata):
         if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
             continue
         if isinstance(weight, HaloWeight):
-            state_dict[prefix + name] = weight.dequantize()
+            state_dict[prefix + name] = weight.lend()
         elif fsdp.is_sharded(weight):
-            state_dict[prefix + name] = fsdp.map_shard(weight, HaloWeight.dequantize)
+            state_dict[prefix + name] = fsdp.lend(weight)
 
 
 def _load_plain(module, state_dict, prefix, local_metadata, *_):

@@ -10,7 +10,6 @@ import torch
 
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import reference
-from halo_tensor.ops.schemas import is_traced
 
 aten = torch.ops.aten
 
@@ -36,7 +35,7 @@ def _rows(weight: Any, start: int, stop: int, fsdp: str | None) -> Any:
 
 def _split(weight, size, dim=0):
     """``torch.chunk`` of a whole weight: chunks along rows bring their codes along, to be copied to a shard."""
-    if weight.operand is None or weight.fsdp is not None or is_traced():
+    if weight.operand is None or weight.fsdp is not None:
         return NotImplemented
     if dim % 2:
         if not torch.is_grad_enabled():  # as when FSDP shards

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from halo_tensor import dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
-from halo_tensor.ops.schemas import fingerprint, is_traced
+from halo_tensor.ops.schemas import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -36,13 +36,28 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
 
 
-def _version(master: torch.Tensor | None) -> int | None:
-    return None if master is None or master.is_inference() else master._version
+def _version(weight: "HaloWeight") -> tuple | None:
+    """What changes when the master is written, or is another tensor."""
+    master = weight.master
+    if master is None:
+        return None
+    lent = fsdp.lent_version(weight) if weight.fsdp == "shard" else None
+    return id(master), None if master.is_inference() else master._version, lent
 
 
 def _of_operand(name: str) -> Any:
     """The operand's attribute as the weight's own; None without an operand."""
     return property(lambda weight: None if weight.operand is None else getattr(weight.operand, name))
+
+
+def _codes(weight: "HaloWeight") -> torch.Tensor | None:
+    """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its
+    graph: so it sees writes to the master as an eager one does."""
+    if weight.operand is None:
+        return None
+    if not torch.compiler.is_compiling():
+        weight.follow()
+    return weight.operand.codes
 
 
 class HaloWeight(fsdp.Shardable, torch.Tensor):
@@ -114,8 +129,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self.operand.dequantize()
 
     def requantize(self, dense: torch.Tensor | None = None) -> None:
-        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no eager
-        forward follows, which does it by itself. ``dense`` is the new value of a frozen weight."""
+        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no forward
+        follows, eager or compiled, which does it by itself: before the replay of a CUDA graph that was captured by hand.
+        ``dense`` is the new value of a frozen weight."""
         if self.base is not None:
             self.base.requantize()
         elif self.operand is not None:
@@ -125,16 +141,30 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def in_step(self) -> None:
         """The codes are those of the master as it is now."""
         if self.operand is not None:
-            self.operand.version = _version(self.master)
+            self.operand.version, self.operand.lent = _version(self), False
 
     def follow(self) -> None:
-        """Bring the codes up to date if the master itself was written to, as by who averages the tensors of state dicts. To be
-        called by who is about to use the codes, or to hand them on."""
-        operand, master = self.operand, self.master
-        if operand is None or master is None or operand.version == _version(master) or is_traced():
+        """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
+        does. To be called before the codes are used or handed on."""
+        operand = self.operand
+        if operand is None or type(self.master) not in (torch.Tensor, torch.nn.Parameter):
+            return  # a fake or functional master has no values to follow
+        counted = operand.version != _version(self)
+        if not (counted or operand.lent):
             return
-        with torch.no_grad():
+        # Autograd counts no writes through .data of a plain weight, and so none of what follows from them.
+        parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
+        # Hidden from modes (by a private function, as of torch 2.11–2.15): it belongs to the write. Selective checkpointing,
+        # which matches the ops of two runs, would find it in one of them, and make_fx would put it into its graph.
+        with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(parts):
             self.requantize()
+
+    def lend(self) -> torch.Tensor:
+        """The dense weight for a state dict. Writes that change no version (through ``.data`` or NumPy, in inference mode) may
+        come before the next forward, so that one quantises the master in any case."""
+        if self.operand is not None and self.master is not None and not fsdp.needs_common_scale(self):
+            self.operand.lent = True
+        return self.dequantize()
 
     def share_memory_(self) -> "HaloWeight":
         for tensor in [self.master] if self.operand is None else [self.master, *self.operand.parts]:
@@ -193,7 +223,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
             return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
         out = dispatch.run(func, args, kwargs)
-        if func.is_view and not is_traced():
+        if func.is_view:
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
@@ -257,7 +287,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         weight.fsdp = attributes["fsdp"]
         return weight
 
-    codes, scale, gain, undo_gain, gains = map(_of_operand, ("codes", "scale", "gain", "undo_gain", "gains"))
+    codes = property(_codes)
+    scale, gain, undo_gain, gains = map(_of_operand, ("scale", "gain", "undo_gain", "gains"))
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
