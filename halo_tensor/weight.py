@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from halo_tensor import dispatch, fsdp, sharding
+from halo_tensor import derived, dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.ops.schemas import fingerprint, is_traced
@@ -31,6 +31,10 @@ _STAYS_A_WEIGHT = {
     aten._pin_memory.default,
 }
 
+#: Attributes of a weight that are its own; others are tags that users hang on parameters.
+_OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_param"}
+#: What ``Module._apply`` makes the content of a parameter with, and whether it then is one (see ``_keep_hooks``).
+_CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
@@ -67,7 +71,16 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     fsdp: str | None = None
 
     @staticmethod
-    def __new__(cls, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
+    def __new__(
+        cls,
+        master: torch.Tensor | None,
+        operand: HadamardQuantTensor | None = None,
+        recipe: Recipe | None = None,
+        *,
+        requires_grad: bool | None = None,
+    ):
+        if recipe is None:
+            return _moved_by_accelerate(master, bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
         # In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view.
@@ -83,8 +96,16 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 requires_grad=like.requires_grad,
             )
 
-    def __init__(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
-        self.master, self.operand, self.recipe = master, operand, recipe
+    def __init__(
+        self,
+        master: torch.Tensor | None,
+        operand: HadamardQuantTensor | None = None,
+        recipe: Recipe | None = None,
+        *,
+        requires_grad: bool | None = None,
+    ):
+        if recipe is not None:
+            self.master, self.operand, self.recipe = master, operand, recipe
 
     @classmethod
     def from_hp(
@@ -140,6 +161,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         for tensor in [self.master] if self.operand is None else [self.master, *self.operand.parts]:
             if tensor is not None:
                 tensor.share_memory_()
+        _keep_hooks(torch.Tensor.share_memory_, self, self)
         return self
 
     def numpy(self, *, force: bool = False):
@@ -152,8 +174,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def __dlpack__(self, **options):
         raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
 
+    def storage(self):  # and safetensors, which asks for it
+        raise RuntimeError("a converted weight has no memory of its own: save model.state_dict(), or weight.dequantize()")
+
     def __repr__(self):
-        return f"HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe})"
+        of = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" * self.requires_grad
+        return f"{of}HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe}{grad})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -162,7 +189,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
                 sharding.check_whole(weight)
-            if isinstance(weight, cls) and not weight.recipe.is_identity:
+            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.fsdp != "chunk":
                 if torch.compiler.is_exporting():
                     raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
                 if not torch.compiler.is_compiling():
@@ -176,7 +203,12 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _backward(*args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return out
+        if isinstance(out, cls):
+            _keep_hooks(func, args[0], out)
+        return derived.watch(func, args, kwargs, out)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -200,7 +232,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def _alias(self) -> "HaloWeight":
         alias = HaloWeight(self.master, self.operand, self.recipe)
         alias.base, alias.fsdp = self.base, self.fsdp
-        return alias
+        return alias._tagged(self)
+
+    def _tagged(self, like: torch.Tensor) -> "HaloWeight":
+        """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own in
+        ``module.to``; a converted one is replaced there."""
+        self.__dict__.update(tags(like))
+        return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
         weight = HaloWeight(view, None, Recipe())
@@ -214,7 +252,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return self.renewed(func(self.master, *args, **kwargs))
         weight = HaloWeight(None, func(self.operand, *args, **kwargs), self.recipe)  # codes are copied as they are
         weight.fsdp = self.fsdp
-        return weight
+        return weight._tagged(self)
 
     def renewed(self, dense: torch.Tensor) -> "HaloWeight":
         """A weight like this one, of another dense value."""
@@ -224,7 +262,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if self.operand is not None and self.operand.is_packed:
             weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
         weight.fsdp = self.fsdp
-        return weight
+        return weight._tagged(self)
 
     def _set_data(self, value: torch.Tensor) -> None:
         """``weight.data = value``."""
@@ -291,6 +329,43 @@ def _edges(tensors) -> list:
     recomputes (activation checkpointing) would recompute in high precision."""
     tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
     return [torch.autograd.graph.get_gradient_edge(t) if isinstance(t, HaloWeight) else t for t in tensors]
+
+
+def _moved_by_accelerate(moved: Any, requires_grad: bool) -> torch.nn.Parameter:
+    """What ``accelerate`` (tested with 1.x) asks of the class of a parameter that it has moved: ``cls(moved, requires_grad=…)``."""
+    if not isinstance(moved, HaloWeight) or moved.is_meta:
+        raise TypeError(
+            'accelerate\'s offloading (cpu_offload, disk_offload, a device_map with "cpu" or "disk") and its loading of '
+            "checkpoints (load_checkpoint_and_dispatch) put plain tensors in place of converted weights: keep every converted layer "
+            "on a GPU, and load a checkpoint before quantize_ or with model.load_state_dict"
+        )
+    return torch.nn.Parameter(moved, requires_grad=requires_grad)
+
+
+def tags(tensor: torch.Tensor) -> dict[str, Any]:
+    """The attributes that users have set on a parameter.
+
+    Raises ValueError if one has the name of an attribute of converted weights.
+    """
+    if not isinstance(tensor, HaloWeight) and (taken := _OWN & tensor.__dict__.keys()):
+        raise ValueError(
+            f"a parameter to convert has an attribute {min(taken)!r}, a name that converted weights need: rename it"
+        )
+    return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
+
+
+def _keep_hooks(func: Any, weight: Any, out: HaloWeight) -> None:
+    """Let hooks on a parameter outlive ``Module._apply``, which puts ``nn.Parameter(converted)`` in its place, that is,
+    ``converted.detach().requires_grad_()``."""
+    name = dispatch.name_of(func)
+    if name in _CONVERSIONS and not torch.is_grad_enabled() and isinstance(weight, torch.nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            hooks = weight._backward_hooks, weight._post_accumulate_grad_hooks
+        if any(hooks):
+            out.__dict__["_hooks"] = hooks
+    elif name == "requires_grad" and "_hooks" in out.__dict__:
+        with torch._C.DisableTorchFunctionSubclass():
+            out._backward_hooks, out._post_accumulate_grad_hooks = out.__dict__.pop("_hooks")
 
 
 def dense_value(tensor: torch.Tensor) -> torch.Tensor:
