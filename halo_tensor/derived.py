@@ -15,16 +15,17 @@ from halo_tensor.dispatch import PRODUCTS, _tensors, name_of, warn_of_product
 from halo_tensor.fsdp import Shardable
 
 #: Functions whose result is a weight still, though its shape is another.
-_REARRANGE = frozenset(
-    "cat concat concatenate stack hstack vstack row_stack column_stack dstack block_diag pad constant_pad_nd index_select "
-    "getitem repeat repeat_interleave tile roll flip take_along_dim gather".split()
-)
+_REARRANGE = {
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "row_stack", "column_stack", "dstack", "block_diag"),
+    *("pad", "constant_pad_nd", "index_select", "getitem", "repeat", "repeat_interleave", "tile", "roll", "flip"),
+    *("take_along_dim", "gather"),
+}
 _DETACH = torch.Tensor.detach
 
 
 class Derived(torch.Tensor):
-    """A dense value computed from a converted weight. It has memory of its own and is a plain tensor to every op; ``nn.Parameter``,
-    copies and pickles of it are plain tensors."""
+    """A dense value computed from a converted weight. It has memory of its own and is a plain tensor to every op; copies and
+    pickles of it are plain tensors, and ``nn.Parameter`` of it a plain parameter."""
 
     source: str  #: the shape of the weight that it was computed from, for the message
 
@@ -51,7 +52,7 @@ class Derived(torch.Tensor):
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
         del self.source
-        self.__class__ = torch.nn.Parameter
+        self.__class__ = torch.nn.Parameter  # type: ignore[assignment]
 
     def _plain(self) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -66,7 +67,7 @@ class Derived(torch.Tensor):
 
 def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
     """``out``, which ``func`` made of the arguments; as a :class:`Derived` if it is a weight still."""
-    if func is _DETACH and isinstance(args[0], Derived):
+    if func is _DETACH and args and isinstance(args[0], Derived):
         return _as_derived(out, args[0].source)
     if not torch.is_grad_enabled():
         return out
@@ -88,11 +89,12 @@ def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
 
 
 def _source(tensor: Any) -> str | None:
-    """The weight that a value is, or was computed from, unless it is a value for whoever looks after weights."""
+    """The weight that a tensor is or was computed from; None if it is detached, as for averages and checkpoints, or another."""
     if isinstance(tensor, Derived):
         return tensor.source
-    if isinstance(tensor, Shardable) and (tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)):
-        whole: Any = tensor if tensor.base is None else tensor.base
+    is_live = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
+    if isinstance(tensor, Shardable) and is_live:
+        whole: Any = getattr(tensor, "base", None) or tensor
         return None if whole.recipe.is_identity else f"a converted weight {list(whole.shape)}"
     return None
 

@@ -18,11 +18,12 @@ from halo_tensor.tensor import HadamardQuantTensor
 
 aten = torch.ops.aten
 #: Names of functions and of aten ops, without underscores at their ends, that contract a weight with an input.
-PRODUCTS = frozenset(
-    "mm addmm bmm addbmm baddbmm mv addmv matmul rmatmul linear bilinear trilinear einsum tensordot inner multi_dot chain_matmul "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution grouped_mm scaled_mm scaled_grouped_mm "
-    "addmm_activation multi_head_attention_forward rnn_tanh_cell rnn_relu_cell gru_cell lstm_cell".split()
-)
+PRODUCTS = {
+    *("mm", "addmm", "bmm", "addbmm", "baddbmm", "mv", "addmv", "matmul", "rmatmul", "linear", "bilinear", "trilinear"),
+    *("einsum", "tensordot", "inner", "multi_dot", "chain_matmul", "conv1d", "conv2d", "conv3d", "convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "grouped_mm", "scaled_mm", "scaled_grouped_mm"),
+    *("addmm_activation", "multi_head_attention_forward", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell"),
+}
 
 
 def run(func, args, kwargs):

@@ -293,16 +293,17 @@ def linear(
             not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
 
     Raises:
-        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is frozen and to be trained.
+        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is held as codes
+            only and is to be trained.
         RuntimeError: inside ``torch.jit.trace``.
     """
     refuse_tracing()
     if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
         if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
             raise ValueError(
-                "linear: something trainable was added to this weight, which was frozen when it was converted and is held as "
-                "codes only, so they would be quantised again in every forward, and small changes lost. Convert its layer with "
-                "frozen=False in the config, which keeps the high-precision weight, or leave it out with skip or filter_fn"
+                "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+                "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
+                "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
             )
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "

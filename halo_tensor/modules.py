@@ -4,7 +4,6 @@ import warnings
 from typing import cast
 
 import torch
-
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
@@ -35,8 +34,8 @@ def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool 
 
 
 def _replace(module: torch.nn.Module, name: str, new: torch.nn.Parameter) -> None:
-    """Put ``new`` in the place of a parameter, with all that hangs on that: attributes, hooks, whose handles still remove them,
-    and a gradient."""
+    """Put ``new`` in the place of a parameter, with all that hangs on it: attributes, a gradient, and hooks, whose handles
+    still remove them."""
     old = cast(torch.Tensor, module._parameters[name])
     new.__dict__.update(tags(old))
     with torch._C.DisableTorchFunctionSubclass():
@@ -89,8 +88,8 @@ def _check_converted(module, args) -> None:
         fsdp.refuse_fsdp1(shape)
     warnings.warn(
         f"a converted layer {shape} runs in high precision, since its weight was replaced by a plain one or is parametrised. "
-        "For functional_call, pass dict(model.named_parameters()), not a state dict; to load weights, use load_state_dict; after "
-        "any other replacement call quantize_ again, or first dequantize_ if high precision is meant",
+        "For functional_call, pass dict(model.named_parameters()), not a state dict; to load weights, use load_state_dict; "
+        "after any other replacement call quantize_ again, or dequantize_ if high precision is meant",
         stacklevel=4,
     )
 

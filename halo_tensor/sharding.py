@@ -55,8 +55,8 @@ def _split(weight, size, dim=0):
 
 
 def check_whole(weight: Any) -> None:
-    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor. It cuts what
-    it has detached; a chunk of the parameter itself is the caller's own, and a view as any other."""
+    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor. It cuts
+    the detached weight; a chunk of the parameter itself was cut by other code, and is a view like any other."""
     if weight.fsdp == "chunk" and isinstance(weight.base, torch.nn.Parameter):
         return
     if weight.fsdp not in (None, "gathered"):

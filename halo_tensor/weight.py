@@ -33,7 +33,7 @@ _STAYS_A_WEIGHT = {
 
 #: Attributes of a weight that are its own; others are tags that users hang on parameters.
 _OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_param"}
-#: What ``Module._apply`` makes the content of a parameter with, and whether it then is one (see ``_keep_hooks``).
+#: The functions by which ``Module._apply`` converts a parameter (see ``_keep_hooks``).
 _CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
@@ -203,12 +203,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _backward(*args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return out
-        if isinstance(out, cls):
-            _keep_hooks(func, args[0], out)
-        return derived.watch(func, args, kwargs, out)
+            return _watched(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -235,8 +230,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return alias._tagged(self)
 
     def _tagged(self, like: torch.Tensor) -> "HaloWeight":
-        """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own in
-        ``module.to``; a converted one is replaced there."""
+        """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own
+        in ``module.to``; a converted one is replaced there."""
         self.__dict__.update(tags(like))
         return self
 
@@ -332,12 +327,12 @@ def _edges(tensors) -> list:
 
 
 def _moved_by_accelerate(moved: Any, requires_grad: bool) -> torch.nn.Parameter:
-    """What ``accelerate`` (tested with 1.x) asks of the class of a parameter that it has moved: ``cls(moved, requires_grad=…)``."""
+    """What accelerate (tested with 1.15) calls the class of a parameter for: ``cls(moved, requires_grad=…)``."""
     if not isinstance(moved, HaloWeight) or moved.is_meta:
         raise TypeError(
             'accelerate\'s offloading (cpu_offload, disk_offload, a device_map with "cpu" or "disk") and its loading of '
-            "checkpoints (load_checkpoint_and_dispatch) put plain tensors in place of converted weights: keep every converted layer "
-            "on a GPU, and load a checkpoint before quantize_ or with model.load_state_dict"
+            "checkpoints (load_checkpoint_and_dispatch) put plain tensors in place of converted weights: keep every converted "
+            "layer on a GPU, and load a checkpoint before quantize_ or with model.load_state_dict"
         )
     return torch.nn.Parameter(moved, requires_grad=requires_grad)
 
@@ -352,6 +347,21 @@ def tags(tensor: torch.Tensor) -> dict[str, Any]:
             f"a parameter to convert has an attribute {min(taken)!r}, a name that converted weights need: rename it"
         )
     return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
+
+
+def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What an ordinary function makes of weights, run eagerly with ``__torch_function__`` disabled."""
+    out = func(*args, **kwargs)
+    if isinstance(out, HaloWeight):
+        _keep_hooks(func, args[0] if args else None, out)
+    return derived.watch(func, args, kwargs, out)
+
+
+# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes between
+# two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
+@torch.compiler.substitute_in_graph(_watched)
+def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    return func(*args, **kwargs)
 
 
 def _keep_hooks(func: Any, weight: Any, out: HaloWeight) -> None:

@@ -61,10 +61,15 @@ PRODUCTS = {
 def test_a_product_in_high_precision_warns_once_and_is_right(name, frozen):
     weight = layer(frozen=frozen).weight
     plain = weight.dequantize().detach().clone().requires_grad_(not frozen)
-    with pytest.warns(UserWarning, match=r"runs in high precision, since it is not called as F.linear\(x, weight\)") as caught:
+
+    def forward_and_backward():
         y = PRODUCTS[name](weight)
         if y.requires_grad:
             y.square().sum().backward()
+        return y
+
+    with pytest.warns(UserWarning, match=r"runs in high precision, since it is not called as F.linear\(x, weight\)") as caught:
+        y = forward_and_backward()
     assert len({str(w.message) for w in caught}) == 1 and "converted weight [256, 128]" in str(caught[0].message)
     expected = PRODUCTS[name](plain)
     torch.testing.assert_close(y.detach(), expected.detach())
@@ -157,11 +162,11 @@ def replaced(model):
     ids=["functional", "parametrised", "replaced"],
 )
 def test_a_converted_layer_without_its_weight_warns(call):
-    with pytest.warns(
-        UserWarning, match=r"converted layer \[256, 128\] runs in high precision, since its weight was replaced"
+    with (
+        pytest.warns(UserWarning, match=r"converted layer \[256, 128\] runs in high precision, since its weight was replaced"),
+        OpLog() as log,
     ):
-        with OpLog() as log:
-            call(layer())
+        call(layer())
     assert not log.products()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
