@@ -33,16 +33,8 @@ class Derived(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if not all(issubclass(cls, t) for t in types):
             return NotImplemented
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if name_of(func) in PRODUCTS:
-            value = next(t for t in _tensors((*args, *kwargs.values())) if isinstance(t, cls))
-            warn_of_product(func.__name__, f"a value {list(value.shape)} computed from {value.source}")
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        return watch(func, args, kwargs, out)
+            return _run(func, args, kwargs or {})
 
     # nn.Parameter(value) checks that detach() keeps the class, and then sets this.
     @property
@@ -63,6 +55,18 @@ class Derived(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self._plain().__reduce_ex__(protocol)
+
+
+def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+    if name_of(func) in PRODUCTS:
+        value = next(t for t in _tensors((*args, *kwargs.values())) if isinstance(t, Derived))
+        warn_of_product(func.__name__, f"a value {list(value.shape)} computed from {value.source}", stacklevel=3)
+    return watch(func, args, kwargs, func(*args, **kwargs))
+
+
+@torch.compiler.substitute_in_graph(_run)  # as in halo_tensor.weight
+def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    return func(*args, **kwargs)
 
 
 def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
@@ -89,7 +93,7 @@ def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
 
 
 def _source(tensor: Any) -> str | None:
-    """The weight that a tensor is or was computed from; None if it is detached, as for averages and checkpoints, or another."""
+    """The weight that a tensor is or was computed from; None of another tensor, or of a detached one, as averages read."""
     if isinstance(tensor, Derived):
         return tensor.source
     is_live = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad

@@ -357,8 +357,8 @@ def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
     return derived.watch(func, args, kwargs, out)
 
 
-# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes between
-# two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
+# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes
+# between two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
 @torch.compiler.substitute_in_graph(_watched)
 def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
