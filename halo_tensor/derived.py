@@ -98,7 +98,8 @@ def _source(tensor: Any) -> str | None:
         return tensor.source
     is_live = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
     if isinstance(tensor, Shardable) and is_live:
-        whole: Any = getattr(tensor, "base", None) or tensor
+        view: Any = tensor
+        whole = view if view.base is None else view.base
         return None if whole.recipe.is_identity else f"a converted weight {list(whole.shape)}"
     return None
 

@@ -42,6 +42,7 @@ PRODUCTS = {
     "of a chunk of columns": lambda w: F.linear(X[:, :64], w.chunk(2, 1)[1]),
     "of a chunk's transpose": lambda w: X @ w.chunk(4)[1].T,
     "of w * 0.5": lambda w: F.linear(X, w * 0.5),
+    "of w.T * 0.5": lambda w: X @ (w.T * 0.5),
     "of a mask": lambda w: F.linear(X, torch.where(w > 0, w, 0)),
     "of w + BA": lambda w: F.linear(X, w + torch.ones(256, 2, requires_grad=True) @ torch.ones(2, 128)),
     "of cat": lambda w: F.linear(X, torch.cat([w, w])),
