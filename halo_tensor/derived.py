@@ -96,12 +96,13 @@ def _source(tensor: Any) -> str | None:
     """The weight that a tensor is or was computed from; None of another tensor, or of a detached one, as averages read."""
     if isinstance(tensor, Derived):
         return tensor.source
-    is_live = isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
-    if isinstance(tensor, Shardable) and is_live:
-        view: Any = tensor
-        whole = view if view.base is None else view.base
-        return None if whole.recipe.is_identity else f"a converted weight {list(whole.shape)}"
-    return None
+    if not isinstance(tensor, Shardable):
+        return None
+    view: Any = tensor
+    whole = view if view.base is None else view.base
+    if whole.recipe.is_identity or not (view.requires_grad or isinstance(whole, torch.nn.Parameter)):
+        return None
+    return f"a converted weight {list(whole.shape)}"
 
 
 def _is_weight_still(name: str, tensor: torch.Tensor, out: torch.Tensor) -> bool:
