@@ -28,7 +28,13 @@ _READING = {
     "c10d::monitored_barrier_",
     "c10d::send",
 }
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
+#: Names of functions and of aten ops, without underscores at their ends, that contract a weight with an input.
+PRODUCTS = {
+    *("mm", "addmm", "bmm", "addbmm", "baddbmm", "mv", "addmv", "matmul", "rmatmul", "linear", "bilinear", "trilinear"),
+    *("einsum", "tensordot", "inner", "multi_dot", "chain_matmul", "conv1d", "conv2d", "conv3d", "convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "grouped_mm", "scaled_mm", "scaled_grouped_mm"),
+    *("addmm_activation", "multi_head_attention_forward", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell"),
+}
 
 
 def run(func, args, kwargs):
@@ -36,7 +42,7 @@ def run(func, args, kwargs):
     values. Not every schema tells of writes: any weight that an op of an unknown namespace takes may have been written."""
     values = [*args, *kwargs.values()]
     weights: dict[int, Any] = {id(t): t for t in _tensors(values) if isinstance(t, Shardable)}
-    if func in _PRODUCTS:
+    if func.namespace == "aten" and name_of(func.overloadpacket) in PRODUCTS:
         for weight in weights.values():
             check_whole(weight)
             _warn_of_product(func, weight)
@@ -103,11 +109,23 @@ def _warn_of_product(func, weight: Any) -> None:
     whole = _whole(weight)
     if not whole.recipe.is_identity:
         part = "" if weight is whole else f"a view {list(weight.shape)} of "
-        warnings.warn(
-            f"{func} with {part}a converted weight {list(whole.shape)} runs in high precision, since it is not called as "
-            "F.linear(x, weight): leave its layer out with skip or filter_fn, or dequantize() the weight",
-            stacklevel=2,
-        )
+        warn_of_product(str(func), f"{part}a converted weight {list(whole.shape)}")
+
+
+def warn_of_product(name: str, what: str, stacklevel: int = 2) -> None:
+    """Say that a product with (a part of, or a value computed from) a converted weight is not quantised."""
+    if torch._C._current_graph_task_id() != -1:  # in backward, whose forward has said so
+        return
+    warnings.warn(
+        f"{name} with {what} runs in high precision, since it is not called as F.linear(x, weight): leave its layer out with "
+        "skip or filter_fn, or dequantize() the weight",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def name_of(func: Any) -> str:
+    """The name of a function of torch or of an aten op, without underscores at its ends."""
+    return getattr(func, "__name__", "").removeprefix("linalg_").strip("_")
 
 
 def are_alike(a: Any, b: Any) -> bool:

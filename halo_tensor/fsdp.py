@@ -60,6 +60,15 @@ class Shardable:
     lend: Any
 
     @property
+    def _fsdp_flattened(self) -> bool:
+        """FSDP1 sets this on parameters that it takes apart and keeps (``use_orig_params=True``; torch 2.11 to 2.13)."""
+        return False
+
+    @_fsdp_flattened.setter
+    def _fsdp_flattened(self, value: bool) -> None:
+        refuse_fsdp1(self.shape)
+
+    @property
     def fsdp_pre_all_gather(self) -> "_PreAllGather":
         """FSDP's hook: what this rank sends of its rows."""
         return _PreAllGather(self)
@@ -158,6 +167,13 @@ def precompute_scales(model: torch.nn.Module) -> None:
             weights.setdefault((parameter.device_mesh, dimension), []).append(shard)
     for (mesh, dimension), shards in weights.items():
         _share_scales(shards, mesh, dimension)
+
+
+def refuse_fsdp1(shape) -> None:
+    raise RuntimeError(
+        f"FullyShardedDataParallel (FSDP1) makes a converted weight {list(shape)} plain, and its layer would run in high "
+        "precision: shard with fully_shard (FSDP2), from torch.distributed.fsdp, after quantize_"
+    )
 
 
 def is_sharded(weight: torch.Tensor) -> bool:

@@ -270,6 +270,12 @@ def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return x.dtype
 
 
+def refuse_tracing() -> None:
+    """TorchScript cannot hold a Python autograd function: saving what it traced crashes."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace knows no converted layers: call dequantize_(model) first")
+
+
 def linear(
     x: torch.Tensor,
     weight: Any,
@@ -287,9 +293,18 @@ def linear(
             not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
 
     Raises:
-        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast.
+        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is held as codes
+            only and is to be trained.
+        RuntimeError: inside ``torch.jit.trace``.
     """
+    refuse_tracing()
     if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
+        if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
+            raise ValueError(
+                "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+                "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
+                "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
+            )
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
             "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"

@@ -54,7 +54,10 @@ def _split(weight, size, dim=0):
 
 
 def check_whole(weight: Any) -> None:
-    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor."""
+    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor. It cuts
+    the detached weight; a chunk of the parameter itself was cut by other code, and is a view like any other."""
+    if weight.fsdp == "chunk" and isinstance(weight.base, torch.nn.Parameter):
+        return
     if weight.fsdp not in (None, "gathered"):
         raise ValueError(
             f"a product with a part, {list(weight.shape)}, of a converted weight, as in tensor parallelism or sharded by "
