@@ -12,7 +12,7 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.device import has_wgmma
+from halo_tensor.ops.device import has_wgmma, is_hopper
 from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch, shared_memory
@@ -299,8 +299,8 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
-        # Registers: noise takes as many as the tile, a float32 tile two times its own, and without wgmma operands do too.
-        wide = rotated and (x.dtype == torch.float32 or not has_wgmma(x.device))
+        # Registers: noise takes as many as the tile, a float32 tile two times its own, and off SM 9.0 a product's operands do.
+        wide = rotated and (x.dtype == torch.float32 or not is_hopper(x.device))
         warps *= 2 if constants.get("NOISY") or wide else 1
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
