@@ -27,7 +27,7 @@ from contenders import BALANCED, DRAWN, convert, draw_gains, rotated
 from data import batches, encode, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from outliers import inject_outliers
-from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
+from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, write
 from torch import nn
 
 from halo_tensor import balance_
@@ -218,7 +218,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help=".jsonl with messages in every line; the last ones are for validation")
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
@@ -239,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--part", type=_part, metavar="I/N", help="do the I-th (from 0) of N shares of the runs not done yet")
     several.add_argument("--join", action="store_true", help="merge what the parts wrote, and stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.data and not args.join:
         parser.error("--data is required, but for --join")
     if args.smoke:
@@ -278,15 +278,16 @@ def main() -> None:
     notes = NOTES.format(examples=len(study.train), compiled=", each block compiled" if args.compile else "", **settings)
     print(f"ready after {time.perf_counter() - study.started:.0f} s", flush=True)
 
+    made = results.made()
+    made["command"] = re.sub(r"(--part[ =])\d+/", r"\g<1>0/", made["command"])  # the parts' commands are one to a reader
+
     def record(run: dict) -> None:
-        runs.append(run)
+        runs.append(run | {"made": made})
         if args.part:
-            command = results.command(sys.argv).replace(f"--part {args.part[0]}/", "--part I/")
-            text = {"title": title, "command": command, "notes": notes, "settings": settings, "runs": runs}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+            path.write_text(results.dumps({"title": title, "notes": notes, "settings": settings, "runs": runs}))
         else:
-            results.write(args.name, title, table(runs), notes, folder, quiet=True, settings=settings, runs=runs)
+            write(args.name, title, runs, notes, folder, settings)
         print(json.dumps(run, ensure_ascii=False), flush=True)
 
     for which in MODELS if not args.part or args.part[0] == 0 else ():

@@ -49,7 +49,7 @@ NOTES = (
     "training data, before training. drawn: with other roundings for every seed, by random powers of two that X and W share. "
     "By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
     "step, optimiser included{compiled}, over runs that had the device to themselves; a model this small is bound by "
-    "launching, so this is no measure of speed."
+    "launching, so this is no measure of speed. A command with --part 0/N stands for those of all N parts."
 )
 
 
@@ -89,8 +89,9 @@ def table(runs: list[dict]) -> list[dict]:
             speeds = [a["tokens/s"] / b["tokens/s"] for a, b in pairs if a.get("tokens/s") and b["tokens/s"]]
             rows.append(
                 {
+                    "made": results.together(run["made"] for run in group),
                     "model": which,
-                    "recipe": recipe,
+                    "contender": recipe,
                     "seeds": len(group),
                     "gradient cosine": f"{statistics.mean(run['cosine'] for run in group):.4f}" if trained else None,
                     "validation loss": spread([run["validation"] for run in group], "{:.4f}"),
@@ -102,6 +103,11 @@ def table(runs: list[dict]) -> list[dict]:
                 }
             )
     return rows
+
+
+def write(name: str, title: str, runs: list[dict], notes: str, folder: Path, settings: dict) -> None:
+    options = {"panels": ["model"], "expected": [*MAIN, *OTHERS], "settings": settings, "runs": runs}
+    results.write(name, title, table(runs), notes, folder, quiet=True, **options)
 
 
 def draw(name: str, runs: list[dict], folder: Path) -> None:
@@ -160,10 +166,7 @@ def join(name: str, folder: Path) -> None:
     merged = {key(run): run for record in records for run in record["runs"]}
     order = [(which, recipe) for recipe in RECIPES for which in MODELS]
     runs = sorted(merged.values(), key=lambda run: (order.index(key(run)[:2]), run["seed"]))
-    commands = "\n".join(record["command"] for record in records)
-    results.write(
-        name, last["title"], table(runs), last["notes"], folder, quiet=True, after=commands, settings=settings, runs=runs
-    )
+    write(name, last["title"], runs, last["notes"], folder, settings)
     draw(name, runs, folder)
     for path in parts:
         path.unlink()

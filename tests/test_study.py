@@ -48,11 +48,13 @@ def test_a_seed_is_one_of_the_rotation_too():
 
 def made_up(recipe: str, seed: int, validation: float, speed: float | None = None) -> dict:
     run = {"model": "as shipped", "recipe": recipe, "seed": seed, "validation": validation, "exact": 0.5}
-    return run | {"cosine": 0.9, "by recipe": validation, "tokens/s": speed}
+    made = {"date": "2026-11-22", "device": "a", "halo_tensor": "0.1.0", "commit": "c", "torch": "2", "torchao": "0"}
+    made["command"] = "python bench/study.py --part 0/2"
+    return run | {"cosine": 0.9, "by recipe": validation, "tokens/s": speed, "made": made}
 
 
 def write(path: Path, runs: list[dict], **settings) -> None:
-    record = {"title": "t", "command": "python bench/study.py --part I/2", "notes": "n", "settings": settings, "runs": runs}
+    record = {"title": "t", "notes": "n", "settings": settings, "runs": runs}
     path.write_text(json.dumps(record))
 
 
@@ -72,7 +74,7 @@ def test_parts_are_joined(tmp_path, monkeypatch):
     assert [(run["recipe"], run["seed"]) for run in record["runs"]] == [
         ("bf16", 0), ("bf16", 1), ("halo1-int8", 0), ("halo1-int8", 1),
     ]  # fmt: skip
-    assert record["command"] == "python bench/study.py --part I/2\npython bench/study.py --join"
+    assert record["command"] == "python bench/study.py --part 0/2\npython bench/study.py --join"
     bf16, halo = record["rows"]
     assert halo["change"] == "+2.00% ± 1.00%"  # 1 % and 3 %
     assert (bf16["tokens/s"], halo["tokens/s"], halo["× bf16"]) == (100, None, None)
