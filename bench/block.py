@@ -90,7 +90,8 @@ def main() -> None:
         measured, why_not[(name,)] = take_turn(name, measure, args)
         if measured is not None:
             reference = measured if name == "bf16" else reference
-            row = {"model": "8b-blocks", "contender": name, **measured.columns(reference, args.batch * args.length)}
+            row = {"model": "tiny" if args.tiny else "8b-blocks", "contender": name}
+            row |= measured.columns(reference, args.batch * args.length)
             row |= {**measured.memory(), "first two steps s": round(measured.first, 1)}
             rows.append(row)
             print(row, flush=True)

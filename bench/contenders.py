@@ -31,7 +31,7 @@ def _torchao_int8(model: nn.Module) -> None:
     import torchao
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
 
-    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=_everything)
+    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=_everything)
 
 
 FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2

@@ -43,7 +43,7 @@ NOTES = (
     "the optimiser, for every recipe. A seed is an order of the data, and of HALO-1 and -2 also a draw of the rotation's "
     "signs; ± is the standard deviation over seeds, but of change the standard error of the mean. Gradient cosine: of all "
     "linears but lm_head, before training, with the gradient in float32; the mean over seeds. Validation loss and exact "
-    "match (greedy answers to {prompts} held-out prompts, as normalised strings): of the trained weights, exported and run "
+    "match (greedy answers to {evaluated}, as normalised strings): of the trained weights, exported and run "
     "in {dtype}; change: against bf16 with the same seed. " + EAGER + " is bf16 with its blocks not compiled, that is with "
     "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of "
     "training data, before training. drawn: with other roundings for every seed, by random powers of two that X and W share. "
@@ -105,8 +105,9 @@ def table(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def write(name: str, title: str, runs: list[dict], notes: str, folder: Path, settings: dict) -> None:
-    options = {"panels": ["model"], "expected": [*MAIN, *OTHERS], "settings": settings, "runs": runs}
+def write(name: str, title: str, runs: list[dict], notes: str, folder: Path, **about) -> None:
+    """``about``: "settings", and which "parts" the data have."""
+    options = {"panels": ["model"], "expected": [*MAIN, *OTHERS], **about, "runs": runs}
     results.write(name, title, table(runs), notes, folder, quiet=True, **options)
 
 
@@ -166,7 +167,8 @@ def join(name: str, folder: Path) -> None:
     merged = {key(run): run for record in records for run in record["runs"]}
     order = [(which, recipe) for recipe in RECIPES for which in MODELS]
     runs = sorted(merged.values(), key=lambda run: (order.index(key(run)[:2]), run["seed"]))
-    write(name, last["title"], runs, last["notes"], folder, settings)
+    about = {field: last[field] for field in ("settings", "parts") if field in last}
+    write(name, last["title"], runs, last["notes"], folder, **about)
     draw(name, runs, folder)
     for path in parts:
         path.unlink()

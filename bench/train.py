@@ -144,7 +144,8 @@ def main() -> None:
         if rows:
             options = {"panels": PANEL, "expected": DEFAULT, "why_not": why_not}
             results.write(args.name, title, compared(rows), NOTES, args.folder, quiet=True, **options)
-        print(f"{time.perf_counter() - start:.0f} s: {rows.get(at, why_not[at])}", flush=True)
+        done = {column: value for column, value in rows.get(at, {}).items() if column != "made"}
+        print(f"{time.perf_counter() - start:.0f} s: {done or why_not[at]}", flush=True)
     if rows:
         print((args.folder / f"{args.name}.md").read_text())
         chart.draw(args.name, args.folder)
