@@ -1,5 +1,6 @@
 """Does fine-tuning with a recipe give as good a model? Text-to-SQL, several seeds, on a model as shipped and with outliers.
 
+    python bench/study.py                                              # 800 chats to train on from the Hugging Face hub
     python bench/study.py --data chats.jsonl --budget-seconds 520      # repeated, it goes on where it stopped
     python bench/study.py --data chats.jsonl --part 0/8                # one of 8 processes that share a GPU
     python bench/study.py --join                                       # what they wrote
@@ -25,7 +26,7 @@ import results
 import torch
 from common import fail, load_model
 from contenders import BALANCED, DRAWN, convert, draw_gains, rotated
-from data import batches, encode, pack, read_chats
+from data import SOURCES, Chat, batches, encode, load_chats, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from outliers import inject_outliers
 from split import RESERVED, split
@@ -35,6 +36,7 @@ from torch import nn
 from halo_tensor import balance_
 from halo_tensor.weight import dense_value
 
+HUB_CHATS = 800  # to train on or to reserve, of a data set of the hub
 MOST_RUNS = 8  # of a group that go to one of several processes
 #: What the runs of one record have in common. A final record is one release's: other settings, or another commit, are refused.
 SETTINGS = (
@@ -68,7 +70,7 @@ class Study:
         self.states = {MODELS[0]: deepcopy(self.plain.state_dict())}
         inject_outliers(self.plain)
         self.states[MODELS[1]] = deepcopy(self.plain.state_dict())
-        self.parts = split(read_chats(args.data), args.prompts)
+        self.parts = split(chats_of(args.data, args.prompts), args.prompts)
         self.valid = self.parts.reserved[: args.prompts] if args.final else self.parts.held_out
         self.train = [encode(self.tokenizer, chat) for chat in self.parts.train]
         self.pad = self.tokenizer.pad_token_id or 0
@@ -237,7 +239,8 @@ def _part(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help=".jsonl with messages in every line; the last ones are for validation")
+    sources = f"one of {', '.join(SOURCES)} (from the hub), or a .jsonl with messages in every line, the last for validation"
+    parser.add_argument("--data", default="sql", help=sources)
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="of the weights")
     parser.add_argument("--only", nargs="+", default=[*MAIN, *OTHERS], choices=[*MAIN, *OTHERS], metavar="RECIPE")
@@ -258,8 +261,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     several.add_argument("--part", type=_part, metavar="I/N", help="do the I-th (from 0) of N shares of the runs not done yet")
     several.add_argument("--join", action="store_true", help="merge what the parts wrote, and stop")
     args = parser.parse_args(argv)
-    if not args.data and not args.join:
-        parser.error("--data is required, but for --join")
     args.reserved, args.commit = RESERVED, None
     if args.final:
         args.commit, args.name = results.commit(), f"{args.name}_final_{args.final}"
@@ -269,6 +270,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.seeds = args.other_seeds = 1
         args.steps, args.batch, args.length, args.prompts, args.new_tokens = 2, 2, 128, 3, 4
     return args
+
+
+def chats_of(data: str, held_out: int) -> list[Chat]:
+    """Those to train on or to reserve, then as many as are ``held_out``."""
+    if data not in SOURCES:
+        return read_chats(data)
+    train, valid = load_chats(data, max(HUB_CHATS, held_out))
+    return train[:HUB_CHATS] + valid[:held_out]
 
 
 def read(path: Path, settings: dict) -> list[dict]:
