@@ -28,8 +28,21 @@ def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gat
 
 
 def _torchao_int8(model: nn.Module) -> None:
+    """Its prototype of INT8 mixed-precision training, all three products in int8.
+
+    torchao 0.18 registers the function for F.linear where only ATen ops are looked up, so that products stay in bf16
+    without a word: it is registered anew. With module_swap=True they are in int8, but ``torch.compile`` does not take the
+    config that the module passes on.
+    """
     import torchao
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
+
+    weight = int8_mixed_precision.Int8MixedPrecisionTrainingLinearWeight
+    product = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction
+
+    @weight.implements_torch_function(nn.functional.linear)
+    def linear(func, types, args, kwargs):
+        return product.apply(*args, **(kwargs or {}))
 
     torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=_everything)
 

@@ -227,3 +227,37 @@ def test_the_reserved_part_is_for_one_commit_of_a_release(folder, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["bench/study.py", *options, "--folder", str(folder)])
     with pytest.raises(SystemExit, match="study_final_1.0.json has other settings"):
         study.main()
+
+
+def test_what_a_run_measures(folder, monkeypatch):
+    """On bf16, so that every figure has a twin that is computed otherwise."""
+    options = ["--smoke", "--data", str(folder / "chats.jsonl"), "--model", str(folder / "model"), "--dtype", "float32"]
+    args = study.parse_args([*options, "--no-compile"])
+    args.steps = 3
+    made = study.Study(args)
+    made.valid_rows = {name: torch.cat([rows, rows[:1]]) for name, rows in made.valid_rows.items()}  # no multiple of a batch
+    plain = "as shipped"
+    model = made.model("bf16", 0)
+    model.load_state_dict(made.states[plain])
+    assert made.cosine(plain, model) == pytest.approx(1, abs=1e-6)
+    other = {name: torch.randn_like(p) * 0.02 + 2 * made.exact[plain][name] for name, p in made.exact[plain].items()}
+    monkeypatch.setattr(made, "gradient", lambda model: other)
+    flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (other, made.exact[plain])]
+    assert made.cosine(plain, model) == pytest.approx(torch.cosine_similarity(*flat, dim=0).item(), abs=1e-3)
+    assert 0.01 < made.cosine(plain, model) < 0.99
+    monkeypatch.undo()
+
+    expected = study.mean_loss(model, made.valid_rows, 1)
+    assert made.loss_by_recipe(model) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(study, "_elapsed", lambda a, b: 0.25)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fitted = made.fit(model, 0)
+    assert fitted["tokens/s"] == args.batch * args.length / 0.25
+    moved = [(p - before[name]).abs().max().item() for name, p in model.named_parameters()]
+    assert all(0 < m < 4 * args.lr for m in moved), "AdamW moves by at most the learning rate in a step"
+    assert made.loss_by_recipe(model) != pytest.approx(expected, rel=1e-6)
+    evaluated = made.evaluate(model.state_dict())
+    assert evaluated["validation"] == pytest.approx(made.loss_by_recipe(model), rel=1e-5), "of the weights that were trained"
+    monkeypatch.setattr(made, "fit", lambda model, seed: {"trained": study.mean_loss(model, made.valid_rows, 1)})
+    again = made.run(plain, "bf16", 1)
+    assert again["trained"] == pytest.approx(expected, rel=1e-5), "every run begins with the shipped weights"
