@@ -78,9 +78,9 @@ def test_rows_are_evenly_spaced():
 def test_sampled_gradients_have_the_norm_of_the_whole(monkeypatch):
     monkeypatch.setattr(measure, "GRADIENT_SAMPLE", 64)
     weight, small = nn.Parameter(torch.ones(16, 64)), nn.Parameter(torch.ones(64))
-    found = measure.gradients((weight * 3).sum() + (small * 2).sum(), {"w": weight, "s": small})
+    found = measure.gradients((weight * 3).sum() + (small * torch.arange(64.0)).sum(), {"w": weight, "s": small})
     assert len(found["w"]) == 64 and found["w"].square().sum().item() == pytest.approx(9 * 16 * 64)
-    assert found["s"].tolist() == [2.0] * 64, "as many as are sampled: all, in order"
+    assert found["s"].tolist() == list(range(64)), "as many as are sampled: all, in order"
 
 
 def test_lqs_wants_less_than_half_the_error():
@@ -116,6 +116,9 @@ def test_statistics_of_balance_are_means_over_rows():
         a(x), b(x), c(y), c(x + 0)
     assert statistics.rows == {"a": 8, "b": 8, "c": 10}
     torch.testing.assert_close(statistics.squares["c"], x.square().sum(0) + y.square().sum(0))
+    with observed(layers) as changed:
+        a(z := x.clone()), b(z.mul_(2))
+    torch.testing.assert_close(changed.squares["b"], 4 * changed.squares["a"])  # written to in between: another X
     weights = {name: layer.weight for name, layer in layers.items()}
     assert sorted(map(sorted, _groups(weights, statistics))) == [["a", "b"], ["c"]]
 
