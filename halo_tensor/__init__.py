@@ -7,6 +7,7 @@ model = torch.compile(model)
 
 from importlib.metadata import PackageNotFoundError, version
 
+from halo_tensor import internals  # noqa: F401  first, since it imports torchao quietly
 from halo_tensor.balance import balance_
 from halo_tensor.calibrate import calibrate
 from halo_tensor.checkpointing import keep_products

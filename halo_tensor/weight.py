@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
 from halo_tensor import dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
+from halo_tensor.internals import return_and_correct_aliasing, tree_map_only
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.ops.schemas import fingerprint, is_traced
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
@@ -33,7 +32,7 @@ _STAYS_A_WEIGHT = {
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
-_linear_in_graph = torch._dynamo.allow_in_graph(linear)
+_linear_in_graph = torch.compiler.allow_in_graph(linear)
 
 
 def _version(master: torch.Tensor | None) -> int | None:

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -27,6 +28,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from halo_tensor.fences import LAUNCHER  # noqa: E402
 from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
@@ -106,12 +108,13 @@ def launched(monkeypatch):
         kernels.clear()
         properties = SimpleNamespace(multi_processor_count=GPUS[capability][1])
         monkeypatch.setattr(driver, "_active", Driver(capability))
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: capability, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        monkeypatch.setattr(launching, "current_device", lambda: capability)
+        monkeypatch.setattr(launching, "current_raw_stream", lambda index: 0)
+        monkeypatch.setattr(LAUNCHER, "disabled", True)  # it looks into kernels that a driver has loaded
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"sm_{capability}")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(launching, "max_shared_mem", lambda index: GPUS[index][0])
+        monkeypatch.setattr(launcher, "shared_memory", lambda index: GPUS[index][0])
         with FakeTensorMode():
             request(partial(torch.empty, device=f"cuda:{capability}"))
         return list(kernels)
@@ -452,7 +455,7 @@ def test_multiplying(launched, capability, name):
 def log_of_ptxas(kernel, tmp_path) -> str:
     path = tmp_path / "kernel.ptx"
     path.write_text(kernel.asm["ptx"])
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", path, "-o", tmp_path / "kernel.cubin"]
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", path, "-o", tmp_path / "kernel.cubin"]
     log = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "registers" in log.stderr
     return log.stderr
@@ -571,7 +574,8 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
     tiles = launching.Tiles((256, 128), (128, 1), (128, 128))
     descriptors = [tiles.of(tensors[0])][:described]
-    ours = launcher.launcher_of(compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant"))
+    how = compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant")
+    ours = launcher.bare(launcher.through_triton(*how), *how)
     for _ in range(2):
         ours(tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
@@ -594,7 +598,7 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
         return SimpleNamespace(metadata=SimpleNamespace(shared=200 * num_stages))
 
     monkeypatch.setattr(launch.kernel, "warmup", warmup)
-    monkeypatch.setattr(launching, "max_shared_mem", lambda index: 300)
+    monkeypatch.setattr(launcher, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     assert launch._compile([], 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.fences import CUBLAS, GLUON
 from halo_tensor.ops.device import check_device, is_hopper
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
@@ -26,10 +27,7 @@ from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):  # Gluon is experimental: 3.9 has other names
-    from halo_tensor.ops import hopper
-else:
-    hopper = None  # type: ignore[assignment]
+hopper: Any = GLUON.load("halo_tensor.ops.hopper")
 
 #: columns of an output tile that an epilogue un-rotates at once
 EDGE = 128
@@ -215,7 +213,10 @@ def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype
 
 
 class VendorProduct:
-    """cuBLAS's product with row and column scales, called like a :class:`Launch`."""
+    """cuBLAS's product with row and column scales, called like a :class:`Launch`.
+
+    By a private name, since the public one, ``torch.nn.functional.scaled_mm``, cannot write to a given ``out``.
+    """
 
     constants: dict[str, Any] = {}  # noqa: RUF012 as a launch has them
 
@@ -245,7 +246,20 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
         and a.is_contiguous()
         and b_t.is_contiguous()
         and is_hopper(a.device)
+        and _has_vendor(a.device)
     )
+
+
+@lru_cache
+def _has_vendor(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies a small pair as :class:`VendorProduct` asks it to."""
+
+    def multiply() -> bool:
+        a, b_t = (torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2))
+        VendorProduct()(a, b_t, _ones(16, device), _ones(16, device), a.new_empty((16, 16), dtype=torch.bfloat16))
+        return True
+
+    return CUBLAS.attempt(multiply) is not None
 
 
 @lru_cache
@@ -262,7 +276,9 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     multiprocessors = _multiprocessors(device)
     epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
     if _in_gluon(a, b_t, left, right):
-        return hopper.plan(a, b_t, right, epilogue, multiprocessors)
+        planned = GLUON.attempt(hopper.plan, a, b_t, right, epilogue, multiprocessors, dtype, bias_dtype)
+        if planned is not None:
+            return planned
     tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
     programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
