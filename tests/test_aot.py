@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.fences import LAUNCHER  # noqa: E402
+from halo_tensor.fences import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
 from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
@@ -524,6 +524,77 @@ def test_which_products_are_in_gluon(launched):
         assert kernel.name == ("scaled_mm_kernel" if name in rest else "wgmma_kernel"), name
 
 
+# What takes the place of a fast path that cannot be prepared.
+
+
+def one_warning_of(path, request):
+    """What a request launches; it warns of ``path``."""
+    path.failure = None
+    with pytest.warns(UserWarning, match=f"fast path '{path.name}'") as caught:
+        kernels = request()
+    assert sum("halo_tensor" in str(w.message) for w in caught) == 1
+    path.failure = None
+    return kernels
+
+
+def broken(*args, **kwargs):
+    raise AttributeError("broken on purpose")
+
+
+@pytest.mark.parametrize("where", ["plan", "_layout", "wgmma_kernel"])
+def test_without_gluon(launched, monkeypatch, where):
+    """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
+    kernel = hopper.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
+    monkeypatch.setattr(hopper, where, kernel)
+    (kernel,) = one_warning_of(GLUON, lambda: launched(90, MULTIPLY["int8"]))
+    assert kernel.name == "scaled_mm_kernel"
+
+
+def calls_what_is_gone(
+    a, b, out, a_scale, b_scale, gain, bias, right,
+    M, N, K,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, INTEGER: tl.constexpr, A_SCALE: tl.constexpr,
+    B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    tl.renamed_in_this_version(M)
+
+
+def test_without_cublas(launched, monkeypatch):
+    def request(empty):
+        a, b_t = (empty(8192, 4096, dtype=torch.float8_e4m3fn) for _ in range(2))
+        product.scaled_mm(a, b_t, empty(8192), empty(8192), None, None, None, (8192, 8192), BF16)
+
+    calls = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(kwargs["out"].shape))
+    assert launched(90, request) == [] and calls == [(16, 16), (8192, 8192)], "tried on a small product first"
+    product._has_vendor.cache_clear()
+    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    (kernel,) = one_warning_of(CUBLAS, lambda: launched(90, request))
+    assert kernel.name == "scaled_mm_kernel"
+
+
+def test_without_the_bare_launcher(launched, monkeypatch):
+    monkeypatch.setattr(LAUNCHER, "why_off", lambda: None)
+    monkeypatch.setattr(launcher, "bare", broken)
+    (kernel,) = one_warning_of(LAUNCHER, lambda: launched(90, MULTIPLY["fp8, undo both"]))
+    assert kernel.name == "scaled_mm_kernel", "it went through Triton's launcher"
+
+
+@pytest.mark.parametrize(("owner", "where"), [(launcher, "through_triton"), (Launch, "_compile")], ids=str)
+def test_without_kernels_that_are_compiled_beforehand(launched, monkeypatch, owner, where):
+    dispatched = []
+    monkeypatch.setattr(owner, where, broken)
+    monkeypatch.setattr(Launch, "_launch_any", lambda self, arguments: dispatched.append(self.kernel.fn.__name__))
+    assert one_warning_of(PRECOMPILED, lambda: launched(90, MULTIPLY["fp8, undo both"])) == []
+    assert dispatched == ["scaled_mm_kernel"]
+
+
+def test_what_the_user_must_change_is_an_error(launched, recwarn):
+    with pytest.raises(Refusal, match="sm_80 has compute capability 8.0 and cannot multiply fp8"):
+        PRECOMPILED.attempt(launched, 80, MULTIPLY["fp8"])
+    assert not [w for w in recwarn if "halo_tensor" in str(w.message)]
+
+
 # What a plan is kept for.
 
 
@@ -593,7 +664,7 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
     """While one compiles with two stages, which do not fit, the other has found that out already."""
     launch = Launch(SimpleNamespace(fn=len, warmup=None), (1,), (), {"num_stages": 2})
 
-    def warmup(*arguments, grid, num_stages):
+    def warmup(*arguments, grid, num_stages, enable_fp_fusion):
         launch.constants = {"num_stages": 1}
         return SimpleNamespace(metadata=SimpleNamespace(shared=200 * num_stages))
 

@@ -1,21 +1,24 @@
 """Fast paths fall back, with one warning, whatever goes wrong while they are prepared. tests/test_aot.py has those of a GPU."""
 
+import os
 import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor import lowering
+from torch._functorch import config as functorch_config
+from torch._inductor import config, lowering
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 import halo_tensor
 from halo_tensor import environment, fences, halo_config, quantize_
 from halo_tensor.fences import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS, FastPath, Refusal
-from halo_tensor.ops import implementations
+from halo_tensor.ops import inductor, joint_graph
 from tests import interpreter
 from tests.interpreter import DEVICE, INTERPRETED, runs_kernels
 from tests.util import OpLog, relative_error
@@ -25,7 +28,7 @@ ERRORS = [AttributeError, TypeError, RuntimeError]
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=15)
+    interpreter.run(__file__, at_least=30)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,7 @@ def test_the_environment_variable_is_read():
     code = "import halo_tensor; print(halo_tensor.environment()['fast paths']['launcher'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**__import__("os").environ, "HALO_DISABLE": "launcher"},
+        env=os.environ | {"HALO_DISABLE": "launcher"},
         capture_output=True,
         text=True,
     )
@@ -173,16 +176,16 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (nn.Linear(128, 128, bias=False) for _ in range(7))
+        self.v, self.o, self.gate, self.up, self.down = (nn.Linear(128, 128, bias=False) for _ in range(5))
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (2, 64)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = x + self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        v = self.v(x).unflatten(-1, (2, 64)).transpose(1, 2)
+        x = x + self.o(scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2))
         return x + self.down(silu(self.gate(x)) * self.up(x))
 
 
-def train(compile: bool) -> tuple[list[torch.Tensor], list[str]]:
-    """A step of a converted block: its output, the gradients and the weights; and the generated code."""
+def train(compile: bool) -> tuple[list[torch.Tensor], int]:
+    """A step of a converted block: its output, the gradients and the weights; and how many ops the generated code calls."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Block().to(DEVICE, torch.bfloat16)
@@ -195,121 +198,106 @@ def train(compile: bool) -> tuple[list[torch.Tensor], list[str]]:
         y.float().pow(2).mean().backward()
         return y.detach()
 
-    code: list[str] = []
-    with fresh_cache():
-        if compile:
+    if compile:
+        # Lowered every time; but what Inductor's own kernels were compiled to is kept.
+        with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
             y, code = run_and_get_code(step)
-        else:
-            with OpLog() as log:
-                y = step()
-            assert len(log.products()) == 21
+        lines = [line for source in code for line in source.splitlines() if not line.lstrip().startswith("#")]
+        ops = sum("torch.ops.halo." in line for line in lines)
+    else:
+        with OpLog() as log:
+            y, ops = step(), 0
+        assert len(log.products()) == 14, "three of each layer, but of the first no E_X"
     gradients = [p.grad.clone() for p in model.parameters()]
     optimizer.step()
-    assert all(p.grad is not None for p in model.parameters())
-    return [y, *gradients, *(p.master.detach().clone() for p in model.parameters())], code
-
-
-def ops_in(code: list[str]) -> int:
-    lines = [line for source in code for line in source.splitlines() if not line.lstrip().startswith("#")]
-    return sum("torch.ops.halo." in line for line in lines)
+    return [y, *gradients, *(p.master.detach().clone() for p in model.parameters())], ops
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """Results in eager mode and compiled, and the code, with every path."""
-    with warned() as texts:
-        results = train(False)[0], *train(True)
-    assert not texts and (ops_in(results[2]) == 0 or not interpreter.runs_kernels.args[0])
-    return results
+    """What is computed with every path on."""
+    with fresh_cache():
+        with warned() as texts:
+            eager, (compiled, ops) = train(False)[0], train(True)
+        assert not texts and (ops == 0) == (INTERPRETED or torch.cuda.is_available())
+        # Where producers hand values on in float32, they are not rounded to bfloat16 first.
+        assert all(relative_error(a, b) < 0.05 for a, b in zip(compiled, eager, strict=True))
+        yield compiled
 
 
-def unregistered(monkeypatch):
+def no_lowerings(patch, error):
     for op in ("rotate_quantize", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate"):
-        monkeypatch.delitem(lowering.lowerings, getattr(torch.ops.halo, op).default, raising=False)
-    monkeypatch.setitem(sys.modules, "halo_tensor.ops.inductor", None)
+        patch.delitem(lowering.lowerings, getattr(torch.ops.halo, op).default, raising=False)
+    patch.setitem(sys.modules, "halo_tensor.ops.inductor", None)
 
 
-def broken_second(monkeypatch, target: str, error):
-    """A function that works once, and then does not: what it has done must be undone."""
-    module, name = target.rsplit(".", 1)
-    owner = eval(module, {"halo_tensor": halo_tensor})
-    function, calls = getattr(owner, name), []
-
-    def once(*args, **kwargs):
-        calls.append(args)
-        if len(calls) % 2 == 0:
-            raise error("broken on purpose")
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, once)
+def every_fifth(patch, error):
+    """In the midst of an op's launches: what was added to the graph must be taken out again."""
+    template, calls = inductor._Call._template, count(1)
+    patch.setattr(
+        "halo_tensor.ops.inductor._Call._template",
+        lambda *args: raising(error)() if next(calls) % 5 == 0 else template(*args),
+    )
 
 
-BREAKS = {
-    "inductor, its import": (INDUCTOR, lambda patch, error: unregistered(patch)),
-    "inductor, a tensor": (
-        INDUCTOR,
-        lambda patch, error: patch.setattr("halo_tensor.ops.inductor._StandIn.of", raising(error)),
-    ),
-    "inductor, a launch": (
-        INDUCTOR,
-        lambda patch, error: patch.setattr("halo_tensor.ops.inductor.ir.MutationOutput", raising(error)),
-    ),
-    "inductor, every second launch": (
-        INDUCTOR,
-        lambda patch, error: broken_second(patch, "halo_tensor.ops.inductor._Call._template", error),
-    ),
-    "producers, their import": (
-        PRODUCERS,
-        lambda patch, error: patch.setitem(sys.modules, "halo_tensor.ops.producers", None),
-    ),
-    "producers": (PRODUCERS, lambda patch, error: patch.setattr("halo_tensor.ops.producers._Writer.load", raising(error))),
+def half_way(patch, error):
+    """The graph is rewritten already when the pass fails: it must be another one than what runs."""
+    split = joint_graph._split
+    patch.setattr(joint_graph, "_split", lambda *args: (split(*args), raising(error)()))
+
+
+def attribute(name: str):
+    return lambda patch, error: patch.setattr(name, raising(error))
+
+
+def module(name: str):
+    return lambda patch, error: patch.setitem(sys.modules, name, None)
+
+
+#: where kernels run
+LOWERINGS = {
+    "the import": (INDUCTOR, no_lowerings, AttributeError),
+    "a tensor": (INDUCTOR, attribute("halo_tensor.ops.inductor._StandIn.of"), TypeError),
+    "the result": (INDUCTOR, attribute("torch._inductor.ir.MutationOutput"), RuntimeError),
+    "a launch among others": (INDUCTOR, every_fifth, AttributeError),
+    "the producers' import": (PRODUCERS, module("halo_tensor.ops.producers"), TypeError),
+    "a producer": (PRODUCERS, attribute("halo_tensor.ops.producers._Writer.load"), RuntimeError),
 }
-GRAPH_BREAKS = {
-    "joint graph, its import": lambda patch, error: patch.setitem(sys.modules, "halo_tensor.ops.joint_graph", None),
-    "joint graph, whether it is one": lambda patch, error: patch.setattr(implementations, "is_compiled", raising(error)),
-    "joint graph, its settings": lambda patch, error: patch.setattr("halo_tensor.ops.joint_graph.install", raising(error)),
-    "joint graph, half-way": lambda patch, error: patch.setattr("torch.fx.Node.replace_input_with", raising(error)),
-    "joint graph, its end": lambda patch, error: patch.setattr("halo_tensor.ops.joint_graph._merge", raising(error)),
+#: everywhere
+GRAPHS = {
+    "the import": (module("halo_tensor.ops.joint_graph"), AttributeError),
+    "whether it is one": (attribute("halo_tensor.ops.implementations.is_compiled"), TypeError),
+    "the settings": (attribute("halo_tensor.ops.joint_graph.install"), RuntimeError),
+    "half-way": (half_way, AttributeError),
 }
 
 
-def check(whole, path, tolerance):
-    eager, compiled, _ = whole
+def check(whole: list[torch.Tensor], path: FastPath) -> int:
     with warned() as texts:
-        again, (results, code) = train(False)[0], train(True)
-    assert len(texts) == 1 and f"fast path {path.name!r}" in texts[0], texts
-    for a, b in zip(again, eager, strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(results, compiled, strict=True):
-        assert relative_error(a, b) <= tolerance
-    return code
+        results, ops = train(True)
+    assert len(texts) == 1 and f"fast path {path.name!r}" in texts[0] and path.state().startswith("off, at least once")
+    errors = [relative_error(a, b) for a, b in zip(results, whole, strict=True)]
+    assert max(errors) < 0.05 and errors[0] < 0.01
+    return ops
 
 
 @runs_kernels
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("broken", BREAKS)
-def test_with_a_lowering_broken(whole, monkeypatch, broken, error):
-    if "import" in broken and error is not ERRORS[0]:
-        pytest.skip("an import fails in one way")
-    path, break_ = BREAKS[broken]
-    implementations.INDUCTOR.load("halo_tensor.ops.inductor")
-    PRODUCERS.load("halo_tensor.ops.producers")
-    path._modules.clear()
+@pytest.mark.parametrize("where", LOWERINGS)
+def test_with_a_lowering_broken(whole, monkeypatch, where):
+    path, break_, error = LOWERINGS[where]
     break_(monkeypatch, error)
-    # Ops see what Inductor has rounded to bfloat16; a producer hands it on in float32.
-    code = check(whole, path, 0.02)
-    assert (ops_in(code) > 0) == (path is INDUCTOR)
+    assert (check(whole, path) > 0) == (path is INDUCTOR)
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("broken", GRAPH_BREAKS)
-def test_with_the_joint_graph_broken(whole, monkeypatch, broken, error):
-    if "import" in broken and error is not ERRORS[0]:
-        pytest.skip("an import fails in one way")
-    if "end" in broken and not (INTERPRETED or torch.cuda.is_available()):
-        pytest.skip("gradients are merged where kernels run")
-    JOINT_GRAPH.load("halo_tensor.ops.joint_graph")
-    JOINT_GRAPH._modules.clear()
-    with torch._inductor.config.patch(joint_custom_post_pass=None):
-        GRAPH_BREAKS[broken](monkeypatch, error)
-        check(whole, JOINT_GRAPH, 0.02)
+@pytest.mark.parametrize("where", GRAPHS)
+def test_with_the_joint_graph_broken(whole, monkeypatch, where):
+    break_, error = GRAPHS[where]
+    with config.patch(joint_custom_post_pass=None):
+        break_(monkeypatch, error)
+        check(whole, JOINT_GRAPH)
+
+
+def test_what_is_written_too_late_says_what_helps(monkeypatch):
+    call = inductor._Call.__new__(inductor._Call)
+    with pytest.raises(RuntimeError, match="set the environment variable HALO_DISABLE=inductor"):
+        call.codegen(None)

@@ -223,7 +223,7 @@ class VendorProduct:
     def __call__(self, a, b_t, a_scale, b_scale, out) -> None:
         if not isinstance(a, torch.Tensor):
             return a.record(self, (a, b_t, a_scale, b_scale, out))
-        scales = {"scale_a": a_scale[:, None], "scale_b": b_scale[None]}
+        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
         torch._scaled_mm(a, b_t.t(), **scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
     def source(self) -> str:
