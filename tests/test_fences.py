@@ -219,7 +219,7 @@ def whole():
     with fresh_cache():
         with warned() as texts:
             eager, (compiled, ops) = train(False)[0], train(True)
-        assert not texts and (ops == 0) == (INTERPRETED or torch.cuda.is_available())
+        assert not texts and ops == 0
         # Where producers hand values on in float32, they are not rounded to bfloat16 first.
         assert all(relative_error(a, b) < 0.05 for a, b in zip(compiled, eager, strict=True))
         yield compiled
@@ -254,7 +254,6 @@ def module(name: str):
     return lambda patch, error: patch.setitem(sys.modules, name, None)
 
 
-#: where kernels run
 LOWERINGS = {
     "the import": (INDUCTOR, no_lowerings, AttributeError),
     "a tensor": (INDUCTOR, attribute("halo_tensor.ops.inductor._StandIn.of"), TypeError),
@@ -263,7 +262,6 @@ LOWERINGS = {
     "the producers' import": (PRODUCERS, module("halo_tensor.ops.producers"), TypeError),
     "a producer": (PRODUCERS, attribute("halo_tensor.ops.producers._Writer.load"), RuntimeError),
 }
-#: everywhere
 GRAPHS = {
     "the import": (module("halo_tensor.ops.joint_graph"), AttributeError),
     "whether it is one": (attribute("halo_tensor.ops.implementations.is_compiled"), TypeError),
@@ -289,6 +287,7 @@ def test_with_a_lowering_broken(whole, monkeypatch, where):
     assert (check(whole, path) > 0) == (path is INDUCTOR)
 
 
+@runs_kernels
 @pytest.mark.parametrize("where", GRAPHS)
 def test_with_the_joint_graph_broken(whole, monkeypatch, where):
     break_, error = GRAPHS[where]
