@@ -111,7 +111,7 @@ class FastPath:
 GLUON = FastPath(
     "gluon",
     "matrix products in Gluon on GPUs of compute capability 9.0",
-    "larger int8 products take 7 to 20 % longer, and those that undo a rotation more",
+    "larger int8 products take 6 to 19 % longer, and those that undo a rotation more",
     "triton",
     only_tested=True,
 )
