@@ -538,7 +538,7 @@ CASES = [
     _towers("ChineseCLIPModel"),
     _towers("CLIPSegModel"),
     _towers("OwlViTModel"),
-    _towers("BlipModel"),
+    _towers("BlipModel", inputs=_pair),  # of two samples its contrastive loss rises, in high precision too
     _towers("GroupViTModel", vision={"depths": [1, 1, 0], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]}),
     _other("ViltModel", "image and text", lambda model: _pair(model) | {
         "pixel_mask": torch.ones(2, PIXELS, PIXELS, dtype=torch.long)}, **BASE | VISION),
@@ -674,7 +674,7 @@ BOUNDS = {
     "ReformerModelWithLMHead": (0.8, 0.01, 0.03),
     "GroupViTModel": (0.9, 0.3, 0.03),
     "AltCLIPModel": (0.99, 0.03, 0.03),
-    "BlipModel": (0.99, 0.03, 0.03),
+    "SiglipModel": (0.99, 0.01, 0.06),
 }
 
 
