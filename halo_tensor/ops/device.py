@@ -2,6 +2,7 @@
 
 import torch
 
+from halo_tensor.fences import Refusal
 from halo_tensor.recipe import Format
 
 
@@ -10,8 +11,20 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by descriptors. Triton's interpreter, on a CPU, reads descriptors too."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
-    """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
+    """Raise Refusal, a RuntimeError, if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:
         return
     capability = torch.cuda.get_device_capability(device)
@@ -19,7 +32,7 @@ def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     lacking = [f.name for f, minimum in needed.items() if capability < minimum]
     if lacking:
         advice = "use halo_config(level=1, dtype='int8')" if capability >= (8, 0) else "it can train in bf16 or fp16 only"
-        raise RuntimeError(
+        raise Refusal(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
             f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
         )

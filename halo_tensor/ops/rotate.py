@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+from halo_tensor.ops import hadamard, reference
 from halo_tensor.ops import quantize_kernels as kernels
-from halo_tensor.ops import reference
+from halo_tensor.ops.device import has_wgmma
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
@@ -34,14 +35,16 @@ class Matrix(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """In which it is multiplied with ±1. Triton's interpreter, on a CPU, has no 16-bit products."""
-        exact = self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cuda"
-        return self.dtype if exact else torch.float32
+        """The dtype of the rotation matrices, of powers of two, that it is multiplied with: bfloat16 beside float32, which the
+        kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+        if self.device.type != "cuda":
+            return torch.float32
+        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
 
 def norm(*rotations: Rotation | None) -> float:
-    """What products with ±1 lack of these rotations."""
-    return prod(r.edge**-0.5 for r in rotations if r is not None)
+    """What products with the constants of these rotations lack of them."""
+    return prod(hadamard.norm(r) for r in rotations if r is not None)
 
 
 def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
@@ -51,14 +54,14 @@ def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def tile_edge(x: torch.Tensor | Matrix) -> int:
-    """Of a tile that is rotated. In float32, with products in three tf32 parts, a wider one exceeds every shared memory."""
-    return TILE // 2 if x.dtype == torch.float32 and x.device.type == "cuda" else TILE
-
-
-def fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks."""
-    return all(r is None or tile_edge(x) % r.edge == 0 for r in (left, right))
+def fits_tiles(x: torch.Tensor | Matrix, left: Rotation | None, right: Rotation | None) -> bool:
+    """Whether a tile holds whole blocks, and registers hold the tile: a float32 one, beside a product whose operands are in
+    registers too, they do not."""
+    if left is None and right is None:
+        return True
+    if x.dtype == torch.float32 and not has_wgmma(x.device):
+        return False
+    return all(r is None or TILE % r.edge == 0 for r in (left, right))
 
 
 def transposed(codes: torch.Tensor) -> torch.Tensor:
@@ -103,12 +106,11 @@ def _rotate(x, left, right, shape, dtype, inverse):
 
 @lru_cache(maxsize=4096)
 def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
-    edge = tile_edge(x)
     matrices = (
-        block_diagonal(left, edge, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, edge, x.product_dtype, x.device, transposed=inverse) if right else None,
+        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
+        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
     )
-    constants = {"T": edge, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), edge), triton.cdiv(shape[1], edge))
+    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
+    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
     integers = (*x.shape, shape[0], *x.stride, shape[1])
     return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

@@ -15,29 +15,25 @@ import torch
 import triton
 import triton.language as tl
 
-from halo_tensor.ops.device import check_device, is_hopper
+from halo_tensor.fences import CUBLAS, GLUON
+from halo_tensor.ops import sm80
+from halo_tensor.ops.device import check_device, has_tma, is_hopper
+from halo_tensor.ops.epilogue import EDGE, finish
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
-from halo_tensor.ops.launch import Launch, Tiles
-from halo_tensor.ops.quantize_kernels import load_square
+from halo_tensor.ops.launch import Launch, Tiles, shared_memory
 from halo_tensor.ops.reference import LONGEST_SUM
 from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):  # Gluon is experimental: 3.9 has other names
-    from halo_tensor.ops import hopper
-else:
-    hopper = None  # type: ignore[assignment]
-
-#: columns of an output tile that an epilogue un-rotates at once
-EDGE = 128
-UNDO_EDGE = tl.constexpr(EDGE)
+hopper: Any = GLUON.load("halo_tensor.ops.hopper")
 
 
 class Tile(NamedTuple):
-    """How one product is cut: output tile, depth, grouping of tiles, warps, pipeline stages."""
+    """How one product is cut: output tile, depth, grouping of tiles, warps, pipeline stages, programs that share a
+    multiprocessor, columns that an epilogue stores at a time, and whether the loops over tiles and over k are one."""
 
     m: int
     n: int
@@ -45,47 +41,48 @@ class Tile(NamedTuple):
     group: int = 8
     warps: int = 8
     stages: int = 3
+    resident: int = 1
+    part: int = EDGE
+    flatten: bool = False
 
 
 def tile_for(
-    m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
-) -> tuple[Tile, int]:
-    """The launch table, measured on one H100 (bench/NOTES.md): the tile, and how many programs share a multiprocessor.
-    ``left``, ``right``: whether a rotation is undone there; on the left it takes tiles of its block."""
-    if m <= 64:
-        return Tile(64, 128, warps=4, stages=4), 1
+    generation: int, m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
+) -> Tile:
+    """The launch table.
+
+    The rows of SM 9.0 were measured on an H100 (bench/NOTES.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
+    spill no registers; they were compiled and not run.
+
+    Args:
+        generation: the major compute capability, 9, 10 or 12.
+        left, right: whether a rotation is undone there; on the left it takes tiles of its block.
+        wide_output: whether the result is float32.
+    """
+    undo = left or right
 
     def fewer_than_multiprocessors(height: int, width: int) -> bool:
         return triton.cdiv(m, height) * triton.cdiv(n, width) < multiprocessors
 
+    if m <= 64:
+        return Tile(64, 128, warps=4, stages=4, flatten=not undo)
     if fewer_than_multiprocessors(128, 128) and not left:
-        return Tile(64, 128, warps=4, stages=4), 2
+        return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)
+    if generation == 12:  # 100 KB of shared memory for two programs, and accumulators in registers
+        return Tile(128, 128, 64, warps=4, stages=4, resident=2, part=32)
+    if generation == 10 and integer:  # tensor cores multiply integers from Triton 3.8 on; before, as on SM 8.0
+        return Tile(128, 128, warps=4, stages=3, resident=2, part=64)
+    if generation == 10:
+        return Tile(128, 256, stages=4) if undo and not wide_output else Tile(128, 128, stages=4)
+    # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where an
+    # accumulator meets another product inside a loop that is still running.
+    whole = Tile(128, 256, stages=4) if undo else Tile(128, 256, stages=4, part=256, flatten=True)
     # Triton waits for every int8 product before the next: a second program fills the gaps.
     if integer or fewer_than_multiprocessors(128, 256):
-        return Tile(128, 128, warps=4, stages=3), 2
-    if wide_output and not (left or right):  # float32 results need the shared memory of the larger tile
-        return Tile(128, 128, warps=8, stages=4), 1
-    return Tile(128, 256, stages=4), 1
-
-
-@triton.jit
-def _store(
-    out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
-    SCALED: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-):  # fmt: skip
-    # ±1 times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the result's own.
-    if RIGHT:
-        y = tl.dot(y.to(h_right.dtype), h_right, out_dtype=tl.float32)
-    if SCALED:
-        y = y * row_scale[:, None]
-    if LEFT:
-        y = tl.dot(h_left, y.to(h_left.dtype), out_dtype=tl.float32)
-    if GAIN:
-        y = y * tl.load(gain + columns, mask=columns < N, other=0.0)[None, :]
-    if BIASED:
-        y = y + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    inside = (rows < ROWS_OUT)[:, None] & (columns < N)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * stride + columns[None, :], y.to(out.dtype.element_ty), mask=inside)
+        return Tile(128, 128, warps=4, stages=3, resident=2, flatten=not undo)
+    if wide_output and not undo:  # float32 results need the shared memory of the larger tile
+        return Tile(128, 128, warps=8, stages=4, flatten=True)
+    return whole
 
 
 @triton.jit
@@ -94,10 +91,9 @@ def scaled_mm_kernel(
     M, N, K, ROWS_OUT, stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, FLATTEN: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """``A_SCALE``, ``B_SCALE``: 0 none, 1 one number, 2 a vector. LEFT, RIGHT: whether left [BM, BM] and right [128, 128] are
-    to undo a rotation; ``NORM`` is the product of these rotations' 1/√block."""
+    """The constants are those of :func:`halo_tensor.ops.epilogue.finish`."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
@@ -108,42 +104,10 @@ def scaled_mm_kernel(
             b_tile = b.load([tile_n * BN, k * BK])
             acc = tl.dot(a_tile, b_tile.T, acc, out_dtype=accumulator_type)
 
-        rows = tile_m * BM + tl.arange(0, BM)
-        y = acc.to(tl.float32)
-        if B_SCALE == 2:
-            columns = tile_n * BN + tl.arange(0, BN)
-            y = y * tl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
-        row_scale = tl.full((BM,), 1.0, tl.float32)
-        if A_SCALE == 2:
-            row_scale = tl.load(a_scale + rows, mask=rows < M, other=0.0)
-        if A_SCALE == 1:
-            row_scale = row_scale * tl.load(a_scale)
-        if B_SCALE == 1:
-            row_scale = row_scale * tl.load(b_scale)
-        if LEFT or RIGHT:
-            row_scale = row_scale * NORM
-        SCALED: tl.constexpr = A_SCALE > 0 or B_SCALE == 1 or LEFT or RIGHT
-        h_left = load_square(left, BM) if LEFT else left
-        h_right = load_square(right, UNDO_EDGE) if RIGHT else right
-        first = tile_n * BN
-        if (LEFT or RIGHT) and BN == 2 * UNDO_EDGE:
-            y0, y1 = tl.split(tl.permute(tl.reshape(y, (BM, 2, UNDO_EDGE)), (0, 2, 1)))
-            columns = first + tl.arange(0, UNDO_EDGE)
-            _store(
-                out, y0, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
-                SCALED, GAIN, BIASED, LEFT, RIGHT,
-            )  # fmt: skip
-            columns += UNDO_EDGE
-            _store(
-                out, y1, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
-                SCALED, GAIN, BIASED, LEFT, RIGHT,
-            )  # fmt: skip
-        else:
-            columns = first + tl.arange(0, BN)
-            _store(
-                out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
-                SCALED, GAIN, BIASED, LEFT, RIGHT,
-            )  # fmt: skip
+        finish(
+            acc, out, a_scale, b_scale, gain, bias, left, right, tile_m, tile_n, M, N, ROWS_OUT, stride,
+            A_SCALE, B_SCALE, GAIN, BIASED, LEFT, RIGHT, NORM, PART,
+        )  # fmt: skip
 
 
 def fits_epilogue(rotation: Rotation | None) -> bool:
@@ -169,7 +133,7 @@ def scaled_mm(
         y = reduce(add, (scaled_mm(*part, a_scale, b_scale, None, left, right, shape, torch.float32, gain) for part in parts))
         return (y if bias is None else y.add_(bias)).to(dtype)
     in_right = right if fits_epilogue(right) and b_t.shape[0] == shape[1] else None
-    in_left = left if fits_epilogue(left) and not _left_is_dear(a, b_t, in_right, dtype) else None
+    in_left = left if fits_epilogue(left) and _left_in_epilogue(a, b_t, shape[0], dtype) else None
     if in_left == left and in_right == right:
         return _product(a, b_t, a_scale, b_scale, gain, bias, in_left, in_right, shape[0], dtype)
     # What the epilogue cannot undo is undone in a pass of its own. The bias follows, and where that pass rotates columns, the
@@ -185,13 +149,16 @@ def scaled_mm(
     return y if wide == dtype else y.to(dtype)
 
 
-def _left_is_dear(a: torch.Tensor, b_t: torch.Tensor, right: Rotation | None, dtype: torch.dtype) -> bool:
-    """Whether a pass of its own undoes a rotation on the left faster than an epilogue that undoes another on the right. In
-    int8 both spill registers, which costs in proportion to k; and on SM 9.0 the product without is much the faster one. But
-    float32, which float16 goes through as well, is rotated slowly."""
-    if a.dtype != torch.int8 or right is None:
-        return False
-    return a.shape[1] > 8192 or (dtype == torch.bfloat16 and _in_gluon(Matrix.of(a), Matrix.of(b_t), None, right))
+def _left_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torch.dtype) -> bool:
+    """Whether an epilogue undoes a rotation on the left. It does so without spilled registers only on SM 9.0, for floating
+    codes and tiles of 128×256; elsewhere a pass of its own is faster, but for float32, which only PyTorch rotates."""
+    if a.device.type != "cuda" or dtype == torch.float32:
+        return True
+    return (
+        is_hopper(a.device)
+        and a.dtype != torch.int8
+        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= _multiprocessors(a.device)
+    )
 
 
 def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -215,14 +182,17 @@ def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype
 
 
 class VendorProduct:
-    """cuBLAS's product with row and column scales, called like a :class:`Launch`."""
+    """cuBLAS's product with row and column scales, called like a :class:`Launch`.
+
+    By a private name, since the public one, ``torch.nn.functional.scaled_mm``, cannot write to a given ``out``.
+    """
 
     constants: dict[str, Any] = {}  # noqa: RUF012 as a launch has them
 
     def __call__(self, a, b_t, a_scale, b_scale, out) -> None:
         if not isinstance(a, torch.Tensor):
             return a.record(self, (a, b_t, a_scale, b_scale, out))
-        scales = {"scale_a": a_scale[:, None], "scale_b": b_scale[None]}
+        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
         torch._scaled_mm(a, b_t.t(), **scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
     def source(self) -> str:
@@ -245,7 +215,20 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
         and a.is_contiguous()
         and b_t.is_contiguous()
         and is_hopper(a.device)
+        and _has_vendor(a.device)
     )
+
+
+@lru_cache
+def _has_vendor(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies a small pair as :class:`VendorProduct` asks it to."""
+
+    def multiply() -> bool:
+        a, b_t = (torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2))
+        VendorProduct()(a, b_t, _ones(16, device), _ones(16, device), a.new_empty((16, 16), dtype=torch.bfloat16))
+        return True
+
+    return CUBLAS.attempt(multiply) is not None
 
 
 @lru_cache
@@ -257,14 +240,21 @@ def _ones(n: int, device: torch.device) -> torch.Tensor:
 def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left, right, dtype) -> tuple[Launch, tuple]:
     """The launch for a product, and the matrices of its rotations."""
     (m, k), n, device = a.shape, b_t.shape[0], a.device
-    integer, undo = a.dtype == torch.int8, left is not None or right is not None
+    integer = a.dtype == torch.int8
     check_device((INT8 if integer else FP8_E4M3,), device)
     multiprocessors = _multiprocessors(device)
     epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
     if _in_gluon(a, b_t, left, right):
-        return hopper.plan(a, b_t, right, epilogue, multiprocessors)
-    tile, resident = tile_for(m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors)
-    programs = min(multiprocessors * resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
+        planned = GLUON.attempt(hopper.plan, a, b_t, right, epilogue, multiprocessors, dtype, bias_dtype)
+        if planned is not None:
+            return planned
+    if not has_tma(device):
+        return sm80.plan(a, b_t, rows, left, right, epilogue, shared_memory(device), multiprocessors)
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    tile = tile_for(
+        generation, m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors
+    )  # fmt: skip
+    programs = min(multiprocessors * tile.resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
     matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrices = (
         block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
@@ -273,9 +263,7 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **epilogue,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
-        # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where
-        # an accumulator meets another product inside a loop that is still running.
-        "FLATTEN": not undo,
+        "FLATTEN": tile.flatten, "PART": min(tile.part, tile.n),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     tiles = Tiles((m, k), a.stride, (tile.m, tile.k)), Tiles((n, k), b_t.stride, (tile.n, tile.k))

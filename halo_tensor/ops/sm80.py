@@ -1,0 +1,116 @@
+"""The product of :mod:`halo_tensor.ops.scaled_mm` below SM 9.0: A100, RTX 3090, RTX 4090, L40S.
+
+These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers that it does not pipeline. Here operands are
+read through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from halo_tensor.ops.epilogue import EDGE, finish
+from halo_tensor.ops.hadamard import block_diagonal
+from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.rotate import Matrix, norm
+from halo_tensor.ops.tile_order import place_of
+from halo_tensor.recipe import Rotation
+
+#: rows of tiles whose programs run at the same time: see place_of
+GROUP = 16
+#: columns that an epilogue un-rotates at a time: 128 spill on every one of these GPUs
+PART = 64
+
+
+class Tile(NamedTuple):
+    """An output tile, its depth, warps, and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def tile_for(m: int, n: int, integer: bool, left: bool, shared: int, multiprocessors: int) -> Tile:
+    """The launch table (docs: bench/results/generations.md). ``shared``: bytes of shared memory that a program may have.
+
+    Two programs share a multiprocessor, so that one multiplies while the other stores: each takes half of its shared memory.
+    """
+    few = triton.cdiv(m, 128) * triton.cdiv(n, 128) < multiprocessors
+    if m <= 64 or (few and not left):  # a rotation on the left is undone on tiles of its block
+        return Tile(64, 128, 128, 4, 4 if shared >= 160 * 1024 else 3)
+    if not integer:
+        return Tile(128, 128, 64, 8, 4)
+    return Tile(128, 128, 128, 4, 3) if shared >= 160 * 1024 else Tile(128, 128, 64, 4, 4)
+
+
+@triton.jit
+def mma_kernel(
+    a, b, out, a_scale, b_scale, gain, bias, left, right,
+    M, N, K, ROWS_OUT, stride_a, stride_b,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr,
+    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """out [ROWS_OUT, N] = R_left diag(a_scale) a bᵀ diag(b_scale) Rᵀ_right diag(gain) + bias, for codes a [M, K] and b [N, K].
+
+    Rows of a and b begin at multiples of 16 bytes, and the 16 bytes that hold a row's last code may be read. The constants
+    are those of :func:`halo_tensor.ops.epilogue.finish`.
+    """
+    tile_m, tile_n = place_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    stride_a, stride_b = tl.multiple_of(stride_a, 16), tl.multiple_of(stride_b, 16)
+    # Rows past the last one are read as the last one again, and not stored: a mask would cost registers in the loop.
+    rows = tl.minimum(tl.arange(0, BM), M - 1 - tile_m * BM)
+    columns = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)
+    depth = tl.arange(0, BK)
+    a_at = a + (tile_m * BM).to(tl.int64) * stride_a + (rows[:, None] * stride_a + depth[None, :])
+    b_at = b + (tile_n * BN).to(tl.int64) * stride_b + (columns[None, :] * stride_b + depth[:, None])
+    acc = tl.zeros((BM, BN), dtype=accumulator_type)
+    for _ in range(K // BK):
+        acc = tl.dot(tl.load(a_at), tl.load(b_at), acc, out_dtype=accumulator_type)
+        a_at += BK
+        b_at += BK
+    rest = K % BK
+    if rest > 0:
+        # Whole vectors of 16 bytes are read, and what lies past the last code in them is replaced by zeros.
+        near = depth < tl.multiple_of((rest + 15) // 16 * 16, 16)
+        inside = depth < rest
+        a_tile = tl.load(a_at, mask=near[None, :], other=0.0)
+        b_tile = tl.load(b_at, mask=near[:, None], other=0.0)
+        a_tile = tl.where(inside[None, :], a_tile, tl.zeros_like(a_tile))
+        b_tile = tl.where(inside[:, None], b_tile, tl.zeros_like(b_tile))
+        acc = tl.dot(a_tile, b_tile, acc, out_dtype=accumulator_type)
+    finish(
+        acc, out, a_scale, b_scale, gain, bias, left, right, tile_m, tile_n, M, N, ROWS_OUT, N,
+        A_SCALE, B_SCALE, GAIN, BIASED, LEFT, RIGHT, NORM, PART,
+    )  # fmt: skip
+
+
+def plan(
+    a: Matrix,
+    b_t: Matrix,
+    rows: int,
+    left: Rotation | None,
+    right: Rotation | None,
+    constants: dict[str, Any],
+    shared: int,
+    multiprocessors: int,
+) -> tuple[Launch, tuple]:
+    """As ``scaled_mm._plan``, which gives those of the constants that all kernels have."""
+    (m, k), n = a.shape, b_t.shape[0]
+    tile = tile_for(m, n, constants["INTEGER"], left is not None, shared, multiprocessors)
+    matrix_dtype = torch.bfloat16 if a.device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
+    matrices = (
+        block_diagonal(left, tile.m, matrix_dtype, a.device, transposed=False) if left else None,
+        block_diagonal(right, EDGE, matrix_dtype, a.device, transposed=True) if right else None,
+    )
+    constants = {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **constants,
+        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    return Launch(mma_kernel, grid, (m, n, k, rows, a.stride[0], b_t.stride[0]), constants), matrices
