@@ -81,6 +81,11 @@ class Outcome:
     noise: float = 0.0
 
     @property
+    def held(self) -> bool:
+        """Whether each converted layer multiplied in int8 whenever it was called, and the export is exact."""
+        return self.report is not None and self.products == self.called > 0 and self.exported
+
+    @property
     def difference(self) -> float:
         """The largest difference of the losses, relative to the first."""
         return max(abs(a - b) for a, b in self.losses) / self.losses[0][1]
@@ -538,7 +543,8 @@ CASES = [
     _towers("ChineseCLIPModel"),
     _towers("CLIPSegModel"),
     _towers("OwlViTModel"),
-    _towers("BlipModel", inputs=_pair),  # of two samples its contrastive loss rises, in high precision too
+    _towers("BlipForConditionalGeneration", inputs=lambda model: _labelled(model) | _pixels(model),
+            text={"encoder_hidden_size": 64}),
     _towers("GroupViTModel", vision={"depths": [1, 1, 0], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]}),
     _other("ViltModel", "image and text", lambda model: _pair(model) | {
         "pixel_mask": torch.ones(2, PIXELS, PIXELS, dtype=torch.long)}, **BASE | VISION),
@@ -607,15 +613,15 @@ LEFT = {
     },
     "a stack of matrices, as of experts, which is not called through F.linear": {
         "RecurrentGemmaForCausalLM": 0.941, "JambaForCausalLM": 0.408, "Qwen3NextForCausalLM": 0.533,
-        "XLNetLMHeadModel": 0.444, "MixtralForCausalLM": 0.111, "Qwen2MoeForCausalLM": 0.5, "Qwen3MoeForCausalLM":
-        0.333, "GptOssForCausalLM": 0.111, "DeepseekV2ForCausalLM": 0.707, "DeepseekV3ForCausalLM": 0.684,
+        "XLNetLMHeadModel": 0.444, "MixtralForCausalLM": 0.111, "Qwen2MoeForCausalLM": 0.5, "Qwen3MoeForCausalLM": 0.333,
+        "GptOssForCausalLM": 0.111, "DeepseekV2ForCausalLM": 0.707, "DeepseekV3ForCausalLM": 0.684,
         "Glm4MoeForCausalLM": 0.692, "GraniteMoeForCausalLM": 0.111, "GraniteMoeSharedForCausalLM": 0.2,
         "GraniteMoeHybridForCausalLM": 0.246, "OlmoeForCausalLM": 0.111, "FlexOlmoForCausalLM": 0.111,
         "PhimoeForCausalLM": 0.111, "Dots1ForCausalLM": 0.692, "Ernie4_5_MoeForCausalLM": 0.5,
         "HunYuanMoEV1ForCausalLM": 0.272, "MiniMaxForCausalLM": 0.143, "MiniMaxM2ForCausalLM": 0.111,
-        "JetMoeForCausalLM": 0.034, "Llama4ForCausalLM": 0.272, "Lfm2MoeForCausalLM": 0.683, "LongcatFlashForCausalLM":
-        0.684, "Gemma4ForCausalLM": 0.617, "Qwen3_5MoeForCausalLM": 0.533, "AfmoeForCausalLM": 0.737,
-        "FunnelForMaskedLM": 0.889,
+        "JetMoeForCausalLM": 0.034, "Llama4ForCausalLM": 0.272, "Lfm2MoeForCausalLM": 0.683,
+        "LongcatFlashForCausalLM": 0.684, "Gemma4ForCausalLM": 0.617, "Qwen3_5MoeForCausalLM": 0.533,
+        "AfmoeForCausalLM": 0.737, "FunnelForMaskedLM": 0.889,
     },
     "a matrix of a MambaMixer, which is no layer": {
         "MambaForCausalLM": 0.928,
@@ -637,12 +643,13 @@ LEFT = {
         "SegformerForSemanticSegmentation": 0.482, "PvtModel": 0.618, "PvtV2Model": 0.509, "CvtModel": 0.842,
         "LevitModel": 0.957, "MobileViTModel": 0.395, "FocalNetModel": 0.638, "SwiftFormerModel": 0.206,
         "SamVisionModel": 0.736, "DetrModel": 0.93, "ASTModel": 0.941, "CLIPModel": 0.919, "SiglipModel": 0.841,
-        "AltCLIPModel": 0.95, "ChineseCLIPModel": 0.919, "CLIPSegModel": 0.919, "OwlViTModel": 0.919, "BlipModel":
-        0.935, "GroupViTModel": 0.991, "ViltModel": 0.85, "GitForCausalLM": 0.917, "LlavaForConditionalGeneration":
-        0.923, "PaliGemmaForConditionalGeneration": 0.848, "Gemma3ForConditionalGeneration": 0.826,
-        "Idefics3ForConditionalGeneration": 0.927, "SmolVLMForConditionalGeneration": 0.927,
-        "InternVLForConditionalGeneration": 0.929, "Blip2ForConditionalGeneration": 0.946, "PoolFormerModel": 0.0,
-        "ResNetModel": 0.0, "RegNetModel": 0.0, "MobileNetV2Model": 0.0,
+        "AltCLIPModel": 0.95, "ChineseCLIPModel": 0.919, "CLIPSegModel": 0.919, "OwlViTModel": 0.919,
+        "BlipForConditionalGeneration": 0.932, "GroupViTModel": 0.991, "ViltModel": 0.85, "GitForCausalLM": 0.917,
+        "LlavaForConditionalGeneration": 0.923, "PaliGemmaForConditionalGeneration": 0.848,
+        "Gemma3ForConditionalGeneration": 0.826, "Idefics3ForConditionalGeneration": 0.927,
+        "SmolVLMForConditionalGeneration": 0.927, "InternVLForConditionalGeneration": 0.929,
+        "Blip2ForConditionalGeneration": 0.946, "PoolFormerModel": 0.0, "ResNetModel": 0.0, "RegNetModel": 0.0,
+        "MobileNetV2Model": 0.0,
     },
     "a matrix of a PerceiverEmbeddings, which is no layer": {
         "PerceiverForMaskedLM": 0.992,
