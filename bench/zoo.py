@@ -24,8 +24,8 @@ NOTES = (
     "and one of nothing an error. loss: the largest difference from the high-precision twin in {steps} steps of AdamW, "
     "relative to the first loss. gradient cosine: of all parameters, in the first step. Layers that stay in high "
     "precision by choice (output embeddings, tied weights) are not listed. held: each converted layer multiplied in int8 "
-    "whenever it was called, and a plain model with the state dict gives the dequantised model's numbers, bit for bit. "
-    "xLSTM is left out: its plain PyTorch kernel cannot be trained."
+    "whenever it was called, in forward and backward, and a plain model with the state dict gives the dequantised model's "
+    "numbers, bit for bit. xLSTM is left out: its plain PyTorch kernel cannot be trained."
 )
 
 

@@ -44,6 +44,8 @@ def test_an_architecture(case: Case):
     else:
         assert not found.warned
     assert found.products == found.called >= 2, "each converted layer multiplies in int8 whenever it is called"
+    again = case.model.startswith("Reformer")  # its layers are reversible: backward computes the forward anew
+    assert 2 * found.called <= found.trained <= (4 if again else 3) * found.called, "and so does its backward"
     cosine, difference, noise = BOUNDS.get(case.model, BOUNDS[""])
     assert cosine < found.cosine < 1 - 1e-9
     assert 0 < found.difference < difference

@@ -7,6 +7,7 @@ transformers 5.23 makes the models; what it calls its classes and their options 
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,7 @@ class Outcome:
         warned: the messages of the conversion's warnings.
         share: of the parameters that multiply activations in a forward, how many follow the config.
         called: how often converted layers were called in a forward. products: how many quantised products that were.
+        trained: how many quantised products the first training step had, backward included.
         losses: of the converted model and its twin, a pair for each step.
         cosine: between the gradients of the first step, of all parameters together.
         exported: whether a plain model with the converted one's state dict, and the dequantised one, give the same numbers.
@@ -75,6 +77,7 @@ class Outcome:
     share: float = 0.0
     called: int = 0
     products: int = 0
+    trained: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)
     cosine: float = 1.0
     exported: bool = False
@@ -82,8 +85,9 @@ class Outcome:
 
     @property
     def held(self) -> bool:
-        """Whether each converted layer multiplied in int8 whenever it was called, and the export is exact."""
-        return self.report is not None and self.products == self.called > 0 and self.exported
+        """Whether the converted layers multiplied in int8 whenever they were called, forward and backward, and the export is
+        exact."""
+        return self.products == self.called > 0 and self.trained >= 2 * self.called and self.exported
 
     @property
     def difference(self) -> float:
@@ -145,18 +149,21 @@ def _loss(output: Any) -> torch.Tensor:
     return F.mse_loss(y, target)
 
 
-def _train(model: nn.Module, batch: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses, and the gradients of the first step."""
+def _train(model: nn.Module, batch: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """The losses; and of the first step the gradients, and how many int8 products it had."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    losses, first = [], {}
-    for _ in range(STEPS):
+    losses, first, products = [], {}, 0
+    for step in range(STEPS):
         optimizer.zero_grad()
-        loss = _loss(_forward(model, batch))
-        loss.backward()
-        first = first or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        with OpLog() if step == 0 else nullcontext() as log:
+            loss = _loss(_forward(model, batch))
+            loss.backward()
+        if log is not None:
+            products = log.products().count(torch.int8)
+            first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         losses.append(loss.item())
-    return losses, first
+    return losses, first, products
 
 
 def examine(case: Case) -> Outcome:
@@ -187,9 +194,9 @@ def examine(case: Case) -> Outcome:
         hook.remove()
     found.called, found.products = len(calls), log.products().count(torch.int8)
 
-    ours, gradients = _train(model, batch)
-    plain, expected = _train(twin, batch)
-    assert gradients.keys() == expected.keys()
+    ours, gradients, found.trained = _train(model, batch)
+    plain, expected, none = _train(twin, batch)
+    assert gradients.keys() == expected.keys() and none == 0
     found.losses = list(zip(ours, plain, strict=True))
     a, b = (torch.cat([g[name].flatten() for name in sorted(g)]).double() for g in (gradients, expected))
     found.cosine = (a @ b / (a.norm() * b.norm())).item()
