@@ -48,7 +48,7 @@ def gradient(model, rows: torch.Tensor, batch: int) -> tuple[float, torch.Tensor
     return total, torch.cat(grads).double(), saved[0]
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or hub name of a Llama-family model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help=".txt or .jsonl (default: Python's documentation)")
@@ -57,9 +57,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", default=list(CONFIGS), choices=list(CONFIGS), metavar="RECIPE")
     parser.add_argument("--outliers", action="store_true", help="in the model, as in bench/outliers.py")
-    parser.add_argument("--name", default="accuracy", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "accuracy")
+    return parser.parse_args(argv)
 
+
+def main() -> None:
+    args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(args.model, torch.float32, device)
     if args.outliers:
@@ -100,6 +103,7 @@ def main() -> None:
         "Balanced: on as many other tokens. "
         "What the converted layers save is counted with hooks, each storage once, parameters left out; bf16's is half of "
         "what float32 saves.",
+        args.folder,
     )
 
 

@@ -13,12 +13,12 @@ import results
 import torch
 from contenders import BALANCED, CONTENDERS, convert, requantize
 from llama import SHAPES, Llama, split
-from steps import DEVICE, Measured, allocated, measure_steps, need_cuda, take_turn, warm_up
+from steps import BACKEND, DEVICE, Measured, allocated, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 
 from halo_tensor import balance_
 
-PEERS = ["bf16", "torchao-tensorwise", "torchao-rowwise"]
+PEERS = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8"]
 OURS = [
     "halo0-fp8",
     "halo1-fp8",
@@ -45,15 +45,16 @@ NOTES = (
 def measure(name: str, args: argparse.Namespace) -> Measured:
     torch.manual_seed(0)
     name, recompute = split(name)
-    others, size = allocated(), (args.batch, args.length, SHAPES["8b-blocks"]["hidden_size"])
+    shape = SHAPES["tiny" if args.tiny else "8b-blocks"]
+    others, size = allocated(), (args.batch, args.length, shape["hidden_size"])
     with torch.device(DEVICE):
-        model = Llama(SHAPES["8b-blocks"], recompute)
+        model = Llama(shape, recompute)
         x = torch.randn(size, dtype=torch.bfloat16, requires_grad=True)
         e = torch.randn(size, dtype=torch.bfloat16)
     convert(model, name)
     if name.endswith(BALANCED):
         balance_(model, x)
-    model.compile_as(args.compile, fullgraph=True)
+    model.compile_as(args.compile, fullgraph=True, backend=BACKEND)
 
     def step() -> None:
         x.grad = None
@@ -65,7 +66,7 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
         return measure_steps(step, lambda: model(x), others, args.reps, graph=True)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", default="model", choices=["model", "blocks"], help="one graph, or block by block")
     parser.add_argument("--contenders", nargs="+", default=PEERS + OURS, metavar="NAME", help=HELP)
@@ -73,25 +74,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
-    parser.add_argument("--name", default="block", help="of the result files")
-    args = parser.parse_args()
-    need_cuda("block.py")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
+    results.add_arguments(parser, "block")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.tiny:
+        need_cuda("block.py")
     warm_up()
-    title = f"Two Llama-3-8B blocks, forward + backward, {args.batch}×{args.length} tokens"
-    rows, reference = [], None
+    title = f"{'Small' if args.tiny else 'Two Llama-3-8B'} blocks, forward + backward, {args.batch}×{args.length} tokens"
+    rows, reference, why_not = [], None, {(name,): results.ENDED for name in args.contenders}
     for name in args.contenders:
-        measured = take_turn(name, measure, args)
-        if measured is None:
-            continue
-        reference = measured if name == "bf16" else reference
-        row = {"model": "8b-blocks", "contender": name, **measured.columns(reference, args.batch * args.length)}
-        row |= {**measured.memory(), "first two steps s": round(measured.first, 1)}
-        rows.append(row)
-        print(row, flush=True)
-        notes = NOTES.format(args.compile, args.memory_budget)
-        results.write(args.name, title, rows, notes, quiet=len(rows) < len(args.contenders))
+        measured, why_not[(name,)] = take_turn(name, measure, args)
+        if measured is not None:
+            reference = measured if name == "bf16" else reference
+            row = {"model": "tiny" if args.tiny else "8b-blocks", "contender": name}
+            row |= measured.columns(reference, args.batch * args.length)
+            row |= {**measured.memory(), "first two steps s": round(measured.first, 1)}
+            rows.append(row)
+            print(row, flush=True)
+        if rows:
+            notes = NOTES.format(args.compile, args.memory_budget)
+            results.write(args.name, title, rows, notes, args.folder, True, expected=PEERS + OURS, why_not=why_not)
     if rows:
-        chart.draw(args.name)
+        print((args.folder / f"{args.name}.md").read_text())
+        chart.draw(args.name, args.folder)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python bench/chart.py linear block      # bench/results/linear.json -> linear.png, and so on
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import results
@@ -14,7 +14,7 @@ PER_ROW = 4  # panels side by side
 
 
 def draw(name: str, folder: Path = results.FOLDER) -> None:
-    """``folder``/name.json -> name.png. The columns in "panels" tell the panels apart, or the table's first."""
+    """``folder``/name.json -> name.png. The columns in "panels" tell the panels apart."""
     try:
         import matplotlib
     except ImportError:
@@ -28,7 +28,7 @@ def draw(name: str, folder: Path = results.FOLDER) -> None:
     if not rows:
         print(f'{name}.png is not drawn: the table has no "× bf16"')
         return
-    group = record.get("panels", list(rows[0])[:1])
+    group = record["panels"]
     panels = list(dict.fromkeys(_panel(row, group) for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     position = {contender: i for i, contender in enumerate(contenders)}
@@ -65,6 +65,22 @@ def _panel(row: dict, columns: list[str]) -> str:
     return ", ".join(row[column] for column in columns)
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["linear", "block"], metavar="NAME", help="of the result files")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="of the result files")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if not (args.folder / f"{name}.json").is_file():
+            parser.error(f"there is no {args.folder / name}.json")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    for name in args.names:
+        draw(name, args.folder)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["linear", "block"]:
-        draw(name)
+    main()

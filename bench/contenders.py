@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import gains, halo_config, quantize_, recipe_config
+from halo_tensor import fsdp, gains, halo_config, quantize_, recipe_config
 from halo_tensor.balance import give
 from halo_tensor.weight import HaloWeight
 
@@ -19,21 +19,35 @@ def _ours(config, model: nn.Module) -> None:
     quantize_(model, config, filter_fn=_everything)
 
 
-def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything) -> None:
-    """``recipe``: "tensorwise" or "rowwise"."""
+def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gather: bool = False) -> None:
+    """``recipe``: "tensorwise" or "rowwise". ``all_gather``: FSDP2 gathers weights in fp8, which is tensorwise only."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    config = Float8LinearConfig.from_recipe_name(recipe)
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=all_gather)
     convert_to_float8_training(model, config=config, module_filter_fn=filter_fn)
 
 
 def _torchao_int8(model: nn.Module) -> None:
+    """Its prototype of INT8 mixed-precision training, all three products in int8.
+
+    torchao 0.18 registers the function for F.linear where only ATen ops are looked up, so that products stay in bf16
+    without a word: it is registered anew. With module_swap=True they are in int8, but ``torch.compile`` does not take the
+    config that the module passes on.
+    """
     import torchao
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
 
-    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True), filter_fn=_everything)
+    weight = int8_mixed_precision.Int8MixedPrecisionTrainingLinearWeight
+    product = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction
+
+    @weight.implements_torch_function(nn.functional.linear)
+    def linear(func, types, args, kwargs):
+        return product.apply(*args, **(kwargs or {}))
+
+    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=_everything)
 
 
+FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
 BALANCED = "-balanced"  #: at the end of a contender's name: balance_ follows, on data that its caller has
 DRAWN = "-drawn"  #: draw_gains follows
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
@@ -41,6 +55,7 @@ HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config 
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
+    FP8_ALL_GATHER: partial(torchao_float8, "tensorwise", all_gather=True),
     "torchao-rowwise": partial(torchao_float8, "rowwise"),
     "torchao-int8": _torchao_int8,
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
@@ -60,6 +75,16 @@ def convert(model: nn.Module, name: str, seed: int = 0) -> None:
         _ours(replace(HALO[name], seed=seed), model)
     else:
         CONTENDERS[name](model)
+
+
+def precompute_scales(name: str, model: nn.Module) -> None:
+    """What is to be called after each optimiser step under FSDP2: one reduction for the scales of all weights."""
+    if name == FP8_ALL_GATHER:
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(model)
+    elif name in HALO:
+        fsdp.precompute_scales(model)
 
 
 def draw_gains(model: nn.Module, seed: int) -> None:

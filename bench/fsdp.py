@@ -14,21 +14,30 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import results
 import torch
 import torch.distributed as dist
-from contenders import CONTENDERS, convert
+from contenders import CONTENDERS, FP8_ALL_GATHER, convert, precompute_scales
+from steps import BACKEND, CUDA
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from halo_tensor.fsdp import precompute_scales
-
-FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"
-DEFAULT = ["bf16", "torchao-tensorwise", FP8_ALL_GATHER, "halo0-fp8", "halo1-fp8", "halo1-int8"]
+DEFAULT = [
+    "bf16",
+    "torchao-tensorwise",
+    FP8_ALL_GATHER,
+    "torchao-rowwise",
+    "torchao-int8",
+    "halo0-fp8",
+    "halo1-fp8",
+    "halo1-int8",
+]
+TINY = {"blocks": 2, "hidden": 128, "intermediate": 256, "batch": 1, "length": 64, "warmup": 2, "steps": 2}
 NOTES = (
     "A step: forward, backward, fused AdamW, and what a contender does to its scales after it. ms: median of the steps, of "
     "the slowest rank. Issue: what the CPU takes to issue one step to idle GPUs. Peak: of one rank's allocations. Gathered: "
@@ -71,25 +80,40 @@ class Gathered(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepare(name: str, model: nn.Module):
-    """Convert ``model``; returns what is to be called after each optimiser step."""
-    if name != FP8_ALL_GATHER:
-        convert(model, name)
-        return lambda: precompute_scales(model)
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training, precompute_float8_dynamic_scale_for_fsdp
-
-    convert_to_float8_training(model, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
-    return lambda: precompute_float8_dynamic_scale_for_fsdp(model)
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
 
 
-def measure(name: str, args, device: torch.device) -> tuple[float, float, float, float]:
+def milliseconds(step: Callable[[], None], count: int) -> float:
+    """Median of ``count`` steps in a row."""
+    if not CUDA:
+        return statistics.median(alone(step) for _ in range(count))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def alone(step: Callable[[], None]) -> float:
+    """Milliseconds until a step that starts on an idle device has been issued."""
+    synchronize()
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[float, float, float | None, float]:
     """(ms per step, ms to issue one, GiB at the peak, GiB gathered per step)."""
     torch.manual_seed(0)
     with device:
         model = Blocks(args.blocks, args.hidden, args.intermediate).bfloat16()
-    after_step = prepare(name, model)
+    convert(model, name)
     for layer in model.layers:
-        layer.compile(fullgraph=True)
+        layer.compile(fullgraph=True, backend=BACKEND)
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -99,37 +123,44 @@ def measure(name: str, args, device: torch.device) -> tuple[float, float, float,
         model(x).backward(e)
         optimizer.step()
         optimizer.zero_grad()
-        after_step()
+        precompute_scales(name, model)
 
     for _ in range(args.warmup):
         step()
     with torch.compiler.set_stance("force_eager"), Gathered() as gathered:  # compiled code does not run under a mode
         step()
     step()
-    torch.cuda.reset_peak_memory_stats()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     dist.barrier()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    issue = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        issue.append(1e3 * (time.perf_counter() - start))
-    measured = torch.tensor([ms, statistics.median(issue), peak], device=device)
-    dist.all_reduce(measured, dist.ReduceOp.MAX)
-    return *measured.tolist(), gathered.bytes / 2**30
+    ms = milliseconds(step, args.steps)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+    issue = statistics.median(alone(step) for _ in range(5))
+    slowest = torch.tensor([ms, issue, peak], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    ms, issue, peak = slowest.tolist()
+    return ms, issue, peak or None, gathered.bytes / 2**30
 
 
-def main() -> None:
+def row_of(name: str, ms: float, issue: float, peak: float | None, gathered: float, rows: list[dict], tokens: int) -> dict:
+    """Beside the earlier ``rows``, of which bf16's is the reference."""
+    bf16 = next((row for row in rows if row["contender"] == "bf16"), None)
+    reference = bf16["ms"] if bf16 else ms if name == "bf16" else None
+    return {
+        "contender": name,
+        "ms": round(ms, 2),
+        "× bf16": results.speedup(reference, ms),
+        "tokens/s": round(1e3 * tokens / ms),
+        "issue ms": round(issue, 1),
+        "peak GiB": peak and f"{peak:.2f}",
+        "gathered GiB": f"{gathered:.3f}",
+        "gathered, × bf16": f"{gathered / float(bf16['gathered GiB']):.3f}" if bf16 else None,
+    }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=[*CONTENDERS, FP8_ALL_GATHER], metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
@@ -137,41 +168,45 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first that is timed")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--name", default="fsdp", help="of the result files")
-    args = parser.parse_args()
-    if not torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
+    results.add_arguments(parser, "fsdp")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        vars(args).update(TINY)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if "LOCAL_RANK" not in os.environ or not (CUDA or args.tiny):
         sys.exit("bench/fsdp.py needs CUDA devices and torchrun: torchrun --standalone --nproc-per-node 2 bench/fsdp.py")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    device = torch.device("cpu")
+    if CUDA:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if CUDA else "gloo", device_id=device if CUDA else None)
     world, first = dist.get_world_size(), dist.get_rank() == 0
-    title = f"FSDP2 on {world} GPUs, {args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
+    shape = f"{args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
+    title = f"FSDP2 on {world} {'GPUs' if CUDA else 'processes of a CPU'}, {shape}"
     rows: list[dict] = []
+    why_not = {(name,): results.ENDED for name in args.contenders}
     for name in args.contenders:
         try:
-            ms, issue, peak, gathered = measure(name, args, device)
+            row = row_of(name, *measure(name, args, device), rows, world * args.batch * args.length)
         except Exception as error:  # the ranks run alike, so it is everyone's
             print(f"rank {dist.get_rank()}, {name}: {error!r:.500}", flush=True)
-            continue
+            why_not[(name,)] = results.reason(error)
+        else:
+            rows.append(row)
+            if first:
+                print(row, flush=True)
         finally:
             torch._dynamo.reset()
             gc.collect()
-            torch.cuda.empty_cache()
-        bf16 = next((row for row in rows if row["contender"] == "bf16"), None)
-        row = {
-            "contender": name,
-            "ms": round(ms, 2),
-            "× bf16": f"{(bf16['ms'] if bf16 else ms) / ms:.2f}" if bf16 or name == "bf16" else None,
-            "tokens/s": round(1e3 * world * args.batch * args.length / ms),
-            "issue ms": round(issue, 1),
-            "peak GiB": f"{peak:.2f}",
-            "gathered GiB": f"{gathered:.3f}",
-            "gathered, × bf16": f"{gathered / float(bf16['gathered GiB']):.3f}" if bf16 else None,
-        }
-        rows.append(row)
-        if first:
-            print(row, flush=True)
-            results.write(args.name, title, rows, NOTES, quiet=True)
+            if CUDA:
+                torch.cuda.empty_cache()
+        if first and rows:
+            results.write(args.name, title, rows, NOTES, args.folder, quiet=True, expected=DEFAULT, why_not=why_not)
     dist.destroy_process_group()
 
 

@@ -63,7 +63,8 @@ def has_peak(device: str) -> bool:
     return any(name in device for name in ("H100", "H200")) and not any(name in device for name in ("PCIe", "NVL"))
 
 
-def measure(shape: str, reps: int) -> list[dict]:
+def measure(shape: str, reps: int, why_not: dict) -> list[dict]:
+    """Rows of the products that ran; why the others did not goes into ``why_not``."""
     m, n, k = map(int, shape.split("x"))
     contenders = products(m, n, k)
     torch.cuda.synchronize()  # the data are there before another stream reads them
@@ -74,6 +75,7 @@ def measure(shape: str, reps: int) -> list[dict]:
             times[name] = ms = do_bench_cudagraph(product, rep=reps, return_mode="median")
         except Exception as error:
             print(f"{shape} {name}: {error!r:.300}")
+            why_not[shape.replace("x", "×"), name] = results.reason(error)
             continue
         vendor, rate = times.get(VENDOR.get(format, "")), 2 * m * n * k / ms / 1e9
         rows.append(
@@ -82,7 +84,7 @@ def measure(shape: str, reps: int) -> list[dict]:
                 "contender": name,
                 "µs": round(ms * 1e3, 1),
                 "TFLOP/s": round(rate),
-                "× vendor": f"{vendor / ms:.2f}" if vendor else None,
+                "× vendor": results.speedup(vendor, ms),
                 "% of ceiling": round(100 * rate / peaks[format]) if peaks else None,
             }
         )
@@ -90,19 +92,25 @@ def measure(shape: str, reps: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="MxNxK")
     parser.add_argument("--reps", type=int, default=100, help="milliseconds of repetitions in a graph")
-    parser.add_argument("--name", default="gemm", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "gemm")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/gemm.py needs a CUDA device")
     torch.manual_seed(0)
     rows: list[dict] = []
+    why_not: dict[tuple[str, ...], str] = {}
     for shape in args.shapes:
-        rows += measure(shape, args.reps)
-        results.write(args.name, "Matrix products", rows, NOTES, quiet=shape != args.shapes[-1])
+        rows += measure(shape, args.reps, why_not)
+        options = {"quiet": shape != args.shapes[-1], "panels": ["M×N×K"], "why_not": why_not}
+        results.write(args.name, "Matrix products", rows, NOTES, args.folder, **options)
 
 
 if __name__ == "__main__":

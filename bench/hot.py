@@ -7,6 +7,7 @@ INT4 values run as exact INT8: no GPU since Hopper multiplies int4. So INT4 buys
 """
 
 import argparse
+import itertools
 import time
 
 import memory
@@ -93,7 +94,7 @@ def measure_model(config, name: str, args: argparse.Namespace) -> float:
     return milliseconds(step, args.reps)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(memory.MODELS), choices=list(memory.MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
@@ -101,30 +102,38 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=300, help="milliseconds of repetitions")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
-    parser.add_argument("--name", default="hot", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "hot")
+    args = parser.parse_args(argv)
     if args.tiny:
         args.batch = min(args.batch, 2)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     layers = TINY_LAYERS if args.tiny else LAYERS
     jobs = [(title, lambda config, shape=shape: measure_layer(config, *shape, args)) for title, shape in layers.items()]
     for name in args.models:
         title = name if args.tiny else memory.MODELS[name][2]
         jobs.append((title, lambda config, name=name: measure_model(config, name, args)))
-    rows = []
-    for title, job in jobs:
-        base = None
-        for name in args.contenders:
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            try:
-                ms = job(CONTENDERS[name])
-            except Exception as error:
-                print(f"{title}, {name}: {error!r:.300}")
-                continue
-            base = ms if name == "bf16" else base
-            rows.append({"what": title, "contender": name, "ms": ms, "× bf16": f"{base / ms:.2f}" if base else None})
+    rows, why_not = [], {(title, name): results.ENDED for title, _ in jobs for name in args.contenders}
+    heading = TITLE.format(args.batch) + ", small shapes" * args.tiny
+    options = {"panels": ["what"], "expected": list(CONTENDERS), "why_not": why_not}
+    for (title, job), name in itertools.product(jobs, args.contenders):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        try:
+            ms = job(CONTENDERS[name])
+        except Exception as error:
+            print(f"{title}, {name}: {error!r:.300}")
+            why_not[title, name] = results.reason(error)
+        else:
+            bf16 = next((row["ms"] for row in rows if (row["what"], row["contender"]) == (title, "bf16")), None)
+            speed = results.speedup(ms if name == "bf16" else bf16, ms)
+            rows.append({"what": title, "contender": name, "ms": ms, "× bf16": speed})
             print(rows[-1], flush=True)
-            results.write(args.name, TITLE.format(args.batch) + ", small shapes" * args.tiny, rows, NOTES, quiet=True)
+        if rows:
+            results.write(args.name, heading, rows, NOTES, args.folder, quiet=True, **options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,19 @@ from contenders import CONTENDERS, convert, requantize
 from torch import nn
 from triton.testing import do_bench, do_bench_cudagraph
 
+DEFAULT = [
+    "bf16",
+    "torchao-tensorwise",
+    "torchao-rowwise",
+    "torchao-int8",
+    "halo0-fp8",
+    "halo1-fp8",
+    "halo2-fp8",
+    "halo1-int8",
+    "halo2-int8",
+    "halo1-fp6",
+]
+
 
 def measure(name: str, tokens: int, k: int, n: int, reps: int) -> tuple[float, float, float]:
     """(ms as a CUDA graph, ms plain, MiB saved for backward)."""
@@ -48,26 +61,32 @@ def measure(name: str, tokens: int, k: int, n: int, reps: int) -> tuple[float, f
     return graph, plain, saved / 2**20
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--shapes", nargs="+", default=["4096x14336", "14336x4096", "4096x6144", "4096x4096"], help="INxOUT")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--reps", type=int, default=200, help="milliseconds of repetitions")
-    parser.add_argument("--name", default="linear")
-    args = parser.parse_args()
+    results.add_arguments(parser, "linear")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/linear.py needs a CUDA device")
-    rows = []
+    title = f"One linear layer, forward + backward, {args.tokens} tokens"
+    rows, why_not = [], {(shape, name): results.ENDED for shape in args.shapes for name in args.contenders}
     for shape in args.shapes:
         k, n = map(int, shape.split("x"))
         operations = 3 * 2 * args.tokens * k * n
-        reference = None
+        reference = None, None
         for name in args.contenders:
             try:
                 graph, plain, saved = measure(name, args.tokens, k, n, args.reps)
             except Exception as error:
                 print(f"{shape} {name}: {error!r:.300}")
+                why_not[shape, name] = results.reason(error)
                 continue
             reference = (graph, plain) if name == "bf16" else reference
             rows.append(
@@ -75,16 +94,23 @@ def main() -> None:
                     "in×out": shape,
                     "contender": name,
                     "graph ms": round(graph, 3),
-                    "× bf16": f"{reference[0] / graph:.2f}" if reference else None,
+                    "× bf16": results.speedup(reference[0], graph),
                     "plain ms": round(plain, 3),
-                    "× bf16 (plain)": f"{reference[1] / plain:.2f}" if reference else None,
+                    "× bf16 (plain)": results.speedup(reference[1], plain),
                     "TFLOP/s": round(operations / graph / 1e9),
                     "saved MiB": round(saved, 1),
                 }
             )
             print(rows[-1], flush=True)
-            results.write(args.name, f"One linear layer, forward + backward, {args.tokens} tokens", rows, quiet=True)
-    chart.draw(args.name)
+            save(args, title, rows, why_not)
+    if rows:
+        save(args, title, rows, why_not)  # the last ones may have failed
+        chart.draw(args.name, args.folder)
+
+
+def save(args: argparse.Namespace, title: str, rows: list[dict], why_not: dict) -> None:
+    options = {"panels": ["in×out"], "expected": DEFAULT, "why_not": why_not}
+    results.write(args.name, title, rows, "", args.folder, quiet=True, **options)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[Measured, float, float
     return measured, weight_bytes(model) / 2**30, converting
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="also haloLEVEL-DTYPE[-A], NAME/products"
@@ -80,27 +80,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
-    parser.add_argument("--name", default="lora", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "lora")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     need_cuda("lora.py")
     warm_up()
     title = f"Two Llama-3-8B blocks, LoRA of rank 16 on all linears, forward + backward, {args.batch}×{args.length} tokens"
-    rows, reference = [], None
+    rows, reference, why_not = [], None, {(name,): results.ENDED for name in args.contenders}
     for name in args.contenders:
-        found = take_turn(name, measure, args)
-        if found is None:
-            continue
-        measured, weights, converting = found
-        reference = measured if name == "bf16" else reference
-        row = {"model": "8b-blocks", "contender": name, **measured.columns(reference, args.batch * args.length)}
-        row |= {"weights GiB": f"{weights:.3f}", **measured.memory()}
-        row |= {"first two steps s": round(measured.first, 1), "converting s": round(converting, 2)}
-        rows.append(row)
-        print(row, flush=True)
-        results.write(args.name, title, rows, NOTES.format(args.memory_budget), quiet=len(rows) < len(args.contenders))
+        found, why_not[(name,)] = take_turn(name, measure, args)
+        if found is not None:
+            measured, weights, converting = found
+            reference = measured if name == "bf16" else reference
+            row = {"model": "8b-blocks", "contender": name, **measured.columns(reference, args.batch * args.length)}
+            row |= {"weights GiB": f"{weights:.3f}", **measured.memory()}
+            row |= {"first two steps s": round(measured.first, 1), "converting s": round(converting, 2)}
+            rows.append(row)
+            print(row, flush=True)
+        if rows:
+            notes = NOTES.format(args.memory_budget)
+            results.write(args.name, title, rows, notes, args.folder, True, expected=DEFAULT, why_not=why_not)
     if not rows:
         sys.exit("bench/lora.py: no contender ran")
-    chart.draw(args.name)
+    print((args.folder / f"{args.name}.md").read_text())
+    chart.draw(args.name, args.folder)
 
 
 if __name__ == "__main__":

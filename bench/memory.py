@@ -107,8 +107,12 @@ def peak(model: nn.Module, inputs: dict) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def title_of(name: str, args: argparse.Namespace) -> str:
+    return name if args.tiny else MODELS[name][2]
+
+
 def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
-    make, inputs_of, title = MODELS[name]
+    make, inputs_of, _ = MODELS[name]
     config, device = CONTENDERS[contender], "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = make(args.tiny).to(device, torch.bfloat16).train()
@@ -124,8 +128,8 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
         out = model(**inputs)
     del out
     return {
-        "model": title if not args.tiny else name,
-        "recipe": contender,
+        "model": title_of(name, args),
+        "contender": contender,
         "layers": len(layers),
         "saved by them, MiB": saved.layers / 2**20,
         "analytic, MiB": sum(saved_bytes(recipe, found[n]) for n in layers if found[n].first) / 2**20,
@@ -138,15 +142,19 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=4, help="images, or sequences of 512 tokens")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")
-    parser.add_argument("--name", default="memory", help="of the result files")
-    args = parser.parse_args()
-    rows = []
+    results.add_arguments(parser, "memory")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    rows, why_not = [], {}
     for model in args.models:
         base = None
         for contender in tqdm(args.contenders, desc=model):
@@ -154,6 +162,7 @@ def main() -> None:
                 row = measure(model, contender, args)
             except ValueError as error:  # HALO's recipes convert no convolution
                 print(f"{model} {contender}: {str(error).splitlines()[0]}")
+                why_not[title_of(model, args), contender] = results.reason(error)
                 continue
             if contender == "bf16":
                 base = row["saved by them, MiB"]
@@ -170,6 +179,10 @@ def main() -> None:
         "what is left. Analytic: from shapes, X of several linear layers counted once. Peak: of a forward and backward, "
         "gradients of weights included, weights not; on a CPU without what ops allocate for themselves. Bit operations count "
         "the method (halo_tensor/analysis.py); Hopper multiplies INT4 values as INT8, exactly.",
+        args.folder,
+        panels=["model"],
+        expected=CONTENDERS,
+        why_not=why_not,
     )
 
 

@@ -7,7 +7,6 @@ read them ÷ 32 (a power of two, so that bf16 weights lose nothing). bench/study
 """
 
 import argparse
-from pathlib import Path
 
 import results
 import torch
@@ -37,15 +36,17 @@ def inject_outliers(model: nn.Module) -> None:
                 linear.weight[:, channels] /= FACTOR
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help=".txt or .jsonl (default: Python's documentation)")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--name", default="outliers", help="of the result files")
-    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "outliers")
+    return parser.parse_args(argv)
 
+
+def main() -> None:
+    args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(args.model, torch.float32, device)
     inject_outliers(model)

@@ -76,7 +76,8 @@ def in_turn(f: Callable, xs: list[torch.Tensor]) -> None:
         f(x)
 
 
-def measure(shape: str, formats: list[str], reps: int) -> list[dict]:
+def measure(shape: str, formats: list[str], reps: int, why_not: dict) -> list[dict]:
+    """Rows of what ran; why the others did not goes into ``why_not``."""
     m, k = map(int, shape.split("x"))
     xs = [torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(TURNS)]
     candidates: dict[tuple[str, str], Callable] = {("bf16", "copy"): lambda x: (x.clone(),)}  # by format and name
@@ -90,6 +91,7 @@ def measure(shape: str, formats: list[str], reps: int) -> list[dict]:
             times[format, name] = ms = do_bench_cudagraph(partial(in_turn, f, xs), rep=reps, return_mode="median") / TURNS
         except Exception as error:
             print(f"{shape} {format} {name}: {error!r:.300}")
+            why_not[shape.replace("x", "×"), f"{format} {name}"] = results.reason(error)
             continue
         rate = (size(xs[0]) + written) / ms / 1e6
         ceiling = rate if name == "copy" else ceiling
@@ -108,18 +110,23 @@ def measure(shape: str, formats: list[str], reps: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["8192x4096", "8192x14336", "8192x6144"], help="ROWSxCOLUMNS")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--reps", type=int, default=100, help="milliseconds of repetitions in a graph")
-    parser.add_argument("--name", default="rotation", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "rotation")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/rotation.py needs a CUDA device")
     torch.manual_seed(0)
-    rows = [row for shape in args.shapes for row in measure(shape, args.formats, args.reps)]
-    results.write(args.name, "Rotating and quantising", rows, NOTES)
+    why_not: dict[tuple[str, ...], str] = {}
+    rows = [row for shape in args.shapes for row in measure(shape, args.formats, args.reps, why_not)]
+    results.write(args.name, "Rotating and quantising", rows, NOTES, args.folder, panels=["shape"], why_not=why_not)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import results
 import torch
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
@@ -33,12 +35,11 @@ class Measured:
 
     def columns(self, reference: "Measured | None", tokens: int) -> dict:
         """Of a table that times both plain calls and graphs."""
-        graphs = reference and reference.graph_ms and self.graph_ms
         return {
             "ms": round(self.ms, 2),
-            "× bf16": f"{reference.ms / self.ms:.2f}" if reference else None,
+            "× bf16": results.speedup(reference and reference.ms, self.ms),
             "graph ms": self.graph_ms and round(self.graph_ms, 2),
-            "× bf16 (graph)": f"{reference.graph_ms / self.graph_ms:.2f}" if graphs else None,
+            "× bf16 (graph)": results.speedup(reference and reference.graph_ms, self.graph_ms),
             "tokens/s": round(1e3 * tokens / self.ms),
         }
 
@@ -58,14 +59,14 @@ def warm_up() -> None:
         AsyncCompile.wait_pool_ready()
 
 
-def take_turn(name: str, measure: Callable, *args):
-    """``measure(name, *args)`` from empty caches; None if it failed, and then why is printed."""
+def take_turn(name: str, measure: Callable, *args) -> tuple[Any, str]:
+    """What ``measure(name, *args)`` returns from empty caches, and ""; or None and why it failed."""
     with fresh_cache():
         try:
-            return measure(name, *args)
+            return measure(name, *args), ""
         except Exception as error:
             print(f"{name}: {error!r:.300}", flush=True)
-            return None
+            return None, results.reason(error)
         finally:
             forget()
 

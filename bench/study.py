@@ -1,9 +1,11 @@
 """Does fine-tuning with a recipe give as good a model? Text-to-SQL, several seeds, on a model as shipped and with outliers.
 
+    python bench/study.py                                              # 800 chats to train on from the Hugging Face hub
     python bench/study.py --data chats.jsonl --budget-seconds 520      # repeated, it goes on where it stopped
     python bench/study.py --data chats.jsonl --part 0/8                # one of 8 processes that share a GPU
     python bench/study.py --join                                       # what they wrote
     python bench/study.py --data chats.jsonl --smoke                   # every code path, on any machine
+    python bench/study.py --data chats.jsonl --final 0.2.0             # on the reserved part, once for a release
 
 The model with outliers, of bench/outliers.py, computes the same function; large models have such channels by themselves.
 A seed of a run is an order of the data and a draw of the rotation's random signs. Results are written after every run.
@@ -24,17 +26,34 @@ import results
 import torch
 from common import fail, load_model
 from contenders import BALANCED, DRAWN, convert, draw_gains, rotated
-from data import batches, encode, pack, read_chats
+from data import SOURCES, Chat, batches, encode, load_chats, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from outliers import inject_outliers
-from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, table
+from split import RESERVED, split
+from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, load, write
 from torch import nn
 
 from halo_tensor import balance_
 from halo_tensor.weight import dense_value
 
+HUB_CHATS = 800  # to train on or to reserve, of a data set of the hub
 MOST_RUNS = 8  # of a group that go to one of several processes
-SETTINGS = ("model", "data", "dtype", "steps", "batch", "length", "lr", "prompts", "new_tokens", "compile")
+#: What the runs of one record have in common. A final record is one release's: other settings, or another commit, are refused.
+SETTINGS = (
+    "model",
+    "data",
+    "dtype",
+    "steps",
+    "batch",
+    "length",
+    "lr",
+    "prompts",
+    "new_tokens",
+    "compile",
+    "reserved",
+    "final",
+    "commit",
+)
 
 
 class Study:
@@ -51,9 +70,9 @@ class Study:
         self.states = {MODELS[0]: deepcopy(self.plain.state_dict())}
         inject_outliers(self.plain)
         self.states[MODELS[1]] = deepcopy(self.plain.state_dict())
-        chats = read_chats(args.data)
-        self.valid = chats[-args.prompts :]
-        self.train = [encode(self.tokenizer, chat) for chat in chats[: -args.prompts]]
+        self.parts = split(chats_of(args.data, args.prompts), args.prompts)
+        self.valid = self.parts.reserved[: args.prompts] if args.final else self.parts.held_out
+        self.train = [encode(self.tokenizer, chat) for chat in self.parts.train]
         self.pad = self.tokenizer.pad_token_id or 0
         self.valid_rows = pack([encode(self.tokenizer, chat) for chat in self.valid], args.length, self.pad)
         self.probe = self._on_device(next(batches(self.train, args.batch, args.length, self.pad, seed=0)))
@@ -218,9 +237,10 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help=".jsonl with messages in every line; the last ones are for validation")
+    sources = f"one of {', '.join(SOURCES)} (from the hub), or a .jsonl with messages in every line, the last for validation"
+    parser.add_argument("--data", default="sql", help=sources)
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="of the weights")
     parser.add_argument("--only", nargs="+", default=[*MAIN, *OTHERS], choices=[*MAIN, *OTHERS], metavar="RECIPE")
@@ -230,22 +250,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows of packed conversations")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--prompts", type=int, default=100, help="conversations for validation")
+    parser.add_argument("--prompts", type=int, default=100, help="conversations for validation: the last ones are held out")
+    parser.add_argument("--final", metavar="RELEASE", help="evaluate on the reserved part instead, for this release and once")
     parser.add_argument("--new-tokens", type=int, default=64, help="that an answer may have")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no run that may end after this")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--smoke", action="store_true", help="tiny: 2 steps, 1 seed, 3 blocks; results go to outputs/")
-    parser.add_argument("--name", default="study", help="of the result files")
+    results.add_arguments(parser, "study")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--part", type=_part, metavar="I/N", help="do the I-th (from 0) of N shares of the runs not done yet")
     several.add_argument("--join", action="store_true", help="merge what the parts wrote, and stop")
-    args = parser.parse_args()
-    if not args.data and not args.join:
-        parser.error("--data is required, but for --join")
+    args = parser.parse_args(argv)
+    args.reserved, args.commit = RESERVED, None
+    if args.final:
+        args.commit, args.name = results.commit(), f"{args.name}_final_{args.final}"
+        if not args.smoke and (args.commit is None or args.commit.endswith("-dirty")):
+            parser.error(f"--final is for the commit of a release, and this is {args.commit or 'unknown'}: commit first")
     if args.smoke:
         args.seeds = args.other_seeds = 1
         args.steps, args.batch, args.length, args.prompts, args.new_tokens = 2, 2, 128, 3, 4
     return args
+
+
+def chats_of(data: str, held_out: int) -> list[Chat]:
+    """Those to train on or to reserve, then as many as are ``held_out``."""
+    if data not in SOURCES:
+        return read_chats(data)
+    train, valid = load_chats(data, max(HUB_CHATS, held_out))
+    return train[:HUB_CHATS] + valid[:held_out]
 
 
 def read(path: Path, settings: dict) -> list[dict]:
@@ -255,10 +287,12 @@ def read(path: Path, settings: dict) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    folder = Path("outputs") if args.smoke else results.FOLDER
+    folder = Path("outputs") if args.smoke and args.folder == results.FOLDER else args.folder
     if args.join:
         return join(args.name, folder)
     settings, failed = {name: getattr(args, name) for name in SETTINGS}, 0
+    title = f"Fine-tuning {args.model or 'SmolLM2-135M-Instruct'} on {args.data}"
+    title += f", release {args.final} on the reserved part" if args.final else ""
     whole = folder / f"{args.name}.json"
     path = folder / f"{args.name}_part{args.part[0]}.json" if args.part else whole
     if args.smoke:
@@ -274,19 +308,25 @@ def main() -> None:
     # Every group compiles the same code anew.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     study = Study(args)
-    title = f"Fine-tuning {args.model or 'SmolLM2-135M-Instruct'} on {args.data}"
-    notes = NOTES.format(examples=len(study.train), compiled=", each block compiled" if args.compile else "", **settings)
+    notes = NOTES.format(
+        examples=len(study.train),
+        compiled=", each block compiled" if args.compile else "",
+        evaluated=f"{len(study.valid)} {'reserved' if args.final else 'held-out'} prompts",
+        **settings,
+    )
+    about = {"settings": settings, "parts": study.parts.described()}
     print(f"ready after {time.perf_counter() - study.started:.0f} s", flush=True)
 
+    made = results.made()
+    made["command"] = re.sub(r"(--part[ =])\d+/", r"\g<1>0/", made["command"])  # the parts' commands are one to a reader
+
     def record(run: dict) -> None:
-        runs.append(run)
+        runs.append(run | {"made": made})
         if args.part:
-            command = results.command(sys.argv).replace(f"--part {args.part[0]}/", "--part I/")
-            text = {"title": title, "command": command, "notes": notes, "settings": settings, "runs": runs}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")
+            path.write_text(results.dumps({"title": title, "notes": notes, **about, "runs": runs}))
         else:
-            results.write(args.name, title, table(runs), notes, folder, quiet=True, settings=settings, runs=runs)
+            write(args.name, title, runs, notes, folder, **about)
         print(json.dumps(run, ensure_ascii=False), flush=True)
 
     for which in MODELS if not args.part or args.part[0] == 0 else ():

@@ -43,13 +43,13 @@ NOTES = (
     "the optimiser, for every recipe. A seed is an order of the data, and of HALO-1 and -2 also a draw of the rotation's "
     "signs; ± is the standard deviation over seeds, but of change the standard error of the mean. Gradient cosine: of all "
     "linears but lm_head, before training, with the gradient in float32; the mean over seeds. Validation loss and exact "
-    "match (greedy answers to {prompts} held-out prompts, as normalised strings): of the trained weights, exported and run "
+    "match (greedy answers to {evaluated}, as normalised strings): of the trained weights, exported and run "
     "in {dtype}; change: against bf16 with the same seed. " + EAGER + " is bf16 with its blocks not compiled, that is with "
     "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of "
     "training data, before training. drawn: with other roundings for every seed, by random powers of two that X and W share. "
     "By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
     "step, optimiser included{compiled}, over runs that had the device to themselves; a model this small is bound by "
-    "launching, so this is no measure of speed."
+    "launching, so this is no measure of speed. A command with --part 0/N stands for those of all N parts."
 )
 
 
@@ -89,8 +89,9 @@ def table(runs: list[dict]) -> list[dict]:
             speeds = [a["tokens/s"] / b["tokens/s"] for a, b in pairs if a.get("tokens/s") and b["tokens/s"]]
             rows.append(
                 {
+                    "made": results.together(run["made"] for run in group),
                     "model": which,
-                    "recipe": recipe,
+                    "contender": recipe,
                     "seeds": len(group),
                     "gradient cosine": f"{statistics.mean(run['cosine'] for run in group):.4f}" if trained else None,
                     "validation loss": spread([run["validation"] for run in group], "{:.4f}"),
@@ -102,6 +103,12 @@ def table(runs: list[dict]) -> list[dict]:
                 }
             )
     return rows
+
+
+def write(name: str, title: str, runs: list[dict], notes: str, folder: Path, **about) -> None:
+    """``about``: "settings", and which "parts" the data have."""
+    options = {"panels": ["model"], "expected": [*MAIN, *OTHERS], **about, "runs": runs}
+    results.write(name, title, table(runs), notes, folder, quiet=True, **options)
 
 
 def draw(name: str, runs: list[dict], folder: Path) -> None:
@@ -160,10 +167,8 @@ def join(name: str, folder: Path) -> None:
     merged = {key(run): run for record in records for run in record["runs"]}
     order = [(which, recipe) for recipe in RECIPES for which in MODELS]
     runs = sorted(merged.values(), key=lambda run: (order.index(key(run)[:2]), run["seed"]))
-    commands = "\n".join(record["command"] for record in records)
-    results.write(
-        name, last["title"], table(runs), last["notes"], folder, quiet=True, after=commands, settings=settings, runs=runs
-    )
+    about = {field: last[field] for field in ("settings", "parts") if field in last}
+    write(name, last["title"], runs, last["notes"], folder, **about)
     draw(name, runs, folder)
     for path in parts:
         path.unlink()

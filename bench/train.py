@@ -11,7 +11,6 @@ is written after every row, and goes on where an earlier one of the same environ
 import argparse
 import itertools
 import time
-from pathlib import Path
 
 import chart
 import results
@@ -24,7 +23,7 @@ from torch._functorch import config as functorch
 #: name -> (shape, adapters only, how it is compiled unless told)
 MODELS = {"1b": ("1b", False, "model"), "3b": ("3b", False, "blocks"), "8b-lora": ("8b", True, "blocks")}
 TINY_MODELS = {"tiny": ("tiny", False, "blocks"), "tiny-lora": ("tiny", True, "blocks")}
-DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "halo0-fp8", "halo1-fp8", "halo1-int8"]
+DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "halo0-fp8", "halo1-fp8", "halo1-int8"]
 PANEL = ("model", "sequences", "recomputed", "compiled")  # what rows have in common that are compared
 NOTES = (
     "Llama-3.2-1B and -3B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on every linear "
@@ -97,11 +96,11 @@ def compared(rows: dict[tuple, dict]) -> list[dict]:
     panels = list(dict.fromkeys(k[:-1] for k in rows))
     for k, row in rows.items():
         reference = rows.get((*k[:-1], "bf16"))
-        row["× bf16"] = f"{reference['ms'] / row['ms']:.2f}" if reference else None
+        row["× bf16"] = results.speedup(reference and reference["ms"], row["ms"])
     return sorted(rows.values(), key=lambda row: panels.index(key(row)[:-1]))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
     parser.add_argument("--lengths", nargs="+", type=int, help="of sequences (default: 2048)")
@@ -114,9 +113,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after this")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
-    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="of the result files")
-    parser.add_argument("--name", default="train", help="of the result files")
-    args = parser.parse_args()
+    results.add_arguments(parser, "train")
+    args = parser.parse_args(argv)
     args.known = TINY_MODELS if args.tiny else MODELS
     args.models = args.models or (list(TINY_MODELS) if args.tiny else ["1b"])
     args.lengths = args.lengths or ([64] if args.tiny else [2048])
@@ -128,25 +126,26 @@ def main() -> None:
     start, args = time.perf_counter(), parse_args()
     if not args.tiny:
         need_cuda("train.py")
-    before = results.earlier(args.name, args.folder)
-    rows = {key(row): row for row in before["rows"]}
+    rows = {key(row): row for row in results.earlier(args.name, args.folder)}
+    title = f"Training steps of {args.tokens} tokens" + (", small shapes" if args.tiny else "")
+    asked = list(itertools.product(list(places(args)), args.contenders))
+    why_not = {(*panel.values(), name): results.ENDED for (panel, _), name in asked}
     warm_up()
-    for (panel, place), name in itertools.product(list(places(args)), args.contenders):
-        if args.missing and (*panel.values(), name) in rows:
+    for (panel, place), name in asked:
+        at = (*panel.values(), name)
+        if args.missing and at in rows:
             continue
         if time.perf_counter() - start > args.budget_seconds:
             print(f"stopped before {name}, {', '.join(panel.values())}: {args.budget_seconds:g} s are spent")
             break
-        measured = take_turn(name, measure, place, args)
-        if measured is None:
-            continue
-        row = row_of(panel, name, measured, args.tokens)
-        rows[key(row)] = row
-        title = f"Training steps of {args.tokens} tokens" + (", small shapes" if args.tiny else "")
-        results.write(
-            args.name, title, compared(rows), NOTES, args.folder, quiet=True, after=before["command"], panels=list(PANEL)
-        )
-        print(f"{time.perf_counter() - start:.0f} s: {row}", flush=True)
+        measured, why_not[at] = take_turn(name, measure, place, args)
+        if measured is not None:
+            rows[at] = row_of(panel, name, measured, args.tokens)
+        if rows:
+            options = {"panels": PANEL, "expected": DEFAULT, "why_not": why_not}
+            results.write(args.name, title, compared(rows), NOTES, args.folder, quiet=True, **options)
+        done = {column: value for column, value in rows.get(at, {}).items() if column != "made"}
+        print(f"{time.perf_counter() - start:.0f} s: {done or why_not[at]}", flush=True)
     if rows:
         print((args.folder / f"{args.name}.md").read_text())
         chart.draw(args.name, args.folder)

@@ -5,8 +5,6 @@ quantize_(model, halo_config(level=1, dtype="int8"))
 model = torch.compile(model)
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from halo_tensor.balance import balance_
 from halo_tensor.calibrate import calibrate
 from halo_tensor.checkpointing import keep_products
@@ -24,12 +22,8 @@ from halo_tensor.config import (
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
 from halo_tensor.tensor import HadamardQuantTensor
+from halo_tensor.version import __version__ as __version__
 from halo_tensor.weight import HaloWeight
-
-try:
-    __version__ = version("halo_tensor")
-except PackageNotFoundError:  # imported from a source tree
-    __version__ = "0.0.0"
 
 __all__ = [
     "Balanced",

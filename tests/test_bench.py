@@ -41,6 +41,7 @@ def test_several_calls_build_one_table(tmp_path):
 
 
 def test_a_spent_budget_and_another_environment(tmp_path):
-    (tmp_path / "train.json").write_text(json.dumps({"environment": "elsewhere", "rows": [{}], "command": "x"}))
+    made = {"date": "2026-01-01", "device": "another", "halo_tensor": "0.1.0", "torch": "2.11.0", "torchao": "0.18.0"}
+    (tmp_path / "train.json").write_text(json.dumps({"environment": "elsewhere", "rows": [{"made": made}]}))
     out, _ = train(tmp_path, "--budget-seconds", "0", "--models", "tiny")
     assert "is replaced: it comes from elsewhere" in out and "stopped before bf16, tiny, 2×64" in out

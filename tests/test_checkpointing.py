@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import halo_config, hot_config, keep_products, quantize_
@@ -80,3 +81,21 @@ def test_compiled(frozen):
     expected = torch.autograd.grad(model(x), [x, *parameters], e)
     for a, b in zip(torch.autograd.grad(y, [x, *parameters], e), expected, strict=True):
         assert relative_error(a, b) < 1e-3  # the compiled norm rounds otherwise, which moves a few codes by one
+
+
+@pytest.mark.parametrize("width", [511, 512])
+def test_short_contractions_are_repeated(width):
+    """The product of an adapter takes longer to write than to compute, so only longer ones are kept."""
+    layer, x = nn.Linear(width, 8, bias=False), torch.randn(4, width, requires_grad=True)
+    products = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        y = checkpoint(lambda x: layer(x).exp().cos(), x, use_reentrant=False, context_fn=keep_products)
+        y.sum().backward()
+    assert products[torch.ops.aten.mm.default] == (3 if width >= 512 else 4)  # forward's, backward's two, and the repeated one
+    assert products[torch.ops.aten.exp.default] == 2

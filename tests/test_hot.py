@@ -1,6 +1,7 @@
 """HOT: the backward products against their float64 definitions, what is saved, and what it trains."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +286,20 @@ def test_bit_operations():
     assert 0 < counts["transforms"] < 0.2 * products * 16 * 16
     external = bit_operations(RECIPES["lbp_wht"], shape)
     assert external["grad_input"] == external["grad_weight"] == products // 2 * 16 * 16
+
+
+def test_saved_bytes_of_every_scale():
+    """Codes take a byte, scales four; a matrix in high precision as many bits as are said; groups save each their own."""
+    shape = Shape(tokens=256, in_features=48, out_features=128, groups=3, saved=(70, 48))
+
+    def saved(scale, format=INT8, **rotations):
+        product = Product(Operand(format, scale, **rotations), Operand(format, scale, **rotations))
+        return analysis.saved_bytes(SimpleNamespace(grad_weight=product), shape)
+
+    assert saved("tensor") == 3 * (70 * 48 + 4) and saved("unit") == 3 * 70 * 48
+    assert saved("tokens") == 3 * (70 * 48 + 4 * 70) and saved("in_features") == 3 * (70 * 48 + 4 * 48)
+    assert saved("block") == 3 * (70 * 48 + 4 * 3 * 2)  # blocks of 32×32
+    assert (
+        analysis.saved_bytes(Recipe(), shape) == 3 * 70 * 48 * 2
+        and analysis.saved_bytes(Recipe(), shape, 32) == 3 * 70 * 48 * 4
+    )

@@ -15,12 +15,17 @@ PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
 class Environment(dict):
     """A dictionary that JSON can hold; ``str`` lists it, a line per entry."""
 
-    def line(self) -> str:
-        """Date, device and the versions that matter, to be printed beside a figure."""
+    def facts(self) -> dict[str, str]:
+        """Date, device and the versions that matter, to be kept beside a figure."""
         cpu, *gpus = self["devices"]
         device = gpus[0]["name"] if gpus else f"CPU ({platform.machine()}, {cpu['threads']} threads)"
         packages = ["halo_tensor", "torch", *(["triton"] if gpus else []), "torchao"]
-        return f"{date.today()}, {device}, {', '.join(f'{name} {self[name]}' for name in packages)}"
+        return {"date": str(date.today()), "device": device} | {name: self[name] for name in packages}
+
+    def line(self) -> str:
+        """The same in one line, to be printed."""
+        day, device, *versions = self.facts().items()
+        return ", ".join([day[1], device[1], *(f"{name} {version}" for name, version in versions)])
 
     def __str__(self) -> str:
         lines = []
