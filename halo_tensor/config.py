@@ -3,9 +3,10 @@
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_from_dict, config_to_dict
@@ -28,6 +29,8 @@ DTYPES: dict[str, Format | None] = {
     "fp6_e3m2": recipes.FP6_E3M2,
     "bf16": None,
 }
+#: of the files that ``LayerConfigs.save`` writes
+_FILE_VERSION = 1
 #: bits of HOT's products -> format
 BITS = {4: recipes.INT4, 8: recipes.INT8}
 
@@ -40,8 +43,9 @@ class LinearConfig(AOBaseConfig):
         skip: a regular expression; layers in whose qualified name it is found are left alone. Output embeddings and layers
             with tied weights always are (pass ``filter_fn`` to :func:`~halo_tensor.quantize_` to decide otherwise).
         min_features: layers with fewer input or output features gain nothing and are left alone.
-        frozen: hold weights as codes only, without a high-precision copy: half of bf16's memory or less, and such a weight
-            cannot be trained. None freezes the weights that do not require a gradient when they are converted.
+        frozen: hold weights of ``nn.Linear`` as codes only, without a high-precision copy: half of bf16's memory or less, and
+            such a weight cannot be trained. A ``Conv1D`` keeps its weight as it is. None freezes the weights that do not
+            require a gradient when they are converted.
         keep_codes: hold a trained ``nn.Linear``'s codes beside it, a byte an element, and quantise it whenever it is written
             to. False quantises it in every forward instead, one that recomputes included, and holds nothing. Not for FSDP,
             which sends codes, nor for ``balance_``, whose s is the codes'.
@@ -81,7 +85,7 @@ class HaloConfig(LinearConfig):
     """HALO with a level, a dtype and a granularity. Made by :func:`halo_config`, which explains the fields."""
 
     level: int = 1
-    dtype: str = "fp8"
+    dtype: str = "int8"
     granularity: str = field(default="row", kw_only=True)
     block_size: int | None = field(default=128, kw_only=True)
     seed: int | None = field(default=0, kw_only=True)
@@ -164,13 +168,32 @@ class LayerConfigs(AOBaseConfig):
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
         configs = {name: config_to_dict(config) for name, config in self.layers.items()}
-        Path(path).write_text(json.dumps({"layers": configs, "measured": self.measured}, indent=1) + "\n")
+        record = {"version": _FILE_VERSION, "layers": configs, "measured": self.measured}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerConfigs":
-        """Read what :meth:`save` wrote."""
-        record = json.loads(Path(path).read_text())
-        return cls({name: config_from_dict(config) for name, config in record["layers"].items()}, record["measured"])
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no such JSON, is of a version that is not known, or a field is unknown, missing or wrong;
+                the message names the file, the layer and the field.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON, which LayerConfigs.save writes: {error}") from None
+        _check_fields(record, str(path), {"layers"}, {"version", "layers", "measured"})
+        if (version := record.get("version", 1)) != _FILE_VERSION:  # 0.1.0 wrote none
+            raise ValueError(
+                f"{path} is of version {version!r}, and this halo_tensor reads version {_FILE_VERSION}: read it with the one "
+                "that wrote it, or calibrate again"
+            )
+        for key in ("layers", "measured"):
+            if not isinstance(record.get(key, {}), dict):
+                raise ValueError(f"{path}: {key!r} must be an object with a value for each layer")
+        layers = {name: _from_record(config, f"{path}, layer {name!r}") for name, config in record["layers"].items()}
+        return cls(layers, record.get("measured", {}))
 
     def __str__(self) -> str:
         counts = Counter(self.layers.values())
@@ -189,7 +212,7 @@ class Balanced:
 
 def halo_config(
     level: int = 1,
-    dtype: str = "fp8",
+    dtype: str = "int8",
     *,
     granularity: str = "row",
     block_size: int | None = 128,
@@ -276,6 +299,33 @@ def recipe_config(
     return RecipeConfig(name, skip=skip, min_features=min_features, frozen=frozen, adapters=adapters)
 
 
+def _from_record(record: Any, where: str) -> LinearConfig:
+    """The config that torchao's ``config_to_dict`` wrote as ``record``; errors name the field and ``where`` it is."""
+    _check_fields(record, where, {"_type", "_data"}, {"_type", "_version", "_data"})
+    kinds = {kind.__name__: kind for kind in (HaloConfig, HotConfig, RecipeConfig)}
+    kind = kinds.get(record["_type"])
+    if kind is None:
+        raise ValueError(f"{where}: _type must be one of {', '.join(kinds)}; got {record['_type']!r}")
+    if (version := record.get("_version", 1)) != kind.version:
+        raise ValueError(
+            f"{where}: a {kind.__name__} of _version {version!r}, and this halo_tensor reads _version {kind.version}: read it "
+            "with the one that wrote it"
+        )
+    # 0.1.0 wrote every field. Without dtype a file is written by hand, perhaps for 0.1.0, whose default was another.
+    required = {"dtype"} if kind is HaloConfig else set()
+    _check_fields(record["_data"], where, required, {f.name for f in fields(kind)} - {"version"})
+    return cast(LinearConfig, config_from_dict(record))
+
+
+def _check_fields(record: Any, where: str, required: set[str], known: set[str]) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with {', '.join(sorted(known))}; got {record!r:.80}")
+    if unknown := sorted(record.keys() - known):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; this halo_tensor knows {', '.join(sorted(known))}")
+    if missing := sorted(required - record.keys()):
+        raise ValueError(f"{where}: the field {missing[0]!r} is missing")
+
+
 def _one_of(what: str, value, valid: tuple) -> None:
     if value not in valid or type(value) not in map(type, valid):  # 8.0 and True equal integers
         raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}; got {value!r}")
@@ -308,14 +358,16 @@ def _hot(rank, block, grad_input_bits, grad_weight_bits, scale, granularity, rou
 @register_quantize_module_handler(RecipeConfig)
 def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: str = "weight") -> torch.nn.Module:
     """torchao's hook: make a layer follow ``config``, in place."""
-    recipe, weight = config.recipe, module.weight
+    recipe, weight = config.recipe, cast(Any, getattr(module, "weight", None))
     obstacle = layers.misfit(module, recipe) if layers.features(module) else "no layer of a kind that it knows"
     if obstacle or parameter_name != "weight":
         raise ValueError(
-            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear, and with a "
-            f"plain forward nn.Conv2d and Conv1D; got {parameter_name!r} of {type(module).__name__}"
+            f"{type(config).__name__} converts the weight of nn.Linear layers that are called through F.linear, of Conv1D, "
+            f"and with a plain forward of nn.Conv2d; got {parameter_name!r} of {type(module).__name__}"
             + (f": {obstacle}" if obstacle else "")
         )
+    if layers.is_empty(module):
+        return module
     if (type(weight) is not torch.nn.Parameter and not isinstance(weight, HaloWeight)) or not weight.is_floating_point():
         raise ValueError(
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "

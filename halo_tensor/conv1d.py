@@ -1,4 +1,4 @@
-"""transformers' ``Conv1D``, GPT-2's linear layer with a transposed weight, by a recipe with a plain forward.
+"""transformers' ``Conv1D``, GPT-2's linear layer with a transposed weight, by a recipe.
 
 Imports transformers; :mod:`halo_tensor.layers` imports this module when it meets such a layer.
 """
@@ -11,7 +11,8 @@ from halo_tensor.recipe import Recipe
 
 
 class HaloConv1D(Conv1D):
-    """A ``Conv1D`` that follows ``recipe``; its weight stays [in, out]."""
+    """A ``Conv1D`` that follows ``recipe``. Its weight stays a plain parameter [in, out], as optimisers, state dicts and PEFT
+    know it; a recipe that quantises it in ``output`` does so in every forward."""
 
     recipe: Recipe
 

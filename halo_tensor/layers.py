@@ -1,7 +1,8 @@
 """The kinds of layer that can follow a recipe, and how each is made to.
 
-``nn.Linear`` follows any: its weight becomes a :class:`~halo_tensor.weight.HaloWeight`. ``nn.Conv2d`` and transformers'
-``Conv1D`` follow recipes with a plain forward: their weights stay as they are, and a subclass takes over.
+``nn.Linear`` follows any: its weight becomes a :class:`~halo_tensor.weight.HaloWeight`. So does transformers' ``Conv1D``, and
+``nn.Conv2d`` follows recipes with a plain forward: their weights stay as they are, and a subclass takes over. A Conv1D under
+a recipe with a quantised forward quantises its weight in every forward, as an nn.Linear with ``keep_codes=False`` does.
 """
 
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from halo_tensor import subclasses
 from halo_tensor.conv import HaloConv2d
 from halo_tensor.modules import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
@@ -32,6 +34,11 @@ def features(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def is_empty(module: Any) -> bool:
+    """Whether a layer has no features on a side, as ``Linear(0, n)``: there is nothing to multiply."""
+    return 0 in (features(module) or ()) and not nn.parameter.is_lazy(module._parameters.get("weight"))
+
+
 def input_of(args: tuple, kwargs: dict) -> Any:
     """The input of a layer that was called with these."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -39,12 +46,14 @@ def input_of(args: tuple, kwargs: dict) -> Any:
 
 def misfit(module: nn.Module, recipe: Recipe) -> str | None:
     """Why a layer cannot follow ``recipe``, if it cannot."""
+    if features(module) is None:
+        return "of convolutions, only nn.Conv2d is converted"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its owner does not call it through F.linear"
     if isinstance(module, nn.Linear):
         return None
-    if recipe.output != Product():
-        return f"a {type(module).__name__} follows recipes with a plain forward only"
+    if isinstance(module, nn.Conv2d) and recipe.output != Product():
+        return f"a {type(module).__name__} follows recipes with a plain forward only, as hot_config()'s"
     if type(module) not in (nn.Conv2d, _conv1d()) and recipe_of(module) is None:
         return f"it is a {type(module).__name__}, whose forward may be its own"
     return None
@@ -62,6 +71,7 @@ def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) 
     """Make a layer follow ``recipe``, in place. ``frozen``, ``keep_codes``: see :class:`~halo_tensor.config.LinearConfig`."""
     if isinstance(module, nn.Linear):
         convert_weight(module, recipe, frozen, keep_codes)
+        subclasses.follow_linear(module)
         return
     if isinstance(module, nn.Conv2d):
         module.__class__ = HaloConv2d
@@ -76,6 +86,7 @@ def restore(module: Any) -> None:
     """The inverse of :func:`convert`."""
     if isinstance(module, nn.Linear):
         restore_weight(module)
+        subclasses.own_class(module)
     else:
         del module.recipe
         module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else _conv1d()

@@ -277,8 +277,8 @@ def linear(
     recipe: Recipe | None = None,
     gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, whose output is
-    plain, of any weight.
+    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, of any weight,
+    which is quantised in every call if the recipe's output quantises it.
 
     Args:
         x: [..., in], of the weight's dtype; bias: [out], one number, or None. Under autocast the result has its dtype, while

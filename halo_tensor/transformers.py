@@ -1,10 +1,10 @@
 """Quantised checkpoints through transformers: quantise a model as it is loaded, save it quantised, load it again.
 
 from halo_tensor.transformers import HaloQuantConfig  # importing this module teaches transformers to read "halo" checkpoints
-model = AutoModelForCausalLM.from_pretrained(name, quantization_config=HaloQuantConfig(level=1, dtype="fp8"))
+model = AutoModelForCausalLM.from_pretrained(name, quantization_config=HaloQuantConfig(level=1, dtype="int8"))
 
-Every weight that :func:`~halo_tensor.quantize_` would convert is quantised as it arrives on its device and held as codes only,
-so no more than one of them is there in high precision at a time. Such a model trains with adapters (PEFT).
+Every weight of an ``nn.Linear`` that :func:`~halo_tensor.quantize_` would convert is quantised as it arrives on its device and
+held as codes only, so no more than one of them is there in high precision at a time. Such a model trains with adapters (PEFT).
 ``model.save_pretrained`` writes codes and scales, and ``from_pretrained`` reads them back, bit for bit, with no config but the
 checkpoint's; ``model.dequantize()`` makes it a plain model again.
 
@@ -14,7 +14,7 @@ a reader without this module stops at their shape and does not take them for wei
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
@@ -25,12 +25,13 @@ from transformers.utils.versions import require_version
 
 from halo_tensor import gains
 from halo_tensor.config import HaloConfig, halo_config
-from halo_tensor.convert import Conversion, dequantize_, layer_filter, warn_of_unrotated
+from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, warn_of_share, warn_of_unrotated
 from halo_tensor.modules import set_weight
 from halo_tensor.ops import formats
 from halo_tensor.ops.device import check_device
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe
+from halo_tensor.subclasses import follow_linear
 from halo_tensor.tensor import HadamardQuantTensor
 from halo_tensor.weight import HaloWeight, dense_value
 
@@ -52,7 +53,7 @@ class HaloQuantConfig(QuantizationConfigMixin):
     """
 
     level: int = 1
-    dtype: str = "fp8"
+    dtype: str = "int8"
     granularity: str = "row"
     block_size: int | None = 128
     seed: int | None = 0
@@ -65,6 +66,21 @@ class HaloQuantConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"HaloQuantConfig quantises weights, and dtype {self.dtype!r} does not; load the model without it"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """What transformers makes of a checkpoint's ``quantization_config``.
+
+        Raises:
+            ValueError: it has a field that is not known, or a value that is not valid.
+        """
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(config_dict.keys() - set(known)):
+            raise ValueError(
+                f"the quantization_config of this checkpoint has a field {unknown[0]!r} that this halo_tensor does not know "
+                f"(it knows {', '.join(known)}). Load it with the version that wrote it, or upgrade"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     @property
     def halo_config(self) -> HaloConfig:
@@ -110,19 +126,24 @@ class HaloQuantizer(HfQuantizer):
         accept = layer_filter(model, config)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         precise = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
-        self.report = Conversion(config, skipped=accept.reasons)  # type: ignore[attr-defined]
+        converted = []
+        skipped: dict[str, str] = accept.reasons  # type: ignore[attr-defined]
         for name, module in model.named_modules():
             if not accept(module, name):
                 continue
-            if f"{name}.weight" in tied:
-                self.report.skipped[name] = "its weight is tied to another layer's"
+            if not isinstance(module, nn.Linear):
+                skipped[name] = f"a {type(module).__name__} holds no codes: load without HaloQuantConfig, then call quantize_"
+            elif f"{name}.weight" in tied:
+                skipped[name] = "its weight is tied to another layer's"
             elif precise & set(name.split(".")):
-                self.report.skipped[name] = "the model keeps it in float32"
+                skipped[name] = "the model keeps it in float32"
             else:
-                self.report.converted.append(name)
+                converted.append(name)
+        self.report = survey(model, config, converted, skipped)
         if not self.report.converted:
             why = self.report.reasons or "  it has no nn.Linear"
             raise ValueError(f"no layer of this {type(model).__name__} can be quantised:\n{why}")
+        warn_of_share(model, self.report)
         self.weights = {f"{name}.weight" for name in self.report.converted}
         logger.info("%s", self.report)
 
@@ -225,6 +246,7 @@ def _hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:
     module = model.get_submodule(name.rpartition(".")[0])
     assert isinstance(module, nn.Linear)
     set_weight(module, weight)
+    follow_linear(module)
     return module.get_parameter("weight")
 
 

@@ -1,10 +1,12 @@
+import json
 import pickle
 
 import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import FqnToConfig
 
-from halo_tensor import halo_config, hot_config, recipe_config
+from halo_tensor import HaloConfig, LayerConfigs, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.ops import device
 from halo_tensor.recipe import FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, RECIPES, Recipe, Rotation
 
@@ -21,6 +23,87 @@ def test_configs_round_trip_through_torchao(config):
     assert config_from_dict(config_to_dict(config)) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert {config: 1}[config_from_dict(config_to_dict(config))] == 1
+
+
+def test_the_default_is_int8_at_level_1():
+    assert halo_config() == HaloConfig() == halo_config(1, "int8") != halo_config(1, "fp8")
+
+
+#: As 0.1.0 wrote it, whose default dtype was fp8.
+WRITTEN_BY_0_1_0 = {
+    "layers": {
+        "a": {
+            "_type": "HaloConfig",
+            "_version": 1,
+            "_data": {
+                "skip": "lm_head", "min_features": 128, "frozen": None, "keep_codes": True, "adapters": False, "level": 1,
+                "dtype": "fp8", "granularity": "row", "block_size": 128, "seed": 0,
+            },
+        }
+    },
+    "measured": {"a": {"cosine of candidate 0": 0.99}},
+}  # fmt: skip
+
+
+def test_what_0_1_0_saved_means_what_it_meant(tmp_path):
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps(WRITTEN_BY_0_1_0))
+    loaded = LayerConfigs.load(path)
+    assert loaded == LayerConfigs({"a": halo_config(1, "fp8")}, WRITTEN_BY_0_1_0["measured"])
+    everything = LayerConfigs({"a": halo_config(), "b": hot_config(), "c": recipe_config("jetfire")})
+    everything.save(path)
+    assert LayerConfigs.load(path) == everything
+    assert {"dtype", "level", "granularity"} <= json.loads(path.read_text())["layers"]["a"]["_data"].keys()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (["version"], 2, r"layers.json is of version 2, and this halo_tensor reads version 1"),
+        (["extra"], 1, r"layers.json: unknown field 'extra'"),
+        (["layers"], None, r"layers.json: the field 'layers' is missing"),
+        (["layers"], [], r"'layers' must be an object"),
+        (["layers", "a"], 3, r"layer 'a': expected an object"),
+        (
+            ["layers", "a", "_type"],
+            "Int4WeightOnlyConfig",
+            r"layer 'a': _type must be one of HaloConfig, HotConfig, RecipeConfig",
+        ),
+        (["layers", "a", "_type"], None, r"layer 'a': the field '_type' is missing"),
+        (["layers", "a", "_version"], 7, r"layer 'a': a HaloConfig of _version 7, and this halo_tensor reads _version 1"),
+        (
+            ["layers", "a", "_data", "blocks"],
+            1,
+            r"layer 'a': unknown field 'blocks'; this halo_tensor knows adapters, block_size",
+        ),
+        (["layers", "a", "_data", "dtype"], None, r"layer 'a': the field 'dtype' is missing"),
+        (["layers", "a", "_data", "dtype"], "int3", r"dtype must be one of 'int8'"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, list) else None,
+)
+def test_files_that_cannot_be_read_say_which_field(tmp_path, where, value, message):
+    record = json.loads(json.dumps(WRITTEN_BY_0_1_0))
+    place = record
+    for key in where[:-1]:
+        place = place[key]
+    if value is None:
+        del place[where[-1]]
+    else:
+        place[where[-1]] = value
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        LayerConfigs.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"layers.json is no JSON"):
+        LayerConfigs.load(path)
+
+
+def test_configs_of_no_layer():
+    with pytest.raises(ValueError, match="these LayerConfigs name no layer"):
+        quantize_(torch.nn.Sequential(torch.nn.Linear(128, 128)), LayerConfigs({}))
+    with pytest.raises(ValueError, match="(?s)no layer of this Sequential was converted.*filter_fn or the config says so"):
+        quantize_(torch.nn.Sequential(torch.nn.Linear(128, 128)), FqnToConfig({"1": halo_config()}))
 
 
 def test_dtypes_choose_formats():

@@ -50,7 +50,7 @@ def test_the_default_filter(tied, caplog):
 
 class Scaled(nn.Linear):
     def forward(self, x):
-        return x @ self.weight.T
+        return x @ self.weight.T / 2
 
 
 class Borrowed(nn.Linear):
@@ -68,24 +68,27 @@ def test_layers_of_another_kind_are_left_alone_and_named():
     model = nn.ModuleDict({"own": Scaled(128, 128), "wrapper": Borrowed(nn.Linear(128, 128)), "plain": nn.Linear(128, 128)})
     model.experts = nn.Parameter(torch.randn(4, 128, 256))
     model.kernel = nn.Parameter(torch.randn(128, 128, 3))
-    report = quantize_(model, halo_config(1, "int8"))
-    assert report.converted == ["wrapper.base", "plain"]
+    with pytest.warns(UserWarning, match=r"(?s)only 18 % of the parameters.*experts: a stack .* \(73 % of the parameters\)"):
+        report = quantize_(model, halo_config(1, "int8"))
+    assert report.converted == ["wrapper.base", "plain"] and report.share == pytest.approx(2 / 11)
     assert report.skipped == {
         "own": "it is a Scaled, whose forward may be its own",
         "wrapper": "its weight is another module's",
         "experts": "a stack of matrices, as of experts, which is not called through F.linear",
     }
-    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: name == "own")
+    with pytest.warns(UserWarning, match="only 9 %"):
+        quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: name == "own")
     with pytest.warns(UserWarning, match="runs in high precision"):
         model["own"](torch.randn(2, 128))
 
 
-def test_a_layer_as_wide_as_the_vocabulary_is_no_head_where_the_head_is_known():
+def test_a_layer_as_wide_as_the_vocabulary_is_no_head():
+    """tests/test_layers.py has more of this."""
     model = nn.ModuleDict({"embed": nn.Embedding(512, 128), "up": nn.Linear(128, 512), "head": nn.Linear(128, 512)})
-    with pytest.raises(ValueError, match="left alone: up, head: it is the output embedding"):
-        quantize_(copy.deepcopy(model), halo_config(1, "int8"))
-    model.get_output_embeddings = lambda: model["head"]
-    assert quantize_(model, halo_config(1, "int8")).converted == ["up"]
+    report = quantize_(copy.deepcopy(model), halo_config(1, "int8"))
+    assert report.converted == ["up"] and report.skipped == {"head": "it is the output embedding"}
+    model.get_output_embeddings = lambda: model["up"]
+    assert quantize_(model, halo_config(1, "int8")).converted == ["head"]
 
 
 def test_skip_is_a_regular_expression():
@@ -94,13 +97,15 @@ def test_skip_is_a_regular_expression():
 
 def test_widths_that_units_cannot_address_are_left_alone():
     model = nn.ModuleList([nn.Linear(128, 136), nn.Linear(128, 128)])
-    report = quantize_(model, halo_config())
+    with pytest.warns(UserWarning, match=r"0: a width that is no multiple of 16 \(52 % of the parameters\)"):
+        report = quantize_(model, halo_config())
     assert report.converted == ["1"] and "multiple of 16" in report.skipped["0"]
 
 
 def test_attention_that_bypasses_f_linear_is_left_alone():
     model = nn.ModuleList([nn.MultiheadAttention(128, 2), nn.Linear(128, 128)])
-    report = quantize_(model, halo_config())
+    with pytest.warns(UserWarning, match=r"0.in_proj_weight: a matrix of a MultiheadAttention, which is no layer \(60 %"):
+        report = quantize_(model, halo_config())
     assert report.converted == ["1"] and "F.linear" in report.skipped["0.out_proj"]
 
 
@@ -179,7 +184,7 @@ def test_weights_that_are_not_plain_are_refused():
     with pytest.raises(ValueError, match="Parameter of torch.int8: only plain floating-point weights"):
         quantize_(model, halo_config())
     with pytest.raises(ValueError, match="converts the weight of nn.Linear"):
-        quantize_(nn.Embedding(128, 128), halo_config(), filter_fn=lambda *_: True)
+        torchao.quantization.quantize_(nn.Embedding(128, 128), halo_config(), filter_fn=lambda *_: True)
 
 
 def test_one_warning_names_the_layers_left_unrotated():

@@ -176,6 +176,19 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(plain, tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
+def test_a_config_with_a_field_that_is_not_known_is_refused(plain, tmp_path):
+    AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"]["dtype"] == HaloQuantConfig().dtype == "int8", "what a default was is written"
+    config["quantization_config"]["groups"] = 32
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"has a field 'groups' that this halo_tensor does not know \(it knows .*level, dtype"
+    ):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_reader_without_the_registration_stops(plain, tmp_path, monkeypatch):
     from transformers.quantizers import auto
 

@@ -1,7 +1,7 @@
 """What a report is made of: the operands of every layer in one forward and backward, and how far from each other two results
 are. Nothing here changes the model for longer than a ``with`` block."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halo_tensor import layers as kinds
 from halo_tensor.gains import Gains
 from halo_tensor.layers import input_of
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe, Rotation
+from halo_tensor.subclasses import follow_linear
 from halo_tensor.weight import HaloWeight, dense_value
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -168,6 +170,38 @@ def swapped(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterato
     finally:
         for holder, leaf, old, _ in places:
             holder[leaf] = old
+
+
+@contextmanager
+def calling_linear(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block a subclass of nn.Linear whose forward multiplies in another way calls F.linear, where a parameter that
+    follows a recipe is met; and a converted Conv1D is a plain one."""
+    before = [(m, type(m), kinds.recipe_of(m)) for m in modules]
+    try:
+        for module, _, recipe in before:
+            if isinstance(module, nn.Linear):
+                follow_linear(module)
+            elif recipe is not None:
+                kinds.restore(module)
+        yield
+    finally:
+        for module, own, recipe in before:
+            module.__class__ = own
+            if recipe is not None and not isinstance(module, nn.Linear):
+                module.recipe = recipe  # type: ignore[assignment]
+
+
+@contextmanager
+def following(recipes: Mapping[nn.Module, Recipe]) -> Iterator[None]:
+    """Inside the block each of these Conv1D follows its recipe."""
+    try:
+        for module, recipe in recipes.items():
+            kinds.convert(module, recipe, frozen=False)
+        yield
+    finally:
+        for module in recipes:
+            if kinds.recipe_of(module) is not None:
+                kinds.restore(module)
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

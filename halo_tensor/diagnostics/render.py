@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from halo_tensor.config import LinearConfig
+from halo_tensor.convert import LEAST_SHARE, percent
 from halo_tensor.recipe import PRODUCTS
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def _change(loss: float | None) -> str:
 def summary(report: Report) -> str:
     """The recommendation, the candidates, and the layers by kind, as Markdown."""
     shown = report.recommended or max(report.candidates, key=lambda c: c.cosine).name
-    parts = [headline(report), f"**{sentence(report.verdict)}**", *_exceptions(report)]
+    parts = [headline(report), *_left_alone(report), f"**{sentence(report.verdict)}**", *_exceptions(report)]
     parts += [f"`{call}`" for call in _call(report)] + [_table(*candidate_rows(report))]
     parts += [f"Layers by kind: the median, and in brackets the worst, under {shown}.", _table(*kind_rows(report, shown))]
     return "\n\n".join([*parts, notes(report)])
@@ -36,9 +37,18 @@ def markdown(report: Report) -> str:
 
 def headline(report: Report) -> str:
     return (
-        f"{report.model}: {len(report.layers)} linear layers, {report.tokens} tokens, loss {report.loss:.4f}; "
-        f"measured in {report.seconds:.0f} s"
+        f"{report.model}: {len(report.layers)} linear layers with {percent(report.share)} of the linear layers' parameters, "
+        f"{report.tokens} tokens, loss {report.loss:.4f}; measured in {report.seconds:.0f} s"
     )
+
+
+def _left_alone(report: Report) -> list[str]:
+    """What stays in high precision under every candidate, if it is most of the model."""
+    if report.share >= LEAST_SHARE:
+        return []
+    lines = [line.strip().removeprefix("left alone: ") for line in report.left_alone.splitlines()]
+    intro = "Most of the linear layers' parameters stay in high precision, and gain nothing:"
+    return [intro + "\n\n" + "\n".join(f"- {line}" for line in lines)]
 
 
 def notes(report: Report) -> str:
@@ -186,10 +196,11 @@ def html(report: Report) -> str:
         f"<li><code>{escape(x.name)}</code>: {escape(x.recommended)} ({escape(reason(x, report))})</li>"
         for x in report.exceptions
     )
+    left_alone = "".join(f"<pre>{escape(part)}</pre>" for part in _left_alone(report))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>halo_tensor report: {escape(report.model)}</title>
 <style>{_STYLE}</style></head><body>
-<h1>halo_tensor report</h1><p>{escape(headline(report))}</p>
+<h1>halo_tensor report</h1><p>{escape(headline(report))}</p>{left_alone}
 <p class="verdict{"" if report.recommended else " none"}">{escape(sentence(report.verdict))}</p>
 {f"<p>Except:</p><ul>{exceptions}</ul>" if exceptions else ""}{code}
 <h2>Candidates</h2>{_html_table(*candidate_rows(report), chosen=report.recommended)}

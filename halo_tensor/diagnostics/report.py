@@ -10,11 +10,12 @@ from torch import nn
 
 from halo_tensor import balance  # it imports this package, and so is not complete yet
 from halo_tensor.config import Balanced, LinearConfig, halo_config
-from halo_tensor.convert import layer_filter
+from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey, warn_of_share
 from halo_tensor.diagnostics import measure, roofline
 from halo_tensor.diagnostics.measure import Fidelity, LossFn, Operands
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport, LayerReport, Report
 from halo_tensor.diagnostics.roofline import H100, Ceilings
+from halo_tensor.layers import features
 from halo_tensor.ops.device import check_device
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, Rotation
 
@@ -84,12 +85,18 @@ def report(
     start = perf_counter()
     model = getattr(model, "_orig_mod", model)
     configs, balanced = _candidates(candidates, model)
-    accepted = _accepted(model, configs, filter_fn)
-    names = [name for name, _ in model.named_modules() if any(name in taken for taken in accepted.values())]
+    accepted, covered = _accepted(model, configs, filter_fn)
+    warn_of_share(model, covered, stacklevel=3)
+    names = covered.converted
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
 
-    with measure.untouched(model), measure.swapped(model, dense := measure.dense_parameters(model)):
-        weights = {name: dense[_weight(name)] for name in names}
+    with (
+        measure.untouched(model),
+        measure.swapped(model, dense := measure.dense_parameters(model)),
+        measure.calling_linear(layers.values()),
+    ):
+        transposed = {name for name in names if not isinstance(layers[name], nn.Linear)}  # Conv1D's [in, out]
+        weights = {name: _rows(dense[_weight(name)], name in transposed) for name in names}
         trained = {name: p for name, p in dense.items() if p.requires_grad}
         compared = {_weight(name) for name in names} & trained.keys()
         gradient_of = "the converted weights" if compared else "all trainable parameters (no converted weight is trained)"
@@ -110,6 +117,7 @@ def report(
             """The weights of layers under their recipes, by qualified name, as ``balance_`` leaves them if ``balancing``; tied
             weights stay tied. Consumes ``earlier``."""
             found = [x for x in statistics.squares if x in recipes and recipes[x].output.left.format is not None]
+            found = [x for x in found if x not in transposed]  # as balance_
             gains = balance.gains_of({x: weights[x] for x in found}, statistics) if balancing and found else {}
             made: dict[tuple, nn.Parameter] = {}
             for x, recipe in recipes.items():
@@ -118,8 +126,17 @@ def report(
                     made[weights[x], recipe] = measure.converted(weights[x], recipe, gains.get(x), before)
             return {_weight(x): made[weights[x], recipe] for x, recipe in recipes.items()}
 
-        def whole(name: str, config: LinearConfig | None, swap: dict[str, nn.Parameter], balancing: bool) -> CandidateReport:
-            with measure.swapped(model, swap):
+        def whole(
+            name: str,
+            config: LinearConfig | None,
+            recipes: dict[str, Recipe],
+            swap: dict[str, nn.Parameter],
+            balancing: bool,
+        ) -> CandidateReport:
+            held = {_weight(x) for x in transposed}
+            swap = {key: weight for key, weight in swap.items() if key not in held}
+            following = {layers[x]: recipe for x, recipe in recipes.items() if x in transposed and not recipe.is_identity}
+            with measure.swapped(model, swap), measure.following(following):
                 quantized_loss = measure.loss_of(model, batch, loss_fn)
                 found = measure.gradients(quantized_loss, {key: swap.get(key, dense[key]) for key in exact})
             change = (quantized_loss - loss).item()
@@ -138,19 +155,20 @@ def report(
         swap: dict[str, nn.Parameter] = {}
         for name, config in configs.items():
             balancing = name in balanced
-            swap = convert(dict.fromkeys(accepted[name], config.recipe), swap, balancing)
+            chosen = dict.fromkeys(accepted[name], config.recipe)
+            swap = convert(chosen, swap, balancing)
             for layer in reached:
                 if layer.name in accepted[name]:
                     weight = swap[_weight(layer.name)]
                     layer.fidelity[name] = _fidelity(layer, operands[layer.name], weight, alone[layer.name])
-            measured.append(whole(name, config, swap, balancing))
+            measured.append(whole(name, config, chosen, swap, balancing))
         del swap
         for candidate in measured:
             candidate.speed = _speed(reached, dict.fromkeys(names, candidate.name))
 
         def mixture(chosen: dict[str, str], balancing: bool) -> CandidateReport:
-            swap = convert({k: configs[c].recipe for k, c in chosen.items()}, {}, balancing)
-            return whole("as recommended", None, swap, balancing)
+            recipes = {k: configs[c].recipe for k, c in chosen.items()}
+            return whole("as recommended", None, recipes, convert(recipes, {}, balancing), balancing)
 
         found = Report(
             type(model).__name__,
@@ -165,6 +183,8 @@ def report(
             ceilings,
             0.0,
             gradient_of,
+            share=covered.share,
+            left_alone=covered.reasons,
             _by_name=filter_fn is not None,
         )
         _recommend(found, mixture)
@@ -251,19 +271,31 @@ def _runs(recipe: Recipe, device: torch.device) -> bool:
     return True
 
 
-def _accepted(model: nn.Module, configs: dict[str, LinearConfig], filter_fn: Callable | None) -> dict[str, list[str]]:
-    """Candidate -> the layers that ``quantize_`` would convert."""
+def _accepted(
+    model: nn.Module, configs: dict[str, LinearConfig], filter_fn: Callable | None
+) -> tuple[dict[str, list[str]], Conversion]:
+    """Candidate -> the layers that ``quantize_`` would convert; and those of any candidate, with what they leave out."""
     accepted: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
+    known = [(name, m) for name, m in model.named_modules() if features(m) and not isinstance(m, nn.Conv2d)]
     for candidate, config in configs.items():
         accept = filter_fn or layer_filter(model, config)
-        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        accepted[candidate] = [name for name, module in linears if accept(module, name)]
+        accepted[candidate] = [name for name, module in known if accept(module, name)]
         reasons |= getattr(accept, "reasons", {})
-    if not any(accepted.values()):
+    taken = {name for names in accepted.values() for name in names}
+    if not taken:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:8]) or ": filter_fn took none"
         raise ValueError(f"no layer of this {type(model).__name__} is eligible{why}")
-    return accepted
+    reasons |= {name: CHOICE for name, _ in known if name not in taken | reasons.keys()}
+    reasons |= {name: "report does not measure convolutions" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    skipped = {name: reason for name, reason in reasons.items() if name not in taken}
+    covered = survey(model, None, [name for name, _ in known if name in taken], skipped, configs.values())
+    return accepted, covered
+
+
+def _rows(weight: nn.Parameter, transposed: bool) -> nn.Parameter:
+    """A layer's weight as [out, in]."""
+    return nn.Parameter(weight.detach().t(), weight.requires_grad) if transposed else weight
 
 
 def _rotation(configs: dict[str, LinearConfig]) -> Rotation:
@@ -272,7 +304,7 @@ def _rotation(configs: dict[str, LinearConfig]) -> Rotation:
     return next((r for o in operands for d in DIMENSIONS if (r := o.rotation(d)) is not None), Rotation())
 
 
-def _layer(name, module: nn.Linear, operands: dict[str, Operands], weight: nn.Parameter, rotation: Rotation) -> LayerReport:
+def _layer(name, module: nn.Module, operands: dict[str, Operands], weight: nn.Parameter, rotation: Rotation) -> LayerReport:
     own = operands[name]
     arrived = own.e is not None
     computed = {
@@ -280,10 +312,11 @@ def _layer(name, module: nn.Linear, operands: dict[str, Operands], weight: nn.Pa
         "grad_input": arrived and own.needs_grad_input,
         "grad_weight": arrived and weight.requires_grad,
     }
+    sides = features(module)
+    assert sides is not None
     return LayerReport(
         name,
-        module.in_features,
-        module.out_features,
+        *sides,
         own.tokens,
         tuple(product for product in PRODUCTS if computed[product]),
         sum(other.x_group == own.x_group for other in operands.values()),

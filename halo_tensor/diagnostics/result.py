@@ -76,6 +76,8 @@ class Report:
         recommended: the name of a candidate, or None if high precision is.
         result: the model under the recommendation, with the layers that differ from it; None if high precision is recommended.
         verdict: the recommendation in words, with what it follows from.
+        share: the part of the linear layers' parameters, experts' stacks included, that the measured layers hold.
+        left_alone: which layers no candidate converts, and why, a line for each reason.
     """
 
     model: str
@@ -93,6 +95,8 @@ class Report:
     recommended: str | None = None
     result: CandidateReport | None = None
     verdict: str = ""
+    share: float = 1.0
+    left_alone: str = ""
     _by_name: bool = False
 
     @property
