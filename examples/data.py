@@ -1,13 +1,12 @@
 """Chats to fine-tune on: where they come from, what of them is learnt, and how they are packed into rows."""
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import fail, lines_of
+from common import fail, messages_of, one_line, rows_of
 
 Chat = list[dict[str, str]]  # of {"role": "user", "content": "…"}; the answer to learn comes last
 Rows = dict[str, torch.Tensor]  # input_ids, labels and position_ids, each [rows, length] of int64
@@ -79,10 +78,9 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
 
         splits = [load_dataset(*source.name, split=s, revision=source.revision) for s in (source.train, source.valid)]
     except Exception as error:  # every layer below has its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fail(
-            f"cannot load {source.name[0]} from the hub ({reason}): pip install datasets and be online, or pass --dataset "
-            "with a .jsonl that has messages in every line"
+            f"cannot load {source.name[0]} from the hub ({one_line(error)}): pip install datasets and be online, or pass "
+            "--dataset with a .jsonl that has messages in every line"
         )
     return tuple(
         [
@@ -97,18 +95,24 @@ def read_chats(path: str) -> list[Chat]:
     """The "messages" of every line of a JSONL file."""
     if not Path(path).is_file():
         fail(f"there is no file {path!r}: pass one of {', '.join(SOURCES)}, or a .jsonl with messages in every line")
-    try:
-        chats = [json.loads(line).get("messages") for line in lines_of(path)]
-    except (ValueError, AttributeError) as error:
-        fail(f"every line of {path!r} must be a JSON object with messages ({error})")
-    if not chats or not all(chat and chat[-1]["role"] == "assistant" for chat in chats):
-        fail(f"every line of {path!r} must have messages, the last of them the assistant's")
+    chats = []
+    for where, row in rows_of(path):
+        chat = messages_of(row, where)
+        if chat[-1]["role"] != "assistant":
+            fail(f"{where}: the last message must be the assistant's, which is learnt, not the {chat[-1]['role']}'s")
+        chats.append(chat)
+    if not chats:
+        fail(f"{path!r} has no chats: pass a .jsonl with messages in every line")
     return chats
 
 
 def render(tokenizer, chat: Chat, **options) -> str:
     template = tokenizer.chat_template or CHAT_TEMPLATE
-    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
+    try:
+        return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
+    except Exception as error:  # the template's own, for roles or an order of them that it does not know
+        begin = chat[0]["content"][:60] if chat else ""
+        fail(f"the tokenizer's chat template does not take the chat {begin!r}… ({one_line(error)})")
 
 
 def prompt_of(tokenizer, chat: Chat) -> str:

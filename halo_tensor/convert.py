@@ -21,6 +21,7 @@ from halo_tensor.fsdp import is_sharded
 from halo_tensor.modules import keep_plain, restore_weight
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import PRODUCTS
+from halo_tensor.references import watch_trainers
 from halo_tensor.weight import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
@@ -183,6 +184,7 @@ def quantize_(
     warn_of_unrotated(model, report)
     if _is_ours(config):
         warn_of_share(model, report)
+    watch_trainers()
     logger.info("%s", report)
     return report
 

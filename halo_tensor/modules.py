@@ -1,5 +1,8 @@
 """Modules that hold converted weights: how they come to, and that their state dicts stay plain ones."""
 
+import warnings
+from functools import cache
+
 import torch
 
 from halo_tensor import fsdp
@@ -26,6 +29,28 @@ def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool 
     """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
     module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
     keep_plain(module)
+    _watch_replacements()
+
+
+@cache
+def _watch_replacements() -> None:
+    """Once a layer has been converted, warn where any such layer is replaced by a plain one."""
+    torch.nn.modules.module.register_module_module_registration_hook(_warn_of_replacement)
+
+
+def _warn_of_replacement(parent: torch.nn.Module, name: str, new: torch.nn.Module | None) -> None:
+    """A hook of every module that is assigned, while the one that it replaces is still there. Transformers'
+    ``resize_token_embeddings``, for one, makes a new output layer."""
+    old = parent._modules.get(name)
+    if not (isinstance(old, torch.nn.Linear) and isinstance(new, torch.nn.Linear)):
+        return
+    weight = old._parameters.get("weight")
+    if isinstance(weight, HaloWeight) and not isinstance(new._parameters.get("weight"), HaloWeight):
+        warnings.warn(
+            f"{name} {list(weight.shape)} of a {type(parent).__name__}, which is converted, is replaced by a plain nn.Linear, "
+            "which computes in high precision: call quantize_ again if it is to be converted",
+            stacklevel=3,
+        )
 
 
 def keep_plain(module: torch.nn.Module) -> None:

@@ -234,7 +234,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
             raise ValueError(
                 f"a converted weight's data can only be replaced by a tensor like it, {list(self.shape)} {self.dtype} on "
-                f"{self.device}; got {list(value.shape)} {value.dtype} on {value.device}. Use module.to(...) to convert it"
+                f"{self.device}; got {list(value.shape)} {value.dtype} on {value.device}. Use module.to(...) to convert it, "
+                "and dequantize_(model) before changing its shape"
             )
         if self.master is not None:
             self.master = value.detach()

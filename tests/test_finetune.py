@@ -2,6 +2,7 @@
 
 import json
 import pydoc_data.topics
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,15 @@ def save_small_model(folder: Path) -> None:
     small_llama(300).save_pretrained(folder)
 
 
+#: Runs an example, and says on stderr when the library and what it needs are imported.
+IMPORT_FIRST = (
+    "import runpy, sys; import halo_tensor; print('imported', file=sys.stderr); "
+    "sys.argv[:] = sys.argv[1:]; sys.path[0] = sys.argv[0].rpartition('/')[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / "compare.py"), *arguments]
+    command = [sys.executable, "-c", IMPORT_FIRST, str(ROOT / "examples" / "compare.py"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -110,6 +118,8 @@ def test_the_example_takes_any_model_and_data(tmp_path):
     recipes = ["--recipes", "high", "halo1-int8", "halo0-fp8-tensor", "switchback"]
     done = run_example("--model", "model", "--data", "data.jsonl", *options, *recipes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    shown = done.stderr.partition("imported\n")[2].replace("\r", "\n").splitlines()
+    assert shown and [line for line in shown if line and not re.match(r"[\w-]+: +\d+%\|", line)] == [], "progress bars only"
     report = (tmp_path / "outputs" / "compare.md").read_text()
     assert (tmp_path / "outputs" / "compare.png").stat().st_size > 10_000
     lines = [line.split("|") for line in report.splitlines() if line.startswith("| ")][1:]

@@ -364,7 +364,7 @@ def test_many_that_have_moved():
 @runs_kernels
 def test_vectors_of_any_stride():
     """An expanded or sliced bias, scale or fold is read as what it is."""
-    x, fold = matrix(37, 64), torch.rand(2 * 64, device=DEVICE) + 0.5
+    x, fold = torch.randn(37, 64, device=DEVICE), torch.rand(2 * 64, device=DEVICE) + 0.5
     actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2], True, False)
     expected = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2].contiguous(), True, False)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])

@@ -2,6 +2,8 @@
 resume and recompute activations, and its products run in 8 bits while they do."""
 
 import json
+import math
+import warnings
 
 import pytest
 import torch
@@ -211,3 +213,82 @@ def test_sft_with_adapters_and_checkpointing(folder, tmp_path, chats):
     assert losses(ours)[-1] < losses(ours)[0]
     bases = [m.weight for n, m in ours.model.named_modules() if isinstance(m, nn.Linear) and n.endswith("base_layer")]
     assert len(bases) == 14 and all(w.master is None for w in bases)
+
+
+@pytest.fixture(scope="module")
+def preferences():
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("trl")
+    rows = [{"prompt": f"t{i % 7}?", "chosen": f" {i % 7} rows", "rejected": " none"} for i in range(16)]
+    return datasets.Dataset.from_list(rows)
+
+
+def dpo(model, folder, output, preferences, **options):
+    import trl
+
+    ref_model = options.pop("ref_model", None)
+    args = trl.DPOConfig(**arguments(output, max_steps=2, max_length=64, bf16=False, gradient_checkpointing=False, **options))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return trl.DPOTrainer(model, ref_model, args=args, train_dataset=preferences, processing_class=tokenizer)
+
+
+def told_of_the_reference(caught) -> bool:
+    return any("none of its reference model" in str(w.message) for w in caught)
+
+
+def test_a_reference_model_in_high_precision_is_told(folder, tmp_path, preferences):
+    ours = dpo(converted(folder), folder, tmp_path / "plain", preferences)
+    assert not any(isinstance(p, HaloWeight) for p in ours.ref_model.parameters()), "what TRL makes of the path"
+    with pytest.warns(UserWarning, match="14 layers of the model are converted and none of its reference model"):
+        ours.train()
+    assert losses(ours)[0] != pytest.approx(math.log(2), abs=1e-6)
+    # As the warning says.
+    ours = dpo(converted(folder), folder, tmp_path / "converted", preferences)
+    assert len(quantize_(ours.ref_model, INT8).converted) == 14
+    with OpLog() as log, warnings.catch_warnings(record=True) as caught:
+        ours.train()
+    assert products(log) == 2 * 14 * (3 + 1) and not told_of_the_reference(caught)
+    assert losses(ours)[0] == pytest.approx(math.log(2), abs=1e-6), "the model is its reference"
+
+
+def test_a_copied_reference_model_is_converted_and_follows(folder, tmp_path, preferences):
+    """TRL's create_reference_model, and TR-DPO, which writes to it."""
+    create_reference_model = pytest.importorskip("trl.experimental.utils").create_reference_model
+    model = converted(folder)
+    reference = create_reference_model(model)
+    options = {"ref_model": reference, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+    ours = dpo(model, folder, tmp_path, preferences, **options)
+    before = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    with OpLog() as log, warnings.catch_warnings(record=True) as caught:
+        ours.train()
+    assert products(log) == 2 * 14 * (3 + 1) and not told_of_the_reference(caught)
+    assert losses(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+    coded = {name: p for name, p in reference.named_parameters() if isinstance(p, HaloWeight)}
+    assert len(coded) == 14
+    for name, weight in coded.items():
+        assert not torch.equal(weight, before[name])
+        assert torch.equal(weight.codes, HaloWeight.from_hp(weight.dequantize(), weight.recipe).codes), "in step"
+
+
+def test_adapters_need_no_reference_model(folder, tmp_path, preferences):
+    peft = pytest.importorskip("peft")
+    from halo_tensor.transformers import HaloQuantConfig
+
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HaloQuantConfig(1, "int8"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    ours = dpo(model, folder, tmp_path, preferences)
+    with OpLog() as log, warnings.catch_warnings(record=True) as caught:
+        ours.train()
+    assert ours.ref_model is None and not told_of_the_reference(caught)
+    assert products(log) == 2 * (14 + 11 + 14), "outputs, gradients of inputs that need one, and the reference's outputs"
+    assert losses(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer"])
+def test_every_trainer_with_a_reference_is_watched(folder, name):
+    trainer = getattr(pytest.importorskip("trl"), name)
+    converted(folder)
+    watched = trainer.train
+    assert watched.warns_of_references and watched.__name__ == "train"
+    converted(folder)
+    assert trainer.train is watched, "once"

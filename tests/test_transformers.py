@@ -1,6 +1,9 @@
 """Loading, saving and reloading quantised models through transformers' own entry points."""
 
 import json
+import shutil
+import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,11 +14,13 @@ from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize
 from tests.util import OpLog, relative_error
 
 transformers = pytest.importorskip("transformers")
-from safetensors import safe_open  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from halo_tensor.transformers import HaloQuantConfig  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
+AutoClassifier = transformers.AutoModelForSequenceClassification
 IDS = torch.arange(64).view(2, 32)
 
 
@@ -96,11 +101,13 @@ def test_the_checkpoint_is_as_small_as_the_codes(plain, tmp_path, dtype, share):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     bf16 = sum(w.numel() * 2 for w in weights(model).values())
-    stored = [t for n, t in tensors.items() if n.removesuffix("_scale") in weights(model)]
+    of_weights = {n for n in tensors if n.removesuffix("_scale").removesuffix("_recipe") in weights(model)}
+    stored = [tensors[n] for n in of_weights if not n.endswith("_recipe")]
+    assert len(stored) == 28 and sum(tensors[n].nbytes for n in of_weights if n.endswith("_recipe")) < 14 * 100
     assert 0.9 * share * bf16 < sum(t.nbytes for t in stored) <= share * bf16
     # Everything else is as it was.
     original = AutoModel.from_pretrained(plain, dtype=torch.bfloat16).state_dict()
-    others = {n for n in tensors if n.removesuffix("_scale") not in weights(model)}
+    others = tensors.keys() - of_weights
     assert others == original.keys() - weights(model).keys()
     assert all(torch.equal(tensors[n], original[n]) for n in others)
 
@@ -172,7 +179,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(plain, tmp_path):
     assert config["quantization_config"]["quant_method"] == "halo"
     config["quantization_config"]["dtype"] = "fp8"
     path.write_text(json.dumps(config))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="(?s)cannot be used:.*down_proj.weight: its codes were written as .int8.*fp8_e4m3"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -212,3 +219,373 @@ def test_layers_are_chosen_as_by_quantize(plain):
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and isinstance(m.weight, HaloWeight)]
     assert len(names) == 12 and not any("down_proj" in n for n in names)
     assert type(model.lm_head.weight) is nn.Parameter
+
+
+# What a checkpoint holds of a weight, tied to what it was made with, and damaged.
+
+CONFIGS = {"int8": HaloQuantConfig(1, "int8"), "fp8": HaloQuantConfig(1, "fp8"), "fp6": HaloQuantConfig(0, "fp6")}
+WEIGHT = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a saved model of one layer."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=192,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny, tmp_path_factory):
+    """Folders of quantised checkpoints, by dtype; int8's is balanced."""
+    folders = {}
+    for dtype, config in CONFIGS.items():
+        folders[dtype] = tmp_path_factory.mktemp(dtype)
+        model = AutoModel.from_pretrained(tiny, quantization_config=config)
+        if dtype == "int8":
+            balance_(model, IDS)
+        model.save_pretrained(folders[dtype])
+    return folders
+
+
+def copied(folder, to, change=None, **quantization):
+    """A copy of a checkpoint, whose tensors ``change`` has changed, and whose config.json says ``quantization`` besides."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    if change is not None:
+        tensors = load_file(to / "model.safetensors")
+        change(tensors)
+        save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    config = json.loads((to / "config.json").read_text())
+    config["quantization_config"] |= quantization
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed", "says"),
+    [
+        ("int8", {"seed": 1}, "H128·seed0.*H128·seed1"),
+        ("int8", {"seed": None}, "H128·seed0.*H128,"),
+        ("int8", {"level": 0}, "H128·seed0.*not rotated"),
+        ("fp6", {"level": 1, "dtype": "fp6_e3m2"}, "not rotated.*H128·seed0"),
+        ("fp6", {"dtype": "fp6_e2m3"}, "fp6_e3m2.*fp6_e2m3"),
+        ("fp8", {"block_size": 64}, "H128·seed0.*H64·seed0"),
+        ("fp8", {"block_size": None}, "H128·seed0.*H256·seed0"),
+        ("fp8", {"granularity": "tensor"}, "a scale per row.*one scale"),
+        ("fp8", {"min_features": 200}, "no layer of this LlamaForCausalLM can be quantised"),
+    ],
+)
+def test_a_config_that_codes_were_not_written_with_is_refused(quantised, tmp_path, dtype, changed, says):
+    folder = copied(quantised[dtype], tmp_path, **changed)
+    with pytest.raises(ValueError, match=f"(?s){'' if 'min_features' in changed else f'{WEIGHT}: .*'}{says}"):
+        AutoModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match=says):
+        AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
+def test_levels_that_give_the_same_codes_read_one_another(quantised, tmp_path):
+    again = AutoModel.from_pretrained(copied(quantised["int8"], tmp_path, level=2))
+    assert torch.equal(logits(again), logits(AutoModel.from_pretrained(quantised["int8"])))
+    assert all(w.recipe == halo_config(2, "int8").recipe for w in weights(again).values())
+
+
+def test_the_file_says_which_layers_are_quantised(quantised, tmp_path):
+    again = AutoModel.from_pretrained(copied(quantised["fp8"], tmp_path, skip="lm_head|down_proj"))
+    assert len(weights(again)) == 7 and WEIGHT in weights(again)
+    assert "model.layers.0.mlp.down_proj" not in again.hf_quantizer.report.skipped
+    assert torch.equal(logits(again), logits(AutoModel.from_pretrained(quantised["fp8"])))
+
+
+def _set(name, index, value):
+    def change(tensors):
+        tensors[name].view(torch.uint8 if "float8" in str(tensors[name].dtype) else tensors[name].dtype)[index] = value
+
+    return change
+
+
+def _make(name, function):
+    return lambda tensors: tensors.update({name: function(tensors[name]).contiguous()})
+
+
+DAMAGES = {
+    "no codes": ("int8", lambda t: t.pop(WEIGHT), "its codes are missing"),
+    "no scale": ("int8", lambda t: t.pop(WEIGHT + "_scale"), "its scale is missing"),
+    "no scale, fp8": ("fp8", lambda t: t.pop(WEIGHT + "_scale"), "its scale is missing"),
+    "no balance": ("int8", lambda t: t.pop(WEIGHT + "_balance"), r"as .*, balanced.*by config.json .* not balanced"),
+    "no record": ("int8", lambda t: t.pop(WEIGHT + "_recipe"), "record of its recipe is missing"),
+    "only codes": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("_scale", "_recipe")], "its scale is missing"),
+    "only codes, as a matrix": (
+        "int8",
+        lambda t: (
+            [t.pop(WEIGHT + part) for part in ("_scale", "_balance", "_recipe")]
+            and t.update({WEIGHT: t[WEIGHT].view(128, -1)})
+        ),
+        "its scale is missing",
+    ),
+    "only a scale": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_recipe")], "its codes are missing"),
+    "only a record": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_scale")], "its codes are missing"),
+    "a balance too many": ("fp8", lambda t: t.update({WEIGHT + "_balance": torch.zeros(256, dtype=torch.int8)}), "balanced"),
+    "plain beside a scale": ("fp8", lambda t: t.update({WEIGHT: torch.zeros(128, 256)}), r"codes are float32 \[128, 256\]"),
+    "fewer codes": ("int8", _make(WEIGHT, lambda t: t[:-1]), r"its codes are int8 \[32767\]"),
+    "fewer codes, fp6": ("fp6", _make(WEIGHT, lambda t: t[:-3]), r"its codes are uint8 \[24573\]"),
+    "codes of another dtype": ("int8", _make(WEIGHT, torch.Tensor.short), "its codes are int16"),
+    "codes in float": ("int8", _make(WEIGHT, torch.Tensor.float), "its codes are float32"),
+    "codes that are no fp8": ("fp8", _make(WEIGHT, lambda t: t.float() + 1e-4), "not finite, or no fp8_e4m3"),
+    "a code out of range": ("int8", _set(WEIGHT, 7, -128), "some of its codes are -128"),
+    "a NaN among codes": ("fp8", _set(WEIGHT, 7, 0xFF), "codes are (NaN|not finite)"),
+    "a NaN scale": ("int8", _set(WEIGHT + "_scale", 3, float("nan")), "not finite and positive"),
+    "an infinite scale": ("fp8", _set(WEIGHT + "_scale", 3, float("inf")), "not finite and positive"),
+    "a negative scale": ("fp6", _set(WEIGHT + "_scale", 3, -1.0), "not finite and positive"),
+    "a scale of zero": ("int8", _set(WEIGHT + "_scale", 3, 0.0), "not finite and positive"),
+    "fewer scales": ("int8", _make(WEIGHT + "_scale", lambda t: t[:-1]), r"its scale is float32 \[127\]"),
+    "one scale": ("fp8", _make(WEIGHT + "_scale", lambda t: t[0]), r"its scale is float32 \[\]"),
+    "a scale of another dtype": ("int8", _make(WEIGHT + "_scale", torch.Tensor.bfloat16), "its scale is bfloat16"),
+    "fewer exponents": ("int8", _make(WEIGHT + "_balance", lambda t: t[1:]), r"its balance is int8 \[255\]"),
+    "exponents in float": ("int8", _make(WEIGHT + "_balance", torch.Tensor.float), "its balance is float32"),
+    "an exponent out of range": ("int8", _set(WEIGHT + "_balance", 0, -128), "exponents of its balance"),
+    "a changed record": ("fp6", _set(WEIGHT + "_recipe", 4, 0xFF), "its codes were written as"),
+    "an empty record": ("fp6", _make(WEIGHT + "_recipe", lambda t: t[:0]), r"its codes were written as \(\)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts_are_refused_by_name(quantised, tmp_path, damage):
+    dtype, change, says = DAMAGES[damage]
+    with pytest.raises(ValueError, match=f"(?s)weights that cannot be used:.*  {WEIGHT}: .*{says}") as error:
+        AutoModel.from_pretrained(copied(quantised[dtype], tmp_path, change))
+    assert str(error.value).count("\n") == 1, "the others are not accused"
+
+
+def test_every_part_of_a_checkpoint_is_missed(quantised, tmp_path):
+    names = load_file(quantised["int8"] / "model.safetensors").keys()
+    parts = sorted(n for n in names if ".mlp." in n)
+    assert len(parts) == 3 * 4
+    for i, name in enumerate(parts):
+        folder = copied(quantised["int8"], tmp_path / str(i), lambda t, name=name: t.pop(name))
+        with pytest.raises(ValueError, match=f"  {name.partition('weight')[0]}weight: "):
+            AutoModel.from_pretrained(folder)
+
+
+def test_damaged_files_are_refused(quantised, tmp_path):
+    model = AutoModel.from_pretrained(quantised["int8"])
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2
+    content = shards[1].read_bytes()
+    for cut in (content[: len(content) // 2], content[:20], b""):
+        shards[1].write_bytes(cut)
+        with pytest.raises((SafetensorError, OSError)):
+            AutoModel.from_pretrained(tmp_path / "shards")
+    shards[1].unlink()
+    with pytest.raises(OSError, match=shards[1].name):
+        AutoModel.from_pretrained(tmp_path / "shards")
+
+
+def test_checkpoints_without_records_load_with_a_warning(quantised, tmp_path):
+    """Those of halo_tensor 0.1.0."""
+
+    def strip(tensors):
+        for name in [n for n in tensors if n.endswith("_recipe")]:
+            del tensors[name]
+
+    with pytest.warns(UserWarning, match="does not say what its 7 quantised weights were made with") as caught:
+        model = AutoModel.from_pretrained(copied(quantised["int8"], tmp_path / "old", strip))
+    assert sum("quantised weights" in str(w.message) for w in caught) == 1
+    assert torch.equal(logits(model), logits(AutoModel.from_pretrained(quantised["int8"])))
+    model.save_pretrained(tmp_path / "new")
+    files = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "new", quantised["int8"])]
+    assert files[0] == files[1]
+
+
+def test_fields_of_another_version_are_refused(quantised, tmp_path):
+    with pytest.raises(ValueError, match="quantization_config of this checkpoint has colour, which"):
+        AutoModel.from_pretrained(copied(quantised["int8"], tmp_path, colour="blue"))
+
+
+def test_codes_whose_config_is_lost_are_not_taken_for_weights(quantised, tmp_path):
+    for dtype, folder in quantised.items():
+        lost = shutil.copytree(folder, tmp_path / dtype)
+        config = json.loads((lost / "config.json").read_text())
+        del config["quantization_config"]
+        (lost / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"(?s){WEIGHT}: .*config.json has lost the quantization_config"):
+            AutoModel.from_pretrained(lost, quantization_config=CONFIGS[dtype], ignore_mismatched_sizes=True)
+
+
+def test_the_config_of_the_checkpoint_is_the_one_that_counts(quantised):
+    with pytest.warns(UserWarning, match="quantization_config. from the model will be used"):
+        model = AutoModel.from_pretrained(quantised["int8"], quantization_config=HaloQuantConfig(0, "fp8", seed=7))
+    assert model.config.quantization_config.dtype == "int8"
+    assert torch.equal(logits(model), logits(AutoModel.from_pretrained(quantised["int8"])))
+
+
+# Ways of loading.
+
+
+def test_plain_weights_of_another_shape_are_mismatches(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 384}))
+    # Transformers 5.6 looks at no shape of a quantised model.
+    with pytest.raises(
+        (RuntimeError, ValueError), match=f"ignore_mismatched_sizes|{WEIGHT}: it is .128, 256., where"
+    ) as error:
+        AutoModel.from_pretrained(folder, quantization_config=CONFIGS["int8"])
+    if error.type is ValueError:
+        return
+    with pytest.warns(
+        UserWarning, match="newly initialised.*down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"
+    ):
+        model = AutoModel.from_pretrained(folder, quantization_config=CONFIGS["int8"], ignore_mismatched_sizes=True)
+    assert len(weights(model)) == 4 and type(model.get_parameter(WEIGHT)) is nn.Parameter
+    assert model.get_parameter(WEIGHT).shape == (128, 384) and logits(model).isfinite().all()
+
+
+def test_plain_parts_of_another_shape_are_refused(quantised, tmp_path):
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        folder = copied(quantised["fp8"], tmp_path / name, _make(name, lambda t: t[:-16]))
+        with pytest.raises((RuntimeError, ValueError), match=f"ignore_mismatched_sizes|  {name}: it is .*, where"):
+            AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("labels", [4, 128])
+def test_a_head_that_the_checkpoint_lacks_is_plain(quantised, tiny, tmp_path, labels):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models = [
+            AutoClassifier.from_pretrained(quantised["fp8"], num_labels=labels),
+            AutoClassifier.from_pretrained(tiny, num_labels=labels, quantization_config=CONFIGS["fp8"]),
+        ]
+    told = [str(w.message) for w in caught if "newly initialised" in str(w.message)]
+    assert len(told) == (2 if labels == 128 else 0) and all(t.endswith(": score") for t in told)
+    for model in models:
+        model.config.pad_token_id = 0
+        assert len(weights(model)) == 7
+        assert type(model.score.weight) is nn.Parameter and model.score.weight.requires_grad
+        assert 0.01 < model.score.weight.std() < 0.03, "initialised"
+    with torch.no_grad():
+        assert torch.equal(models[0].model(IDS)[0], models[1].model(IDS)[0])
+    models[0].save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = AutoClassifier.from_pretrained(tmp_path)
+    assert torch.equal(again.score.weight, models[0].score.weight)
+    assert torch.equal(logits(again), logits(models[0]))
+
+
+def test_a_layer_that_the_plain_checkpoint_lacks_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "less")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[WEIGHT]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="left in high precision and newly initialised.*: model.layers.0.mlp.down_proj$"):
+        model = AutoModel.from_pretrained(folder, quantization_config=CONFIGS["int8"])
+    assert len(weights(model)) == 6
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model)) and len(weights(again)) == 6
+
+
+@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}])
+def test_options_of_loading_change_nothing(quantised, tiny, options):
+    if "device_map" in options:
+        pytest.importorskip("accelerate")
+    expected = logits(AutoModel.from_pretrained(quantised["fp6"]))
+    assert torch.equal(logits(AutoModel.from_pretrained(quantised["fp6"], **options)), expected)
+    assert torch.equal(logits(AutoModel.from_pretrained(tiny, quantization_config=CONFIGS["fp6"], **options)), expected)
+
+
+@pytest.mark.parametrize(("dtype", "half"), [("int8", torch.bfloat16), ("fp8", torch.float16), ("fp6", torch.bfloat16)])
+def test_another_dtype_leaves_codes_as_they_are(quantised, tmp_path, dtype, half):
+    model = AutoModel.from_pretrained(quantised[dtype])
+    loaded, moved = AutoModel.from_pretrained(quantised[dtype], dtype=half), deepcopy(model).to(half)
+    moved.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    for other in (loaded, moved, again):
+        assert all(p.dtype == half for p in other.parameters())
+        for name, weight in weights(model).items():
+            same = other.get_parameter(name)
+            assert torch.equal(same.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+            assert torch.equal(same.scale, weight.scale)
+            assert torch.equal(same.dequantize(), weight.dequantize().to(half))
+    assert relative_error(logits(loaded), logits(model)) < 0.05
+    with pytest.raises(ValueError, match="half.* is not supported for quantized"):
+        model.half()
+
+
+# Ways of saving.
+
+
+def test_a_model_that_was_converted_otherwise_is_not_saved(quantised, tmp_path):
+    model = AutoModel.from_pretrained(quantised["int8"])
+    quantize_(model, halo_config(1, "int8", seed=1, frozen=True))
+    with pytest.raises(ValueError, match="proj.weight was converted again, with another recipe"):
+        model.save_pretrained(tmp_path)
+    dequantize_(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_merged_adapters_are_saved_quantised(quantised, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModel.from_pretrained(quantised["fp8"])
+    before = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    assert len(weights(merged)) == 7 and not torch.equal(logits(merged), before)
+    merged.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert len(weights(again)) == 7 and torch.equal(logits(again), logits(merged))
+
+
+def test_resized_embeddings_stay_plain_and_are_saved(quantised, tmp_path):
+    model = AutoModel.from_pretrained(quantised["int8"])
+    before = logits(model)
+    model.resize_token_embeddings(256)
+    assert len(weights(model)) == 7
+    assert torch.equal(logits(model)[..., :192], before) and logits(model).shape[-1] == 256
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_converted_output_layer_that_is_resized_is_told(tiny):
+    model = AutoModel.from_pretrained(tiny)
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    assert isinstance(model.lm_head.weight, HaloWeight)
+    with pytest.warns(UserWarning, match=r"lm_head .192, 128. of a LlamaForCausalLM, which is converted, is replaced"):
+        model.resize_token_embeddings(256)
+    assert type(model.lm_head.weight) is nn.Parameter and len(weights(model)) == 7
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.resize_token_embeddings(128)  # plain to plain
+        model.lm_head = deepcopy(model.model.layers[0].mlp.down_proj)  # plain to converted
+        model.lm_head = model.model.layers[0].mlp.down_proj  # converted to converted
+        model.model.layers[0].mlp.down_proj = nn.Identity()
+
+
+def test_a_converted_output_layer_that_is_tied_is_not_resized(tiny):
+    config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=True)
+    model = AutoModel.from_config(config)
+    quantize_(model, halo_config(1, "int8"), filter_fn=lambda module, name: isinstance(module, nn.Linear))
+    assert isinstance(model.lm_head.weight, HaloWeight) and model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="dequantize_.model. before changing its shape"):
+        model.resize_token_embeddings(256)
+    dequantize_(model)
+    model.resize_token_embeddings(256)
+    assert logits(model).shape[-1] == 256
+
+
+def test_the_files_say_that_they_are_pytorchs(quantised):
+    with safe_open(quantised["int8"] / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        record = bytes(file.get_tensor(WEIGHT + "_recipe").tolist()).decode()
+    assert record == "int8 [128, 256], a scale per row, rotated by H128·seed0, balanced"

@@ -15,6 +15,13 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -19,23 +19,25 @@ def finish(
 ):  # fmt: skip
     """Store one tile of R_left (diag(a_scale) acc diag(b_scale)) Rᵀ_right diag(gain) + bias.
 
-    A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector. LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation;
-    NORM is the product of these rotations' 1/√block. PART: how many columns are un-rotated and stored at a time; where RIGHT it is at most
-    128: a whole un-rotated tile beside the accumulator would spill.
+    A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector.
+    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation. NORM is what products with them lack of 1/√block.
+    PART: how many columns are un-rotated and stored at a time, at most 128 where RIGHT. Where the accumulator is in registers,
+    128 un-rotated columns beside it would spill.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     rows = tile_m * BM + tl.arange(0, BM)
     first = tile_n * BN
     y = acc.to(tl.float32)
+    SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.SHIFT
     if B_SCALE == 2:
         columns = first + tl.arange(0, BN)
-        y = y * tl.load(b_scale + columns, mask=columns < N, other=0.0)[None, :]
+        y = y * (tl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT))[None, :]
     row_scale = tl.full((BM,), 1.0, tl.float32)
     if A_SCALE == 2:
-        row_scale = tl.load(a_scale + rows, mask=rows < M, other=0.0)
+        row_scale = tl.load(a_scale + rows, mask=rows < M, other=0.0) * SHIFT
     if A_SCALE == 1:
-        row_scale = row_scale * tl.load(a_scale)
+        row_scale = row_scale * (tl.load(a_scale) * SHIFT)
     if B_SCALE == 1:
         row_scale = row_scale * tl.load(b_scale)
     if LEFT or RIGHT:
@@ -79,7 +81,8 @@ def _store(
     out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
     SCALED: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    # ±1 times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the result's own.
+    # A power of two times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the
+    # result's own.
     if RIGHT:
         y = tl.dot(y.to(h_right.dtype), h_right, out_dtype=tl.float32)
     if SCALED:

@@ -16,6 +16,13 @@ def code_dtype(format: Format) -> torch.dtype:
     return torch.int8 if format.uniform else _NATIVE.get(format, torch.float8_e4m3fn)
 
 
+def lift(format: Format) -> float:
+    """The power of two that scales of ``format`` are multiplied with where codes are computed, so that the lifted scale
+    amax · lift / max and its reciprocal are normal float32 for (almost) every amax: without, the scale of a small amax would
+    be too small. 1 for floating formats, whose codes keep their precision when they are small."""
+    return 2.0 ** max(0, int(format.max).bit_length() - 3) if format.uniform else 1.0
+
+
 def aligned(width: int) -> int:
     """The stride of rows of ``width`` codes on a GPU: TMA and vector loads want them to begin at multiples of 16 bytes."""
     return (width + 15) // 16 * 16

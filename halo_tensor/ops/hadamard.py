@@ -130,14 +130,26 @@ def carried(operand: Operand, dimension: str, size: int) -> Rotation | None:
     return rotation if dimension == "tokens" else fit(rotation, size)
 
 
-# Constants of a rotation as float32 on a device, kept while they are in use. ±1 throughout: the factor 1/√block is
-# applied to the result, so that a kernel which multiplies bf16 by ±1 is exact.
+# Constants of a rotation as float32 on a device, kept while they are in use. Their elements are ±power(n): a power of two, so
+# that a kernel which multiplies bf16 by one is exact, and about 1/√n, so that sums are no larger than the rotated values and
+# do not overflow before them. What is left of the factor 1/√block, `norm`, is applied to the result.
+
+
+def power(n: int) -> float:
+    """The largest power of two that is at most 1/√n, where n is a power of two; at least half of that for other n."""
+    return 2.0 ** -(((n - 1).bit_length() + 1) // 2)
+
+
+def norm(rotation: Rotation) -> float:
+    """What a product with the constants of a rotation lacks of 1/√block."""
+    a, b = factors(rotation.edge) or (rotation.edge, 1)
+    return rotation.edge**-0.5 / (power(a) * power(b))
 
 
 @lru_cache(maxsize=256)
 def hadamard_factor(n: int, device: torch.device) -> torch.Tensor:
-    """H_n."""
-    return hadamard(n).to(device=device, dtype=torch.float32)
+    """H_n · power(n)."""
+    return hadamard(n).to(device=device, dtype=torch.float32) * power(n)
 
 
 @lru_cache(maxsize=256)
@@ -148,11 +160,12 @@ def rotation_signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def signed_hadamard(rotation: Rotation, device: torch.device) -> torch.Tensor:
-    """D·H of one block, [block, block], or the columns [block, rank] that a rank keeps; for blocks of a single factor."""
+    """D·H·power(block) of one block, [block, block], or the columns [block, rank] that a rank keeps; for blocks of a single
+    factor."""
     matrix = signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)
     if rotation.rank is not None:
         matrix = matrix[:, sequency_order(rotation.edge)[: rotation.rank]]
-    return matrix.to(device=device, dtype=torch.float32)
+    return matrix.to(device=device, dtype=torch.float32) * power(rotation.edge)
 
 
 def product_width(columns: int) -> int:
@@ -162,7 +175,7 @@ def product_width(columns: int) -> int:
 
 @lru_cache(maxsize=256)
 def block_diagonal(rotation: Rotation, edge: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> torch.Tensor:
-    """I ⊗ (D·H), [edge, edge], ±1 and 0, or its transpose: what a kernel multiplies a tile with that is wider than a block.
+    """I ⊗ (D·H·power(block)), [edge, edge], or its transpose: what a kernel multiplies a tile with that is wider than a block.
     Of a rank, the columns that it keeps, with columns of zeros up to a power of two that is at least 16."""
     blocks = edge // rotation.edge
     matrix = torch.block_diag(*[signed_hadamard(rotation, torch.device("cpu"))] * blocks)

@@ -108,7 +108,8 @@ def wgmma_kernel(
     B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
-    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation."""
+    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation. Scales are not shifted as there, since no registers
+    are left: the scale of a column times its sums of codes has to be in the range of float32."""
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]

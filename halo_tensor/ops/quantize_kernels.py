@@ -3,7 +3,7 @@
 Three shapes of work, all limited by memory:
 
 * ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. It rotates by a tensor-core
-  product with ±1, exact in any dtype. ``whole_rows_of_many`` does so to many matrices in one launch.
+  product with ± a power of two, exact in any dtype. ``whole_rows_of_many`` does so to many matrices in one launch.
 * ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
   the two differently folded copies that backward needs of one gradient.
 * ``transpose_codes``: for codes that are wanted in both orders. A transposed copy is never stored from the result of a
@@ -13,13 +13,16 @@ Three shapes of work, all limited by memory:
 import triton
 import triton.language as tl
 
-from halo_tensor.ops.rounding import maximum, noise, round_by, round_to_code, scale_from
+from halo_tensor.ops.rounding import FOLD_LIFT, maximum, noise, round_by, round_to_code, scale_from, unlifted
 
 
 @triton.jit
 def _product(a, b):
-    """a b where one of them is ±1 (and 0), so that products are exact. If only the other one is float32, it is multiplied as
-    three bf16 numbers, whose sum it is: nothing but the order of the sum differs from a product in float32."""
+    """a b where one of them is ± a power of two or 0, so that products are exact.
+
+    If only the other one is float32, it is multiplied as three bf16 numbers, whose sum it is: nothing but the order of the
+    sum differs from a product in float32.
+    """
     if a.dtype == tl.float32 and b.dtype != tl.float32:
         high, middle, low = _three_parts(a)
         matrix = b.to(tl.bfloat16)
@@ -66,7 +69,7 @@ def whole_rows(
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
     """One program: STEPS times ROWS rows of x [M, K], each as CHUNKS pieces of WIDTH columns (padded), with a scale per row.
 
@@ -80,7 +83,7 @@ def whole_rows(
         x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
         first, M, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
-        PRODUCER,
+        STEP, PRODUCER,
     )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def whole_rows_of_many(
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
     """:func:`whole_rows` of COUNT matrices of the dtype of ``like``, with as many columns, in one launch.
 
@@ -113,7 +116,7 @@ def whole_rows_of_many(
         x, x, x, gain, matrix, left_matrix, signs, scales, codes, scales,
         first, rows, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
-        PRODUCER,
+        STEP, PRODUCER,
     )  # fmt: skip
 
 
@@ -124,7 +127,7 @@ def _whole_rows(
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, PRODUCER: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
     piece = tl.arange(0, ROWS * CHUNKS)
     inner = tl.arange(0, WIDTH)
@@ -163,16 +166,16 @@ def _whole_rows(
         if ROTATE:
             y = y * NORM
         if FOLD:
-            y = y * load_vector(fold, columns, K)
+            y = y * (load_vector(fold, columns, K) * FOLD_LIFT)
         amax = tl.reduce(tl.abs(y), 1, maximum)
         amax = tl.reduce(tl.reshape(amax, (ROWS, CHUNKS)), 1, maximum)
         scale = scale_from(amax, INVERSE_MAX)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
-        q = round_to_code(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX)
+        q = round_to_code(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
         tl.store(codes + at_row * stride_codes + columns, q, mask=inside)
         rows = first + step * ROWS + tl.arange(0, ROWS)
-        tl.store(scales + rows, scale, mask=rows < M)
+        tl.store(scales + rows, unlifted(scale, STEP, FOLD), mask=rows < M)
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def amax_tiles(
     h_left = load_square(left, T) if LEFT and ALONG_ROWS else left
     h_right = _load_whole(right, T, WIDTH) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
-        by_row = load_vector(fold_rows, rows, M)
+        by_row = load_vector(fold_rows, rows, M) * FOLD_LIFT
     for i in tl.range(0, TILES, num_stages=STAGES):
         tile_column = tl.program_id(1) * TILES + i
         columns = tile_column * T + tl.arange(0, T)
@@ -244,7 +247,7 @@ def amax_tiles(
             y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
             if FOLD_COLUMNS:
                 out, kept = _columns_out(tile_column, COLUMNS_OUT, WIDTH, KEPT)
-                y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
+                y = y * (tl.load(fold_columns + out, mask=kept, other=0.0) * FOLD_LIFT)[None, :]
             most = maximum(most, tl.reduce(tl.abs(y), 1, maximum))
         if ALONG_COLUMNS:
             y = x_tile.to(tl.float32)
@@ -265,7 +268,7 @@ def amax_tiles(
 
 @triton.jit
 def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
-    """The scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
+    """The lifted scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
     if ALONG == 2:
         return scale_from(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
     if ALONG == 1:
@@ -291,7 +294,7 @@ def cast_tiles(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, NOISY: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Codes from the magnitudes that :func:`amax_tiles` found; tiles as there.
 
@@ -306,7 +309,7 @@ def cast_tiles(
     h_left = load_square(left, T) if LEFT and ROWS else left
     h_right = _load_whole(right, T, WIDTH) if RIGHT and ROWS else right
     if FOLD_ROWS:
-        by_row = load_vector(fold_rows, rows, M)
+        by_row = load_vector(fold_rows, rows, M) * FOLD_LIFT
     if ROWS:
         row_scale = scale_of(row_amax, rows, ROWS_OUT, INVERSE_MAX, ROW_SCALE, T)
         row_inverse = tl.div_rn(one, row_scale)
@@ -320,14 +323,14 @@ def cast_tiles(
             y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
             out, kept = _columns_out(tile_column, COLUMNS_OUT, WIDTH, KEPT)
             if FOLD_COLUMNS:
-                y = y * tl.load(fold_columns + out, mask=kept, other=0.0)[None, :]
+                y = y * (tl.load(fold_columns + out, mask=kept, other=0.0) * FOLD_LIFT)[None, :]
             if ROW_SCALE > 0:
                 y = y * row_inverse[:, None]
-                write_scale(row_scales, row_scale, rows, ROWS_OUT, tile_column, ROW_SCALE)
+                write_scale(row_scales, unlifted(row_scale, STEP, FOLD_COLUMNS), rows, ROWS_OUT, tile_column, ROW_SCALE)
             if NOISY:
                 q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
-                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(rows < ROWS_OUT)[:, None] & kept[None, :])
         if COLUMNS:
@@ -337,11 +340,11 @@ def cast_tiles(
             if COLUMN_SCALE > 0:
                 scale = scale_of(column_amax, columns, K, INVERSE_MAX, COLUMN_SCALE, T)
                 y = y * tl.div_rn(one, scale)[None, :]
-                write_scale(column_scales, scale, columns, K, tile_row, COLUMN_SCALE)
+                write_scale(column_scales, unlifted(scale, STEP, FOLD_ROWS), columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
                 q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
-                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
             tl.store(target, tl.trans(q), mask=tl.trans(inside))
 

@@ -10,12 +10,19 @@ from operator import add
 import torch
 import torch.nn.functional as F
 
-from halo_tensor.ops.formats import round_to
-from halo_tensor.ops.hadamard import factors, hadamard_factor, rotation_signs, signed_hadamard
+from halo_tensor.ops.formats import lift, round_to
+from halo_tensor.ops.hadamard import factors, hadamard_factor, norm, rotation_signs, signed_hadamard
 from halo_tensor.recipe import Format, Rotation
 
-#: Scales below this are replaced by it, so that an all-zero row divides by something: 2⁻¹²⁶, the smallest normal float32.
+#: Lifted scales below this are replaced by it, so that an all-zero row divides by something: 2⁻¹²⁶, the smallest normal
+#: float32.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+#: What folded scales are multiplied with, so that the product with them underflows no sooner than a product of the matrices:
+#: a scale is its row's largest magnitude divided by 127 (int8) or a like number.
+FOLD_LIFT = 128.0
+#: By how much one of two scales is made smaller and the other larger, for their products with a sum of codes not to overflow
+#: in between.
+SHIFT = 128.0
 BLOCK = 32  # the edge of a block of scale="block"
 #: As many products of 8-bit integers an int32 holds the sum of: 127² · 2¹⁷ < 2³¹.
 LONGEST_SUM = 2**17
@@ -62,7 +69,7 @@ def rotate_last(x: torch.Tensor, rotation: Rotation, inverse: bool = False) -> t
             blocks = blocks * d
         blocks = (h_a.t() @ (blocks.reshape(-1, b) @ h_b).view(-1, a, b)).reshape(-1, edge)
         blocks = blocks * d if inverse else blocks
-    return blocks.mul_(edge**-0.5).view(*x.shape[:-1], x.shape[-1] // before * after)
+    return blocks.mul_(norm(rotation)).view(*x.shape[:-1], x.shape[-1] // before * after)
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> torch.Tensor:
@@ -108,6 +115,11 @@ def _along(scale: torch.Tensor, kind: str, shape: torch.Size) -> torch.Tensor:
     return scale.unsqueeze(1) if kind == "row" else scale
 
 
+def folds_across(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
+    """Whether folds lie along rows where scales lie along columns, and the other way round, which is what recipes ask for."""
+    return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
+
+
 def rotate_quantize(
     x: torch.Tensor,
     left: Rotation | None,
@@ -135,15 +147,21 @@ def rotate_quantize(
         group with a NaN or Inf has a NaN or Inf scale, so that every product with it shows one.
     """
     y = rotate(x if gain is None else x.to(torch.float32) * gain, left, right)
+    # Everything is lifted by powers of two, so that nothing is rounded differently than without.
+    fold_lift = FOLD_LIFT if folds_across(scale, fold_rows, fold_columns) else 1.0
+    unlift = 1.0
     if fold_rows is not None:
-        y = y * fold_rows.unsqueeze(1)
+        y, unlift = y * (fold_rows * fold_lift).unsqueeze(1), 1.0 / fold_lift
     if fold_columns is not None:
-        y = y * fold_columns
+        y, unlift = y * (fold_columns * fold_lift), 1.0 / fold_lift
     if scale == "unit":
         return round_to(y, format, noise), y.new_ones(())
     # The scale is a product and its reciprocal a division, both rounded once: kernels do the same to the bit.
-    s = (_amax(y, scale) * (1.0 / format.max)).clamp_min(SMALLEST_SCALE)
-    return round_to(y * _along(1.0 / s, scale, y.shape), format, noise), s
+    code_lift = lift(format) if noise is None else 1.0
+    s = (_amax(y, scale) * (code_lift / format.max)).clamp_min(SMALLEST_SCALE)
+    y = y * _along(1.0 / s, scale, y.shape)
+    y = y if code_lift == 1 else y.mul_(code_lift)
+    return round_to(y, format, noise), s * (unlift / code_lift)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
@@ -192,10 +210,12 @@ def scaled_mm(
         y = dequantize(a, a_scale, "block") @ dequantize(b_t, b_scale, "block").t()
     else:
         y = multiply_codes(a, b_t)
+        shift = 1.0 if a_scale is None or b_scale is None else SHIFT
         if a_scale is not None:
+            a_scale = a_scale * (1.0 / shift)
             y = y * (a_scale.unsqueeze(1) if a_scale.ndim else a_scale)
         if b_scale is not None:
-            y = y * b_scale
+            y = y * (b_scale * shift)
     y = unrotate(y, left, right, shape)
     if gain is not None:
         y = y * gain

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from halo_tensor.ops import hadamard, reference
 from halo_tensor.ops import quantize_kernels as kernels
-from halo_tensor.ops import reference
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
@@ -34,16 +34,16 @@ class Matrix(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of the matrices of ±1 that it is multiplied with: bfloat16 beside float32, which the kernels cut into three
-        bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+        """The dtype of the rotation matrices, of powers of two, that it is multiplied with: bfloat16 beside float32, which the
+        kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
         if self.device.type != "cuda":
             return torch.float32
         return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
 
 
 def norm(*rotations: Rotation | None) -> float:
-    """What products with ±1 lack of these rotations."""
-    return prod(r.edge**-0.5 for r in rotations if r is not None)
+    """What products with the constants of these rotations lack of them."""
+    return prod(hadamard.norm(r) for r in rotations if r is not None)
 
 
 def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:

@@ -12,9 +12,10 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.formats import aligned, code_dtype
+from halo_tensor.ops.device import has_wgmma
+from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
-from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.launch import Launch, shared_memory
 from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -33,12 +34,14 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 def format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
     # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
     native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
+    code_lift = 1.0 if saturate or noisy else lift(format)  # without a scale nothing is lifted; noise is one of whole codes
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
         "MAX": format.max if saturate or noisy else 0.0,
-        "INVERSE_MAX": 1.0 / format.max,
+        "INVERSE_MAX": code_lift / format.max,
+        "STEP": 1.0 / code_lift,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference
     }
 
@@ -65,7 +68,7 @@ def rotate_quantize(
         x = x.to(torch.float32)
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # float32, since float16 may not hold it
-    folds_on_the_way = _folds_on_the_way(scale, fold_rows, fold_columns)
+    folds_on_the_way = reference.folds_across(scale, fold_rows, fold_columns)
     turns = folds_on_the_way and _turns(x, left, right, scale, rows)
     noisy = seed is not None
     rotates_first = not folds_on_the_way or (not turns and needs_rotating_first(x, left, right, scale, noisy))
@@ -122,12 +125,6 @@ def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
 
 
-def _folds_on_the_way(scale: str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
-    """Whether the kernels know these folds: along rows where scales lie along columns, and the other way round, which is what
-    recipes ask for."""
-    return (fold_rows is None or scale == "column") and (fold_columns is None or scale == "row")
-
-
 def _turns(x, left, right, scale, rows) -> bool:
     """Whether a rotation from the left is done to the transpose of x, from the right. There tiles know low ranks and scales
     along what is rotated; and codes are stored as they come where they are wanted transposed."""
@@ -138,12 +135,30 @@ def _turns(x, left, right, scale, rows) -> bool:
 
 def takes_whole_rows(x, left, right, scale, noisy) -> bool:
     low = right is not None and right.rank is not None
-    return scale == "row" and left is None and not low and not noisy and x.shape[1] <= LARGEST_ROW
+    return scale == "row" and left is None and not low and not noisy and _holds_row(x, right)
+
+
+def _holds_row(x: torch.Tensor | Matrix, right: Rotation | None) -> bool:
+    """Whether a program has room for a whole row of x, rotated by ``right``."""
+    k = reference.padded(x.shape[1], right)
+    if k > LARGEST_ROW:
+        return False
+    if right is None or x.device.type != "cuda":
+        return True
+    if x.dtype == torch.float32 and not has_wgmma(x.device):
+        return False  # it would spill registers
+    a, b = factors(right.edge) or (1, right.edge)
+    width, row = max(b, TILE), triton.next_power_of_2(k)
+    matrices = width * width + (max(triton.next_power_of_2(a), 16) ** 2 if a > 1 else 0)
+    needed = 2 * (matrices + (2 if a > 1 else 1) * row)  # bytes, of bfloat16; float32 rows are multiplied in parts
+    return needed <= shared_memory(x.device)
 
 
 def gains_on_the_way(x, left, right, scale, noisy) -> bool:
-    """Whether a gain is multiplied with where x is read: a wide row, and a matrix wider than a tile, leave no room for it."""
-    fits = right is None or right.edge <= TILE or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
+    """Whether a gain is multiplied with where x is read. It takes registers, and has no room beside the widest rows if these
+    share registers with a product's operands, or if the rotation's matrix is wider than a tile."""
+    roomy = right is None or (right.edge <= TILE and has_wgmma(x.device))
+    fits = roomy or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
     return fits and takes_whole_rows(x, left, right, scale, noisy)
 
 
@@ -152,8 +167,6 @@ def needs_rotating_first(x, left, right, scale, noisy) -> bool:
     if left is None and right is None:
         return False
     if right is not None and takes_whole_rows(x, left, right, scale, noisy):
-        if right.edge > TILE and x.dtype == torch.float32 and x.device.type == "cuda":
-            return True  # matrices and products in three tf32 parts exceed every shared memory
         pair = factors(right.edge)
         whole = reference.padded(x.shape[1], right)
         return pair is None or (pair[0] > 1 and (pair[1] < 16 or pair[0] > TILE or right.edge != whole))
@@ -285,7 +298,9 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
-        warps *= 2 if constants.get("NOISY") or x.dtype == torch.float32 else 1  # the noise takes as many registers as the tile; not measured
+        # Noise takes as many registers as the tile, a float32 tile two times its own, and without wgmma operands do too.
+        wide = x.dtype == torch.float32 or not has_wgmma(x.device)
+        warps *= 2 if constants.get("NOISY") or (rotated and wide) else 1
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         kept = edge if right is None else reference.rotated(edge, right)

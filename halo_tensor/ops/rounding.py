@@ -5,6 +5,7 @@ import triton.language as tl
 
 #: 2⁻¹²⁶: see reference.SMALLEST_SCALE.
 SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
+FOLD_LIFT = tl.constexpr(128.0)  # see reference.FOLD_LIFT
 #: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
 ROUNDER = tl.constexpr(12582912.0)
 
@@ -16,18 +17,28 @@ def maximum(a, b):
 
 @triton.jit
 def scale_from(amax, INVERSE_MAX: tl.constexpr):
-    """That of codes up to 1 / INVERSE_MAX; a NaN stays one."""
+    """That of codes up to 1 / INVERSE_MAX, which are lifted where INVERSE_MAX is; a NaN stays one."""
     return maximum(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
 
 
 @triton.jit
-def round_to_code(y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
+def unlifted(scale, STEP: tl.constexpr, FOLD: tl.constexpr):
+    """The scale to store of one that was lifted. ``FOLD``: whether what it scales was multiplied with a lifted fold."""
+    UNLIFT: tl.constexpr = STEP / FOLD_LIFT if FOLD else STEP
+    return scale * UNLIFT if UNLIFT != 1.0 else scale
+
+
+@triton.jit
+def round_to_code(
+    y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, STEP: tl.constexpr
+):
     """float32 → codes, round to nearest even; NaN → NaN or, in an integer, anything: its scale is NaN. ``MANTISSA`` is −1 for
-    integers and −2 for formats that the hardware converts to. ``MAX`` above 0 saturates there."""
+    integers and −2 for formats that the hardware converts to. ``MAX`` above 0 saturates there. ``STEP``: what an integer 1 is
+    in ``y``, a power of two; 1 for other formats."""
     if MAX > 0:  # a bare cast; a scaled value is inside already
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA == -1:
-        return (y + ROUNDER).to(tl.int32, bitcast=True).to(CODE)
+        return (y + ROUNDER * STEP).to(tl.int32, bitcast=True).to(CODE)
     if MANTISSA >= 0:  # a grid inside fp8's: round at the exponent's quantum
         exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
@@ -58,4 +69,4 @@ def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT:
         quantum = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     # At the largest number the noise may round up to a whole step: hence round_to_code's own limit.
-    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX)
+    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX, 1.0)

@@ -51,8 +51,10 @@ class Tile(NamedTuple):
 def tile_for(
     generation: int, m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
 ) -> Tile:
-    """The launch table. SM 9.0's rows were measured on an H100 (bench/NOTES.md); those of SM 10.x and 12.x are the largest tiles
-    whose kernels spill no registers, compiled and not run.
+    """The launch table.
+
+    The rows of SM 9.0 were measured on an H100 (bench/NOTES.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
+    spill no registers; they were compiled and not run.
 
     Args:
         generation: the major compute capability, 9, 10 or 12.

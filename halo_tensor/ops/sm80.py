@@ -1,7 +1,7 @@
 """The product of :mod:`halo_tensor.ops.scaled_mm` below SM 9.0: A100, RTX 3090, RTX 4090, L40S.
 
-These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers that it does not pipeline. Here operands are read
-through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
+These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers that it does not pipeline. Here operands are
+read through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
 """
 
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.launch import Launch
 from halo_tensor.ops.quantize_kernels import load_vector, scale_of, write_scale
 from halo_tensor.ops.rotate_quantize import code_matrix, dense, format_options, quantize_pair
-from halo_tensor.ops.rounding import maximum, round_to_code
+from halo_tensor.ops.rounding import FOLD_LIFT, maximum, round_to_code, unlifted
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import Format
 
@@ -49,8 +49,8 @@ def amax_of_two(
     of the rows of a diag(fold_columns_a), M of them, then of the columns of diag(fold_rows_a) a, then b's. One program: STEPS
     times T rows by WIDTH columns."""
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    by_column_a = load_vector(fold_columns_a, columns, K)[None, :]
-    by_column_b = load_vector(fold_columns_b, columns, K)[None, :]
+    by_column_a = (load_vector(fold_columns_a, columns, K) * FOLD_LIFT)[None, :]
+    by_column_b = (load_vector(fold_columns_b, columns, K) * FOLD_LIFT)[None, :]
     amax_b = amax + M + K
     most_a = tl.zeros((T, WIDTH), tl.float32)
     most_b = tl.zeros((T, WIDTH), tl.float32)
@@ -59,8 +59,8 @@ def amax_of_two(
         inside = _inside(rows, columns, M, K, EVEN)
         a, b = PRODUCER(x0, x1, x2, rows.to(tl.int64)[:, None], columns[None, :], inside)
         a, b = a.to(tl.float32), b.to(tl.float32)
-        most_a = maximum(most_a, tl.abs(a * load_vector(fold_rows_a, rows, M)[:, None]))
-        most_b = maximum(most_b, tl.abs(b * load_vector(fold_rows_b, rows, M)[:, None]))
+        most_a = maximum(most_a, tl.abs(a * (load_vector(fold_rows_a, rows, M) * FOLD_LIFT)[:, None]))
+        most_b = maximum(most_b, tl.abs(b * (load_vector(fold_rows_b, rows, M) * FOLD_LIFT)[:, None]))
         _raise(amax, rows, M, tl.reduce(tl.abs(a * by_column_a), 1, maximum))
         _raise(amax_b, rows, M, tl.reduce(tl.abs(b * by_column_b), 1, maximum))
     _raise(amax + M, columns, K, tl.reduce(most_a, 0, maximum))
@@ -68,10 +68,10 @@ def amax_of_two(
 
 
 @triton.jit
-def _inverse(amax, scales, index, count, other_tile, INVERSE_MAX: tl.constexpr, WIDTH: tl.constexpr):
-    """1 / scale of WIDTH rows or columns; the first of their tiles writes the scale."""
+def _inverse(amax, scales, index, count, other_tile, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """1 / lifted scale of WIDTH rows or columns; the first of their tiles writes the scale."""
     scale = scale_of(amax, index, count, INVERSE_MAX, 2, WIDTH)
-    write_scale(scales, scale, index, count, other_tile, 2)
+    write_scale(scales, unlifted(scale, STEP, True), index, count, other_tile, 2)
     return reciprocal(scale)
 
 
@@ -80,12 +80,13 @@ def _cast(
     x, inside, fold_rows, by_column, inverse, amax, codes, codes_t, scales, rows, columns, tile_column, M,
     stride_codes, stride_codes_t, T: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    y = x.to(tl.float32) * by_column * _inverse(amax, scales, rows, M, tile_column, INVERSE_MAX, T)[:, None]
-    q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+    y = x.to(tl.float32) * by_column * _inverse(amax, scales, rows, M, tile_column, INVERSE_MAX, STEP, T)[:, None]
+    q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
     tl.store(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], q, mask=inside)
-    y = x.to(tl.float32) * load_vector(fold_rows, rows, M)[:, None] * inverse
-    q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+    y = x.to(tl.float32) * (load_vector(fold_rows, rows, M) * FOLD_LIFT)[:, None] * inverse
+    q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
     target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
     tl.store(target, tl.trans(q), mask=tl.trans(inside))
 
@@ -98,28 +99,29 @@ def cast_two(
     T: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     PRODUCER: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Of each: codes [M, K] and codes_t [K, M], with the scales that follow from what :func:`amax_of_two` found; tiles as
     there."""
     # Backwards: amax_of_two has left the last tiles in L2.
     tile_row, tile_column = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     columns = tile_column * WIDTH + tl.arange(0, WIDTH)
-    by_column_a = load_vector(fold_columns_a, columns, K)[None, :]
-    by_column_b = load_vector(fold_columns_b, columns, K)[None, :]
+    by_column_a = (load_vector(fold_columns_a, columns, K) * FOLD_LIFT)[None, :]
+    by_column_b = (load_vector(fold_columns_b, columns, K) * FOLD_LIFT)[None, :]
     amax_b = amax + M + K
-    inverse_a = _inverse(amax + M, column_scales_a, columns, K, tile_row, INVERSE_MAX, WIDTH)[None, :]
-    inverse_b = _inverse(amax_b + M, column_scales_b, columns, K, tile_row, INVERSE_MAX, WIDTH)[None, :]
+    inverse_a = _inverse(amax + M, column_scales_a, columns, K, tile_row, INVERSE_MAX, STEP, WIDTH)[None, :]
+    inverse_b = _inverse(amax_b + M, column_scales_b, columns, K, tile_row, INVERSE_MAX, STEP, WIDTH)[None, :]
     for i in tl.range(0, STEPS, num_stages=STAGES):
         rows = (tile_row * STEPS + i) * T + tl.arange(0, T)
         inside = _inside(rows, columns, M, K, EVEN)
         a, b = PRODUCER(x0, x1, x2, rows.to(tl.int64)[:, None], columns[None, :], inside)
         _cast(
             a, inside, fold_rows_a, by_column_a, inverse_a, amax, codes_a, codes_t_a, row_scales_a, rows, columns,
-            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
+            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX, STEP,
         )  # fmt: skip
         _cast(
             b, inside, fold_rows_b, by_column_b, inverse_b, amax_b, codes_b, codes_t_b, row_scales_b, rows, columns,
-            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX,
+            tile_column, M, stride_codes, stride_codes_t, T, CODE, MANTISSA, MIN_EXPONENT, MAX, INVERSE_MAX, STEP,
         )  # fmt: skip
 
 
