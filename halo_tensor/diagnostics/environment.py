@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from halo_tensor.ops.device import check_device
+from halo_tensor.ops.device import runs
 from halo_tensor.recipe import FORMATS
 
 PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
@@ -70,17 +70,9 @@ def _version(package: str) -> str:
 
 
 def _device(device: torch.device) -> dict:
-    runs = [name for name, format in FORMATS.items() if _can_run(format, device)]
+    able = [name for name, format in FORMATS.items() if runs((format,), device)]
     described = {"device": str(device), **(_gpu(device) if device.type == "cuda" else _cpu())}
-    return described | {"formats": runs, "cannot run": [name for name in FORMATS if name not in runs]}
-
-
-def _can_run(format, device: torch.device) -> bool:
-    try:
-        check_device((format,), device)
-    except RuntimeError:
-        return False
-    return True
+    return described | {"formats": able, "cannot run": [name for name in FORMATS if name not in able]}
 
 
 def _cpu() -> dict:

@@ -35,3 +35,12 @@ def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
             f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
         )
+
+
+def runs(formats: tuple[Format, ...], device: torch.device) -> bool:
+    """Whether :func:`check_device` raises nothing."""
+    try:
+        check_device(formats, device)
+    except RuntimeError:
+        return False
+    return True
