@@ -1,5 +1,7 @@
 """The rates of GPUs, which one is modelled, and what ``report`` and ``calibrate`` recommend for it."""
 
+import sys
+
 import pytest
 import torch
 import triton
@@ -21,6 +23,7 @@ def machine(monkeypatch):
     def give(name: str, capability: tuple[int, int], version: str = "3.6.0") -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(triton, "__version__", version)
@@ -119,7 +122,7 @@ def test_recipes_that_gain(name, version, units, monkeypatch):
 
 
 def test_no_triton_is_no_obstacle(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert gpus.ceilings_of("B200").notes == ()
 
 

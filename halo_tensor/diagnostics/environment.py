@@ -1,8 +1,11 @@
 """``environment``: what a bug report should say about the machine. No paths, names of users or hosts, and no secrets."""
 
+import json
 import platform
+import subprocess
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 import torch
 
@@ -92,3 +95,21 @@ def _gpu(device: torch.device) -> dict:
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "products by": "Triton kernels" if triton != "not installed" else "nothing: triton is not installed",
     }
+
+
+def source_commit() -> str | None:
+    """The commit that this package was installed from, or that its checkout is at; None if neither is known."""
+    try:
+        origin = json.loads(distribution("halo_tensor").read_text("direct_url.json") or "{}")
+        if commit := origin.get("vcs_info", {}).get("commit_id"):
+            return commit[:10]
+    except PackageNotFoundError:
+        pass
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
