@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halo_tensor.linear import backward_of_rounding, multiply_backward, product_dtype, quantize_operands, take_apart
+from halo_tensor.linear import (
+    backward_of_rounding,
+    multiply_backward,
+    product_dtype,
+    quantize_operands,
+    refuse_tracing,
+    take_apart,
+)
 from halo_tensor.recipe import Operand, Product, Recipe, X
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -118,8 +125,9 @@ def conv2d(
 ) -> torch.Tensor:
     """``F.conv2d`` [B, C, H, W] → [B, N, H', W'] by a recipe whose output is plain; each group is a layer of its own.
 
-    Raises ValueError if the dtypes differ outside autocast.
+    Raises ValueError if the dtypes differ outside autocast, RuntimeError inside ``torch.jit.trace``.
     """
+    refuse_tracing()
     dtype = product_dtype("conv2d", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())

@@ -6,53 +6,89 @@ shards.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from halo_tensor.fsdp import Shardable, keep_common_scale
-from halo_tensor.ops.schemas import is_traced
+from halo_tensor.ops.schemas import is_symbolic
 from halo_tensor.sharding import check_whole
 from halo_tensor.tensor import HadamardQuantTensor
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.matmul.default, aten.linear.default}
+#: Namespaces whose schemas name every argument that an op writes to.
+_DECLARING = {"aten", "halo", "prim", "prims"}
+_COLLECTIVES = {"c10d", "_c10d_functional"}
+#: Ops of others that only read tensors. One that sends may end only when another rank receives, so nothing waits for it.
+_READING = {
+    "_c10d_functional::isend",
+    "c10d::barrier",
+    "c10d::check_for_nan",
+    "c10d::monitored_barrier_",
+    "c10d::send",
+}
+#: Names of functions and of aten ops, without underscores at their ends, that contract a weight with an input.
+PRODUCTS = {
+    *("mm", "addmm", "bmm", "addbmm", "baddbmm", "mv", "addmv", "matmul", "rmatmul", "linear", "bilinear", "trilinear"),
+    *("einsum", "tensordot", "inner", "multi_dot", "chain_matmul", "conv1d", "conv2d", "conv3d", "convolution"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "grouped_mm", "scaled_mm", "scaled_grouped_mm"),
+    *("addmm_activation", "multi_head_attention_forward", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell"),
+}
 
 
 def run(func, args, kwargs):
     """``func`` on the dense values of weights. Those that it writes to are brought up to date, and returned in place of their
-    values."""
+    values. Not every schema tells of writes: any weight that an op of an unknown namespace takes may have been written."""
     values = [*args, *kwargs.values()]
     weights: dict[int, Any] = {id(t): t for t in _tensors(values) if isinstance(t, Shardable)}
-    if func in _PRODUCTS:
+    if func.namespace == "aten" and name_of(func.overloadpacket) in PRODUCTS:
         for weight in weights.values():
             check_whole(weight)
             _warn_of_product(func, weight)
     dense = {key: weight.dequantize() for key, weight in weights.items()}
     plain = [_replaced(value, dense) for value in values]
-    writes = func._schema.is_mutable or func.namespace == "c10d"
-    before = {key: dense[key].clone() for key, weight in weights.items() if writes and _is_frozen(weight)}
     # In the order of the arguments, which is the same in every step of an optimiser.
-    written = dict.fromkeys(id(t) for t in _tensors(_written_arguments(func, args, kwargs)) if id(t) in weights)
+    declared, suspected = (
+        dict.fromkeys(id(t) for t in _tensors(_arguments(func, args, kwargs, how)) if id(t) in weights)
+        for how in (_is_written, _may_be_written)
+    )
+    written = declared | suspected
+    before = {key: dense[key].clone() for key in written if _is_frozen(weights[key])}
     out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
-    if written and func.namespace == "c10d":
-        (out[-1] if isinstance(out, tuple) else out).wait()
+    if written and func.namespace in _COLLECTIVES:
+        _wait(func, out, [dense[key] for key in written])
     # DDP, for one, sends every weight to itself: frozen codes would be rounded a second time.
     changed = [key for key in written if key not in before or not torch.equal(before[key], dense[key])]
-    _bring_up_to_date([(weights[key], dense[key]) for key in changed])
-    owner = {id(dense[key]): weights[key] for key in written}  # an in-place op returns what it wrote to
+    # Autograd takes an op for what its schema says: it need not hear of writes that may not have happened.
+    counted = written if func.namespace == "c10d" else declared
+    _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
+    _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
+    owner = {id(dense[key]): weights[key] for key in counted}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
 
-def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]]) -> None:
-    """After an op wrote to the dense values of weights, an optimiser's to all."""
+def _wait(func, out, written: list[torch.Tensor]) -> None:
+    """Until a collective has written: it may return at once."""
+    for returned in out if isinstance(out, tuple) else (out,):
+        if isinstance(returned, torch.ScriptObject):  # a Work
+            returned.wait()  # type: ignore[attr-defined]
+    if func.namespace == "_c10d_functional" and func is not torch.ops._c10d_functional.wait_tensor.default:
+        for tensor in written:
+            torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]], counted: bool = True) -> None:
+    """After an op wrote to the dense values of weights, an optimiser's to all. ``counted`` tells autograd."""
     # Of several views of one, once.
     whole = {id(_whole(w)): (_whole(w), dense if w.base is None else w.base.master) for w, dense in written}
-    # Autograd, which counts versions, is above __torch_dispatch__ and has only seen the wrappers.
-    torch.autograd.graph.increment_version([weight.master for weight, _ in written if weight.master is not None])
+    if counted:  # it counts versions above __torch_dispatch__, and has only seen the wrappers
+        masters = [weight.master for weight, _ in [*whole.values(), *written]]
+        torch.autograd.graph.increment_version(list({id(m): m for m in masters if m is not None}.values()))
     coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None and dense is not None]
-    HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
+    parts = () if counted else tuple(part for weight, _ in coded for part in weight.operand.parts)
+    with torch.autograd._unsafe_preserve_version_counter(parts):
+        HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
     for weight, _ in coded:
         weight.in_step()
     if any(dense is None for _, dense in whole.values()):
@@ -66,18 +102,30 @@ def _whole(weight: Any) -> Any:
 
 def _is_frozen(weight: Any) -> bool:
     """Whether codes are all there is, and values that can be compared."""
-    return _whole(weight).master is None and not (is_traced() or weight.is_meta)
+    return _whole(weight).master is None and not (is_symbolic() or weight.is_meta)
 
 
 def _warn_of_product(func, weight: Any) -> None:
     whole = _whole(weight)
     if not whole.recipe.is_identity:
         part = "" if weight is whole else f"a view {list(weight.shape)} of "
-        warnings.warn(
-            f"{func} with {part}a converted weight {list(whole.shape)} runs in high precision, since it is not called as "
-            "F.linear(x, weight): leave its layer out with skip or filter_fn, or dequantize() the weight",
-            stacklevel=2,
-        )
+        warn_of_product(str(func), f"{part}a converted weight {list(whole.shape)}")
+
+
+def warn_of_product(name: str, what: str, stacklevel: int = 2) -> None:
+    """Say that a product with (a part of, or a value computed from) a converted weight is not quantised."""
+    if torch._C._current_graph_task_id() != -1:  # in backward, whose forward has said so
+        return
+    warnings.warn(
+        f"{name} with {what} runs in high precision, since it is not called as F.linear(x, weight): leave its layer out with "
+        "skip or filter_fn, or dequantize() the weight",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def name_of(func: Any) -> str:
+    """The name of a function of torch or of an aten op, without underscores at its ends."""
+    return getattr(func, "__name__", "").removeprefix("linalg_").strip("_")
 
 
 def are_alike(a: Any, b: Any) -> bool:
@@ -123,15 +171,24 @@ def _replaced(value, by_id: Mapping[int, torch.Tensor]):
     return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
 
 
-def _written_arguments(func, args, kwargs) -> list:
+def _arguments(func, args, kwargs, chosen: Callable) -> list:
+    """The values of the arguments that are ``chosen``."""
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(func._schema.arguments)
-        if _is_written(func, argument)
+        if chosen(func, argument)
     ]
 
 
 def _is_written(func, argument) -> bool:
-    if func.namespace == "c10d":  # whose schemas do not say it
-        return func._opname.endswith("_") and argument.name.startswith(("output", "tensors"))
     return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _may_be_written(func, argument) -> bool:
+    """Whether an op may write to an argument although its schema does not say so: c10d's say it of none, and of other
+    libraries' it is not known. While a graph is traced, schemas are believed, as the compiler believes them."""
+    if func.namespace in _DECLARING or func._schema.name in _READING or _is_written(func, argument):
+        return False
+    if func.namespace in _COLLECTIVES and argument.name.startswith("input"):
+        return False
+    return func.namespace == "c10d" or not is_symbolic()

@@ -36,6 +36,8 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _agreed: WeakSet = WeakSet()
 #: Codes of a shard -> their version when they were given a scale that all ranks share.
 _common_scale: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: Codes of a shard -> the DTensor of its master that state dicts hold.
+_lent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Shardable:
@@ -55,6 +57,16 @@ class Shardable:
     shape: torch.Size
     dtype: torch.dtype
     follow: Any
+    lend: Any
+
+    @property
+    def _fsdp_flattened(self) -> bool:
+        """FSDP1 sets this on parameters that it takes apart and keeps (``use_orig_params=True``; torch 2.11 to 2.13)."""
+        return False
+
+    @_fsdp_flattened.setter
+    def _fsdp_flattened(self, value: bool) -> None:
+        refuse_fsdp1(self.shape)
 
     @property
     def fsdp_pre_all_gather(self) -> "_PreAllGather":
@@ -157,6 +169,13 @@ def precompute_scales(model: torch.nn.Module) -> None:
         _share_scales(shards, mesh, dimension)
 
 
+def refuse_fsdp1(shape) -> None:
+    raise RuntimeError(
+        f"FullyShardedDataParallel (FSDP1) makes a converted weight {list(shape)} plain, and its layer would run in high "
+        "precision: shard with fully_shard (FSDP2), from torch.distributed.fsdp, after quantize_"
+    )
+
+
 def is_sharded(weight: torch.Tensor) -> bool:
     """Whether this parameter is a converted weight that FSDP has sharded."""
     return isinstance(local(weight), Shardable)
@@ -171,6 +190,33 @@ def map_shard(weight: torch.Tensor, convert) -> DTensor:
     )
     whole._local_tensor = shard  # from_local makes a view of it, and a view of a converted weight has no codes
     return whole
+
+
+def lend(weight: torch.Tensor) -> DTensor:
+    """The dense value of a sharded weight, for a state dict: always the same DTensor, since its version tells of ops on it,
+    which its shard's version does not."""
+    shard = local(weight)
+    if shard.master is None or shard.operand is None:
+        return map_shard(weight, type(shard).dequantize)
+    lent = _lent.get(shard.operand.codes)
+    if lent is None or local(lent) is not shard.master:
+        shard.follow()
+        with torch.inference_mode(False):  # an inference tensor has no version
+            lent = _lent[shard.operand.codes] = map_shard(weight, type(shard).dequantize)
+        shard.in_step()
+    shard.lend()
+    return lent
+
+
+def lent_version(shard: Shardable) -> int | None:
+    """The version of the DTensor that state dicts hold."""
+    lent = None if shard.operand is None else _lent.get(shard.operand.codes)
+    return None if lent is None else lent._version
+
+
+def needs_common_scale(shard: Shardable) -> bool:
+    """Whether ranks must agree before this shard can be quantised, so that no rank may do so without a write."""
+    return shard.fsdp == "shard" and shard.operand is not None and shard.operand.scale_along == "tensor"
 
 
 def local(weight: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from halo_tensor.ops.schemas import is_traced
+from halo_tensor.ops.schemas import is_recorded, is_symbolic
 
 Gains = tuple[torch.Tensor, torch.Tensor]
 #: gain -> {device: the same there}, so that layers that share gains still do after they have been moved.
@@ -32,7 +32,7 @@ def moved(gains: Gains | None, device: torch.device) -> Gains | None:
     if gains[0].is_meta:
         warnings.warn("a balance that was loaded to the meta device has no values: call balance_ again", stacklevel=2)
         return None
-    if is_traced():  # not to be remembered
+    if is_recorded():  # not to be remembered: a fake tensor, or an op that a mode must see
         return gains[0].to(device), gains[1].to(device)
     copies = _moved.setdefault(gains[0], {})
     if device not in copies:
@@ -45,4 +45,4 @@ def fit(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     # Tracing makes new objects of one tensor, and has no values to compare.
-    return a is b or is_traced() or (a.device == b.device and torch.equal(a, b))
+    return a is b or is_symbolic() or (a.device == b.device and torch.equal(a, b))

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor import multiply  # noqa: F401  defines torch.mm of two operands
 from halo_tensor.gains import Gains
 from halo_tensor.ops import hadamard
-from halo_tensor.ops.schemas import is_traced
+from halo_tensor.ops.schemas import is_recorded
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -106,7 +106,7 @@ def _is_shared(owner: torch.Tensor) -> bool:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
         return False
     # A leaf may be a buffer that others write to without a trace: receiving ranks, NumPy, x.data, the replay of a graph.
-    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_traced()
+    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
 
 
 def _shared_operands(owner: torch.Tensor | None) -> dict:
@@ -270,6 +270,12 @@ def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return x.dtype
 
 
+def refuse_tracing() -> None:
+    """TorchScript cannot hold a Python autograd function: saving what it traced crashes."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace knows no converted layers: call dequantize_(model) first")
+
+
 def linear(
     x: torch.Tensor,
     weight: Any,
@@ -287,9 +293,18 @@ def linear(
             not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
 
     Raises:
-        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast.
+        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is held as codes
+            only and is to be trained.
+        RuntimeError: inside ``torch.jit.trace``.
     """
+    refuse_tracing()
     if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
+        if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
+            raise ValueError(
+                "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+                "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
+                "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
+            )
         raise ValueError(
             "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
             "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"

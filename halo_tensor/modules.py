@@ -2,12 +2,15 @@
 
 import warnings
 from functools import cache
+from typing import cast
 
 import torch
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.tensor import DTensor
 
 from halo_tensor import fsdp
 from halo_tensor.recipe import Recipe
-from halo_tensor.weight import HaloWeight, dense_value
+from halo_tensor.weight import HaloWeight, dense_value, tags
 
 
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
@@ -27,7 +30,7 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False
 
 def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
     """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
-    module.weight = torch.nn.Parameter(weight, requires_grad=requires_grad)
+    _replace(module, "weight", torch.nn.Parameter(weight, requires_grad=requires_grad))
     keep_plain(module)
     _watch_replacements()
 
@@ -53,23 +56,65 @@ def _warn_of_replacement(parent: torch.nn.Module, name: str, new: torch.nn.Modul
         )
 
 
+def _replace(module: torch.nn.Module, name: str, new: torch.nn.Parameter) -> None:
+    """Put ``new`` in the place of a parameter, with all that hangs on it: attributes, a gradient, and hooks, whose handles
+    still remove them."""
+    old = cast(torch.Tensor, module._parameters[name])
+    new.__dict__.update(tags(old))
+    with torch._C.DisableTorchFunctionSubclass():
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(old, hooks):
+                setattr(new, hooks, getattr(old, hooks))
+        new.grad = old.grad
+    setattr(module, name, new)
+
+
 def keep_plain(module: torch.nn.Module) -> None:
-    """Let the state dict of a module that holds converted weights, and no longer of one that holds none, stay a plain one."""
-    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+    """Let the state dict of a module that holds converted weights, and no longer of one that holds none, stay a plain one; and
+    let a linear layer tell when its weight has become plain."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_save_plain, _load_plain):
+            if getattr(hook, "hook", hook) in (_save_plain, _load_plain, _check_converted):
                 del hooks[key]
+    module.__dict__.pop("__prepare_scriptable__", None)
     if any(isinstance(parameter, HaloWeight) for parameter in module._parameters.values()):
         module.register_state_dict_post_hook(_save_plain)
         module.register_load_state_dict_pre_hook(_load_plain)
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(_check_converted)
+            module.__dict__["__prepare_scriptable__"] = _refuse_script  # which torch.jit.script calls
 
 
 def restore_weight(module: torch.nn.Module) -> None:
     """The inverse of :func:`convert_weight`, for every converted weight that ``module`` itself holds."""
     for name, weight in module._parameters.items():
         if isinstance(weight, HaloWeight):
-            setattr(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
+            _replace(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
     keep_plain(module)
+
+
+def _refuse_script():
+    raise RuntimeError("torch.jit.script knows no converted layers: call dequantize_(model) first")
+
+
+def _check_converted(module, args) -> None:
+    """Before the forward of a converted layer: is its weight still a converted one?"""
+    if torch.compiler.is_compiling():
+        return
+    weight = module._parameters.get("weight")
+    if isinstance(weight, HaloWeight | DTensor):
+        return
+    shape = [module.out_features, module.in_features]
+    if weight is None:  # FSDP1 and parametrisations keep it elsewhere
+        weight = module.__dict__.get("weight")
+    if isinstance(getattr(weight, "_base", None), FlatParameter):
+        fsdp.refuse_fsdp1(shape)
+    warnings.warn(
+        f"a converted layer {shape} runs in high precision, since its weight was replaced by a plain one or is parametrised. "
+        "For functional_call, pass dict(model.named_parameters()), not a state dict; to load weights, use load_state_dict; "
+        "after any other replacement call quantize_ again, or dequantize_ if high precision is meant",
+        stacklevel=4,
+    )
 
 
 def _save_plain(module, state_dict, prefix, local_metadata):
@@ -78,9 +123,9 @@ def _save_plain(module, state_dict, prefix, local_metadata):
         if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
             continue
         if isinstance(weight, HaloWeight):
-            state_dict[prefix + name] = weight.dequantize()
+            state_dict[prefix + name] = weight.lend()
         elif fsdp.is_sharded(weight):
-            state_dict[prefix + name] = fsdp.map_shard(weight, HaloWeight.dequantize)
+            state_dict[prefix + name] = fsdp.lend(weight)
 
 
 def _load_plain(module, state_dict, prefix, local_metadata, *_):

@@ -10,7 +10,6 @@ import torch
 
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import reference
-from halo_tensor.ops.schemas import is_traced
 
 aten = torch.ops.aten
 
@@ -36,7 +35,7 @@ def _rows(weight: Any, start: int, stop: int, fsdp: str | None) -> Any:
 
 def _split(weight, size, dim=0):
     """``torch.chunk`` of a whole weight: chunks along rows bring their codes along, to be copied to a shard."""
-    if weight.operand is None or weight.fsdp is not None or is_traced():
+    if weight.operand is None or weight.fsdp is not None:
         return NotImplemented
     if dim % 2:
         if not torch.is_grad_enabled():  # as when FSDP shards
@@ -55,7 +54,10 @@ def _split(weight, size, dim=0):
 
 
 def check_whole(weight: Any) -> None:
-    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor."""
+    """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor. It cuts
+    the detached weight; a chunk of the parameter itself was cut by other code, and is a view like any other."""
+    if weight.fsdp == "chunk" and isinstance(weight.base, torch.nn.Parameter):
+        return
     if weight.fsdp not in (None, "gathered"):
         raise ValueError(
             f"a product with a part, {list(weight.shape)}, of a converted weight, as in tensor parallelism or sharded by "

@@ -16,7 +16,7 @@ from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype
 from halo_tensor.ops.hadamard import factors
 from halo_tensor.ops.packing import can_pack, pack_rows, unpack_columns, unpack_rows
-from halo_tensor.ops.schemas import is_traced
+from halo_tensor.ops.schemas import is_symbolic
 from halo_tensor.recipe import Format, Rotation
 
 aten = torch.ops.aten
@@ -58,7 +58,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     undo_gain: torch.Tensor | None = None
     gain_along: str | None = None
 
-    version: int | None = None  #: of the matrix whose codes these are, where a HaloWeight keeps them in step with it
+    version: tuple | None = None  #: of the matrix whose codes these are, where a HaloWeight keeps them in step with it
+    lent: bool = False  #: that matrix was given to a state dict since then
 
     @staticmethod
     def __new__(cls, size, dtype, tensors, attributes):
@@ -248,13 +249,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def any_codes(self) -> torch.Tensor:
         """The codes [r', c'] in whichever layout is held."""
         if self.is_packed:
-            return (unpack_rows if is_traced() else ops.unpack_rows)(*self._packed)
+            return (unpack_rows if is_symbolic() else ops.unpack_rows)(*self._packed)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
         """Their transpose [c', r'] in whichever layout is held."""
         if self.is_packed:
-            return unpack_columns(*self._packed) if is_traced() else self.any_codes().t()
+            return unpack_columns(*self._packed) if is_symbolic() else self.any_codes().t()
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
     def dequantize(self) -> torch.Tensor:

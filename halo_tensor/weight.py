@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from halo_tensor import dispatch, fsdp, sharding
+from halo_tensor import derived, dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
 from halo_tensor.linear import linear, reuses_operand, weight_operand
-from halo_tensor.ops.schemas import fingerprint, is_traced
+from halo_tensor.ops.schemas import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.tensor import HadamardQuantTensor
 
@@ -31,18 +31,37 @@ _STAYS_A_WEIGHT = {
     aten._pin_memory.default,
 }
 
+#: Attributes of a weight that are its own; others are tags that users hang on parameters.
+_OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_param"}
+#: The functions by which ``Module._apply`` converts a parameter (see ``_keep_hooks``).
+_CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch._dynamo.allow_in_graph(linear)
 
 
-def _version(master: torch.Tensor | None) -> int | None:
-    return None if master is None or master.is_inference() else master._version
+def _version(weight: "HaloWeight") -> tuple | None:
+    """What changes when the master is written, or is another tensor."""
+    master = weight.master
+    if master is None:
+        return None
+    lent = fsdp.lent_version(weight) if weight.fsdp == "shard" else None
+    return id(master), None if master.is_inference() else master._version, lent
 
 
 def _of_operand(name: str) -> Any:
     """The operand's attribute as the weight's own; None without an operand."""
     return property(lambda weight: None if weight.operand is None else getattr(weight.operand, name))
+
+
+def _codes(weight: "HaloWeight") -> torch.Tensor | None:
+    """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its
+    graph: so it sees writes to the master as an eager one does."""
+    if weight.operand is None:
+        return None
+    if not torch.compiler.is_compiling():
+        weight.follow()
+    return weight.operand.codes
 
 
 class HaloWeight(fsdp.Shardable, torch.Tensor):
@@ -67,7 +86,16 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     fsdp: str | None = None
 
     @staticmethod
-    def __new__(cls, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
+    def __new__(
+        cls,
+        master: torch.Tensor | None,
+        operand: HadamardQuantTensor | None = None,
+        recipe: Recipe | None = None,
+        *,
+        requires_grad: bool | None = None,
+    ):
+        if recipe is None:
+            return _moved_by_accelerate(master, bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
         # In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view.
@@ -83,8 +111,16 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 requires_grad=like.requires_grad,
             )
 
-    def __init__(self, master: torch.Tensor | None, operand: HadamardQuantTensor | None, recipe: Recipe):
-        self.master, self.operand, self.recipe = master, operand, recipe
+    def __init__(
+        self,
+        master: torch.Tensor | None,
+        operand: HadamardQuantTensor | None = None,
+        recipe: Recipe | None = None,
+        *,
+        requires_grad: bool | None = None,
+    ):
+        if recipe is not None:
+            self.master, self.operand, self.recipe = master, operand, recipe
 
     @classmethod
     def from_hp(
@@ -114,8 +150,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self.operand.dequantize()
 
     def requantize(self, dense: torch.Tensor | None = None) -> None:
-        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no eager
-        forward follows, which does it by itself. ``dense`` is the new value of a frozen weight."""
+        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no forward
+        follows, eager or compiled, which does it by itself: before the replay of a CUDA graph that was captured by hand.
+        ``dense`` is the new value of a frozen weight."""
         if self.base is not None:
             self.base.requantize()
         elif self.operand is not None:
@@ -125,21 +162,36 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def in_step(self) -> None:
         """The codes are those of the master as it is now."""
         if self.operand is not None:
-            self.operand.version = _version(self.master)
+            self.operand.version, self.operand.lent = _version(self), False
 
     def follow(self) -> None:
-        """Bring the codes up to date if the master itself was written to, as by who averages the tensors of state dicts. To be
-        called by who is about to use the codes, or to hand them on."""
-        operand, master = self.operand, self.master
-        if operand is None or master is None or operand.version == _version(master) or is_traced():
+        """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
+        does. To be called before the codes are used or handed on."""
+        operand = self.operand
+        if operand is None or type(self.master) not in (torch.Tensor, torch.nn.Parameter):
+            return  # a fake or functional master has no values to follow
+        counted = operand.version != _version(self)
+        if not (counted or operand.lent):
             return
-        with torch.no_grad():
+        # Autograd counts no writes through .data of a plain weight, and so none of what follows from them.
+        parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
+        # Hidden from modes (by a private function, as of torch 2.11–2.15): it belongs to the write. Selective checkpointing,
+        # which matches the ops of two runs, would find it in one of them, and make_fx would put it into its graph.
+        with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(parts):
             self.requantize()
+
+    def lend(self) -> torch.Tensor:
+        """The dense weight for a state dict. Writes that change no version (through ``.data`` or NumPy, in inference mode) may
+        come before the next forward, so that one quantises the master in any case."""
+        if self.operand is not None and self.master is not None and not fsdp.needs_common_scale(self):
+            self.operand.lent = True
+        return self.dequantize()
 
     def share_memory_(self) -> "HaloWeight":
         for tensor in [self.master] if self.operand is None else [self.master, *self.operand.parts]:
             if tensor is not None:
                 tensor.share_memory_()
+        _keep_hooks(torch.Tensor.share_memory_, self, self)
         return self
 
     def numpy(self, *, force: bool = False):
@@ -152,8 +204,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def __dlpack__(self, **options):
         raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
 
+    def storage(self):  # and safetensors, which asks for it
+        raise RuntimeError("a converted weight has no memory of its own: save model.state_dict(), or weight.dequantize()")
+
     def __repr__(self):
-        return f"HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe})"
+        of = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" * self.requires_grad
+        return f"{of}HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe}{grad})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -162,7 +219,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
                 sharding.check_whole(weight)
-            if isinstance(weight, cls) and not weight.recipe.is_identity:
+            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.fsdp != "chunk":
                 if torch.compiler.is_exporting():
                     raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
                 if not torch.compiler.is_compiling():
@@ -176,7 +233,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _backward(*args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            return _watched(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
@@ -193,14 +250,20 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
             return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
         out = dispatch.run(func, args, kwargs)
-        if func.is_view and not is_traced():
+        if func.is_view:
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
     def _alias(self) -> "HaloWeight":
         alias = HaloWeight(self.master, self.operand, self.recipe)
         alias.base, alias.fsdp = self.base, self.fsdp
-        return alias
+        return alias._tagged(self)
+
+    def _tagged(self, like: torch.Tensor) -> "HaloWeight":
+        """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own
+        in ``module.to``; a converted one is replaced there."""
+        self.__dict__.update(tags(like))
+        return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
         weight = HaloWeight(view, None, Recipe())
@@ -214,7 +277,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return self.renewed(func(self.master, *args, **kwargs))
         weight = HaloWeight(None, func(self.operand, *args, **kwargs), self.recipe)  # codes are copied as they are
         weight.fsdp = self.fsdp
-        return weight
+        return weight._tagged(self)
 
     def renewed(self, dense: torch.Tensor) -> "HaloWeight":
         """A weight like this one, of another dense value."""
@@ -224,7 +287,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         if self.operand is not None and self.operand.is_packed:
             weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
         weight.fsdp = self.fsdp
-        return weight
+        return weight._tagged(self)
 
     def _set_data(self, value: torch.Tensor) -> None:
         """``weight.data = value``."""
@@ -257,7 +320,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         weight.fsdp = attributes["fsdp"]
         return weight
 
-    codes, scale, gain, undo_gain, gains = map(_of_operand, ("codes", "scale", "gain", "undo_gain", "gains"))
+    codes = property(_codes)
+    scale, gain, undo_gain, gains = map(_of_operand, ("scale", "gain", "undo_gain", "gains"))
 
     def _stable_hash_for_caching(self) -> str:
         """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
@@ -292,6 +356,58 @@ def _edges(tensors) -> list:
     recomputes (activation checkpointing) would recompute in high precision."""
     tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
     return [torch.autograd.graph.get_gradient_edge(t) if isinstance(t, HaloWeight) else t for t in tensors]
+
+
+def _moved_by_accelerate(moved: Any, requires_grad: bool) -> torch.nn.Parameter:
+    """What accelerate (tested with 1.15) calls the class of a parameter for: ``cls(moved, requires_grad=…)``."""
+    if not isinstance(moved, HaloWeight) or moved.is_meta:
+        raise TypeError(
+            'accelerate\'s offloading (cpu_offload, disk_offload, a device_map with "cpu" or "disk") and its loading of '
+            "checkpoints (load_checkpoint_and_dispatch) put plain tensors in place of converted weights: keep every converted "
+            "layer on a GPU, and load a checkpoint before quantize_ or with model.load_state_dict"
+        )
+    return torch.nn.Parameter(moved, requires_grad=requires_grad)
+
+
+def tags(tensor: torch.Tensor) -> dict[str, Any]:
+    """The attributes that users have set on a parameter.
+
+    Raises ValueError if one has the name of an attribute of converted weights.
+    """
+    if not isinstance(tensor, HaloWeight) and (taken := _OWN & tensor.__dict__.keys()):
+        raise ValueError(
+            f"a parameter to convert has an attribute {min(taken)!r}, a name that converted weights need: rename it"
+        )
+    return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
+
+
+def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What an ordinary function makes of weights, run eagerly with ``__torch_function__`` disabled."""
+    out = func(*args, **kwargs)
+    if isinstance(out, HaloWeight):
+        _keep_hooks(func, args[0] if args else None, out)
+    return derived.watch(func, args, kwargs, out)
+
+
+# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes
+# between two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
+@torch.compiler.substitute_in_graph(_watched)
+def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    return func(*args, **kwargs)
+
+
+def _keep_hooks(func: Any, weight: Any, out: HaloWeight) -> None:
+    """Let hooks on a parameter outlive ``Module._apply``, which puts ``nn.Parameter(converted)`` in its place, that is,
+    ``converted.detach().requires_grad_()``."""
+    name = dispatch.name_of(func)
+    if name in _CONVERSIONS and not torch.is_grad_enabled() and isinstance(weight, torch.nn.Parameter):
+        with torch._C.DisableTorchFunctionSubclass():
+            hooks = weight._backward_hooks, weight._post_accumulate_grad_hooks
+        if any(hooks):
+            out.__dict__["_hooks"] = hooks
+    elif name == "requires_grad" and "_hooks" in out.__dict__:
+        with torch._C.DisableTorchFunctionSubclass():
+            out._backward_hooks, out._post_accumulate_grad_hooks = out.__dict__.pop("_hooks")
 
 
 def dense_value(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _older_gpu():
+    """HALO_RUN_AS=89 runs the kernels of an RTX 4090 on the GPU that is there: see tests/helpers/older_gpu.py."""
+    if capability := os.environ.get("HALO_RUN_AS"):
+        from tests.helpers.older_gpu import running_as
+
+        with running_as(int(capability)):
+            yield
+    else:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -76,6 +76,13 @@ def check_arguments(kernel, arguments):
             assert mangle_type(argument) == declared, "compiled for another dtype"
 
 
+def rotated_elsewhere(x, left, right, dtype):
+    """What rotates first: a kernel, or where there is no room for it PyTorch, whose own products are not compiled here."""
+    if rotating.fits_tiles(x, left, right) and all(r is None or r.rank is None for r in (left, right)):
+        return rotating.rotate(x, left, right, dtype)
+    return x.new_empty(reference.rotated(x.shape[0], left), reference.rotated(x.shape[1], right), dtype=dtype)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """A function that makes a request on a device of some capability and returns the kernels that it launches."""
@@ -98,6 +105,8 @@ def launched(monkeypatch):
         quantizer, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
     )
     monkeypatch.setattr(quantizer, "rotation_signs", lambda rotation, device: torch.empty(rotation.edge, device=device))
+    # PyTorch's own rotation, of what no kernel has room for.
+    monkeypatch.setattr(quantizer, "rotate", rotated_elsewhere)
     # A fake CUDA tensor has no address, and where there is no CUDA it cannot be sliced.
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: 4096)
     monkeypatch.setattr(FakeTensor, "__getitem__", lambda t, s: torch.ops.aten.slice(t, 0, s.start, s.stop), raising=False)

@@ -1,5 +1,7 @@
 """torch.compile: one graph, the ops one expects in it, the numbers of eager mode."""
 
+import copy
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -8,8 +10,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from halo_tensor import dequantize_, halo_config, quantize_
-from tests.test_weight import make, train
+from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
+from tests.test_weight import converted, in_step, make, train
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +177,125 @@ def test_export_is_refused_and_says_what_to_do(strict):
         torch.export.export(model, (x,), strict=strict)
     dequantize_(model)
     assert torch.export.export(model, (x,), strict=strict).module()(x).shape == (8, 128)
+
+
+# Writes to the master that no op of the weight makes, as those to a state dict's tensors.
+
+
+@torch.no_grad()
+def average_state_dicts(average: nn.Module, model: nn.Module) -> None:
+    """As timm's ModelEmaV3 does."""
+    ours, theirs = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
+    torch._foreach_lerp_(ours, theirs, 0.5)
+
+
+@torch.no_grad()
+def average_one_by_one(average: nn.Module, model: nn.Module) -> None:
+    for ours, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        ours.copy_(0.5 * ours + 0.5 * theirs)
+
+
+@torch.no_grad()
+def average_data(average: nn.Module, model: nn.Module) -> None:
+    for name, value in average.state_dict().items():
+        value.data.lerp_(model.state_dict()[name].data, 0.5)
+
+
+@torch.no_grad()
+def average_parameters(average: nn.Module, model: nn.Module) -> None:
+    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        ours.data.copy_(0.5 * ours.data + 0.5 * theirs.data)
+
+
+def update_swa(average: nn.Module, model: nn.Module) -> None:
+    swa = torch.optim.swa_utils.AveragedModel(average, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    swa.update_parameters(average)
+    swa.update_parameters(model)
+    average.load_state_dict(swa.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("average_", "backend"),
+    [
+        (average_state_dicts, "inductor"),
+        (average_state_dicts, "aot_eager"),
+        (average_one_by_one, "aot_eager"),
+        (average_data, "aot_eager"),
+        (average_parameters, "aot_eager"),
+        (update_swa, "aot_eager"),
+    ],
+)
+def test_a_compiled_forward_sees_averages(average_, backend):
+    """Without a recompilation, and with nothing quantised anew where nothing was written."""
+    average, model = make(blocks=1), make(blocks=1)
+    train(model, 2)
+    f, x = torch.compile(average, fullgraph=True, backend=backend), torch.randn(8, 128)
+    before = f(x)
+    average_(average, model)
+    y = f(x)
+    fresh = make(converted=False, blocks=1)
+    fresh.load_state_dict(average.state_dict())
+    quantize_(fresh, halo_config(1, "int8"))
+    torch.testing.assert_close(y, fresh(x), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(y, before, rtol=1e-3, atol=1e-3) and counters["stats"]["unique_graphs"] == 1
+    versions = [p.operand.codes._version for p in average.parameters() if isinstance(p, HaloWeight)]
+    f(x)
+    assert versions == [p.operand.codes._version for p in average.parameters() if isinstance(p, HaloWeight)]
+
+
+def test_a_compiled_average_of_a_model_with_buffers():
+    """swa_utils: update_parameters, update_bn, and a forward of the compiled average."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.Linear(128, 128))
+    quantize_(model, halo_config(1, "int8"))
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=False)
+    f, batches = torch.compile(average, backend="aot_eager"), torch.randn(3, 16, 128).unbind()
+    f(batches[0])
+    for _ in range(2):
+        model(batches[0]).square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        average.update_parameters(model)
+    torch.optim.swa_utils.update_bn(batches, f)
+    assert all(in_step(p) for p in average.parameters() if isinstance(p, HaloWeight))
+    f.eval()
+    assert torch.equal(f(batches[1]), average(batches[1]))
+
+
+def test_a_compiled_training_step_sees_writes_to_the_state_dict():
+    """And its backward multiplies with what its forward did."""
+    model = make(blocks=1)
+    twin = copy.deepcopy(model)
+    f, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(8, 128, requires_grad=True)
+    f(x).sum().backward()
+    model.zero_grad()
+    for m in (model, twin):
+        for value in m.state_dict().values():
+            value.mul_(-1.5)
+    for a, b in zip(
+        *(torch.autograd.grad(g(x).sum(), [x, *m.parameters()]) for g, m in ((f, model), (twin, twin))), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+WRITES = {
+    "slice": lambda w: w[2:4].zero_(),
+    "view of a view": lambda w: w.view(-1)[7:].t().fill_(3.0),
+    "item": lambda w: w.__setitem__((3, 5), 100.0),
+    "chunk": lambda w: w.chunk(2)[1].add_(1),
+    "data": lambda w: w.data.neg_(),
+    "in place": lambda w: w.mul_(2),
+    "foreach": lambda w: torch._foreach_add_([w], [torch.ones(w.shape)]),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_compiled_writes_reach_the_codes(name):
+    weight = converted(halo_config(1, "int8")).weight
+    before = weight.master.clone()
+
+    def write():
+        WRITES[name](weight)  # and return nothing: compiled code may not return a view that it has written to
+
+    with torch.no_grad():
+        torch.compile(write, backend="aot_eager")()
+    assert in_step(weight) and not torch.equal(weight.master, before)

@@ -311,6 +311,19 @@ def writes_to_state_dicts(world):
         assert torch.equal(model(x), expected(x)), (dtype, granularity)
         write(expected), write(model)
         assert torch.equal(model(x), expected(x)), (dtype, granularity)
+        held = model.state_dict()  # ops on the DTensor itself, also of a state dict from before a forward
+        for _ in range(2):
+            with torch.no_grad():
+                for ours, plain in zip(held.values(), expected.state_dict().values(), strict=True):
+                    ours.mul_(-0.5), plain.mul_(-0.5)
+            assert torch.equal(model(x), expected(x)), (dtype, granularity)
+        if granularity == "row":  # as is a write that changes no version
+            for state in (model.state_dict(), expected.state_dict()):
+                for value in state.values():
+                    (value.to_local() if isinstance(value, DTensor) else value).data.mul_(3)
+            assert torch.equal(model(x), expected(x)), (dtype, granularity)
+        if dist.get_rank() == 0:
+            model.state_dict()  # reads, and the other ranks do not
         versions = [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
         model(x)
         assert versions == [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
@@ -328,7 +341,7 @@ def collectives(world):
 
     def in_step(linear):
         fresh = HaloWeight.from_hp(linear.weight.dequantize().detach(), linear.weight.recipe).codes
-        return torch.equal(linear.weight.codes, fresh)
+        return torch.equal(linear.weight.operand.codes, fresh)  # weight.codes would be brought up to date here
 
     first = layer(0).weight.master
     for detached in (lambda weight: weight.data, lambda weight: weight.detach()):
@@ -523,6 +536,111 @@ def from_meta(world):
     assert torch.equal(model(x), make(config)(x))
 
 
+class _Collectives:
+    """Calls of every op of a namespace, whose tensors are all converted weights."""
+
+    def __init__(self, world: int):
+        self.rank, self.world, group = dist.get_rank(), world, dist.group.WORLD
+        self.given = {"group_name": group.group_name, "process_group": group.boxed(), "group_size": world}
+        self.given |= {name: [32 // world] * world for name in ("output_split_sizes", "input_split_sizes")}
+        self.given |= {"device_ids": [], "sparse_indices": None, "wait_all_ranks": False, "timeout": 20000}
+        calls = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                calls.append((func, args))
+                return func(*args, **(kwargs or {}))
+
+        with Mode():
+            dist.all_reduce(torch.ones(1))
+        self.boxed_sum = next(args[2] for func, args in calls if func.namespace == "c10d")  # Python cannot make one
+
+    @staticmethod
+    def ops(namespace: str) -> list:
+        names = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{namespace}::")}
+        return [getattr(getattr(torch.ops, namespace), name).default for name in sorted(names)]
+
+    def __call__(self, op) -> dict[str, list]:
+        """The weights that were passed, and what they were, by the name of the argument."""
+        before: dict[str, list] = {}
+
+        def weights(name: str, kind: str):
+            rows = self.rows(op._opname, name)
+            if "List[List" in kind:
+                root = self.rank == 0 or not op._opname.startswith(("gather", "scatter"))
+                lists = [[weight(name, rows) for _ in range(self.world)]] if root else []
+                return [[each] for each in lists[0]] if "coalesced" in op._opname else lists  # a list per rank
+            if "List" in kind:
+                return [weight(name, rows) for _ in range(self.world if op._opname.startswith("alltoall") else 1)]
+            return weight(name, rows)
+
+        def weight(name: str, rows: int):
+            linear = nn.Linear(64, rows, bias=False)
+            quantize_(linear, halo_config(1, "int8", min_features=0), filter_fn=lambda *_: True)
+            before.setdefault(name, []).append((linear.weight, linear.weight.master.clone()))
+            return linear.weight.detach()
+
+        values = {}
+        for argument in op._schema.arguments:
+            kind = str(argument.type)
+            if "Tensor" in kind and "Optional" not in kind:
+                values[argument.name] = weights(argument.name, kind)
+            elif argument.name == "reduce_op":
+                values["reduce_op"] = self.boxed_sum if op.namespace == "c10d" else "sum"
+            elif argument.name in self.given:
+                values[argument.name] = self.given[argument.name]
+            elif not argument.has_default_value():
+                values[argument.name] = 0
+        self.run(op, values)
+        return before
+
+    def rows(self, op: str, argument: str) -> int:
+        flat = any(part in op for part in ("base", "tensor", "single"))
+        many = "input" if "reduce_scatter" in op else "out"
+        grows = flat and ("gather" in op or "scatter" in op) and argument.startswith(many)
+        return 32 * (self.world if grows else 1)
+
+    def run(self, op, values: dict) -> None:
+        """Of what one rank sends to another, one rank runs the op, and the other what it takes."""
+        sends, receives = "send" in op._opname, "recv" in op._opname
+        if "p2p" in op._opname:
+            values |= {"op_list": [["isend", "irecv"][self.rank % 2]], "peer_list": [self.rank ^ 1], "tag_list": [0]}
+            sends = receives = None
+        if sends or receives:
+            values |= {name: 1 if sends else 0 for name in ("dst", "src") if name in values}
+            if self.rank == (1 if sends else 0):
+                other = torch.ones(32, 64)
+                dist.recv(other, 0) if sends else dist.send(other, 1)
+            if self.rank != (0 if sends else 1):
+                return
+        positional = [values.pop(a.name) for a in op._schema.arguments if a.name in values and not a.kwarg_only]
+        out = op(*positional, **values)
+        if sends:
+            out.wait() if op.namespace == "c10d" else torch.ops._c10d_functional.wait_tensor(out)
+
+
+def every_collective(world):
+    """Of this version of PyTorch: codes are in step with the master as soon as an op returns, and inputs are not written."""
+    collectives, changed = _Collectives(world), set()
+    torch.manual_seed(dist.get_rank())
+    for namespace in ("c10d", "_c10d_functional"):
+        for op in collectives.ops(namespace):
+            with torch.no_grad():
+                passed = collectives(op)
+            declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+            for name, weights in passed.items():
+                for weight, before in weights:
+                    fresh = HaloWeight.from_hp(weight.master, weight.recipe).operand
+                    assert torch.equal(weight.operand.codes, fresh.codes), (op, name)
+                    if not torch.equal(weight.master, before):
+                        changed.add(op._opname)
+                        assert name in declared or not name.startswith("input"), (op, name)
+            dist.barrier()
+    expected = {"allreduce_", "reduce_scatter_", "allgather_", "all_reduce_", "alltoall_base_", "all_gather_into_tensor_out"}
+    assert expected <= changed
+    assert dist.get_rank() != 1 or changed >= {"broadcast_", "recv_", "irecv", "batch_p2p_ops"}
+
+
 def curves(world: int) -> dict:
     """All combinations in two processes, every other one in three."""
     combinations = list(itertools.product((0, 1, 2), ("int8", "fp8", "fp6"), ("row", "tensor")))
@@ -536,7 +654,7 @@ ANY = [
     other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
     checkpoints_cross_world_sizes, loading_with_assign, writes_to_state_dicts, collectives, frozen_weights, balanced_weights, misuse, unlike_configs,
 ]  # fmt: skip
-TWO = [resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
+TWO = [every_collective, resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
 
 
 def checks(world: int) -> dict:

@@ -264,3 +264,21 @@ def test_loaded_quantised_then_adapted(tmp_path):
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+
+
+def test_an_adapter_that_writes_into_the_base_needs_its_master():
+    """SHiRA adds a sparse trainable matrix to a clone of the base weight."""
+
+    def shira(**options):
+        base = nn.Sequential(nn.Linear(128, 128)).requires_grad_(False)
+        quantize_(base, halo_config(1, "int8", **options))
+        return get_peft_model(base, peft.ShiraConfig(r=4, target_modules=["0"]))
+
+    x = torch.randn(4, 128)
+    with pytest.raises(ValueError, match="something trainable was added to this weight.* frozen=False in the config"):
+        shira()(x)
+    model = shira(frozen=False)
+    with OpLog() as log:
+        model(x).sum().backward()
+    assert log.products() and set(log.products()) == {torch.int8}
+    assert [p.grad is not None for n, p in model.named_parameters() if "shira" in n] == [True]

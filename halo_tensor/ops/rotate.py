@@ -12,6 +12,7 @@ import triton
 
 from halo_tensor.ops import hadamard, reference
 from halo_tensor.ops import quantize_kernels as kernels
+from halo_tensor.ops.device import has_wgmma
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch
@@ -53,13 +54,14 @@ def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def tile_edge(x: torch.Tensor | Matrix) -> int:
-    return TILE
-
-
-def fits_tiles(x: torch.Tensor, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks."""
-    return all(r is None or tile_edge(x) % r.edge == 0 for r in (left, right))
+def fits_tiles(x: torch.Tensor | Matrix, left: Rotation | None, right: Rotation | None) -> bool:
+    """Whether a tile holds whole blocks, and registers hold the tile: a float32 one, beside a product whose operands are in
+    registers too, they do not."""
+    if left is None and right is None:
+        return True
+    if x.dtype == torch.float32 and not has_wgmma(x.device):
+        return False
+    return all(r is None or TILE % r.edge == 0 for r in (left, right))
 
 
 def transposed(codes: torch.Tensor) -> torch.Tensor:
@@ -104,12 +106,11 @@ def _rotate(x, left, right, shape, dtype, inverse):
 
 @lru_cache(maxsize=4096)
 def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
-    edge = tile_edge(x)
     matrices = (
-        block_diagonal(left, edge, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, edge, x.product_dtype, x.device, transposed=inverse) if right else None,
+        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
+        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
     )
-    constants = {"T": edge, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), edge), triton.cdiv(shape[1], edge))
+    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
+    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
     integers = (*x.shape, shape[0], *x.stride, shape[1])
     return Launch(kernels.rotate_tiles, grid, integers, constants), matrices

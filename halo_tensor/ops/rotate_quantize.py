@@ -12,11 +12,11 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.device import has_wgmma
+from halo_tensor.ops.device import has_wgmma, is_hopper
 from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch, shared_memory
-from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, tile_edge, transposed, whole_blocks
+from halo_tensor.ops.rotate import TILE, Matrix, fits_tiles, norm, rotate, transposed, whole_blocks
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 
@@ -138,28 +138,29 @@ def takes_whole_rows(x, left, right, scale, noisy) -> bool:
     return scale == "row" and left is None and not low and not noisy and _holds_row(x, right)
 
 
-def _holds_row(x: torch.Tensor | Matrix, right: Rotation | None) -> bool:
-    """Whether a program has room for a whole row of x, rotated by ``right``."""
+def _holds_row(x: torch.Tensor | Matrix, right: Rotation | None, gain: bool = False) -> bool:
+    """Whether a program has room for a whole row of x, rotated by ``right``, and perhaps for a gain of its columns."""
     k = reference.padded(x.shape[1], right)
     if k > LARGEST_ROW:
         return False
     if right is None or x.device.type != "cuda":
         return True
-    if x.dtype == torch.float32 and not has_wgmma(x.device):
-        return False  # it would spill registers
     a, b = factors(right.edge) or (1, right.edge)
-    width, row = max(b, TILE), triton.next_power_of_2(k)
-    matrices = width * width + (max(triton.next_power_of_2(a), 16) ** 2 if a > 1 else 0)
-    needed = 2 * (matrices + (2 if a > 1 else 1) * row)  # bytes, of bfloat16; float32 rows are multiplied in parts
-    return needed <= shared_memory(x.device)
+    if not has_wgmma(x.device) and (x.dtype == torch.float32 or a > 1):
+        return False  # it would spill registers
+    # Bytes of bfloat16: the rotation's one or two matrices, and as many operands. Float32 rows are multiplied in parts.
+    operands = max(b, TILE) ** 2 + triton.next_power_of_2(k)
+    if a > 1:
+        operands += max(triton.next_power_of_2(a), 16) ** 2 + triton.next_power_of_2(k)
+    if gain and not has_wgmma(x.device):
+        operands += triton.next_power_of_2(k)
+    return 2 * operands <= shared_memory(x.device)
 
 
 def gains_on_the_way(x, left, right, scale, noisy) -> bool:
-    """Whether a gain is multiplied with where x is read. It takes registers, and has no room beside the widest rows if these
-    share registers with a product's operands, or if the rotation's matrix is wider than a tile."""
-    roomy = right is None or (right.edge <= TILE and has_wgmma(x.device))
-    fits = roomy or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
-    return fits and takes_whole_rows(x, left, right, scale, noisy)
+    """Whether a gain is multiplied with where x is read: a wide row, and a matrix wider than a tile, leave no room for it."""
+    fits = right is None or right.edge <= TILE or reference.padded(x.shape[1], right) <= LARGEST_ROW // 2
+    return fits and takes_whole_rows(x, left, right, scale, noisy) and _holds_row(x, right, gain=True)
 
 
 def needs_rotating_first(x, left, right, scale, noisy) -> bool:
@@ -290,7 +291,7 @@ def _plan_tiles(
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
     measure_rows = ALONG[row_scale] if row_scale else 0
     measure_columns = ALONG[column_scale] if column_scale else 0
-    rotated = tile_edge(x) if left or right else 0
+    rotated = TILE if left or right else 0
     flags = {
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
@@ -298,9 +299,9 @@ def _plan_tiles(
 
     def tiled(kernel, integers, **constants):
         edge, per_program, stages, warps = _tile_launch(kernel, rotated)
-        # Noise takes as many registers as the tile, a float32 tile two times its own, and without wgmma operands do too.
-        wide = x.dtype == torch.float32 or not has_wgmma(x.device)
-        warps *= 2 if constants.get("NOISY") or (rotated and wide) else 1
+        # Registers: noise takes as many as the tile, a float32 tile two times its own, and off SM 9.0 a product's operands do.
+        wide = rotated and (x.dtype == torch.float32 or not is_hopper(x.device))
+        warps *= 2 if constants.get("NOISY") or wide else 1
         per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
         grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         kept = edge if right is None else reference.rotated(edge, right)

@@ -1,4 +1,4 @@
-"""The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and whether a mode listens there."""
+"""The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and which kind of mode listens there."""
 
 import os
 from functools import cache
@@ -14,6 +14,8 @@ library = torch.library.Library("halo", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: tensors of which a kernel may compute what it quantises: see producers
 PRODUCER_INPUTS = 3
+_KEYS = torch._C._TorchDispatchModeKey  # private, as of torch 2.11–2.15
+_TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
     "bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor codes, Tensor codes_t, Tensor scales)",
@@ -39,8 +41,15 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
 
 
-def is_traced() -> bool:
-    """Whether a dispatch mode is active: ops are recorded, to be fused or repeated, rather than run one by one."""
+def is_symbolic() -> bool:
+    """Whether ops are traced: values do not exist, or stand for those of a later run. Code must not depend on them, nor keep
+    the tensors. True in FakeTensorMode and make_fx and while torch.compile traces; false in modes that only watch ops run."""
+    return is_recorded() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+
+
+def is_recorded() -> bool:
+    """Whether any dispatch mode is active: it may count ops, or match them with those of another run (FLOP counters, selective
+    checkpointing, tracing), so every call must issue all of its ops, and take no result from another call."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -1,0 +1,66 @@
+"""Runs the library on the GPU that is there as on an older one.
+
+PTX for an older target runs on any newer NVIDIA GPU: its driver assembles it. So the kernels that an A100 (8.0), an RTX 3090
+(8.6) or an RTX 4090 (8.9) would get can be tested for correctness, and compared with other code for the same target, on an H100.
+"""
+
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import _lru_cache_wrapper
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+#: compute capability -> bytes of shared memory that a program may have
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
+
+
+def forget_plans() -> None:
+    """Drop what was planned and compiled for another GPU."""
+    modules = [module for name, module in [*sys.modules.items()] if name.startswith("halo_tensor.ops")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        if isinstance(value, _lru_cache_wrapper):
+            value.cache_clear()
+    for function in gc.get_objects():
+        if isinstance(function, JITFunction):
+            function.device_caches.clear()
+
+
+@contextmanager
+def running_as(capability: int) -> Iterator[None]:
+    """Within it, kernels are compiled for ``capability`` (80, 86 or 89), and plans are those of such a GPU with as many
+    multiprocessors as this one has. Tested with Triton 3.6 to 3.8.
+
+    Raises:
+        RuntimeError: the GPU that is there is older than that.
+    """
+    if torch.cuda.get_device_capability() < divmod(capability, 10):
+        raise RuntimeError(f"{torch.cuda.get_device_name()} does not run code for sm_{capability}")
+    from halo_tensor.ops import launch
+
+    def ptx_as_binary(self, src, metadata, options, capability):
+        return src.encode() + b"\0"  # the driver takes PTX where it takes a cubin
+
+    with ExitStack() as stack:
+        # A cache of its own: what it keeps as cubin is PTX.
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        patch = stack.enter_context
+        patch(triton.knobs.cache.scope())
+        triton.knobs.cache.dir = cache
+        patch(mock.patch.object(CUDABackend, "make_cubin", ptx_as_binary))
+        patch(mock.patch.object(driver.active, "get_current_target", return_value=GPUTarget("cuda", capability, 32)))
+        patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
+        patch(mock.patch.object(launch, "max_shared_mem", return_value=SHARED[capability]))
+        forget_plans()
+        try:
+            yield
+        finally:
+            forget_plans()
