@@ -36,22 +36,22 @@ SHAPES = ["8192x4096x4096", "8192x14336x4096", "8192x4096x14336"]
 LAYERS = ["4096x14336", "4096x4096"]
 RECIPES = {"int8 HALO-1": halo_config(1, "int8"), "int8 HALO-2": halo_config(2, "int8"), "fp8 HALO-0": halo_config(0, "fp8")}
 BF16 = "bf16, plain Triton"
+WHERE = "The GPU named above ran PTX that was compiled for the target; nothing here was measured on a GPU of that target."
 NOT_TIMED = (
     "fp8 has no time where its `mma.sync`, which is what sm_89 has, is not an instruction of the GPU that runs it: Hopper "
     "emulates it. Its error is that of the code for sm_89."
 )
 PRODUCT_NOTES = (
-    "The GPU named above ran PTX that was compiled for the target; nothing here was measured on a GPU of that target. bf16: the "
-    "fastest tile (M×N×K, warps, stages) of bench/plain_product.py for that target and shape. Un-rotated: Rotation(128) undone on "
-    "the right of the result. Scales: one for each row, and for each column too where nothing is un-rotated. Error: relative "
-    "(Frobenius), of the result, in bf16, against float64's product of the same normal numbers; kernel's: against float64's "
-    f"product of the same codes and scales. {NOT_TIMED}"
+    f"{WHERE} bf16: the fastest tile (M×N×K, warps, stages) of bench/plain_product.py for that target and shape. Un-rotated: "
+    "Rotation(128) undone on the right of the result. Scales: one for each row, and for each column too where nothing is "
+    "un-rotated. Error: relative (Frobenius), of the result, in bf16, against float64's product of the same normal numbers; "
+    f"kernel's: against float64's product of the same codes and scales. {NOT_TIMED}"
 )
 LINEAR_NOTES = (
-    "The GPU named above ran PTX that was compiled for the target; nothing here was measured on a GPU of that target. Forward and "
-    "backward of one layer in every step: X, E and W are quantised (E in one pass of two layouts), then the three products, all by "
-    "this library's eager functions. bf16: three products of bench/plain_product.py for that target, each with its fastest tile. "
-    f"Errors: relative (Frobenius), against float64's products of the same normal numbers. {NOT_TIMED}"
+    f"{WHERE} Forward and backward of one layer in every step: X, E and W are quantised (E in one pass to two layouts), then "
+    "multiplied three times, all by this library's eager functions. bf16: three products of bench/plain_product.py for that "
+    "target, each with its fastest tile. Errors: relative (Frobenius), against float64's products of the same normal numbers. "
+    f"{NOT_TIMED}"
 )
 
 
@@ -158,7 +158,9 @@ def compile_all(target: int, shapes: list[str], layers: list[str]) -> None:
     pairs = [product for shape in layers[:1] for product in operands_of_bf16(*layer_data(shape))]
     if not pairs:
         pairs = [(x, w.t()) for x, w in map(product_data, shapes[:1])]
-    jobs: list[Callable] = [partial(plain_product.shared_memory, *pair, tile) for pair in pairs for tile in plain_product.TILES]
+    jobs: list[Callable] = [
+        partial(plain_product.shared_memory, *pair, tile) for pair in pairs for tile in plain_product.TILES
+    ]
     jobs += [partial(products, format, number) for format in formats(target) for number in range(3)]
     jobs += [partial(layer, config.recipe, shape) for config in recipes(target).values() for shape in layers]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -177,11 +179,12 @@ def sweep(a: torch.Tensor, b: torch.Tensor, target: int, reps: int) -> plain_pro
 def product_rows(target: int, shape: str, capability: tuple[int, int], reps: int, why_not: dict) -> list[dict]:
     x, w = product_data(shape)
     m, n, k = map(int, shape.split("x"))
-    where, truth, rows = (f"sm_{target}", shape.replace("x", "×")), exact(x, w), []
+    where, truth = (f"sm_{target}", shape.replace("x", "×")), exact(x, w)
+    rows: list[dict] = []
     reference_ms: float | None = None
 
-    def add(name: str, f: Callable, timed: bool, y: torch.Tensor, expected: torch.Tensor, own: torch.Tensor, tile=None) -> float:
-        ms = median(f, reps) if timed else None
+    def add(name: str, f: Callable, expected: torch.Tensor, own: torch.Tensor, timed=True, tile=None) -> float | None:
+        y, ms = f(), median(f, reps) if timed else None
         rows.append(
             {
                 "target": where[0],
@@ -200,17 +203,17 @@ def product_rows(target: int, shape: str, capability: tuple[int, int], reps: int
 
     try:
         tile = sweep(x, w.t(), target, reps)
-        f = partial(plain_product.multiply, x, w.t(), tile)
-        reference_ms = add(BF16, f, True, f(), truth, truth, "×".join(map(str, tile[:3])) + f", {tile.warps}, {tile.stages}")
+        f, shown = partial(plain_product.multiply, x, w.t(), tile), "×".join(map(str, tile[:3]))
+        reference_ms = add(BF16, f, truth, truth, tile=f"{shown}, {tile.warps}, {tile.stages}")
         rows[-1]["× bf16"] = "1.00"
     except Exception as failure:
+        print(f"{where} {BF16}: {failure!r:.300}")
         why_not[(*where, BF16)] = results.reason(failure)
     for format in formats(target):
-        for name, contender in product_contenders(x, w, format).items():
+        for name, (multiply, codes, gain) in product_contenders(x, w, format).items():
             try:
-                y, gain = contender.multiply(), contender.gain
                 expected = truth if gain is None else truth * gain.double()
-                add(name, contender.multiply, has_a_time(format, capability), y, expected, exact(*contender.codes, gain))
+                add(name, multiply, expected, exact(*codes, gain), has_a_time(format, capability))
             except Exception as failure:
                 print(f"{where} {name}: {failure!r:.300}")
                 why_not[(*where, name)] = results.reason(failure)
@@ -242,7 +245,7 @@ def linear_rows(target: int, layer: str, capability: tuple[int, int], reps: int,
             why_not[(*where, name)] = results.reason(failure)
             continue
         reference_ms = ms if name == BF16 else reference_ms
-        errors = {f"error of {what}, %": percent(error(y, t)) for what, y, t in zip(("Y", "E_X", "G"), found, truth, strict=True)}
+        errors = [percent(error(y, exact_y)) for y, exact_y in zip(found, truth, strict=True)]
         rows.append(
             {
                 "target": where[0],
@@ -251,7 +254,7 @@ def linear_rows(target: int, layer: str, capability: tuple[int, int], reps: int,
                 "ms": ms and round(ms, 3),
                 "TFLOP/s": ms and round(operations / ms / 1e9),
                 "× bf16": results.speedup(reference_ms, ms),
-                **errors,
+                **dict(zip(("error of Y, %", "of E_X, %", "of G, %"), errors, strict=True)),
             }
         )
         print(rows[-1], flush=True)

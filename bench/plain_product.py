@@ -52,23 +52,22 @@ def plain_kernel(
 def multiply(a: torch.Tensor, b: torch.Tensor, tile: Tile) -> torch.Tensor:
     """a [m, k] b [k, n], whose sizes are multiples of the tile's."""
     (m, k), n = a.shape, b.shape[1]
-    out = a.new_empty(m, n)
-    kernel = plain_kernel[(m // tile.m * (n // tile.n),)]
-    kernel(
-        a, b, out, m, n, k, *a.stride(), *b.stride(), tile.m, tile.n, tile.k, GROUP, num_warps=tile.warps, num_stages=tile.stages
-    )
+    out, strides, constants = a.new_empty(m, n), (*a.stride(), *b.stride()), _constants(tile)
+    plain_kernel[(m // tile.m * (n // tile.n),)](a, b, out, m, n, k, *strides, **constants)
     return out
 
 
 def shared_memory(a: torch.Tensor, b: torch.Tensor, tile: Tile) -> int:
     """Bytes of shared memory that a program takes with this tile. Compiles it."""
-    sizes = (*a.shape, b.shape[1])
-    out = a.new_empty(1)
-    compiled = plain_kernel.warmup(
-        a, b, out, sizes[0], sizes[2], sizes[1], *a.stride(), *b.stride(), tile.m, tile.n, tile.k, GROUP, grid=(1,),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return compiled.metadata.shared
+    (m, k), n = a.shape, b.shape[1]
+    out, strides, constants = a.new_empty(1), (*a.stride(), *b.stride()), _constants(tile)
+    return plain_kernel.warmup(a, b, out, m, n, k, *strides, grid=(1,), **constants).metadata.shared
+
+
+def _constants(tile: Tile) -> dict[str, int]:
+    return {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "num_warps": tile.warps, "num_stages": tile.stages
+    }  # fmt: skip
 
 
 def fastest(a: torch.Tensor, b: torch.Tensor, available: int, reps: int) -> Tile:

@@ -72,7 +72,9 @@ def modelled(gpu: str | None, device: torch.device) -> Ceilings:
     if device.type != "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda" or torch.version.hip is not None:
-        return _standing_in("H100", "This machine has no NVIDIA GPU, so an H100 is modelled; gpu='RTX 4090' would model that card.")
+        return _standing_in(
+            "H100", "This machine has no NVIDIA GPU, so an H100 is modelled; gpu='RTX 4090' would model that card."
+        )
     own = torch.cuda.get_device_name(device)
     if name := _listed(own):
         return ceilings_of(name)
@@ -101,12 +103,12 @@ def ceilings_of(name: str) -> Ceilings:
         rates["int8"] = rates["bf16"] / 2
         notes.append(
             f"Before Triton 3.8 integers are multiplied by mma.sync on {name}, not by its own tensor-core instruction: int8 is "
-            "taken to run at half of bf16's rate, which is an assumption, and recipes in int8 are no default candidates."
+            "taken to run at half of bf16's rate, an assumption, so that recipes in int8 are no default candidates."
         )
     elif rates["int8"] <= rates["bf16"]:
         notes.append(
-            f"{name} has nearly no int8 ({rates['int8']:g} TFLOP/s where bf16 has {rates['bf16']:g}), so that recipes in int8 are "
-            "no default candidates."
+            f"{name} has nearly no int8 ({rates['int8']:g} TFLOP/s where bf16 has {rates['bf16']:g}), so that recipes in int8 "
+            "are no default candidates."
         )
     return Ceilings(
         name=name,

@@ -1,8 +1,8 @@
 """How long the products of a linear layer would take on a GPU: a model, not a measurement.
 
 It adds up the three products, each at the rate of its matrix unit or of memory, whichever takes longer, and the passes that
-rotate and quantise, at the rates of :class:`Ceilings`: measured for an H100, published for others (``diagnostics/gpus.py``). Nothing overlaps and launches are free, as in CUDA graphs,
-so small layers are slower than this says.
+rotate and quantise, at the rates of :class:`Ceilings`: measured for an H100, published for others (``diagnostics/gpus.py``).
+Nothing overlaps and launches are free, as in CUDA graphs, so small layers are slower than this says.
 """
 
 from collections.abc import Collection, Iterable
