@@ -113,6 +113,15 @@ def test_the_recipe_is_that_of_the_gpu(card, monkeypatch, capsys):
     assert [case.compiled for case in bench.cases()] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(capsys):
+    todo = [*small(), *small(compiled=True)]
+    assert bench.bench(halo_config(1, "int8"), torch.device("cuda", 0), arguments("--batch", "1", "--length", "512"), todo) == 0
+    out = capsys.readouterr().out
+    assert out.count("eager") == out.count("compiled") == 2 and "driver unknown" not in out
+
+
 def test_the_commit_of_an_installation(monkeypatch):
     class Installed:
         def __init__(self, text):

@@ -189,3 +189,15 @@ def test_arguments():
     assert args.targets == [80] and args.layers == [] and args.shapes == generations.SHAPES and args.name == "generations"
     with pytest.raises(SystemExit):
         generations.parse_args(["--targets", "90"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not interpreter.GPU, reason="needs a GPU")
+def test_on_a_gpu(monkeypatch, tmp_path):
+    argv = ["generations.py", "--folder", str(tmp_path), "--targets", "80", "--shapes", "512x256x512", "--layers", "512x256"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--reps", "1"])
+    generations.main()
+    for name, contenders in (("generations", 4), ("generations_linear", 3)):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(record["rows"]) == contenders and not record["missing"]
+        assert all(0.1 < value < 3 for row in record["rows"] for key, value in row.items() if "error" in key or key.startswith("of "))

@@ -25,8 +25,8 @@ from halo_tensor.ops.device import check_device, runs
 from halo_tensor.weight import HaloWeight
 
 LINEARS = ((4096, 14336), (14336, 4096), (4096, 4096))  # Llama-3-8B's in×out
-#: A result that differs more from bf16's is wrong: int8 and fp8 HALO differ by 1 to 5 % on random data.
-LARGEST_ERROR = 0.1
+#: A result that differs more from bf16's is wrong: a block's gradients differ by 4 % in int8, 7 in fp8 and 10 in fp6.
+LARGEST_ERROR = 0.2
 NO_GPU = (
     "Speed is not measured on a CPU: `python -m halo_tensor bench` needs an NVIDIA GPU (report() measures accuracy anywhere)."
 )
@@ -190,9 +190,7 @@ def bench(config: HaloConfig, device: torch.device, args: argparse.Namespace, to
         try:
             rows.append((case, *measure(case, config, args.batch, args.length, device)))
         except Exception as error:
-            left_out.append(
-                f"{label}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300]
-            )
+            left_out.append(f"{label}: {type(error).__name__}: {error}".splitlines()[0][:300])
     print(f"{header(device)}; {args.batch}×{args.length} tokens\n\n{table(name, rows)}\n\n{NOTES}")
     if left_out:
         print("\nWithout a row:\n" + "\n".join(f"- {line}" for line in left_out))
