@@ -5,7 +5,7 @@ import re
 import time
 
 import torch
-from contenders import torchao_float8
+from contenders import torchao_float8, torchao_int8
 from llama import Llama
 from peft import LoraConfig, get_peft_model
 from steps import CUDA, DEVICE
@@ -21,6 +21,11 @@ def is_base(module: nn.Module, name: str) -> bool:
 def convert(llama: nn.Module, name: str) -> None:
     """Give ``llama``, which has its adapters (but for bitsandbytes), the base that ``name`` asks for."""
     if name == "bf16":
+        return
+    if name == "torchao-int8":
+        torchao_int8(llama, is_base)
+        for module in [module for key, module in llama.named_modules() if is_base(module, key)]:
+            module.requires_grad_(False)  # the conversion makes new parameters
         return
     if name.startswith("torchao-"):
         return torchao_float8(name.removeprefix("torchao-"), llama, is_base)

@@ -27,7 +27,7 @@ def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gat
     convert_to_float8_training(model, config=config, module_filter_fn=filter_fn)
 
 
-def _torchao_int8(model: nn.Module) -> None:
+def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
     """Its prototype of INT8 mixed-precision training, all three products in int8.
 
     torchao 0.18 registers the function for F.linear where only ATen ops are looked up, so that products stay in bf16
@@ -44,7 +44,7 @@ def _torchao_int8(model: nn.Module) -> None:
     def linear(func, types, args, kwargs):
         return product.apply(*args, **(kwargs or {}))
 
-    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=_everything)
+    torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=filter_fn)
 
 
 FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
@@ -57,7 +57,7 @@ CONTENDERS = {
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
     FP8_ALL_GATHER: partial(torchao_float8, "tensorwise", all_gather=True),
     "torchao-rowwise": partial(torchao_float8, "rowwise"),
-    "torchao-int8": _torchao_int8,
+    "torchao-int8": torchao_int8,
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
     **{name: partial(_ours, config) for name, config in HALO.items()},
 }

@@ -22,6 +22,7 @@ DEFAULT = [
     "bf16",
     "torchao-tensorwise",
     "torchao-rowwise",
+    "torchao-int8",
     "bitsandbytes-nf4",
     "halo0-fp8",
     "halo0-fp8/products",

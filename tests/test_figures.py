@@ -1,12 +1,14 @@
 """The arithmetic behind modelled and measured figures, against sums done by hand: roofline, measure, calibrate, balance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, hot_config
+from halo_tensor import analysis, halo_config, hot_config
 from halo_tensor.balance import Statistics, _exponents, _groups, observed
-from halo_tensor.calibrate import _Cosines, _Quantisers
+from halo_tensor.calibrate import _Cosines, _Quantisers, gradients_under
 from halo_tensor.diagnostics import measure, roofline
 from halo_tensor.recipe import RECIPES, Recipe
 
@@ -76,9 +78,9 @@ def test_rows_are_evenly_spaced():
 def test_sampled_gradients_have_the_norm_of_the_whole(monkeypatch):
     monkeypatch.setattr(measure, "GRADIENT_SAMPLE", 64)
     weight, small = nn.Parameter(torch.ones(16, 64)), nn.Parameter(torch.ones(64))
-    found = measure.gradients((weight * 3).sum() + (small * 2).sum(), {"w": weight, "s": small})
+    found = measure.gradients((weight * 3).sum() + (small * torch.arange(64.0)).sum(), {"w": weight, "s": small})
     assert len(found["w"]) == 64 and found["w"].square().sum().item() == pytest.approx(9 * 16 * 64)
-    assert found["s"].tolist() == [2.0] * 64, "as many as are sampled: all, in order"
+    assert found["s"].tolist() == list(range(64)), "as many as are sampled: all, in order"
 
 
 def test_lqs_wants_less_than_half_the_error():
@@ -114,6 +116,9 @@ def test_statistics_of_balance_are_means_over_rows():
         a(x), b(x), c(y), c(x + 0)
     assert statistics.rows == {"a": 8, "b": 8, "c": 10}
     torch.testing.assert_close(statistics.squares["c"], x.square().sum(0) + y.square().sum(0))
+    with observed(layers) as changed:
+        a(z := x.clone()), b(z.mul_(2))
+    torch.testing.assert_close(changed.squares["b"], 4 * changed.squares["a"])  # written to in between: another X
     weights = {name: layer.weight for name, layer in layers.items()}
     assert sorted(map(sorted, _groups(weights, statistics))) == [["a", "b"], ["c"]]
 
@@ -128,3 +133,43 @@ def test_statistics_of_balance_are_means_over_rows():
     assert two[0] > two[1] >= two[3] and two.abs().max() <= 8
     power[1] = 0
     assert _exponents(["a"], weights, single)[1] == 0, "a column of zeros is left alone"
+
+
+def test_bit_operations_by_hand():
+    """HALO-1 in int8: blocks of 128 take 7 additions an element, of 16 bits; a scaling takes 16·16."""
+    recipe, groups = halo_config(1, "int8").recipe, 3
+    tokens, n_in, n_out = 256, 128, 64
+    shape = analysis.Shape(tokens, n_in, n_out, groups, (tokens, n_in))
+    counts = analysis.bit_operations(recipe, shape)
+    of_e = {recipe.operand(name, ("tokens", "out_features")) for name in ("grad_input", "grad_weight")}
+    made = (tokens * n_in + n_in * n_out) * (7 * 16 + 16 * 16) + len(of_e) * tokens * n_out * 16 * 16  # X and W once each
+    undone = 7 * 16 * (tokens * n_in + n_out * n_in)
+    assert counts["transforms"] == groups * (made + undone)
+    assert counts["output"] == counts["grad_input"] == groups * tokens * n_in * n_out * 64
+
+
+def test_shapes_of_layers_at_work():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.o = (nn.Linear(64, 32) for _ in range(3))
+            self.conv, self.pointwise = nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.Conv2d(16, 32, 1, stride=2)
+
+        def forward(self, x, image):
+            return self.q(x), self.k(x), self.o(x + 1), self.conv(image), self.pointwise(image)
+
+    found = analysis.shapes(Layers(), torch.randn(2, 5, 64), torch.randn(2, 16, 8, 8))
+    linear = analysis.Shape(10, 64, 32, 1, (10, 64))
+    assert (found["q"], found["k"], found["o"]) == (linear, replace(linear, first=False), linear), "k reads what q has saved"
+    assert found["conv"] == analysis.Shape(32, 144, 32, 1, (128, 16)), "input positions, not windows"
+    assert found["pointwise"] == analysis.Shape(32, 16, 32, 1, (32, 16)), "only the positions that it reads"
+
+
+def test_energy_is_of_squares():
+    layer, x, e = nn.Linear(64, 64), torch.randn(64, 64), torch.randn(64, 64)
+    measured = _Quantisers(hot_config(rounding="nearest"), 0.9).measure(layer, x, e)
+    exact = gradients_under(layer, None, x, e)[2]
+    for rank in (2, 8):
+        actual = gradients_under(layer, hot_config(rank, rounding="nearest").recipe, x, e)[2]
+        error = ((actual - exact).norm() / exact.norm()).item()
+        assert 0.1 < error < 1 and measured[f"energy of rank {rank}"] == pytest.approx(1 - error**2, abs=1e-4)

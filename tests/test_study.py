@@ -235,7 +235,9 @@ def test_what_a_run_measures(folder, monkeypatch):
     args = study.parse_args([*options, "--no-compile"])
     args.steps = 3
     made = study.Study(args)
-    made.valid_rows = {name: torch.cat([rows, rows[:1]]) for name, rows in made.valid_rows.items()}  # no multiple of a batch
+    rows = made.valid_rows = {name: values[:1].repeat(3, 1) for name, values in made.valid_rows.items()}  # 1½ batches
+    learnt = (rows["labels"][2] != -100).nonzero().flatten()
+    rows["labels"][2, learnt[1:]] = -100  # of which the last has one token to learn
     plain = "as shipped"
     model = made.model("bf16", 0)
     model.load_state_dict(made.states[plain])
@@ -261,3 +263,9 @@ def test_what_a_run_measures(folder, monkeypatch):
     monkeypatch.setattr(made, "fit", lambda model, seed: {"trained": study.mean_loss(model, made.valid_rows, 1)})
     again = made.run(plain, "bf16", 1)
     assert again["trained"] == pytest.approx(expected, rel=1e-5), "every run begins with the shipped weights"
+
+
+def test_speeds_of_the_study_are_against_the_same_seed():
+    speeds = {("bf16", 0): 100.0, ("bf16", 1): 200.0, ("halo1-int8", 0): 50.0, ("halo1-int8", 1): 50.0}
+    bf16, halo = study_results.table([made_up(recipe, seed, 1.0, speed) for (recipe, seed), speed in speeds.items()])
+    assert (bf16["× bf16"], halo["× bf16"], halo["tokens/s"]) == ("1.00", "0.38", 50)  # the median of ½ and ¼
