@@ -117,7 +117,9 @@ def test_the_recipe_is_that_of_the_gpu(card, monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(capsys):
     todo = [*small(), *small(compiled=True)]
-    assert bench.bench(halo_config(1, "int8"), torch.device("cuda", 0), arguments("--batch", "1", "--length", "512"), todo) == 0
+    assert (
+        bench.bench(halo_config(1, "int8"), torch.device("cuda", 0), arguments("--batch", "1", "--length", "512"), todo) == 0
+    )
     out = capsys.readouterr().out
     assert out.count("eager") == out.count("compiled") == 2 and "driver unknown" not in out
 

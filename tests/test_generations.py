@@ -200,4 +200,6 @@ def test_on_a_gpu(monkeypatch, tmp_path):
     for name, contenders in (("generations", 4), ("generations_linear", 3)):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert len(record["rows"]) == contenders and not record["missing"]
-        assert all(0.1 < value < 3 for row in record["rows"] for key, value in row.items() if "error" in key or key.startswith("of "))
+        assert all(
+            0.1 < value < 3 for row in record["rows"] for key, value in row.items() if "error" in key or key.startswith("of ")
+        )
