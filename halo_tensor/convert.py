@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
-from halo_tensor import layers, parts, subclasses
+from halo_tensor import fences, layers, parts, subclasses
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fsdp import is_sharded
 from halo_tensor.modules import keep_plain, restore_weight
@@ -149,6 +149,7 @@ def quantize_(
             layers that the model lacks.
         TypeError: no config, or a ``Balanced`` one, whose balance needs a batch.
     """
+    fences.warn_of_untested_versions()
     if isinstance(config, Balanced):
         raise TypeError("a balance needs a batch: call quantize_(model, balanced.config), and then balance_(model, **batch)")
     if not isinstance(config, AOBaseConfig):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from halo_tensor.fsdp import Shardable, keep_common_scale
+from halo_tensor.internals import preserved_version
 from halo_tensor.ops.schemas import is_symbolic
 from halo_tensor.sharding import check_whole
 from halo_tensor.tensor import HadamardQuantTensor
@@ -87,7 +88,7 @@ def _bring_up_to_date(written: list[tuple[Any, torch.Tensor]], counted: bool = T
         torch.autograd.graph.increment_version(list({id(m): m for m in masters if m is not None}.values()))
     coded = [(weight, dense) for weight, dense in whole.values() if weight.operand is not None and dense is not None]
     parts = () if counted else tuple(part for weight, _ in coded for part in weight.operand.parts)
-    with torch.autograd._unsafe_preserve_version_counter(parts):
+    with preserved_version(parts):
         HadamardQuantTensor.requantize_all_([weight.operand for weight, _ in coded], [dense for _, dense in coded])
     for weight, _ in coded:
         weight.in_step()

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from halo_tensor.gains import moved
+from halo_tensor.internals import local_tensor, preserved_version, set_local_tensor
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
 from halo_tensor.recipe import Recipe
@@ -188,7 +189,7 @@ def map_shard(weight: torch.Tensor, convert) -> DTensor:
     whole = DTensor.from_local(
         shard, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    whole._local_tensor = shard  # from_local makes a view of it, and a view of a converted weight has no codes
+    set_local_tensor(whole, shard)  # from_local makes a view of it, and a view of a converted weight has no codes
     return whole
 
 
@@ -221,7 +222,7 @@ def needs_common_scale(shard: Shardable) -> bool:
 
 def local(weight: torch.Tensor) -> Any:
     """The shard of a DTensor itself: ``to_local`` gives a view of it. None for another tensor."""
-    return weight._local_tensor if isinstance(weight, DTensor) else None
+    return local_tensor(weight) if isinstance(weight, DTensor) else None
 
 
 # Scales that ranks agree on.
@@ -295,7 +296,7 @@ def _all_gather(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 
 def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """In place, unseen by autograd: a weight gathered again for backward is the one that forward saved."""
-    with torch.autograd._unsafe_preserve_version_counter(tensor):
+    with preserved_version(tensor):
         tensor.copy_(value)
 
 

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from halo_tensor import multiply  # noqa: F401  defines torch.mm of two operands
 from halo_tensor.gains import Gains
+from halo_tensor.internals import current_raw_stream
 from halo_tensor.ops import hadamard
 from halo_tensor.ops.schemas import is_recorded
 from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
@@ -114,7 +115,7 @@ def _shared_operands(owner: torch.Tensor | None) -> dict:
     (tracing, selective checkpointing): a mode must see every op."""
     if owner is None or not _is_shared(owner):
         return {}
-    stream = torch._C._cuda_getCurrentRawStream(owner.get_device()) if owner.is_cuda else None
+    stream = current_raw_stream(owner.get_device()) if owner.is_cuda else None
     now = owner._version, stream
     seen, operands = _shared.operands.get(owner, (None, {}))
     if seen != now:

@@ -7,10 +7,9 @@ to backward). What ``torch.mm`` makes of two of them is in :mod:`halo_tensor.mul
 from typing import cast
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import TorchAOBaseTensor
 
 from halo_tensor.gains import Gains, moved
+from halo_tensor.internals import TorchAOBaseTensor, return_and_correct_aliasing
 from halo_tensor.ops import library as ops
 from halo_tensor.ops import reference
 from halo_tensor.ops.formats import code_dtype

@@ -26,7 +26,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from transformers.utils.versions import require_version
 
-from halo_tensor import gains
+from halo_tensor import fences, gains
 from halo_tensor.balance import LARGEST_EXPONENT
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, warn_of_share, warn_of_unrotated
@@ -122,6 +122,7 @@ class HaloQuantizer(HfQuantizer):
         return self.quantization_config.halo_config.recipe
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        fences.warn_of_untested_versions()
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError("quantised weights cannot be offloaded to CPU or disk; pass a device_map that names devices only")

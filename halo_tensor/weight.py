@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
 from halo_tensor import derived, dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
+from halo_tensor.internals import hidden_from_modes, preserved_version, return_and_correct_aliasing, tree_map_only
 from halo_tensor.linear import linear, reuses_operand, weight_operand
 from halo_tensor.ops.schemas import fingerprint
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
@@ -37,7 +36,7 @@ _OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_para
 _CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
-_linear_in_graph = torch._dynamo.allow_in_graph(linear)
+_linear_in_graph = torch.compiler.allow_in_graph(linear)
 
 
 def _version(weight: "HaloWeight") -> tuple | None:
@@ -175,9 +174,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return
         # Autograd counts no writes through .data of a plain weight, and so none of what follows from them.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
-        # Hidden from modes (by a private function, as of torch 2.11–2.15): it belongs to the write. Selective checkpointing,
+        # Hidden from modes: it belongs to the write. Selective checkpointing,
         # which matches the ops of two runs, would find it in one of them, and make_fx would put it into its graph.
-        with torch.no_grad(), _disable_current_modes(), torch.autograd._unsafe_preserve_version_counter(parts):
+        with torch.no_grad(), hidden_from_modes(), preserved_version(parts):
             self.requantize()
 
     def lend(self) -> torch.Tensor:

@@ -31,6 +31,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from halo_tensor.fences import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
 from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize, sm80  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
@@ -145,12 +146,13 @@ def launched(monkeypatch):
         kernels.clear()
         properties = SimpleNamespace(multi_processor_count=GPUS[capability][1])
         monkeypatch.setattr(driver, "_active", Driver(capability))
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: capability, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        monkeypatch.setattr(launching, "current_device", lambda: capability)
+        monkeypatch.setattr(launching, "current_raw_stream", lambda index: 0)
+        monkeypatch.setattr(LAUNCHER, "disabled", True)  # it looks into kernels that a driver has loaded
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"sm_{capability}")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(launching, "max_shared_mem", lambda index: GPUS[index][0])
+        monkeypatch.setattr(launcher, "shared_memory", lambda index: GPUS[index][0])
         with FakeTensorMode():
             request(partial(torch.empty, device=f"cuda:{capability}"))
         return list(kernels)
@@ -581,6 +583,77 @@ def test_which_products_are_in_gluon(launched):
         assert kernel.name == ("scaled_mm_kernel" if name in rest else "wgmma_kernel"), name
 
 
+# What takes the place of a fast path that cannot be prepared.
+
+
+def one_warning_of(path, request):
+    """What a request launches; it warns of ``path``."""
+    path.failure = None
+    with pytest.warns(UserWarning, match=f"fast path '{path.name}'") as caught:
+        kernels = request()
+    assert sum("halo_tensor" in str(w.message) for w in caught) == 1
+    path.failure = None
+    return kernels
+
+
+def broken(*args, **kwargs):
+    raise AttributeError("broken on purpose")
+
+
+@pytest.mark.parametrize("where", ["plan", "_layout", "wgmma_kernel"])
+def test_without_gluon(launched, monkeypatch, where):
+    """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
+    kernel = hopper.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
+    monkeypatch.setattr(hopper, where, kernel)
+    (kernel,) = one_warning_of(GLUON, lambda: launched(90, MULTIPLY["int8"]))
+    assert kernel.name == "scaled_mm_kernel"
+
+
+def calls_what_is_gone(
+    a, b, out, a_scale, b_scale, gain, bias, right,
+    M, N, K,
+    STAGES: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, INTEGER: tl.constexpr, A_SCALE: tl.constexpr,
+    B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    tl.renamed_in_this_version(M)
+
+
+def test_without_cublas(launched, monkeypatch):
+    def request(empty):
+        a, b_t = (empty(8192, 4096, dtype=torch.float8_e4m3fn) for _ in range(2))
+        product.scaled_mm(a, b_t, empty(8192), empty(8192), None, None, None, (8192, 8192), BF16)
+
+    calls = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(kwargs["out"].shape))
+    assert launched(90, request) == [] and calls == [(16, 16), (8192, 8192)], "tried on a small product first"
+    product._has_vendor.cache_clear()
+    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    (kernel,) = one_warning_of(CUBLAS, lambda: launched(90, request))
+    assert kernel.name == "scaled_mm_kernel"
+
+
+def test_without_the_bare_launcher(launched, monkeypatch):
+    monkeypatch.setattr(LAUNCHER, "why_off", lambda: None)
+    monkeypatch.setattr(launcher, "bare", broken)
+    (kernel,) = one_warning_of(LAUNCHER, lambda: launched(90, MULTIPLY["fp8, undo both"]))
+    assert kernel.name == "scaled_mm_kernel", "it went through Triton's launcher"
+
+
+@pytest.mark.parametrize(("owner", "where"), [(launcher, "through_triton"), (Launch, "_compile")], ids=str)
+def test_without_kernels_that_are_compiled_beforehand(launched, monkeypatch, owner, where):
+    dispatched = []
+    monkeypatch.setattr(owner, where, broken)
+    monkeypatch.setattr(Launch, "_launch_any", lambda self, arguments: dispatched.append(self.kernel.fn.__name__))
+    assert one_warning_of(PRECOMPILED, lambda: launched(90, MULTIPLY["fp8, undo both"])) == []
+    assert dispatched == ["scaled_mm_kernel"]
+
+
+def test_what_the_user_must_change_is_an_error(launched, recwarn):
+    with pytest.raises(Refusal, match="sm_80 has compute capability 8.0 and cannot multiply fp8"):
+        PRECOMPILED.attempt(launched, 80, MULTIPLY["fp8"])
+    assert not [w for w in recwarn if "halo_tensor" in str(w.message)]
+
+
 # What a plan is kept for.
 
 
@@ -631,7 +704,8 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
     tiles = launching.Tiles((256, 128), (128, 1), (128, 128))
     descriptors = [tiles.of(tensors[0])][:described]
-    ours = launcher.launcher_of(compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant"))
+    how = compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant")
+    ours = launcher.bare(launcher.through_triton(*how), *how)
     for _ in range(2):
         ours(tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
@@ -649,12 +723,12 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
     """While one compiles with two stages, which do not fit, the other has found that out already."""
     launch = Launch(SimpleNamespace(fn=len, warmup=None), (1,), (), {"num_stages": 2})
 
-    def warmup(*arguments, grid, num_stages):
+    def warmup(*arguments, grid, num_stages, enable_fp_fusion):
         launch.constants = {"num_stages": 1}
         return SimpleNamespace(metadata=SimpleNamespace(shared=200 * num_stages))
 
     monkeypatch.setattr(launch.kernel, "warmup", warmup)
-    monkeypatch.setattr(launching, "max_shared_mem", lambda index: 300)
+    monkeypatch.setattr(launcher, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     assert launch._compile([], 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
 

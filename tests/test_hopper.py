@@ -18,7 +18,7 @@ from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product
 from tests.util import relative_error
 
 HERE = is_hopper(torch.device(DEVICE)) and product.hopper is not None
-skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.8")
+skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.9")
 
 
 def on_hopper(test):

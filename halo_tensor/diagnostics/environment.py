@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from halo_tensor.ops.device import runs
+from halo_tensor.fences import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS
+from halo_tensor.ops.device import is_hopper, runs
+from halo_tensor.ops.schemas import runs_kernels
 from halo_tensor.recipe import FORMATS
 
 PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
@@ -33,8 +35,9 @@ class Environment(dict):
     def __str__(self) -> str:
         lines = []
         for key, value in self.items():
-            if key != "devices":
+            if key not in ("devices", "fast paths"):
                 lines.append(f"{key}: {value}")
+        lines += [f"fast path {name}: {state}" for name, state in self["fast paths"].items()]
         for device in self["devices"]:
             details = "; ".join(
                 f"{key} {value}" for key, value in device.items() if key not in ("device", "formats", "cannot run")
@@ -47,7 +50,8 @@ class Environment(dict):
 
 
 def environment() -> Environment:
-    """Versions, devices, the formats each device can run, and what runs the products there: kernels or the reference."""
+    """Versions; which fast paths are on, and why the others are off (see :mod:`halo_tensor.fences`); devices, the formats that
+    each can run, and what runs the products there: kernels or the reference."""
     from halo_tensor import __version__
 
     found = Environment({"halo_tensor": __version__, "python": platform.python_version()})
@@ -61,8 +65,25 @@ def environment() -> Environment:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    found["fast paths"] = _fast_paths(devices)
     found["devices"] = [_device(device) for device in devices]
     return found
+
+
+def _fast_paths(devices: list[torch.device]) -> dict[str, str]:
+    """Of each, "on", or "off: " and the reason."""
+    reasons: dict[str, str] = {}
+    if not any(device.type == "cuda" for device in devices):
+        reasons |= dict.fromkeys(("precompiled", "launcher"), "no CUDA device")
+    if not any(map(is_hopper, devices)):
+        reasons |= dict.fromkeys(("gluon", "cublas"), "no GPU of compute capability 9.0")
+    if not any(map(runs_kernels, devices)):
+        reasons |= dict.fromkeys(("inductor", "producers"), "no device that runs kernels")
+    for path in (INDUCTOR, PRODUCERS, JOINT_GRAPH):
+        if path.name not in reasons:
+            path.load(f"halo_tensor.ops.{path.name}")  # what cannot be imported says so
+    states = {name: path.state() for name, path in FAST_PATHS.items()}
+    return {name: f"off: {reasons[name]}" if name in reasons and state == "on" else state for name, state in states.items()}
 
 
 def _version(package: str) -> str:

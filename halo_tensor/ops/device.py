@@ -2,6 +2,7 @@
 
 import torch
 
+from halo_tensor.fences import Refusal
 from halo_tensor.recipe import Format
 
 
@@ -23,7 +24,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
-    """Raise RuntimeError if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
+    """Raise Refusal, a RuntimeError, if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:
         return
     capability = torch.cuda.get_device_capability(device)
@@ -31,7 +32,7 @@ def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     lacking = [f.name for f, minimum in needed.items() if capability < minimum]
     if lacking:
         advice = "use halo_config(level=1, dtype='int8')" if capability >= (8, 0) else "it can train in bf16 or fp16 only"
-        raise RuntimeError(
+        raise Refusal(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
             f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
         )

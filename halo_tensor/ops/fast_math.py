@@ -26,7 +26,7 @@ if INTERPRETED:
         return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 else:
-    from torch._inductor.runtime.triton_helpers import libdevice
+    from triton.language.extra import libdevice
 
     @triton.jit
     def fast_exp(x):

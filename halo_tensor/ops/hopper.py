@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from halo_tensor.ops.device import is_hopper
+from halo_tensor.ops.gluon_names import (
+    TensorDescriptor,
+    async_load,
     fence_async_shared,
+    gl,
+    gluon,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from halo_tensor.ops.device import is_hopper
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.rotate import Matrix, norm
@@ -47,8 +47,8 @@ def _load(a, b, a_tiles, b_tiles, arrived, slot, tile_m, tile_n, k, wanted):
     BK: gl.constexpr = a.block_shape[1]
     barrier = arrived.index(slot)
     mbarrier.expect(barrier, a.block_type.nbytes + b.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(a, [tile_m * BM, k * BK], barrier, a_tiles.index(slot), pred=wanted)
-    tma.async_copy_global_to_shared(b, [tile_n * BN, k * BK], barrier, b_tiles.index(slot), pred=wanted)
+    async_load(a, [tile_m * BM, k * BK], barrier, a_tiles.index(slot), pred=wanted)
+    async_load(b, [tile_n * BN, k * BK], barrier, b_tiles.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -212,9 +212,16 @@ def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None,
 
 
 def plan(
-    a: Matrix, b_t: Matrix, right: Rotation | None, constants: dict[str, Any], multiprocessors: int
+    a: Matrix,
+    b_t: Matrix,
+    right: Rotation | None,
+    constants: dict[str, Any],
+    multiprocessors: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Launch, tuple]:
-    """As ``scaled_mm._plan``, which gives those of the constants that both kernels have."""
+    """As ``scaled_mm._plan``, which gives those of the constants that both kernels have. The kernel is compiled here, while
+    another kernel can still take its place."""
     (m, k), n = a.shape, b_t.shape[0]
     programs = min(multiprocessors, triton.cdiv(m, BM) * triton.cdiv(n, BN))
     constants = {
@@ -223,7 +230,16 @@ def plan(
     }  # fmt: skip
     tiles = Tiles((m, k), a.stride, (BM, BK)), Tiles((n, k), b_t.stride, (BN, BK))
     matrix = _matrix(right, a.device) if right else None
-    return Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles), (matrix,)
+    launch = Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles)
+    launch.compile(a.device, (a.dtype, b_t.dtype, dtype, *_arguments(constants, dtype, bias_dtype)))
+    return launch, (matrix,)
+
+
+def _arguments(constants: dict[str, Any], out: torch.dtype, bias: torch.dtype | None) -> list[torch.dtype]:
+    """The dtypes of the scales, the gain, the bias and the matrix. ``out`` stands in the place of those that there are not."""
+    there = [constants["A_SCALE"], constants["B_SCALE"], constants["GAIN"], constants["BIASED"], constants["RIGHT"]]
+    dtypes = [torch.float32, torch.float32, torch.float32, bias, torch.bfloat16]
+    return [dtype if is_there and dtype else out for is_there, dtype in zip(there, dtypes, strict=True)]
 
 
 def _order() -> torch.Tensor:

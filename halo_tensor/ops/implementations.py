@@ -3,9 +3,11 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from halo_tensor.fences import INDUCTOR, JOINT_GRAPH, disabled
+from halo_tensor.internals import is_compiled
 from halo_tensor.ops import formats, packing, reference
 from halo_tensor.ops.formats import code_dtype
-from halo_tensor.ops.schemas import INTERPRETED, decode, library, runs_kernels
+from halo_tensor.ops.schemas import INTERPRETED, decode, fingerprint, library, runs_kernels
 from halo_tensor.recipe import FORMATS
 
 # On any device: the reference.
@@ -161,21 +163,19 @@ for _op in (
 
 def _teach_inductor(device: torch.device) -> None:
     """What lowers the ops, and what it does to graphs. Not before something is traced: importing Inductor takes seconds."""
-    compiled = torch._guards.TracingContext.try_get() is not None  # and not only a fake tensor
-    try:
-        if runs_kernels(device):
-            from halo_tensor.ops import inductor
+    if runs_kernels(device):
+        _tag_caches()
+        INDUCTOR.load("halo_tensor.ops.inductor")
+    if JOINT_GRAPH.attempt(is_compiled) and (joint_graph := JOINT_GRAPH.load("halo_tensor.ops.joint_graph")):
+        JOINT_GRAPH.attempt(joint_graph.install)
 
-            inductor.tag_caches()
-        if compiled:
-            from halo_tensor.ops import joint_graph
 
-            joint_graph.install()
-    except ImportError as error:  # they are written against its internals
-        raise RuntimeError(
-            f"halo_tensor knows the compilers of torch 2.11 to 2.14, and that of {torch.__version__} differs: {error}. "
-            "Install one of these, or run without torch.compile"
-        ) from error
+def _tag_caches() -> None:
+    """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
+    configuration is each thread's own."""
+    tag = " ".join(("", f"halo_tensor:{fingerprint()}", *disabled()))
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
 
 
 def _register_fake(op: str):

@@ -6,10 +6,12 @@ shapes are known, all of it is known when the graph is compiled. So each op is l
 for tensors: what it allocates becomes buffers of the graph, planned and reused by Inductor, and each launch a line of the
 generated code. An op with dynamic shapes, or whose launcher computes with tensors on the way, stays an op.
 
-This is written against Inductor's internals as of torch 2.11–2.14.
+This is written against Inductor's internals as of torch 2.11–2.15 (:data:`halo_tensor.fences.INDUCTOR`). Whatever goes wrong
+while an op is lowered, it stays an op.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -22,8 +24,9 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halo_tensor.ops import implementations, producers
-from halo_tensor.ops.schemas import fingerprint, runs_kernels
+from halo_tensor.fences import INDUCTOR, PRODUCERS
+from halo_tensor.ops import implementations
+from halo_tensor.ops.schemas import runs_kernels
 
 #: For comparison: without it, what the quantiser reads is always written first. Cached graphs know nothing of it.
 FUSE_PRODUCERS = True
@@ -62,7 +65,7 @@ class _StandIn:
     if the op takes two that are computed, and stand-ins for what it reads; a launcher that calls it leaves the buffers without
     a reader, and Inductor drops them."""
 
-    producer: tuple[producers.Function, list["_StandIn"]] | None = None
+    producer: tuple[Any, list["_StandIn"]] | None = None
 
     def __init__(self, recording: list[tuple], memory: _Memory, shape=None, stride=None, dtype=None, offset: int = 0):
         self.recording, self.memory, self.offset = recording, memory, offset
@@ -174,6 +177,15 @@ class _Call(ir.ExternKernel):
         return source if argument.dtype == memory.dtype else f"{source}.view({argument.dtype})"
 
     def codegen(self, wrapper) -> None:
+        try:
+            self._write(wrapper)
+        except Exception as error:  # too late to be an op after all
+            raise RuntimeError(
+                f"halo_tensor cannot write its launches into the code that torch {torch.__version__} generates: set the "
+                "environment variable HALO_DISABLE=inductor"
+            ) from error
+
+    def _write(self, wrapper) -> None:
         names = [x.codegen_reference() for x in self.tensors]
         source = self.launch.source()
         # One for each dtype and device: a launch loads its kernel once, for the tensors that it meets first.
@@ -204,26 +216,57 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.ops.quantize_kernels, halo_tensor.ops.scaled_mm, halo_tensor.ops.two_gradients",
     "from halo_tensor.ops.launch import Launch",
-    "from halo_tensor.ops.producers import fast_exp, libdevice, reciprocal, tanh",
+    "from halo_tensor.ops.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
 
 
-def tag_caches() -> None:
-    """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
-    configuration is each thread's own."""
-    tag = f" halo_tensor:{fingerprint()}"
-    if tag not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += tag
-
-
-def _producer(made: list[_StandIn]) -> tuple[producers.Function, list[_StandIn]] | None:
-    if (found := producers.producer([x.memory.box for x in made])) is None:
+def _producer(made: list[_StandIn]) -> tuple[Any, list[_StandIn]] | None:
+    producers = PRODUCERS.load("halo_tensor.ops.producers")
+    if producers is None or (found := PRODUCERS.attempt(producers.producer, [x.memory.box for x in made])) is None:
         return None
     function, boxes = found
     try:
         return function, [_StandIn.of(made[0].recording, box) for box in boxes]
     except _Unsupported:
         return None
+
+
+def _make(launcher: Callable, produced: int, args: tuple) -> Any:
+    """What ``launcher`` makes of ``args``, as buffers of the graph, to which launches write; None if it must be an op."""
+    recording: list[tuple] = []
+    try:
+        first = [_StandIn.of(recording, box) for box in args[: max(produced, 1)]]
+        first[0].producer = _producer(first) if produced and FUSE_PRODUCERS else None
+        rest = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args[len(first) :]]
+        with _disable_current_modes():  # launchers make constants, which must be real
+            made = launcher(*first, *rest)
+    except _Unsupported:
+        return None
+    constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
+    if constant and isinstance(V.graph, SubgraphLowering):  # whose constants Inductor does not hand to the generated code
+        return None
+    with _all_or_none():
+        for launch, arguments in recording:
+            _Call(launch, arguments)
+        boxes = tuple(x.memory.realized() for x in (made if isinstance(made, tuple) else (made,)))
+    return boxes if isinstance(made, tuple) else boxes[0]
+
+
+@contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Takes what the block adds to the graph out of it again if the block raises, so that the op itself can be put there."""
+    graph = V.graph
+    operations, buffers = len(graph.operations), len(graph.buffers)
+    try:
+        yield
+    except Exception:
+        for name in [x.get_name() for x in graph.buffers[buffers:]]:
+            graph.name_to_buffer.pop(name, None)
+            graph.mutated_buffers.discard(name)
+        for name in [x.get_operation_name() for x in graph.operations[operations:]]:
+            graph.name_to_op.pop(name, None)
+        del graph.operations[operations:], graph.buffers[buffers:]
+        raise
 
 
 def _lower(op: torch._ops.OpOverload, launcher: Callable, produced: int = 0) -> None:
@@ -234,23 +277,8 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable, produced: int = 0) -> 
     def lowered(*args):
         if V.graph.cpp_wrapper or not runs_kernels(args[0].get_device()):
             return as_op(*args)
-        recording: list[tuple] = []
-        try:
-            first = [_StandIn.of(recording, box) for box in args[: max(produced, 1)]]
-            first[0].producer = _producer(first) if produced and FUSE_PRODUCERS else None
-            rest = [_StandIn.of(recording, a) if isinstance(a, ir.IRNode) else a for a in args[len(first) :]]
-            stand_ins = [*first, *rest]
-            with _disable_current_modes():  # launchers make constants, which must be real
-                made = launcher(*stand_ins)
-        except _Unsupported:
-            return as_op(*args)
-        constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
-        if constant and isinstance(V.graph, SubgraphLowering):  # whose constants Inductor does not hand to the generated code
-            return as_op(*args)
-        for launch, arguments in recording:
-            _Call(launch, arguments)
-        boxes = tuple(x.memory.realized() for x in (made if isinstance(made, tuple) else (made,)))
-        return boxes if isinstance(made, tuple) else boxes[0]
+        made = INDUCTOR.attempt(_make, launcher, produced, args)
+        return as_op(*args) if made is None else made
 
 
 _lower(torch.ops.halo.rotate_quantize.default, implementations._rotate_quantize_cuda, produced=1)

@@ -7,7 +7,8 @@ There the transpose is made in backward, from X again. That costs one more pass 
 Two E that elementwise operations make from the same matrices, as a gated MLP's backward does, are quantised by one op, so that
 neither need be written: see two_gradients.
 
-This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.14.
+This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.15
+(:data:`halo_tensor.fences.JOINT_GRAPH`). A graph that they cannot be run on stays as it is.
 """
 
 import operator
@@ -23,6 +24,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
+from halo_tensor.fences import JOINT_GRAPH, disabled
 from halo_tensor.ops.schemas import PRODUCER_INPUTS, fingerprint, runs_kernels
 
 #: For comparison: without them, the transpose is always saved, and each E quantised alone. They are part of the key of cached
@@ -187,6 +189,17 @@ def _merge(a: fx.Node, b: fx.Node) -> None:
         b.graph.erase_node(pair)
 
 
+def _rewrite(graph: fx.Graph) -> None:
+    """Run the passes, first on a copy: where they fail, ``graph`` is not left half rewritten."""
+    trial = fx.Graph(graph.owning_module)
+    trial.output(trial.graph_copy(graph, {}))
+    for each in (trial, graph):
+        if REPEAT_FOR_BACKWARD:
+            quantize_again_in_backward(each)
+        if QUANTIZE_TWO_AT_ONCE:
+            quantize_two_gradients_at_once(each)
+
+
 class _Pass(CustomGraphPass):
     """And before it the passes that were there: not every version of Inductor takes a list."""
 
@@ -196,15 +209,14 @@ class _Pass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.others:
             other(graph)
-        if REPEAT_FOR_BACKWARD:
-            quantize_again_in_backward(graph)
-        if QUANTIZE_TWO_AT_ONCE:
-            quantize_two_gradients_at_once(graph)
+        if any(node.target in (_QUANTIZE, _PAIR) for node in graph.nodes):
+            JOINT_GRAPH.attempt(_rewrite, graph)
 
     def uuid(self) -> tuple | None:
         """None, and then graphs are not cached, if one of the others has none."""
         others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
-        return ("halo_tensor", fingerprint(), REPEAT_FOR_BACKWARD, QUANTIZE_TWO_AT_ONCE, *others) if all(others) else None
+        state = fingerprint(), *disabled(), REPEAT_FOR_BACKWARD, QUANTIZE_TWO_AT_ONCE
+        return ("halo_tensor", *state, *others) if all(others) else None
 
 
 def install() -> None:

@@ -4,19 +4,22 @@ Triton's own dispatch looks at every argument of every call, which takes longer 
 here is to look at pointers.
 """
 
+from contextlib import nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
 import torch
-from triton.compiler.compiler import max_shared_mem
-from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import JITFunction
+from triton import JITFunction, OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from halo_tensor.ops.launcher import launcher_of
+from halo_tensor.fences import LAUNCHER, PRECOMPILED, Refusal
+from halo_tensor.internals import current_device, current_raw_stream
+from halo_tensor.ops import launcher
 
 _DATA_PTR = torch.Tensor.data_ptr
+#: Triton's default until 3.9, which 3.10 turns round; 3.9 warns of a kernel that does not say.
+_DEFAULTS = {"enable_fp_fusion": True}
 
 
 class Tiles(NamedTuple):
@@ -40,7 +43,7 @@ class Tiles(NamedTuple):
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
-    return max_shared_mem(device.index if device.index is not None else torch.cuda.current_device())
+    return launcher.shared_memory(torch.cuda.current_device() if device.index is None else device.index)
 
 
 class Launch:
@@ -72,7 +75,7 @@ class Launch:
         if not isinstance(first, torch.Tensor):  # a stand-in for one, in a graph that is being compiled
             return first.record(self, tensors)
         index = first.get_device()
-        if index >= 0 and index != torch._C._cuda_getDevice():
+        if index >= 0 and index != current_device():
             with torch.cuda.device(index):
                 return self._launch(tensors, index)
         return self._launch(tensors, index)
@@ -88,12 +91,43 @@ class Launch:
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
         if reduce(or_, pointers) & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
             return self._launch_any(self._described(tensors))
+        stream = current_raw_stream(index)
         if self._run is None:
-            compiled = self._compile(self._described(tensors), index)
-            names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
-            rest = (*self.integers, *(self.constants[name] for name in names))
-            self._run = launcher_of(compiled, self.grid, self._descriptors, len(self.tiles), rest)
-        self._run(tensors, pointers, torch._C._cuda_getCurrentRawStream(index))
+            return self._launch_first(tensors, pointers, index, stream)
+        self._run(tensors, pointers, stream)
+
+    def _launch_first(self, tensors: tuple, pointers: list[int], index: int, stream: int) -> None:
+        """The first launch, which decides how the others are made."""
+        how = PRECOMPILED.attempt(self._precompiled, tensors, index)
+        launch = (how and PRECOMPILED.attempt(launcher.through_triton, *how)) or self._by_triton
+
+        def launched_bare(*how: Any) -> launcher.Run:
+            run = launcher.bare(launch, *how)
+            run(tensors, pointers, stream)  # arguments that the C function does not take it refuses before it launches
+            return run
+
+        bare = how and LAUNCHER.attempt(launched_bare, *how)
+        if bare is None:
+            launch(tensors, pointers, stream)
+        self._run = bare or launch
+
+    def _precompiled(self, tensors: tuple, index: int) -> tuple:
+        """The compiled kernel, and what else :func:`launcher.through_triton` wants."""
+        compiled = self._compile(self._described(tensors), index)
+        names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
+        rest = (*self.integers, *(self.constants[name] for name in names))
+        return compiled, self.grid, self._descriptors, len(self.tiles), rest
+
+    def _by_triton(self, tensors: tuple, pointers: list[int], stream: int) -> None:
+        """A launch by Triton's own dispatch."""
+        self._launch_any(self._described(tensors))
+
+    def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+        """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
+        tensors = tuple(torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
+        index = tensors[0].get_device()
+        with nullcontext() if index == current_device() else torch.cuda.device(index):
+            self._compile(self._described(tensors), index)
 
     def _descriptors(self, tensors: tuple) -> list:
         """Of the first tensors, one for each of ``tiles``."""
@@ -106,17 +140,17 @@ class Launch:
         while True:
             constants = self.constants
             try:
-                return self.kernel[self.grid](*arguments, *self.integers, **constants)
+                return self.kernel[self.grid](*arguments, *self.integers, **_DEFAULTS | constants)
             except OutOfResources as error:
                 if error.name != "shared memory":
                     raise
                 self.constants = self._with_less(constants, error.required, error.limit, torch.cuda.get_device_name())
 
     def _compile(self, arguments: list, index: int) -> Any:
-        available = max_shared_mem(index)
+        available = launcher.shared_memory(index)
         while True:
             constants = self.constants  # which another thread may change
-            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **constants)
+            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **_DEFAULTS | constants)
             if compiled.metadata.shared <= available:
                 return compiled
             self.constants = self._with_less(constants, compiled.metadata.shared, available, torch.cuda.get_device_name(index))
@@ -125,7 +159,7 @@ class Launch:
         """As many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
         stages = "STAGES" if "STAGES" in constants else "num_stages"
         if constants.get(stages, 1) == 1:
-            raise RuntimeError(
+            raise Refusal(
                 f"{device} gives a kernel {available} bytes of shared memory, and {self.kernel.fn.__name__} needs {needed} "
                 "for rows this wide: take a smaller block_size, or weights in bfloat16"
             )

@@ -1,7 +1,7 @@
-"""Beneath Triton's launcher: the C function with which it launches, without the Python around it.
+"""What launches know of Triton beneath its public names. Tested with Triton 3.6 to 3.9, on CUDA.
 
-That is no interface of Triton's: it is used where it is known, in Triton 3.6, 3.7 and 3.8 on CUDA, and elsewhere their
-launcher itself.
+Above all the C function with which Triton launches a kernel, without the Python around it. It takes its arguments by position,
+so it is called only under these versions (:data:`halo_tensor.fences.LAUNCHER`), and elsewhere Triton's launcher is.
 """
 
 import inspect
@@ -11,16 +11,22 @@ from typing import Any
 
 import torch
 import triton
-from triton import knobs
 
 # As many encoded descriptors as a launch remembers; a model meets few pointers, since allocations recur.
 _REMEMBERED = 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
+Run = Callable[[tuple, list[int], int], None]
 
-def launcher_of(
-    compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple
-) -> Callable[[tuple, list[int], int], None]:
+
+def shared_memory(index: int) -> int:
+    """The bytes of shared memory that a program may have on a device."""
+    from triton.compiler.compiler import max_shared_mem
+
+    return max_shared_mem(index)
+
+
+def through_triton(compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
     """A function of tensors, their pointers and a stream that launches ``compiled`` on the current device.
 
     Args:
@@ -32,18 +38,25 @@ def launcher_of(
     def launch(tensors, pointers, stream):
         launcher(*descriptors(tensors), *pointers[described:], *rest, stream=stream)
 
-    try:
-        bare, head = _bare(compiled, described)
-        encode = _encoder(compiled, described)
-        _ = knobs.runtime.launch_enter_hook.calls, knobs.runtime.launch_exit_hook.calls
-    except (AttributeError, ImportError, KeyError, TypeError):  # another Triton
-        return launch
+    return launch
 
+
+def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
+    """As ``launch``, which :func:`through_triton` made of the same arguments, but by the C function beneath; ``launch`` itself
+    where that function would not be enough."""
+    from triton import knobs
+
+    if not _is_enough(compiled):
+        return launch
+    function, head = _bare(compiled, described)
+    encode = _encoder(compiled, described)
+    hooks = knobs.runtime
+    _ = hooks.launch_enter_hook.calls, hooks.launch_exit_hook.calls
     spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
     remembered: dict[tuple, tuple] = {}
 
     def launch_bare(tensors, pointers, stream):
-        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             return launch(tensors, pointers, stream)
         encoded: Any = ()
         if described:
@@ -55,35 +68,38 @@ def launcher_of(
                 encoded = remembered[key] = encode(descriptors(tensors))
         arguments = (*encoded, *pointers[described:], *rest)
         if spread:
-            bare(*grid, stream, *head, *arguments)
+            function(*grid, stream, *head, *arguments)
         else:
-            bare(*grid, stream, *head, arguments)
+            function(*grid, stream, *head, arguments)
 
     return launch_bare
 
 
-def _bare(compiled: Any, described: int) -> tuple[Callable, tuple]:
-    """Triton's C function, and its arguments between the stream and the kernel's own. Raises what :func:`launcher_of` catches
-    where these are not known."""
+def _is_enough(compiled: Any) -> bool:
+    """Whether the kernel runs on CUDA and wants no memory for each launch."""
+    if compiled.metadata.target.backend != "cuda":
+        return False
     launcher = compiled.run
-    if _VERSION not in ("3.6", "3.7", "3.8") or compiled.metadata.target.backend != "cuda":
-        raise TypeError("whose arguments are not known")
-    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
-        raise TypeError("this kernel wants memory for each launch")
+    return not (launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False))
+
+
+def _bare(compiled: Any, described: int) -> tuple[Callable, tuple]:
+    """Triton's C function, and its arguments between the stream and the kernel's own."""
+    launcher = compiled.run
     how = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl
     no_hooks, no_scratch = (None, None, None), (None, None)
     head: tuple
     if _VERSION == "3.6":
-        bare = launcher.launch
+        function = launcher.launch
         if described:  # behind a function that encodes descriptors anew for every launch
-            bare = inspect.getclosurevars(bare).nonlocals["launcher"]
+            function = inspect.getclosurevars(function).nonlocals["launcher"]
         head = (*how, *no_scratch, compiled.packed_metadata, *no_hooks)
     else:
-        bare = triton.runtime.driver.active.utils.launch
+        function = triton.runtime.driver.active.utils.launch
         head = (*how, compiled.packed_metadata, *no_hooks, *no_scratch, launcher.arg_annotations, launcher.kernel_signature)
-    if not isinstance(bare, BuiltinFunctionType):
-        raise TypeError("not a function of C")
-    return bare, head
+    if not isinstance(function, BuiltinFunctionType):
+        raise TypeError("what Triton launches with is not a function of C")
+    return function, head
 
 
 def _encoder(compiled: Any, described: int) -> Callable[[list], tuple]:

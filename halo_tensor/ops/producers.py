@@ -5,6 +5,8 @@ that its backward makes. Inductor would write them in one kernel for ours to rea
 run once with names for values, gives the source of a function of row and column, and no matrix is written. Values are computed
 in float32 and rounded to the dtype of the matrix, as in Inductor's own kernel. But our kernels do without fused multiply-adds
 and with a faster exp (``fast_math``): what lies near the middle of two numbers of that dtype may be rounded to the other one.
+
+This is written against Inductor's internals as of torch 2.11–2.15 (:data:`halo_tensor.fences.PRODUCERS`).
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,6 @@ from torch._inductor import ir
 from torch._inductor.ops_handler import DefaultHandler
 from torch._inductor.virtualized import V
 
-from halo_tensor.ops.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: F401 (generated code takes them from here)
 from halo_tensor.ops.schemas import INTERPRETED, PRODUCER_INPUTS
 
 _ROW, _COLUMN = sympy.symbols("row column", integer=True, nonnegative=True)

@@ -10,6 +10,7 @@ from operator import add
 import torch
 import torch.nn.functional as F
 
+from halo_tensor.internals import multiply_integers
 from halo_tensor.ops.formats import lift, round_to
 from halo_tensor.ops.hadamard import factors, hadamard_factor, norm, rotation_signs, signed_hadamard
 from halo_tensor.recipe import Format, Rotation
@@ -182,7 +183,7 @@ def _multiply_integers(a: torch.Tensor, b_t: torch.Tensor) -> torch.Tensor:
     # torch 2.13's _int_mm on CPU refuses empty operands, and returns garbage for dimensions of 1 in some layouts. With
     # k < 1024 float32 is exact as well, and with m or n = 1 speed is no concern.
     if min(a.shape[0], b_t.shape[0], a.shape[1]) > 1:
-        return torch._int_mm(a, b_t.t()).to(torch.float32)
+        return multiply_integers(a, b_t.t()).to(torch.float32)
     return (a.to(torch.float64) @ b_t.to(torch.float64).t()).to(torch.float32)
 
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.fences import CUBLAS, GLUON
 from halo_tensor.ops import sm80
 from halo_tensor.ops.device import check_device, has_tma, is_hopper
 from halo_tensor.ops.epilogue import EDGE, finish
@@ -27,10 +28,7 @@ from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):  # Gluon is experimental: 3.9 has other names
-    from halo_tensor.ops import hopper
-else:
-    hopper = None  # type: ignore[assignment]
+hopper: Any = GLUON.load("halo_tensor.ops.hopper")
 
 
 class Tile(NamedTuple):
@@ -184,14 +182,17 @@ def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype
 
 
 class VendorProduct:
-    """cuBLAS's product with row and column scales, called like a :class:`Launch`."""
+    """cuBLAS's product with row and column scales, called like a :class:`Launch`.
+
+    By a private name, since the public one, ``torch.nn.functional.scaled_mm``, cannot write to a given ``out``.
+    """
 
     constants: dict[str, Any] = {}  # noqa: RUF012 as a launch has them
 
     def __call__(self, a, b_t, a_scale, b_scale, out) -> None:
         if not isinstance(a, torch.Tensor):
             return a.record(self, (a, b_t, a_scale, b_scale, out))
-        scales = {"scale_a": a_scale[:, None], "scale_b": b_scale[None]}
+        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
         torch._scaled_mm(a, b_t.t(), **scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
     def source(self) -> str:
@@ -214,7 +215,20 @@ def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
         and a.is_contiguous()
         and b_t.is_contiguous()
         and is_hopper(a.device)
+        and _has_vendor(a.device)
     )
+
+
+@lru_cache
+def _has_vendor(device: torch.device) -> bool:
+    """Whether cuBLAS multiplies a small pair as :class:`VendorProduct` asks it to."""
+
+    def multiply() -> bool:
+        a, b_t = (torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2))
+        VendorProduct()(a, b_t, _ones(16, device), _ones(16, device), a.new_empty((16, 16), dtype=torch.bfloat16))
+        return True
+
+    return CUBLAS.attempt(multiply) is not None
 
 
 @lru_cache
@@ -231,7 +245,9 @@ def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left
     multiprocessors = _multiprocessors(device)
     epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
     if _in_gluon(a, b_t, left, right):
-        return hopper.plan(a, b_t, right, epilogue, multiprocessors)
+        planned = GLUON.attempt(hopper.plan, a, b_t, right, epilogue, multiprocessors, dtype, bias_dtype)
+        if planned is not None:
+            return planned
     if not has_tma(device):
         return sm80.plan(a, b_t, rows, left, right, epilogue, shared_memory(device), multiprocessors)
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

@@ -44,7 +44,7 @@ def running_as(capability: int) -> Iterator[None]:
     """
     if torch.cuda.get_device_capability() < divmod(capability, 10):
         raise RuntimeError(f"{torch.cuda.get_device_name()} does not run code for sm_{capability}")
-    from halo_tensor.ops import launch
+    from halo_tensor.ops import launcher
 
     def ptx_as_binary(self, src, metadata, options, capability):
         return src.encode() + b"\0"  # the driver takes PTX where it takes a cubin
@@ -58,7 +58,7 @@ def running_as(capability: int) -> Iterator[None]:
         patch(mock.patch.object(CUDABackend, "make_cubin", ptx_as_binary))
         patch(mock.patch.object(driver.active, "get_current_target", return_value=GPUTarget("cuda", capability, 32)))
         patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        patch(mock.patch.object(launch, "max_shared_mem", return_value=SHARED[capability]))
+        patch(mock.patch.object(launcher, "shared_memory", return_value=SHARED[capability]))
         forget_plans()
         try:
             yield

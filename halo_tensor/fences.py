@@ -1,0 +1,210 @@
+"""Fast paths that are written against internals of PyTorch and Triton, and what runs where one of them cannot.
+
+Internals change between versions. Each fast path has a slower twin whose results are as accurate. If anything goes wrong while
+a path is prepared, its twin runs instead, and one warning names the path. Nothing has been computed by then, so a path never
+fails half-way. ``halo_tensor.environment()`` lists the paths, and for each that is off the reason.
+
+``HALO_DISABLE``, an environment variable, switches paths off: names of :data:`FAST_PATHS`, separated by commas, for example
+``HALO_DISABLE=gluon,launcher``. It is read once, when the library is imported.
+"""
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: The first and the last version that the tests ran with.
+TESTED = {"torch": ("2.11", "2.15"), "triton": ("3.6", "3.9"), "torchao": ("0.17", "0.18")}
+
+
+class Refusal(RuntimeError):
+    """An error that says what the user should change. The twin of a fast path would raise it as well, so no path hides it."""
+
+
+#: Not the fault of a fast path: the device is out of memory, or an earlier kernel failed.
+_SURFACES = (Refusal, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", Refusal))
+
+
+class FastPath:
+    """A fast path and its state.
+
+    Args:
+        name: for ``HALO_DISABLE``.
+        what: the path, in words.
+        cost: what runs instead, and what that costs.
+        package: whose internals it is written against.
+        only_tested: whether it is off under versions that it was not tested with, because a change could crash the process or
+            give wrong numbers instead of an error.
+    """
+
+    def __init__(self, name: str, what: str, cost: str, package: str, only_tested: bool = False):
+        self.name, self.what, self.cost, self.package, self.only_tested = name, what, cost, package, only_tested
+        self.disabled = False
+        self.failure: str | None = None
+        self._modules: dict[str, ModuleType | None] = {}
+
+    def why_off(self) -> str | None:
+        """Why the path is never taken in this process; None if it may be taken."""
+        if self.disabled:
+            return "HALO_DISABLE names it"
+        if installed(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.only_tested and not is_tested(self.package):
+            return f"it was tested with {_tested(self.package)} only"
+        return None
+
+    def attempt(self, prepare: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """``prepare(*args, **kwargs)``; None if the path is off, or if ``prepare`` raises, which is warned of once.
+
+        ``prepare`` must leave nothing behind that its twin would be wrong with.
+
+        Raises:
+            Refusal, torch.OutOfMemoryError, torch.AcceleratorError: as ``prepare`` does.
+        """
+        if self.why_off() is not None:
+            return None
+        try:
+            return prepare(*args, **kwargs)
+        except _SURFACES:
+            raise
+        except Exception as error:
+            self.fail(error)
+            return None
+
+    def load(self, module: str) -> ModuleType | None:
+        """A module of the path, imported when it is first wanted; None if that fails, and then it is not tried again."""
+        if module not in self._modules:
+            self._modules[module] = self.attempt(import_module, module)
+        return self._modules[module]
+
+    def fail(self, error: Exception) -> None:
+        """Note that the path could not be prepared, and warn of the first time."""
+        known, self.failure = self.failure, f"{type(error).__name__}: {error}".splitlines()[0]
+        if known is None:
+            warnings.warn(
+                f"halo_tensor: the fast path {self.name!r} ({self.what}) could not be prepared with {self.package} "
+                f"{installed(self.package)}: {self.failure}. Results are as accurate without it, but {self.cost}. "
+                f"HALO_DISABLE={self.name} switches the path off, and this warning",
+                stacklevel=3,
+            )
+
+    def state(self) -> str:
+        """Either "on", or "off: " and the reason, without paths of files."""
+        if (reason := self.why_off()) is not None:
+            return f"off: {reason}"
+        if self.failure is not None:
+            return "off, at least once: " + re.sub(r"\S*[/\\]\S*", "…", self.failure)
+        return "on"
+
+
+GLUON = FastPath(
+    "gluon",
+    "matrix products in Gluon on GPUs of compute capability 9.0",
+    "larger int8 products take 6 to 19 % longer, and those that undo a rotation more",
+    "triton",
+    only_tested=True,
+)
+PRECOMPILED = FastPath(
+    "precompiled",
+    "kernels compiled once for each shape, and launched without Triton's dispatch",
+    "a launch costs the CPU some 200 µs instead of 10",
+    "triton",
+)
+LAUNCHER = FastPath(
+    "launcher",
+    "kernels launched through the C function beneath Triton's launcher",
+    "a launch costs the CPU about twice as much",
+    "triton",
+    only_tested=True,
+)
+INDUCTOR = FastPath(
+    "inductor",
+    "kernels launched by the code that Inductor generates",
+    "compiled models call ops, each of which costs the CPU some 80 µs",
+    "torch",
+)
+PRODUCERS = FastPath(
+    "producers",
+    "elementwise operations computed inside of the quantiser that reads their result",
+    "compiled models write these results to memory and read them again",
+    "torch",
+)
+JOINT_GRAPH = FastPath(
+    "joint_graph",
+    "passes over compiled graphs of forward and backward",
+    "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
+    "torch",
+)
+CUBLAS = FastPath(
+    "cublas",
+    "cuBLAS for large fp8 products on GPUs of compute capability 9.0",
+    "these products take 3 to 15 % longer",
+    "torch",
+)
+FAST_PATHS = {path.name: path for path in (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS)}
+
+
+def _disable(names: str) -> None:
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name not in FAST_PATHS:
+            raise ValueError(f"HALO_DISABLE: there is no fast path {name!r}; there are {', '.join(FAST_PATHS)}")
+        FAST_PATHS[name].disabled = True
+
+
+_disable(os.environ.get("HALO_DISABLE", ""))
+
+
+def disabled() -> list[str]:
+    """The names of the paths that are switched off."""
+    return [path.name for path in FAST_PATHS.values() if path.disabled]
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None."""
+    module = sys.modules.get(package)
+    if isinstance(found := getattr(module, "__version__", None), str):
+        return str(found)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+
+
+def is_tested(package: str) -> bool:
+    first, last = TESTED[package]
+    found = installed(package)
+    return found is not None and _numbers(first) <= _numbers(found) <= _numbers(last)
+
+
+def _tested(package: str) -> str:
+    return f"{package} {' to '.join(TESTED[package])}"
+
+
+@cache
+def warn_of_untested_versions() -> None:
+    """Warn, once, of packages that this library was not tested with, and of the fast paths that are off for that reason."""
+    untested = [package for package in TESTED if installed(package) is not None and not is_tested(package)]
+    if not untested:
+        return
+    off = [path for path in FAST_PATHS.values() if path.only_tested and path.package in untested and not path.disabled]
+    found = ", ".join(f"{package} {installed(package)}" for package in untested)
+    message = f"halo_tensor was tested with {', '.join(map(_tested, untested))}, but {found} is installed."
+    if off:
+        message += f" Off for that reason: {'; '.join(f'{path.name} ({path.what}): {path.cost}' for path in off)}."
+    warnings.warn(f"{message} halo_tensor.environment() lists the fast paths", stacklevel=3)
