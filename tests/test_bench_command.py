@@ -15,6 +15,8 @@ from halo_tensor.diagnostics import bench
 from tests.util import OpLog
 
 CPU = torch.device("cpu")
+PATHS = {"launcher": "on", "gluon": "off: no GPU of compute capability 9.0"}
+FOUND = {"torch": "2.13", "triton": "3.6.0", "halo_tensor": "0.3.0", "fast paths": PATHS}
 environment = sys.modules["halo_tensor.diagnostics.environment"]  # the package's attribute of that name is the function
 
 
@@ -26,7 +28,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA B300 SXM6 AC")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 3))
     monkeypatch.setattr(bench, "driver", lambda: "580.1")
-    monkeypatch.setattr(bench, "environment", lambda: {"torch": "2.13", "triton": "3.6.0", "halo_tensor": "0.3.0"})
+    monkeypatch.setattr(bench, "environment", lambda: FOUND)
     monkeypatch.setattr(bench, "source_commit", lambda: "abc")
 
 
@@ -67,6 +69,7 @@ def test_the_table(card, monkeypatch, capsys, compiled):
     out = capsys.readouterr().out
     assert out.startswith(
         "NVIDIA B300 SXM6 AC (compute capability 10.3), driver 580.1, torch 2.13, Triton 3.6.0, halo_tensor 0.3.0 (commit abc); 2×32 tokens\n\n"
+        "Fast paths: gluon, off: no GPU of compute capability 9.0\n\n"
         "| forward + backward | | bf16 ms | int8 HALO-1 ms | × bf16 | error |\n"
     )
     how = "compiled" if compiled else "eager"

@@ -115,13 +115,15 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def header(device: torch.device) -> str:
-    """The machine and the versions, in one line."""
+def header(device: torch.device, tokens: str) -> str:
+    """The machine, the versions and the size of the data in one line, and the fast paths that are off in another."""
     found = environment()
     gpu = f"{torch.cuda.get_device_name(device)} (compute capability {_capability(device)}), driver {driver()}"
     commit = source_commit()
     versions = [f"torch {found['torch']}", f"Triton {found['triton']}", f"halo_tensor {found['halo_tensor']}"]
-    return ", ".join([gpu, *versions]) + f" (commit {commit or 'unknown'})"
+    lines = [f"{', '.join([gpu, *versions])} (commit {commit or 'unknown'}); {tokens} tokens"]
+    off = [f"{name}, {state}" for name, state in found["fast paths"].items() if state != "on"]
+    return "\n\n".join([*lines, f"Fast paths: {'; '.join(off)}"] if off else lines)
 
 
 def _capability(device: torch.device) -> str:
@@ -191,7 +193,7 @@ def bench(config: HaloConfig, device: torch.device, args: argparse.Namespace, to
             rows.append((case, *measure(case, config, args.batch, args.length, device)))
         except Exception as error:
             left_out.append(f"{label}: {type(error).__name__}: {error}".splitlines()[0][:300])
-    print(f"{header(device)}; {args.batch}×{args.length} tokens\n\n{table(name, rows)}\n\n{NOTES}")
+    print(f"{header(device, f'{args.batch}×{args.length}')}\n\n{table(name, rows)}\n\n{NOTES}")
     if left_out:
         print("\nWithout a row:\n" + "\n".join(f"- {line}" for line in left_out))
     return 0 if rows and all(error < LARGEST_ERROR for *_, error in rows) else 1
