@@ -123,8 +123,9 @@ def matrices(model: nn.Module, min_features: int, with_adapters: bool) -> tuple[
 
 def _least_side(shape: torch.Size) -> int:
     """The shorter side of a matrix, of one of a stack [n, rows, columns], or of one that is stored by heads, as XLNet's
-    [in, heads, features of a head]: whichever is longer."""
-    return max(min(shape[-2:]), min(shape[0], shape[1:].numel()))
+    [in, heads, features of a head]: whichever is longer. A kernel [out, in, taps] is not taken for the latter."""
+    by_heads = min(shape[0], shape[1:].numel()) if shape[-1] >= 16 else 0
+    return max(min(shape[-2:]), by_heads)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -140,7 +140,7 @@ def test_matrices_stored_by_heads_are_counted():
     assert {name for name in found.skipped if name != "lm_loss"} == attention
     assert found.share == 2 / 7 and set(found.converted) == {f"transformer.layer.0.ff.layer_{n}" for n in (1, 2)}
     model = nn.ModuleDict({"layer": nn.Linear(128, 128)})
-    model.kernel, model.taps = nn.Parameter(torch.randn(128, 1, 4)), nn.Parameter(torch.randn(4, 128, 16))
+    model.kernel, model.heads = nn.Parameter(torch.randn(128, 128, 4)), nn.Parameter(torch.randn(4, 128, 16))
     assert quantize_(model, INT8).share == 1, "neither is a matrix of 128 rows and columns"
 
 
