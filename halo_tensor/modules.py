@@ -12,6 +12,8 @@ from halo_tensor import fsdp
 from halo_tensor.recipe import Recipe
 from halo_tensor.weight import HaloWeight, dense_value, tags
 
+_STANDS_IN = "_halo_stand_in"  # an attribute of parameters
+
 
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
     """Make ``module``'s linear products follow ``recipe``, in place; its state dict stays a plain one. A weight that follows
@@ -93,6 +95,14 @@ def restore_weight(module: torch.nn.Module) -> None:
     keep_plain(module)
 
 
+def stand_in(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A dense parameter of the same memory, with which a converted layer may compute in high precision for a while, without a
+    warning that it does."""
+    made = torch.nn.Parameter(dense_value(parameter).detach(), parameter.requires_grad)
+    made.__dict__[_STANDS_IN] = True
+    return made
+
+
 def _refuse_script():
     raise RuntimeError("torch.jit.script knows no converted layers: call dequantize_(model) first")
 
@@ -102,7 +112,7 @@ def _check_converted(module, args) -> None:
     if torch.compiler.is_compiling():
         return
     weight = module._parameters.get("weight")
-    if isinstance(weight, HaloWeight | DTensor):
+    if isinstance(weight, HaloWeight | DTensor) or hasattr(weight, _STANDS_IN):
         return
     shape = [module.out_features, module.in_features]
     if weight is None:  # FSDP1 and parametrisations keep it elsewhere

@@ -97,7 +97,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _moved_by_accelerate(master, bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
-        # In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view.
+        # In inference mode a view of a plain tensor is a plain one, and so is what holds it.
         plain = torch.is_inference_mode_enabled() and not like.is_inference()
         with torch.inference_mode(False) if plain else nullcontext():
             return torch.Tensor._make_wrapper_subclass(
@@ -253,8 +253,15 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
+    def _viewed(self, *parts: Any) -> "HaloWeight":
+        """A HaloWeight of ``parts``, as a view of this one. PyTorch refuses an inference tensor as a view of a plain one, and
+        this weight may be plain though its master, of a model built in inference mode, is an inference tensor."""
+        plain = torch.is_inference_mode_enabled() and not self.is_inference()
+        with torch.inference_mode(False) if plain else nullcontext():
+            return HaloWeight(*parts)
+
     def _alias(self) -> "HaloWeight":
-        alias = HaloWeight(self.master, self.operand, self.recipe)
+        alias = self._viewed(self.master, self.operand, self.recipe)
         alias.base, alias.fsdp = self.base, self.fsdp
         return alias._tagged(self)
 
@@ -265,7 +272,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
-        weight = HaloWeight(view, None, Recipe())
+        weight = self._viewed(view, None, Recipe())
         weight.base = self if self.base is None else self.base
         weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
         return weight

@@ -136,6 +136,19 @@ def test_every_write_in_every_mode(steps, inside, granularity, forward_within):
     assert len(steps) > 1 or not torch.equal(before, weight.master)
 
 
+def test_a_model_built_in_inference_mode():
+    """Its parameters are inference tensors; the weights made of them are not, and have views in both modes."""
+    with torch.inference_mode():
+        layer = converted()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(layer.state_dict()["weight"], layer.weight.master)
+            layer.weight[:].mul_(-2)
+            layer.weight.detach().view(-1)[7:].add_(1)
+            fresh = HaloWeight.from_hp(layer.weight.master.clone(), layer.weight.recipe)
+            assert in_step(layer.weight) and torch.equal(layer(X), F.linear(X, fresh))
+
+
 def test_a_forward_under_a_flop_counter_sees_writes_to_the_state_dict():
     layer = converted()
     layer.state_dict()["weight"].mul_(0)

@@ -537,7 +537,7 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}
 @pytest.mark.parametrize("gained", [False, True])
 def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
     """Where a pass of its own undoes the left one: columns of nearly one value, rotated along tokens, are √128 times as large."""
-    monkeypatch.setattr(product, "_left_is_dear", lambda *_: True)
+    monkeypatch.setattr(product, "_left_in_epilogue", lambda *_: False)
     left, right, (m, n, k) = Rotation(128, None), Rotation(128, 1), (128, 128, 256)
     x, w = 1 + 0.05 * matrix(m, k), 0.1 * matrix(n, k) + 0.05
     x = x * (2e4 / (x @ w.t()).abs().max())

@@ -56,8 +56,13 @@ def where(found):
     return first.layer, first.phase, first.product, first.operand
 
 
+def hooks(model):
+    """Of every module; a converted layer has one of its own."""
+    return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
+
+
 def test_nothing_is_found_and_nothing_changes(model):
-    x = torch.randn(32, 128, requires_grad=True)
+    x, before = torch.randn(32, 128, requires_grad=True), hooks(model)
     y = model(x)
     y.square().sum().backward()
     expected = [x.grad.clone(), *(p.grad.clone() for p in model.parameters())]
@@ -70,8 +75,7 @@ def test_nothing_is_found_and_nothing_changes(model):
     assert torch.equal(watched, y)
     for actual, wanted in zip([x.grad, *(p.grad for p in model.parameters())], expected, strict=True):
         torch.testing.assert_close(actual, wanted)
-    for module in model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert hooks(model) == before
     assert not any(p._backward_hooks for p in model.parameters())
 
 
@@ -155,12 +159,13 @@ def test_float16_overflow_is_an_inf_made_here(model):
 
 
 def test_stop_raises_at_the_first_and_leaves_no_hook(model):
+    before = hooks(model)
     with torch.no_grad():
         model.b.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"forward, b \(Linear\): 1 NaN in W") as error, find_nonfinite(model, stop=True):
         model(torch.randn(4, 128))
     assert error.value.finding.layer == "b" and isinstance(error.value, ArithmeticError)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks(model) == before
 
 
 def test_stop_raises_from_a_backward(model):

@@ -15,11 +15,12 @@ from torch import nn
 from halo_tensor import layers as kinds
 from halo_tensor.gains import Gains
 from halo_tensor.layers import input_of
+from halo_tensor.modules import stand_in
 from halo_tensor.ops import reference
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe, Rotation
 from halo_tensor.subclasses import follow_linear
-from halo_tensor.weight import HaloWeight, dense_value
+from halo_tensor.weight import HaloWeight
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 LOSSLESS = 150.0  # dB: below float32's own rounding
@@ -212,7 +213,7 @@ def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in model.named_parameters(remove_duplicate=False):
         if type(p) is nn.Parameter or isinstance(p, HaloWeight):
             if id(p) not in made:
-                made[id(p)] = nn.Parameter(dense_value(p).detach(), p.requires_grad)
+                made[id(p)] = stand_in(p)
             parameters[name] = made[id(p)]
     return parameters
 

@@ -40,7 +40,6 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
     """Split each quantisation in two, one for forward and one for backward, where backward has X and can repeat it exactly."""
     if not (_tangents(graph) and graph.find_nodes(op="call_function", target=_QUANTIZE)):
         return
-    stable_topological_sort(graph)  # passes before this one put nodes where they can, and Inductor sorts after it
     graph.eliminate_dead_code()  # as the partitioner will: what it drops keeps nothing
     backward = _after(graph, _tangents(graph))  # what cannot be run before there is a gradient
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
@@ -118,7 +117,6 @@ def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
     """Merge quantisations of two E that are made elementwise of as many matrices as a kernel takes, one of them in common."""
     if len(graph.find_nodes(op="call_function", target=_PAIR)) < 2:
         return
-    stable_topological_sort(graph)
     alone: list[fx.Node] = []
     for node in graph.find_nodes(op="call_function", target=_PAIR):
         if not _is_computed(node):
@@ -191,6 +189,7 @@ def _merge(a: fx.Node, b: fx.Node) -> None:
 
 def _rewrite(graph: fx.Graph) -> None:
     """Run the passes, first on a copy: where they fail, ``graph`` is not left half rewritten."""
+    stable_topological_sort(graph)  # passes before these put nodes where they can, and Inductor sorts after them
     trial = fx.Graph(graph.owning_module)
     trial.output(trial.graph_copy(graph, {}))
     for each in (trial, graph):
