@@ -48,7 +48,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python bench/accuracy.py $(ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  for name in gemm rotation linear block lora train; do $(BIN)/python bench/$$name.py || exit 1; done; \
+	  for name in gemm generations rotation linear block lora train; do $(BIN)/python bench/$$name.py || exit 1; done; \
 	else echo "no CUDA device: the benchmarks of speed are left out"; fi
 
 clean:

@@ -16,7 +16,7 @@ sys.path.insert(1, str(Path(__file__).parent.parent / "examples"))  # of whose m
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
-COMMIT = "HALO_TENSOR_COMMIT"  #: environment variable that names the commit of a copy without .git
+COMMIT = "HALO_TENSOR_COMMIT"  #: environment variable that names the commit of a copied tree
 #: Fields of a row's "made". "recorded in" is of records older than "commit": the commit that added the row.
 FIELDS = ("date", "device", "halo_tensor", "commit", "recorded in", "torch", "triton", "torchao")
 NOT_ASKED = "not among the contenders of the command"
@@ -30,14 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 @cache
 def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" after it if tracked files but results differ from it; None if unknown."""
+    """The commit that the environment names, or that of this checkout, with "-dirty" after it if tracked files but results
+    differ from it; None if unknown."""
+    if named := os.environ.get(COMMIT):
+        return named
     try:
         if Path(_git("rev-parse", "--show-toplevel")) != ROOT.resolve():
             raise OSError("another project's repository")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT)
+        return None
 
 
 def _git(*arguments: str) -> str:

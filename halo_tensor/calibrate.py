@@ -17,11 +17,13 @@ from torch import nn
 from halo_tensor import layers
 from halo_tensor.config import Balanced, HotConfig, LayerConfigs, LinearConfig, halo_config, hot_config
 from halo_tensor.convert import layer_filter
+from halo_tensor.diagnostics import gpus, roofline
+from halo_tensor.ops.device import runs
 from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import Recipe
 from halo_tensor.tensor import HadamardQuantTensor
 
-#: What ``level="auto"`` chooses from, the fastest on an H100 first (bench/results/linear.md).
+#: What ``level="auto"`` chooses from, by default; the GPU says which is the fastest, and which are slower than bf16.
 CANDIDATES = (halo_config(1, "int8"), halo_config(0, "fp8"), halo_config(2, "int8"))
 Measurement = dict[str, float]
 
@@ -33,7 +35,8 @@ def calibrate(
     *,
     level: str | None = None,
     target: float = 0.999,
-    candidates: Sequence[LinearConfig] = CANDIDATES,
+    candidates: Sequence[LinearConfig] | None = None,
+    gpu: str | None = None,
     energy: float | None = None,
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -48,6 +51,9 @@ def calibrate(
         level: "auto" chooses from ``candidates`` instead: the first whose worst of output, E_X and G has a cosine of at least
             ``target`` with that in high precision; where none has, the one with the best. It is the cosine of one layer
             alone: errors of layers add up in a model, so the whole gradient's is lower.
+        candidates: in the order in which they are tried. By default HALO-1 and HALO-2 in int8 and HALO-0 in fp8, those that
+            ``gpu`` runs faster than bf16, the fastest first by the model of time that ``report`` uses.
+        gpu: the GPU to order them for, "RTX 4090" for example; by default the model's, as for :func:`~halo_tensor.report`.
         energy: chooses HOT's rank too: the smallest even one that keeps this part of ‖G‖², the whole block if none does.
         loss: ``(model, batch)`` → a scalar. Default: ``model(**batch).loss``, or the cross entropy of
             ``model(batch[0])`` with the labels ``batch[1]``.
@@ -57,15 +63,21 @@ def calibrate(
         configs for ``quantize_``, with what was measured; they can be saved as JSON.
 
     Raises:
-        ValueError: no layer that the config could convert got a gradient, a layer is converted already, or arguments are of
-            different choices.
+        ValueError: no layer that the config could convert got a gradient, a layer is converted already, arguments are of
+            different choices, or ``gpu`` is not known.
         TypeError: the config is not HOT's, or a candidate is ``Balanced``; what is chosen can be balanced after ``quantize_``.
     """
     if level not in (None, "auto"):
         raise ValueError(f"level must be 'auto', or None for HOT; got {level!r}")
+    if gpu is not None and (level is None or candidates is not None):
+        raise ValueError("gpu orders the default candidates of level='auto': pass it without candidates, and with that level")
+    if level == "auto" and candidates is None:
+        device = next(model.parameters()).device
+        able = (candidate for candidate in CANDIDATES if runs(candidate.recipe.formats, device))
+        candidates = roofline.fastest_first(able, gpus.modelled(gpu, device))
     if level == "auto" and not candidates:
         raise ValueError("level='auto' needs at least one candidate")
-    if any(isinstance(candidate, Balanced) for candidate in candidates):
+    if any(isinstance(candidate, Balanced) for candidate in candidates or ()):
         raise TypeError("a balance is of layers together, which calibrate measures one by one: call balance_ after quantize_")
     if config is not None and not isinstance(config, HotConfig):
         raise TypeError(f"config is HOT's, of hot_config(); level='auto' chooses HALO's level and dtype. Got {config!r:.100}")
@@ -74,7 +86,7 @@ def calibrate(
     if energy is not None and config is not None and config.seed is not None:
         raise ValueError("energy chooses a low rank, which takes no signs: pass a config with seed=None")
     if level == "auto":
-        choice: _Choice = _Cosines(candidates, target)
+        choice: _Choice = _Cosines(candidates or (), target)
     else:
         choice = _Quantisers(config or hot_config(), energy)
     accept = filter_fn or layer_filter(model, choice.eligible)

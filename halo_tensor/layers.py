@@ -52,10 +52,10 @@ def misfit(module: nn.Module, recipe: Recipe) -> str | None:
         return "its owner does not call it through F.linear"
     if isinstance(module, nn.Linear):
         return None
-    if isinstance(module, nn.Conv2d) and recipe.output != Product():
-        return f"a {type(module).__name__} follows recipes with a plain forward only, as hot_config()'s"
     if type(module) not in (nn.Conv2d, _conv1d()) and recipe_of(module) is None:
         return f"it is a {type(module).__name__}, whose forward may be its own"
+    if isinstance(module, nn.Conv2d) and recipe.output != Product():
+        return f"a {type(module).__name__} follows recipes with a plain forward only, as hot_config()'s"
     return None
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -41,7 +42,8 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
             continue
         if callable(declare):
             asked |= set(module.modules())
-        if isinstance(output, nn.Module):  # a wrapper of PEFT's around the layer, or a list of heads
+        # A wrapper of PEFT's around the layer, or a list of heads. FSMT returns its input embedding, which says nothing.
+        if isinstance(output, nn.Module) and not isinstance(output, nn.Embedding):
             declared |= set(output.modules())
             answered |= set(module.modules())
     return declared | _undeclared_heads(model, asked, answered)
@@ -110,13 +112,20 @@ def matrices(model: nn.Module, min_features: int, with_adapters: bool) -> tuple[
                 key = name
             elif isinstance(module, ParametrizationList):
                 key = name.rpartition("parametrizations.")[0].removesuffix(".")
-            elif min(parameter.shape[-2:]) >= min_features and not _TABLE.search(leaf):
+            elif _least_side(parameter.shape) >= min_features and not _TABLE.search(leaf):
                 key = full
                 reasons[key] = _STACK if parameter.ndim > 2 else f"a matrix of a {type(module).__name__}, which is no layer"
             else:
                 continue
             sizes[key] = sizes.get(key, 0) + parameter.numel()
     return sizes, reasons
+
+
+def _least_side(shape: torch.Size) -> int:
+    """The shorter side of a matrix, of one of a stack [n, rows, columns], or of one that is stored by heads, as XLNet's
+    [in, heads, features of a head]: whichever is longer. A kernel [out, in, taps] is not taken for the latter."""
+    by_heads = min(shape[0], shape[1:].numel()) if shape[-1] >= 16 else 0
+    return max(min(shape[-2:]), by_heads)
 
 
 def is_layer(module: nn.Module) -> bool:

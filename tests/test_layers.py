@@ -123,6 +123,27 @@ def test_a_head_on_a_model_that_says_it_has_none():
     assert quantize_(sequential, INT8).converted == ["1"]
 
 
+def test_a_head_of_a_model_that_names_its_input_embedding():
+    """As FSMT's get_output_embeddings does, whose head has a weight of its own."""
+    model = HandWritten(256, "output_projection", "value")
+    model.get_output_embeddings = lambda: model.tokens
+    assert quantize_(model, INT8).skipped == {"output_projection": "it is the output embedding"}
+
+
+def test_matrices_stored_by_heads_are_counted():
+    """XLNet's [in, heads, features of a head], which einsum multiplies; but not a bias of that shape, or a table."""
+    config = {"vocab_size": 256, "d_model": 128, "n_layer": 1, "n_head": 4, "d_inner": 128}
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**config))
+    with pytest.warns(UserWarning, match="only 29 % .*XLNetLMHeadModel"):
+        found = quantize_(model, INT8)
+    attention = {f"transformer.layer.0.rel_attn.{name}" for name in "qkvor"}
+    assert {name for name in found.skipped if name != "lm_loss"} == attention
+    assert found.share == 2 / 7 and set(found.converted) == {f"transformer.layer.0.ff.layer_{n}" for n in (1, 2)}
+    model = nn.ModuleDict({"layer": nn.Linear(128, 128)})
+    model.kernel, model.heads = nn.Parameter(torch.randn(128, 128, 4)), nn.Parameter(torch.randn(4, 128, 16))
+    assert quantize_(model, INT8).share == 1, "neither is a matrix of 128 rows and columns"
+
+
 def test_mixtures_are_said_to_be_left_alone():
     model = mixtral()
     with pytest.warns(UserWarning, match="only") as caught:

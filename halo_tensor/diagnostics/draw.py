@@ -42,7 +42,7 @@ def png(report: Report, path: str | Path) -> None:
     figure.suptitle("\n".join(textwrap.wrap(f"{report.model}. {sentence(report.verdict)}", 125)), fontsize=11, color=LINE)
     caption = (
         f"{len(report.layers)} linear layers, {report.tokens} tokens; products from {report.sampled} of them. Speed is a "
-        f"model of an {report.ceilings.name} at {report.step_tokens} tokens a step, not a measurement; these layers only."
+        f"model of {report.ceilings.a_name} at {report.step_tokens} tokens a step, not a measurement; these layers only."
     )
     figure.supxlabel(caption, fontsize=8, color=LINE)
     figure.savefig(path, dpi=130)

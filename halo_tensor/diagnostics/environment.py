@@ -1,13 +1,16 @@
 """``environment``: what a bug report should say about the machine. No paths, names of users or hosts, and no secrets."""
 
+import json
 import platform
+import subprocess
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 import torch
 
 from halo_tensor.fences import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS
-from halo_tensor.ops.device import check_device, is_hopper
+from halo_tensor.ops.device import is_hopper, runs
 from halo_tensor.ops.schemas import runs_kernels
 from halo_tensor.recipe import FORMATS
 
@@ -91,17 +94,9 @@ def _version(package: str) -> str:
 
 
 def _device(device: torch.device) -> dict:
-    runs = [name for name, format in FORMATS.items() if _can_run(format, device)]
+    able = [name for name, format in FORMATS.items() if runs((format,), device)]
     described = {"device": str(device), **(_gpu(device) if device.type == "cuda" else _cpu())}
-    return described | {"formats": runs, "cannot run": [name for name in FORMATS if name not in runs]}
-
-
-def _can_run(format, device: torch.device) -> bool:
-    try:
-        check_device((format,), device)
-    except RuntimeError:
-        return False
-    return True
+    return described | {"formats": able, "cannot run": [name for name in FORMATS if name not in able]}
 
 
 def _cpu() -> dict:
@@ -121,3 +116,21 @@ def _gpu(device: torch.device) -> dict:
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "products by": "Triton kernels" if triton != "not installed" else "nothing: triton is not installed",
     }
+
+
+def source_commit() -> str | None:
+    """The commit that this package was installed from, or that its checkout is at; None if neither is known."""
+    try:
+        origin = json.loads(distribution("halo_tensor").read_text("direct_url.json") or "{}")
+        if commit := origin.get("vcs_info", {}).get("commit_id"):
+            return commit[:10]
+    except PackageNotFoundError:
+        pass
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

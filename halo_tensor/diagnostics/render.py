@@ -57,8 +57,8 @@ def notes(report: Report) -> str:
         f"Gradient cosine: of {report.gradient_of}, with all layers converted, against the model as it is. SQNR: of each "
         f"product of a layer alone, from {report.sampled} of its tokens, in dB (20 dB: an error of 10 %). Kurtosis: 3 for a "
         "Gaussian; rotated: X and W along in_features, E along tokens. Speed is a model, not a measurement: these layers "
-        f"only, {report.step_tokens} tokens a step, launches free, at the rates of an {report.ceilings.name} "
-        f"({report.ceilings.source})."
+        f"only, {report.step_tokens} tokens a step, launches free, at the rates of {report.ceilings.a_name} "
+        f"({report.ceilings.source})." + "".join(f" {note}" for note in report.ceilings.notes)
     )
 
 

@@ -11,12 +11,12 @@ from torch import nn
 from halo_tensor import balance  # it imports this package, and so is not complete yet
 from halo_tensor.config import Balanced, LinearConfig, halo_config
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey, warn_of_share
-from halo_tensor.diagnostics import measure, roofline
+from halo_tensor.diagnostics import gpus, measure, roofline
 from halo_tensor.diagnostics.measure import Fidelity, LossFn, Operands
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport, LayerReport, Report
-from halo_tensor.diagnostics.roofline import H100, Ceilings
+from halo_tensor.diagnostics.roofline import Ceilings
 from halo_tensor.layers import features
-from halo_tensor.ops.device import check_device
+from halo_tensor.ops.device import check_device, runs
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, Rotation
 
 #: Two modelled speeds that differ by less are equal: tests bound the model's own error by 8 %.
@@ -41,7 +41,8 @@ def report(
     min_sqnr: float = 20.0,
     tokens: int = 128,
     step_tokens: int | None = None,
-    ceilings: Ceilings = H100,
+    gpu: str | None = None,
+    ceilings: Ceilings | None = None,
 ) -> Report:
     """Measure what each candidate recipe does to a model's gradient, and recommend one.
 
@@ -64,7 +65,8 @@ def report(
         batch: called as ``model(**batch)``, ``model(*batch)`` or ``model(batch)`` for a mapping, a tuple and anything else.
             The loss is the output's ``loss``, or the output itself. Time is that of 1 + candidates forwards and backwards.
         loss_fn: ``(model, batch) -> scalar``, for models that return no loss.
-        candidates: configs, by name if it is a mapping; by default int8 HALO-0, 1, 2 and fp8 HALO-0, 1, those the device runs.
+        candidates: configs, by name if it is a mapping; by default int8 HALO-0, 1, 2 and fp8 HALO-0, 1, those the device runs
+            and the modelled GPU multiplies faster than bf16: fp8 alone on a B300, int8 alone on an A100.
             With ``halo_config(dtype="bf16")`` among them, high precision competes in speed as well. ``Balanced(config)`` is
             that config and then ``balance_`` on the batch, whose X is taken from the exact run.
         filter_fn: ``(module, qualified name) -> bool``, as in ``quantize_``.
@@ -75,16 +77,24 @@ def report(
             rows give SQNRs that differ from those of all 512 by 0.06 dB in output and 0.2 in grad_input (int8 HALO-1;
             medians). Of grad_weight, which contracts the sampled rows only, they are 1.8 dB higher: pass more for its sake.
         step_tokens: in a training step, for the model of time, if the batch is only a sample of one.
-        ceilings: of the GPU to model.
+        gpu: the GPU to model, "RTX 4090" for example; by default the model's own, or the one that this machine has, or an
+            H100. Of an H100 the rates were measured, of the others NVIDIA publishes them (``diagnostics/gpus.py`` lists
+            them). One that is not listed is modelled as another of its generation; the report says so.
+        ceilings: rates of your own, instead of ``gpu``.
 
     Raises:
         TypeError: a candidate is no such config.
-        ValueError: no scalar, finite loss; no eligible layer (the message says why each was left alone), or no candidate.
-        RuntimeError: the device cannot run one of the ``candidates`` passed.
+        ValueError: no scalar, finite loss; no eligible layer (the message says why each was left alone), or no candidate;
+            ``gpu`` is not known, or ``ceilings`` are given too.
+        RuntimeError: the device, or the modelled GPU, cannot run one of the ``candidates`` passed.
     """
     start = perf_counter()
     model = getattr(model, "_orig_mod", model)
-    configs, balanced = _candidates(candidates, model)
+    if ceilings is None:
+        ceilings = gpus.modelled(gpu, next(model.parameters()).device)
+    elif gpu is not None:
+        raise ValueError("gpu and ceilings both say what to model: pass one of them")
+    configs, balanced = _candidates(candidates, model, ceilings)
     accepted, covered = _accepted(model, configs, filter_fn)
     warn_of_share(model, covered, stacklevel=3)
     names = covered.converted
@@ -223,7 +233,7 @@ def _recommend(found: Report, measure_mixture: Callable[[dict[str, str], bool], 
     speed = found.result.speed
     found.verdict = (
         f"{best.name}: gradient cosine {found.result.cosine:.4f} (at least {found.min_cosine} wanted), modelled at "
-        f"{speed:.2f}× bf16's speed on an {found.ceilings.name}"
+        f"{speed:.2f}× bf16's speed on {found.ceilings.a_name}"
         + ("" if speed > 1 else ", so at these shapes it saves memory, and no time")
         + ("; call balance_ after quantize_" if best.balanced else "")
     )
@@ -243,11 +253,12 @@ def _weight(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def _candidates(given, model: nn.Module) -> tuple[dict[str, LinearConfig], set[str]]:
+def _candidates(given, model: nn.Module, ceilings: Ceilings) -> tuple[dict[str, LinearConfig], set[str]]:
     """Configs by name, and the names of those that are balanced."""
     device = next(model.parameters()).device
     if given is None:
-        named: dict[str, Candidate] = {name: config for name, config in CANDIDATES.items() if _runs(config.recipe, device)}
+        able = {name: config for name, config in CANDIDATES.items() if runs(config.recipe.formats, device)}
+        named: dict[str, Candidate] = {name: c for name, c in able.items() if roofline.gains(c.recipe, ceilings)}
     else:
         named = dict(given) if isinstance(given, Mapping) else {str(config): config for config in given}
     configs = {name: c.config if isinstance(c, Balanced) else c for name, c in named.items()}
@@ -255,20 +266,14 @@ def _candidates(given, model: nn.Module) -> tuple[dict[str, LinearConfig], set[s
         if not isinstance(config, LinearConfig):
             raise TypeError(f"a candidate is a config of halo_config or recipe_config, or Balanced(config); got {config!r}")
         check_device(config.recipe.formats, device)
+        if lacking := roofline.lacking(config.recipe, ceilings):
+            raise RuntimeError(f"{ceilings.a_name} cannot multiply {', '.join(sorted(lacking))}: leave out {config!r}")
     if not configs:
-        raise ValueError(f"there is no candidate recipe to measure on {device}")
+        raise ValueError(f"there is no candidate recipe to measure on {device} that {ceilings.a_name} runs faster than bf16")
     balanced = {name for name, c in named.items() if isinstance(c, Balanced)}
     if useless := [name for name in balanced if configs[name].recipe.output.left.format is None]:
         raise ValueError(f"{useless[0]} quantises no output, so there is nothing to balance: pass the config itself")
     return configs, balanced
-
-
-def _runs(recipe: Recipe, device: torch.device) -> bool:
-    try:
-        check_device(recipe.formats, device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _accepted(

@@ -1,17 +1,22 @@
 """How long the products of a linear layer would take on a GPU: a model, not a measurement.
 
-It adds up the three products, each at the measured rate of its matrix unit or of memory, whichever takes longer, and the
-passes that rotate and quantise, at the rates measured for them. Nothing overlaps and launches are free, as in CUDA graphs,
-so small layers are slower than this says.
+It adds up the three products, each at the rate of its matrix unit or of memory, whichever takes longer, and the passes that
+rotate and quantise, at the rates of :class:`Ceilings`: measured for an H100, published for others (``diagnostics/gpus.py``).
+Nothing overlaps and launches are free, as in CUDA graphs, so small layers are slower than this says.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W, X
+from halo_tensor.config import LinearConfig
+from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, W, X
+
+AnyConfig = TypeVar("AnyConfig", bound=LinearConfig)
 
 HP_BYTES, CODE_BYTES = 2, 1  # of an element in bf16, and of a code that a matrix unit reads, whatever its format
 DENSE_BLOCK = 256  # a wider rotation takes two passes of factors
+SQUARE = {"tokens": 8192, "in_features": 4096, "out_features": 4096}  # the layer that recipes are ordered by
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class Ceilings:
     """What one GPU gives.
 
     Attributes:
-        products: "bf16", "int8", "fp8" -> operations/s of a large product, two per multiply-accumulate.
+        products: "bf16", "int8", "fp8" -> operations/s of a large product, two per multiply-accumulate. A unit that the GPU
+            lacks is not there.
         undo: the same -> the part of that rate which is left where one rotation of the result is undone.
         copy: bytes/s, those read and those written together.
         quantize, rotate, rotate_wide: bytes/s of a pass that quantises; that rotates too; and with a block above 256.
         source: where the numbers come from.
+        notes: sentences, what a reader of the result should know of them besides.
     """
 
     name: str
@@ -34,6 +41,12 @@ class Ceilings:
     rotate: float
     rotate_wide: float
     source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def a_name(self) -> str:
+        """The name with its article."""
+        return f"{'an' if self.name[:1] in tuple('AEFHILMNORSX8') else 'a'} {self.name}"
 
 
 #: Medians over bench/results/gemm.json and rotation.json ("both layouts"), from which a test recomputes them.
@@ -82,11 +95,36 @@ def seconds(
     return time
 
 
+def lacking(recipe: Recipe, ceilings: Ceilings) -> set[str]:
+    """The units that a recipe multiplies with and a GPU has not."""
+    return _units(recipe) - ceilings.products.keys()
+
+
+def gains(recipe: Recipe, ceilings: Ceilings) -> bool:
+    """Whether a GPU multiplies faster as the recipe says than in bf16."""
+    rates = ceilings.products
+    return all(unit == "bf16" or rates.get(unit, 0) > rates["bf16"] for unit in _units(recipe))
+
+
+def fastest_first(configs: Iterable[AnyConfig], ceilings: Ceilings) -> list[AnyConfig]:
+    """Those of the configs that gain from low precision on a GPU, in the order of their time for one square layer."""
+    able = [config for config in configs if gains(config.recipe, ceilings)]
+    return sorted(able, key=lambda config: seconds(config.recipe, SQUARE, ceilings=ceilings))
+
+
+def _units(recipe: Recipe) -> set[str]:
+    return {_unit(getattr(recipe, name)) for name in PRODUCTS}
+
+
+def _unit(sides: Product) -> str:
+    """The matrix unit of a product. Block scales have no kernel: they are dequantised and multiplied in high precision."""
+    format = sides.left.format
+    return "bf16" if format is None or sides.left.scale == "block" else "int8" if format.uniform else "fp8"
+
+
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:
     sides, (left, right, contracted) = getattr(recipe, name), PRODUCTS[name]
-    format = sides.left.format
-    # Block scales have no kernel: they are dequantised and multiplied in high precision.
-    unit = "bf16" if format is None or sides.left.scale == "block" else "int8" if format.uniform else "fp8"
+    unit = _unit(sides)
     survivors = [dim for dims in (left, right) for dim in dims if dim != contracted]
     undone = sum(side.rotation(dim) is not None for side, dim in zip((sides.left, sides.right), survivors, strict=True))
     m, n = (sizes[dim] for dim in survivors)

@@ -16,6 +16,12 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def rounds_to_fp8(device: torch.device) -> bool:
+    """Whether Triton converts float32 to fp8 in one rounding. Before SM 9.0 it goes through float16, and so rounds twice; its
+    interpreter, on a CPU, truncates. There the kernels round to the format's grid first."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def has_wgmma(device: torch.device) -> bool:
     """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -36,3 +42,12 @@ def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
             f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
         )
+
+
+def runs(formats: tuple[Format, ...], device: torch.device) -> bool:
+    """Whether :func:`check_device` raises nothing."""
+    try:
+        check_device(formats, device)
+    except RuntimeError:
+        return False
+    return True

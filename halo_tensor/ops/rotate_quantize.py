@@ -12,7 +12,7 @@ import triton.language as tl
 
 from halo_tensor.ops import quantize_kernels as kernels
 from halo_tensor.ops import reference
-from halo_tensor.ops.device import has_wgmma, is_hopper
+from halo_tensor.ops.device import has_wgmma, is_hopper, rounds_to_fp8
 from halo_tensor.ops.formats import aligned, code_dtype, lift
 from halo_tensor.ops.hadamard import block_diagonal, factors, hadamard_factor, product_width, rotation_signs
 from halo_tensor.ops.launch import Launch, shared_memory
@@ -32,8 +32,7 @@ def code_matrix(like: torch.Tensor, rows: int, columns: int, format: Format) -> 
 
 @lru_cache
 def format_options(format: Format, device: torch.device, saturate: bool = False, noisy: bool = False) -> dict[str, Any]:
-    # Triton's interpreter, on a CPU, misrounds conversions to fp8, so there the kernel rounds first.
-    native = format in (FP8_E4M3, FP8_E5M2) and device.type == "cuda" and not noisy
+    native = format in (FP8_E4M3, FP8_E5M2) and rounds_to_fp8(device) and not noisy
     code_lift = 1.0 if saturate or noisy else lift(format)  # without a scale nothing is lifted; noise is one of whole codes
     return {
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
