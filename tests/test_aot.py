@@ -32,7 +32,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.fences import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
-from halo_tensor.ops import hopper, launcher, packing_kernels, reference, requantize, sm80  # noqa: E402
+from halo_tensor.ops import cublas, hopper, launcher, packing_kernels, reference, requantize, sm80, tma  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
@@ -89,7 +89,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, requantize, rotating, product, packing_kernels, two):
+    for module in (quantizer, requantize, rotating, product, cublas, tma, packing_kernels, two):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -128,7 +128,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (quantizer, rotating, product, sm80):
+    for module in (quantizer, rotating, tma, sm80):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(hopper, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
@@ -540,7 +540,7 @@ def test_the_log_shows_wgmma_that_is_not(launched, monkeypatch):
     def flattened(kernel, grid, integers, constants, tiles):
         return Launch(kernel, grid, integers, constants | {"FLATTEN": True}, tiles)
 
-    monkeypatch.setattr(product, "Launch", flattened)
+    monkeypatch.setattr(tma, "Launch", flattened)
     (kernel,) = launched(90, MULTIPLY["fp8, undo both"])
     assert kernel.metadata.serialized
 
@@ -563,7 +563,7 @@ def test_the_kernel_in_gluon_is_worth_its_lines(launched, name, monkeypatch):
         assert kernel.metadata.shared - operands - matrix < 64, "threads exchange columns before they store them"
     between = re.search(r"wait_group\.sync\.aligned 1;(.*?)cp\.async\.bulk\.tensor", kernel.asm["ptx"], re.DOTALL)
     assert "bar.sync" in between[1], "a warp may still read what is overwritten"
-    monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    monkeypatch.setattr(hopper, "why_not", lambda request: "it shall not")
     product._plan.cache_clear()
     (kernel,) = launched(90, MULTIPLY[name])
     assert kernel.name == "scaled_mm_kernel" and in_flight(kernel) == {"0"}
@@ -600,7 +600,7 @@ def broken(*args, **kwargs):
     raise AttributeError("broken on purpose")
 
 
-@pytest.mark.parametrize("where", ["plan", "_layout", "wgmma_kernel"])
+@pytest.mark.parametrize("where", ["_plan", "_layout", "wgmma_kernel"])
 def test_without_gluon(launched, monkeypatch, where):
     """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
     kernel = hopper.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
@@ -626,7 +626,8 @@ def test_without_cublas(launched, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(kwargs["out"].shape))
     assert launched(90, request) == [] and calls == [(16, 16), (8192, 8192)], "tried on a small product first"
-    product._has_vendor.cache_clear()
+    cublas._multiplies.cache_clear()
+    product._plan.cache_clear()
     monkeypatch.setattr(torch, "_scaled_mm", broken)
     (kernel,) = one_warning_of(CUBLAS, lambda: launched(90, request))
     assert kernel.name == "scaled_mm_kernel"

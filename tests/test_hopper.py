@@ -51,7 +51,7 @@ def launched(monkeypatch):
         call(self, *tensors)
 
     monkeypatch.setattr(Launch, "__call__", noted)
-    monkeypatch.setattr(hopper, "suits", lambda a, b_t, left, right, _: left is None)
+    monkeypatch.setattr(hopper, "why_not", lambda request: request.left and "it undoes none on the left")
     product._plan.cache_clear()
     yield names
     product._plan.cache_clear()
@@ -109,7 +109,7 @@ def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
     a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
     args = (a, b_t, a_scale, b_scale, None, None, None, (m, n), dtype, gain_of(n))
     y = product.scaled_mm(*args)
-    monkeypatch.setattr(hopper, "suits", lambda *_: False)
+    monkeypatch.setattr(hopper, "why_not", lambda request: "it shall not")
     product._plan.cache_clear()
     assert torch.equal(y, product.scaled_mm(*args))
     assert "wgmma_kernel" in launched and launched[-1] == "scaled_mm_kernel"

@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 pytest.importorskip("triton")
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.ops import joint_graph, library
+from halo_tensor.ops import cublas, joint_graph, library
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.recipe import INT8, Rotation
 from tests import interpreter
@@ -327,13 +327,15 @@ def test_the_vendors_product_in_a_graph(monkeypatch):
     def multiply(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum, out):
         return out.copy_(a.float() @ b.float() * scale_a * scale_b)
 
-    monkeypatch.setattr(product, "_vendor_is_faster", lambda *_: True)
+    monkeypatch.setattr(cublas, "why_not", lambda request: None)
+    product._plan.cache_clear()
     monkeypatch.setattr(torch, "_scaled_mm", multiply)
     a, b = (t.to(torch.float8_e4m3fn) for t in tensors(32, 64))
     f = lambda a, b, s: library.scaled_mm(a, b, s, None, None, None, None, (32, 32), torch.bfloat16)  # noqa: E731
     scale = torch.rand(32, device=DEVICE)
     (y,), code = compiled(lambda a, b, s: [f(a, b, s)], a, b, scale)
-    assert "VendorProduct()" in code and torch.equal(y, f(a, b, scale))
+    product._plan.cache_clear()
+    assert "VendorProduct(True, True)" in code and torch.equal(y, f(a, b, scale))
 
 
 @runs_kernels

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
-from halo_tensor.ops import library, packing, reference
+from halo_tensor.ops import cublas, library, packing, reference, tma
 from halo_tensor.ops import rotate as rotating
 from halo_tensor.ops import rotate_quantize as quantizer
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.ops.formats import code_dtype, from_bits, to_bits
 from halo_tensor.ops.launch import Launch
+from halo_tensor.ops.request import Request
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from tests import interpreter
 from tests.interpreter import DEVICE, GPU, runs_kernels
@@ -551,10 +552,10 @@ def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
 
 def test_scales_of_one_are_float32():
     """Whatever PyTorch makes by default, and keeps making after that."""
-    product._ones.cache_clear()
+    cublas._ones.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert product._ones(4, torch.device("cpu")).dtype == torch.float32
+        assert cublas._ones(4, torch.device("cpu")).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -628,7 +629,7 @@ def test_sums_that_an_integer_does_not_hold(monkeypatch, rotations):
     a, b_t = codes_of((m, k), INT8, "misaligned"), codes_of((n, k), INT8)
     scale, bias, gain = torch.rand(m, device=DEVICE) + 0.5, torch.randn(n, device=DEVICE), gain_of(n)
     y = product.scaled_mm(a, b_t, scale, None, bias, *rotations, (m, n), torch.float32, gain)
-    assert launches.count(product.scaled_mm_kernel.fn) == 3
+    assert launches.count(tma.scaled_mm_kernel.fn) == 3
     error = relative_error(y, exact_product(a, b_t, scale, None, bias, *rotations, (m, n), gain))
     assert error < (5e-3 if GPU and rotations[0] else 1e-6)
 
@@ -651,12 +652,21 @@ def test_a_gain_comes_between_the_unrotation_and_the_bias(format, block, left):
 
 
 @runs_kernels
-def test_the_vendors_product_is_given_no_gain(monkeypatch):
-    monkeypatch.setattr(product, "_vendor_is_faster", lambda *_: True)
-    monkeypatch.setattr(product, "VendorProduct", None)
-    a, gain = codes_of((37, 64), INT8), gain_of(37)
-    y = product.scaled_mm(a, a, None, None, None, None, None, (37, 37), torch.float32, gain)
-    assert torch.equal(y.double(), exact_product(a, a) * gain)
+def test_which_products_are_the_vendors(monkeypatch):
+    monkeypatch.setattr(cublas, "is_hopper", lambda device: True)
+    monkeypatch.setattr(cublas, "_multiplies", lambda device: True)
+    a = quantizer.Matrix(torch.Size((8192, 4096)), (4096, 1), torch.float8_e4m3fn, DEVICE)
+    served = Request(a, a, 8192, 2, 0, False, None, None, None, torch.bfloat16)
+    assert cublas.why_not(served) is None
+    codes = torch.float8_e5m2, torch.int8
+    for other in (
+        {"gain": True}, {"bias": torch.bfloat16}, {"left": Rotation(128)}, {"right": Rotation(128)}, {"a_scale": 1},
+        {"dtype": torch.float32}, {"a": a._replace(stride=(4112, 1))}, *({"b_t": a._replace(dtype=dtype)} for dtype in codes),
+        *({"a": a._replace(shape=torch.Size((8192, k)), stride=(k, 1))} for k in (512, 16384)),
+        {"a": a._replace(shape=torch.Size((512, 4096)))},
+    ):  # fmt: skip
+        request = served._replace(**other)
+        assert cublas.why_not(request._replace(b_t=other.get("b_t", request.b_t))) is not None, other
 
 
 @runs_kernels

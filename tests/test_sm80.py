@@ -26,8 +26,8 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def as_before_hopper(monkeypatch):
     """Products are planned as for a GPU without TMA."""
-    monkeypatch.setattr(product, "has_tma", lambda device: False)
-    monkeypatch.setattr(product, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(sm80, "has_tma", lambda device: False)
+    monkeypatch.setattr(sm80, "shared_memory", lambda device: 99 * 1024)
     as_planned.cache_clear()
     yield
     as_planned.cache_clear()
@@ -76,7 +76,7 @@ def test_every_epilogue(size, format, scaled, left, right, extras, dtype):
 @pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interpreter")
 def test_which_kernel_runs(monkeypatch):
     launched = []
-    monkeypatch.setattr(product, "_plan", lambda *request: launched.append(as_planned(*request)) or launched[-1])
+    monkeypatch.setattr(product, "_plan", lambda request: launched.append(as_planned(request)) or launched[-1])
     library.scaled_mm(codes(32, 64, INT8), codes(16, 64, INT8), None, None, None, None, None, (32, 16), torch.float32)
     ((launch, _),) = launched
     assert launch.kernel is sm80.mma_kernel and not launch.tiles

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 
+from halo_tensor.fences import GLUON
 from halo_tensor.ops.device import is_hopper
 from halo_tensor.ops.gluon_names import (
     TensorDescriptor,
@@ -24,7 +25,8 @@ from halo_tensor.ops.gluon_names import (
 )
 from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.launch import Launch, Tiles
-from halo_tensor.ops.rotate import Matrix, norm
+from halo_tensor.ops.request import Request, multiprocessors
+from halo_tensor.ops.rotate import norm
 from halo_tensor.ops.schemas import INTERPRETED
 from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import Rotation
@@ -196,42 +198,39 @@ def wgmma_kernel(
             _store(out, y, gain, bias, tile_m, tile_n * BN, M, N, GAIN, BIASED)
 
 
-def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None, multiprocessors: int) -> bool:
-    """Whether there is such a unit, tiles for most multiprocessors, rows that wide stores can write, and something to gain:
-    fp8 without an un-rotation is as fast without (bench/NOTES.md)."""
-    m, n = a.shape[0], b_t.shape[0]
-    return (
-        is_hopper(a.device)
-        and not INTERPRETED
-        and left is None
-        and (a.dtype == torch.int8 or right is not None)
-        and triton.cdiv(m, BM) * triton.cdiv(n, BN) >= 0.7 * multiprocessors
-        and m > BM // 2
-        and n % 8 == 0
-    )
+def why_not(request: Request) -> str | None:
+    """Why this kernel cannot serve the product, or is not the faster one, if so."""
+    m, n, _ = request.size
+    if not is_hopper(request.device) or INTERPRETED:
+        return "it is for GPUs of SM 9.0"
+    if request.left is not None:
+        return "it undoes no rotation on the left"
+    if not request.integer and request.right is None:
+        return "fp8 without an un-rotation is as fast without it (bench/NOTES.md)"
+    if n % 8:
+        return "wide stores write rows of multiples of 8"
+    few = triton.cdiv(m, BM) * triton.cdiv(n, BN) < 0.7 * multiprocessors(request.device)
+    return "it has no tiles for most multiprocessors" if few or m <= BM // 2 else None
 
 
-def plan(
-    a: Matrix,
-    b_t: Matrix,
-    right: Rotation | None,
-    constants: dict[str, Any],
-    multiprocessors: int,
-    dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Launch, tuple]:
-    """As ``scaled_mm._plan``, which gives those of the constants that both kernels have. The kernel is compiled here, while
-    another kernel can still take its place."""
-    (m, k), n = a.shape, b_t.shape[0]
-    programs = min(multiprocessors, triton.cdiv(m, BM) * triton.cdiv(n, BN))
+def plan(request: Request) -> tuple[Launch, tuple] | None:
+    """The launch, and the matrix of its rotation; None if the kernel cannot be compiled, which a warning says then."""
+    return GLUON.attempt(_plan, request)
+
+
+def _plan(request: Request) -> tuple[Launch, tuple]:
+    """The kernel is compiled here, while another kernel can still take its place."""
+    (m, n, k), right = request.size, request.right
+    programs = min(multiprocessors(request.device), triton.cdiv(m, BM) * triton.cdiv(n, BN))
     constants = {
-        "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": programs, **constants,
+        "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": programs, **request.constants,
         "RIGHT": right is not None, "NORM": norm(None, right), "num_warps": WARPS,
     }  # fmt: skip
-    tiles = Tiles((m, k), a.stride, (BM, BK)), Tiles((n, k), b_t.stride, (BN, BK))
-    matrix = _matrix(right, a.device) if right else None
+    tiles = Tiles((m, k), request.a.stride, (BM, BK)), Tiles((n, k), request.b_t.stride, (BN, BK))
+    matrix = _matrix(right, request.device) if right else None
     launch = Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles)
-    launch.compile(a.device, (a.dtype, b_t.dtype, dtype, *_arguments(constants, dtype, bias_dtype)))
+    dtypes = request.a.dtype, request.b_t.dtype, request.dtype, *_arguments(constants, request.dtype, request.bias)
+    launch.compile(request.device, dtypes)
     return launch, (matrix,)
 
 

@@ -1,114 +1,33 @@
-"""The Triton matrix product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right diag(gain) + bias.
+"""The product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right diag(gain) + bias.
 
-Both operands are read K-major, which is the only order that 8-bit tensor cores take. One persistent program per multiprocessor
-walks the output tiles in groups that share operand rows (so that they meet in L2); tensor descriptors make the loads TMA on
-SM ≥ 9.0 and masked pointer loads below. Scales, the undoing of rotations, the gain, the bias and the cast happen on the
-accumulator, before anything is written. Where two others are faster they take over: cuBLAS, and on SM 9.0
-:mod:`halo_tensor.ops.hopper`.
+Both operands are read K-major, which is the only order that 8-bit tensor cores take. Scales, the undoing of rotations, the
+gain, the bias and the cast happen on the accumulator, before anything is written. The first of ``BACKENDS`` that does not
+decline serves a product: a GPU generation whose kernel differs is a module with ``why_not`` and ``plan``, and a row there.
 """
 
 from functools import lru_cache, reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from halo_tensor.fences import CUBLAS, GLUON
-from halo_tensor.ops import sm80
-from halo_tensor.ops.device import INTEGERS_ON_SM100, check_device, has_tma, is_hopper
-from halo_tensor.ops.epilogue import EDGE, finish
+from halo_tensor.fences import GLUON
+from halo_tensor.ops import cublas, sm80, tma
+from halo_tensor.ops.device import check_device, is_hopper
 from halo_tensor.ops.formats import aligned
-from halo_tensor.ops.hadamard import block_diagonal
-from halo_tensor.ops.launch import Launch, Tiles, shared_memory
 from halo_tensor.ops.reference import LONGEST_SUM
-from halo_tensor.ops.rotate import Matrix, norm, transposed, unrotate
+from halo_tensor.ops.request import Request, multiprocessors
+from halo_tensor.ops.rotate import Matrix, transposed, unrotate
 from halo_tensor.ops.rotate_quantize import dense
-from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
-_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-hopper: Any = GLUON.load("halo_tensor.ops.hopper")
-
-
-class Tile(NamedTuple):
-    """How one product is cut: output tile, depth, grouping of tiles, warps, pipeline stages, programs that share a
-    multiprocessor, columns that an epilogue stores at a time, and whether the loops over tiles and over k are one."""
-
-    m: int
-    n: int
-    k: int = 128
-    group: int = 8
-    warps: int = 8
-    stages: int = 3
-    resident: int = 1
-    part: int = EDGE
-    flatten: bool = False
-
-
-def tile_for(
-    generation: int, m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
-) -> Tile:
-    """The launch table.
-
-    The rows of SM 9.0 were measured on an H100 (bench/NOTES.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
-    spill no registers; they were compiled and not run.
-
-    Args:
-        generation: the major compute capability, 9, 10 or 12.
-        left, right: whether a rotation is undone there; on the left it takes tiles of its block.
-        wide_output: whether the result is float32.
-    """
-    undo = left or right
-
-    def fewer_than_multiprocessors(height: int, width: int) -> bool:
-        return triton.cdiv(m, height) * triton.cdiv(n, width) < multiprocessors
-
-    if m <= 64:
-        return Tile(64, 128, warps=4, stages=4, flatten=not undo)
-    if fewer_than_multiprocessors(128, 128) and not left:
-        return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)
-    if generation == 12:  # 100 KB of shared memory for two programs, and accumulators in registers
-        return Tile(128, 128, 64, warps=4, stages=4, resident=2, part=32)
-    if generation == 10 and integer and _VERSION < INTEGERS_ON_SM100:  # as on SM 8.0
-        return Tile(128, 128, warps=4, stages=3, resident=2, part=64)
-    if generation == 10:
-        return Tile(128, 256, stages=4) if undo and not (wide_output or integer) else Tile(128, 128, stages=4)
-    # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where an
-    # accumulator meets another product inside a loop that is still running.
-    whole = Tile(128, 256, stages=4) if undo else Tile(128, 256, stages=4, part=256, flatten=True)
-    # Triton waits for every int8 product before the next: a second program fills the gaps.
-    if integer or fewer_than_multiprocessors(128, 256):
-        return Tile(128, 128, warps=4, stages=3, resident=2, flatten=not undo)
-    if wide_output and not undo:  # float32 results need the shared memory of the larger tile
-        return Tile(128, 128, warps=8, stages=4, flatten=True)
-    return whole
-
-
-@triton.jit
-def scaled_mm_kernel(
-    a, b, out, a_scale, b_scale, gain, bias, left, right,
-    M, N, K, ROWS_OUT, stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
-    """The constants are those of :func:`halo_tensor.ops.epilogue.finish`."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
-        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
-        acc = tl.zeros((BM, BN), dtype=accumulator_type)
-        for k in range(tl.cdiv(K, BK)):
-            a_tile = a.load([tile_m * BM, k * BK])
-            b_tile = b.load([tile_n * BN, k * BK])
-            acc = tl.dot(a_tile, b_tile.T, acc, out_dtype=accumulator_type)
-
-        finish(
-            acc, out, a_scale, b_scale, gain, bias, left, right, tile_m, tile_n, M, N, ROWS_OUT, stride,
-            A_SCALE, B_SCALE, GAIN, BIASED, LEFT, RIGHT, NORM, PART,
-        )  # fmt: skip
+#: In the order in which they are asked. ``why_not(request)`` gives the reason to decline, or None. ``plan(request)`` gives a
+#: launch and the tensors that it takes last, or None if it could not be prepared, of which a warning was given. A launch takes
+#: (a, b_t, out, a_scale, b_scale, gain, bias, *tensors), and out in the place of one that there is not.
+BACKENDS: tuple[Any, ...] = tuple(
+    backend for backend in (cublas, GLUON.load("halo_tensor.ops.hopper"), sm80, tma) if backend is not None
+)
 
 
 def fits_epilogue(rotation: Rotation | None) -> bool:
@@ -158,7 +77,7 @@ def _left_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torc
     return (
         is_hopper(a.device)
         and a.dtype != torch.int8
-        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= _multiprocessors(a.device)
+        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
     )
 
 
@@ -166,117 +85,23 @@ def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype
     a, b_t = _readable(a), _readable(b_t)
     a_scale, b_scale, gain, bias = dense(a_scale), dense(b_scale), dense(gain), dense(bias)
     out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
-    if gain is None and _vendor_is_faster(a, b_t, a_scale, b_scale, bias, left or right, dtype):
-        a_scale, b_scale = (
-            _ones(n, a.device) if s is None else s for s, n in ((a_scale, a.shape[0]), (b_scale, b_t.shape[0]))
-        )
-        VendorProduct()(a, b_t, a_scale, b_scale, out)
-        return out
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    launch, matrices = _plan(
-        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), gain is not None,
-        None if bias is None else bias.dtype, left, right, dtype,
+    bias_dtype = None if bias is None else bias.dtype
+    request = Request(
+        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), gain is not None, bias_dtype, left, right, dtype
     )  # fmt: skip
+    launch, matrices = _plan(request)
     launch(a, b_t, out, *(out if t is None else t for t in (a_scale, b_scale, gain, bias, *matrices)))
     return out
 
 
-class VendorProduct:
-    """cuBLAS's product with row and column scales, called like a :class:`Launch`.
-
-    By a private name, since the public one, ``torch.nn.functional.scaled_mm``, cannot write to a given ``out``.
-    """
-
-    constants: dict[str, Any] = {}  # noqa: RUF012 as a launch has them
-
-    def __call__(self, a, b_t, a_scale, b_scale, out) -> None:
-        if not isinstance(a, torch.Tensor):
-            return a.record(self, (a, b_t, a_scale, b_scale, out))
-        scales = {"scale_a": a_scale.unsqueeze(1), "scale_b": b_scale.unsqueeze(0)}
-        torch._scaled_mm(a, b_t.t(), **scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
-
-    def source(self) -> str:
-        return "halo_tensor.ops.scaled_mm.VendorProduct()"
-
-
-def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
-    """cuBLAS multiplies fp8 with row and column scales 3–15 % faster where the contraction is short. But choosing its kernel
-    takes the CPU 25 µs more than a launch of ours, every time, which products below this size do not gain (bench/NOTES.md)."""
-    (m, k), n = a.shape, b_t.shape[0]
-    return (
-        a.dtype == b_t.dtype == torch.float8_e4m3fn
-        and dtype == torch.bfloat16
-        and rotation is None
-        and bias is None
-        and all(scale is None or scale.ndim == 1 for scale in (a_scale, b_scale))
-        and m * n * k >= 2 * 10**10
-        and 1024 <= k <= 8192
-        and n % 16 == k % 16 == 0
-        and a.is_contiguous()
-        and b_t.is_contiguous()
-        and is_hopper(a.device)
-        and _has_vendor(a.device)
-    )
-
-
-@lru_cache
-def _has_vendor(device: torch.device) -> bool:
-    """Whether cuBLAS multiplies a small pair as :class:`VendorProduct` asks it to."""
-
-    def multiply() -> bool:
-        a, b_t = (torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2))
-        VendorProduct()(a, b_t, _ones(16, device), _ones(16, device), a.new_empty((16, 16), dtype=torch.bfloat16))
-        return True
-
-    return CUBLAS.attempt(multiply) is not None
-
-
-@lru_cache
-def _ones(n: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(n, dtype=torch.float32, device=device)
-
-
 @lru_cache(maxsize=4096)
-def _plan(a: Matrix, b_t: Matrix, rows, a_kind, b_kind, gained, bias_dtype, left, right, dtype) -> tuple[Launch, tuple]:
-    """The launch for a product, and the matrices of its rotations."""
-    (m, k), n, device = a.shape, b_t.shape[0], a.device
-    integer = a.dtype == torch.int8
-    check_device((INT8 if integer else FP8_E4M3,), device)
-    multiprocessors = _multiprocessors(device)
-    epilogue = {"A_SCALE": a_kind, "B_SCALE": b_kind, "GAIN": gained, "BIASED": bias_dtype is not None, "INTEGER": integer}
-    if _in_gluon(a, b_t, left, right):
-        planned = GLUON.attempt(hopper.plan, a, b_t, right, epilogue, multiprocessors, dtype, bias_dtype)
-        if planned is not None:
-            return planned
-    if not has_tma(device):
-        return sm80.plan(a, b_t, rows, left, right, epilogue, shared_memory(device), multiprocessors)
-    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    tile = tile_for(
-        generation, m, n, integer, left is not None, right is not None, dtype.itemsize > 2, multiprocessors
-    )  # fmt: skip
-    programs = min(multiprocessors * tile.resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
-    matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
-    matrices = (
-        block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
-        block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
-    )
-    constants = {
-        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **epilogue,
-        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
-        "FLATTEN": tile.flatten, "PART": min(tile.part, tile.n),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    tiles = Tiles((m, k), a.stride, (tile.m, tile.k)), Tiles((n, k), b_t.stride, (tile.n, tile.k))
-    return Launch(scaled_mm_kernel, (programs,), (m, n, k, rows, n), constants, tiles), matrices
-
-
-def _in_gluon(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None) -> bool:
-    return hopper is not None and hopper.suits(a, b_t, left, right, _multiprocessors(a.device))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _plan(request: Request) -> tuple[Any, tuple]:
+    """The launch for a product, and the matrices that it takes."""
+    check_device((INT8 if request.integer else FP8_E4M3,), request.device)
+    willing = (backend for backend in BACKENDS if backend.why_not(request) is None)
+    return next(planned for backend in willing if (planned := backend.plan(request)) is not None)
 
 
 def _kind(scale: torch.Tensor | None) -> int:

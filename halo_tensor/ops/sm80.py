@@ -4,18 +4,19 @@ These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers
 read through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.ops.device import has_tma
 from halo_tensor.ops.epilogue import EDGE, finish
 from halo_tensor.ops.hadamard import block_diagonal
-from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.rotate import Matrix, norm
+from halo_tensor.ops.launch import Launch, shared_memory
+from halo_tensor.ops.request import Request, multiprocessors
+from halo_tensor.ops.rotate import norm
 from halo_tensor.ops.tile_order import place_of
-from halo_tensor.recipe import Rotation
 
 #: rows of tiles whose programs run at the same time: see place_of
 GROUP = 16
@@ -91,28 +92,25 @@ def mma_kernel(
     )  # fmt: skip
 
 
-def plan(
-    a: Matrix,
-    b_t: Matrix,
-    rows: int,
-    left: Rotation | None,
-    right: Rotation | None,
-    constants: dict[str, Any],
-    shared: int,
-    multiprocessors: int,
-) -> tuple[Launch, tuple]:
-    """As ``scaled_mm._plan``, which gives those of the constants that all kernels have."""
-    (m, k), n = a.shape, b_t.shape[0]
-    tile = tile_for(m, n, constants["INTEGER"], left is not None, shared, multiprocessors)
-    matrix_dtype = torch.bfloat16 if a.device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
+def why_not(request: Request) -> str | None:
+    """Why this kernel cannot serve the product, if it cannot."""
+    return "the GPU has TMA, which is faster" if has_tma(request.device) else None
+
+
+def plan(request: Request) -> tuple[Launch, tuple]:
+    """The launch, and the matrices of its rotations."""
+    (m, n, k), device, left, right = request.size, request.device, request.left, request.right
+    tile = tile_for(m, n, request.integer, left is not None, shared_memory(device), multiprocessors(device))
+    matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrices = (
-        block_diagonal(left, tile.m, matrix_dtype, a.device, transposed=False) if left else None,
-        block_diagonal(right, EDGE, matrix_dtype, a.device, transposed=True) if right else None,
+        block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
+        block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
     )
     constants = {
-        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **constants,
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **request.constants,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-    return Launch(mma_kernel, grid, (m, n, k, rows, a.stride[0], b_t.stride[0]), constants), matrices
+    integers = (m, n, k, request.rows, request.a.stride[0], request.b_t.stride[0])
+    return Launch(mma_kernel, grid, integers, constants), matrices
