@@ -65,7 +65,8 @@ def test_the_tree_of_contributing_has_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = set(re.search(r"```(.+?)```", text, re.S)[1].split())
     package = ROOT / "halo_tensor"
-    modules = {path.name for path in package.glob("*.py") if not path.name.startswith("__") and path.name != "version.py"}
+    files = [*package.glob("*.py"), *package.glob("ops/*.py")]
+    modules = {path.name for path in files if not path.name.startswith("__") and path.name != "version.py"}
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     assert modules | folders <= tree
 
