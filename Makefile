@@ -28,7 +28,7 @@ TRITON ?= 3.9.0
 	mv $@.part $@
 
 test-triton: .triton/$(TRITON)
-	PYTHONPATH=$< $(BIN)/python -m pytest -q -n 2 tests/test_aot.py -k "(90 and multiplying) or gluon or wgmma or without" $(ARGS)
+	PYTHONPATH=$< $(BIN)/python -m pytest -q -n 2 tests/test_aot.py -k "multiplying or gluon or wgmma or without" $(ARGS)
 
 # The core with another PyTorch and its Triton: make test-torch TORCH=2.15.0. From PyPI that is several GB, built for CUDA.
 TORCH ?= 2.15.0

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 @cache
 def commit() -> str | None:
-    """The commit that the environment names, or that of this checkout, with "-dirty" after it if tracked files other than results
+    """The commit that the environment names, or that of this checkout, with "-dirty" after it if tracked files but results
     differ from it; None if unknown."""
     if named := os.environ.get(COMMIT):
         return named

@@ -1,29 +1,49 @@
 """bench/train.py on a CPU: every code path but the GPU's timers, and tables that several calls build."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton")
 pytest.importorskip("peft")
-SCRIPT = Path(__file__).parent.parent / "bench" / "train.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "bench" / "train.py"
+sys.path[1:1] = [str(ROOT / "bench"), str(ROOT / "examples")]
 
 
-def train(folder: Path, *options: str) -> tuple[str, list[dict]]:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--folder", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+def rows_of(folder: Path) -> list[dict]:
     path = folder / "train.json"
-    return done.stdout, json.loads(path.read_text())["rows"] if path.exists() else []
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def test_several_calls_build_one_table(tmp_path):
-    _, rows = train(tmp_path, "--contenders", "halo1-int8", "bf16", "--models", "tiny")
+@pytest.fixture
+def train(monkeypatch):
+    """Calls the script in this process, which has imported PyTorch."""
+
+    def call(folder: Path, *options: str) -> tuple[str, list[dict]]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--tiny", "--folder", str(folder), *options])
+        with redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return out.getvalue(), rows_of(folder)
+
+    return call
+
+
+def test_several_calls_build_one_table(tmp_path, train):
+    first = ["--tiny", "--folder", str(tmp_path), "--contenders", "halo1-int8", "bf16", "--models", "tiny"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # rows of other threads are replaced
+    done = subprocess.run([sys.executable, str(SCRIPT), *first], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(tmp_path)
     assert [(row["contender"], row["recomputed"]) for row in rows] == [("halo1-int8", "nothing"), ("bf16", "nothing")]
     assert all(row["× bf16"] for row in rows)  # the first one got its own when bf16's was there
     bf16 = rows[1]
@@ -40,7 +60,7 @@ def test_several_calls_build_one_table(tmp_path):
     assert table.count("`python bench/train.py") == 2 and table.count("\n| tiny") == 3
 
 
-def test_a_spent_budget_and_another_environment(tmp_path):
+def test_a_spent_budget_and_another_environment(tmp_path, train):
     made = {"date": "2026-01-01", "device": "another", "halo_tensor": "0.1.0", "torch": "2.11.0", "torchao": "0.18.0"}
     (tmp_path / "train.json").write_text(json.dumps({"environment": "elsewhere", "rows": [{"made": made}]}))
     out, _ = train(tmp_path, "--budget-seconds", "0", "--models", "tiny")

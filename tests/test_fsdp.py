@@ -84,7 +84,7 @@ def data(model: nn.Module, steps: int, world: int, dtype=torch.float32):
     return [list(zip(a, b, strict=True)) for a, b in zip(x, target, strict=True)]
 
 
-def alone(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32) -> list[float]:
+def alone(model: nn.Module, world: int, steps: int = 5, dtype=torch.float32) -> list[float]:
     """Losses of a single process that does the ranks' work one after the other. Only rank 0 does it."""
     if dist.get_rank():
         return []
@@ -103,7 +103,7 @@ def alone(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32) ->
     return losses
 
 
-def together(model: nn.Module, world: int, steps: int = 10, dtype=torch.float32, precompute: bool = False) -> list[float]:
+def together(model: nn.Module, world: int, steps: int = 5, dtype=torch.float32, precompute: bool = False) -> list[float]:
     """Losses of a sharded model, the mean of all ranks'."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

@@ -407,7 +407,9 @@ def test_checkpoints_without_records_load_with_a_warning(quantised, tmp_path):
 
 
 def test_fields_of_another_version_are_refused(quantised, tmp_path):
-    with pytest.raises(ValueError, match="quantization_config of this checkpoint has a field 'colour' that this halo_tensor does not know"):
+    with pytest.raises(
+        ValueError, match="quantization_config of this checkpoint has a field 'colour' that this halo_tensor does not know"
+    ):
         AutoModel.from_pretrained(copied(quantised["int8"], tmp_path, colour="blue"))
 
 

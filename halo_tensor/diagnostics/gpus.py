@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from halo_tensor.diagnostics.roofline import H100, Ceilings
+from halo_tensor.ops.device import INTEGERS_ON_SM100
 
 #: of a published rate: a large product on an H100 reaches 66 % (fp8) to 72 % (bf16)
 PRODUCTS_REACH = 0.7
 #: bytes/s that NVIDIA publishes for the H100 that was measured
 H100_BANDWIDTH = 3.35e12
-#: the first Triton that multiplies integers with SM 10.0's own instruction (``tcgen05.mma``); before, ``mma.sync`` does
-INTEGERS_ON_SM100 = (3, 8)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ import torch
 from halo_tensor.fences import Refusal
 from halo_tensor.recipe import Format
 
+#: The first Triton whose products of integers run on SM 10.x's own tensor cores; before, they are made of mma.sync.
+INTEGERS_ON_SM100 = (3, 8)
+
 
 def is_hopper(device: torch.device) -> bool:
     """SM 9.0, not an AMD GPU that calls itself so."""

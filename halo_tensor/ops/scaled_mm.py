@@ -17,7 +17,7 @@ import triton.language as tl
 
 from halo_tensor.fences import CUBLAS, GLUON
 from halo_tensor.ops import sm80
-from halo_tensor.ops.device import check_device, has_tma, is_hopper
+from halo_tensor.ops.device import INTEGERS_ON_SM100, check_device, has_tma, is_hopper
 from halo_tensor.ops.epilogue import EDGE, finish
 from halo_tensor.ops.formats import aligned
 from halo_tensor.ops.hadamard import block_diagonal
@@ -28,6 +28,7 @@ from halo_tensor.ops.rotate_quantize import dense
 from halo_tensor.ops.tile_order import place_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 hopper: Any = GLUON.load("halo_tensor.ops.hopper")
 
 
@@ -70,10 +71,10 @@ def tile_for(
         return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)
     if generation == 12:  # 100 KB of shared memory for two programs, and accumulators in registers
         return Tile(128, 128, 64, warps=4, stages=4, resident=2, part=32)
-    if generation == 10 and integer:  # tensor cores multiply integers from Triton 3.8 on; before, as on SM 8.0
+    if generation == 10 and integer and _VERSION < INTEGERS_ON_SM100:  # as on SM 8.0
         return Tile(128, 128, warps=4, stages=3, resident=2, part=64)
     if generation == 10:
-        return Tile(128, 256, stages=4) if undo and not wide_output else Tile(128, 128, stages=4)
+        return Tile(128, 256, stages=4) if undo and not (wide_output or integer) else Tile(128, 128, stages=4)
     # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where an
     # accumulator meets another product inside a loop that is still running.
     whole = Tile(128, 256, stages=4) if undo else Tile(128, 256, stages=4, part=256, flatten=True)

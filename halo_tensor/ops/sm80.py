@@ -67,10 +67,12 @@ def mma_kernel(
     columns = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)
     depth = tl.arange(0, BK)
     a_at = a + (tile_m * BM).to(tl.int64) * stride_a + (rows[:, None] * stride_a + depth[None, :])
-    b_at = b + (tile_n * BN).to(tl.int64) * stride_b + (columns[None, :] * stride_b + depth[:, None])
+    b_at = b + (tile_n * BN).to(tl.int64) * stride_b + (columns[:, None] * stride_b + depth[None, :])
     acc = tl.zeros((BM, BN), dtype=accumulator_type)
+    # b is read by rows and transposed in name only. Read as [BK, BN], Triton 3.9 prefetches its operands into registers, which
+    # spill.
     for _ in range(K // BK):
-        acc = tl.dot(tl.load(a_at), tl.load(b_at), acc, out_dtype=accumulator_type)
+        acc = tl.dot(tl.load(a_at), tl.load(b_at).T, acc, out_dtype=accumulator_type)
         a_at += BK
         b_at += BK
     rest = K % BK
@@ -79,10 +81,10 @@ def mma_kernel(
         near = depth < tl.multiple_of((rest + 15) // 16 * 16, 16)
         inside = depth < rest
         a_tile = tl.load(a_at, mask=near[None, :], other=0.0)
-        b_tile = tl.load(b_at, mask=near[:, None], other=0.0)
+        b_tile = tl.load(b_at, mask=near[None, :], other=0.0)
         a_tile = tl.where(inside[None, :], a_tile, tl.zeros_like(a_tile))
-        b_tile = tl.where(inside[:, None], b_tile, tl.zeros_like(b_tile))
-        acc = tl.dot(a_tile, b_tile, acc, out_dtype=accumulator_type)
+        b_tile = tl.where(inside[None, :], b_tile, tl.zeros_like(b_tile))
+        acc = tl.dot(a_tile, b_tile.T, acc, out_dtype=accumulator_type)
     finish(
         acc, out, a_scale, b_scale, gain, bias, left, right, tile_m, tile_n, M, N, ROWS_OUT, N,
         A_SCALE, B_SCALE, GAIN, BIASED, LEFT, RIGHT, NORM, PART,
