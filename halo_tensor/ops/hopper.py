@@ -198,7 +198,7 @@ def wgmma_kernel(
 
 def suits(a: Matrix, b_t: Matrix, left: Rotation | None, right: Rotation | None, multiprocessors: int) -> bool:
     """Whether there is such a unit, tiles for most multiprocessors, rows that wide stores can write, and something to gain:
-    fp8 without an un-rotation is as fast without (bench/NOTES.md)."""
+    fp8 without an un-rotation is as fast without (docs/notes/products.md)."""
     m, n = a.shape[0], b_t.shape[0]
     return (
         is_hopper(a.device)

@@ -52,7 +52,7 @@ def tile_for(
 ) -> Tile:
     """The launch table.
 
-    The rows of SM 9.0 were measured on an H100 (bench/NOTES.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
+    The rows of SM 9.0 were measured on an H100 (docs/notes). Those of SM 10.x and 12.x are the largest tiles whose kernels
     spill no registers; they were compiled and not run.
 
     Args:
@@ -202,7 +202,7 @@ class VendorProduct:
 
 def _vendor_is_faster(a, b_t, a_scale, b_scale, bias, rotation, dtype) -> bool:
     """cuBLAS multiplies fp8 with row and column scales 3–15 % faster where the contraction is short. But choosing its kernel
-    takes the CPU 25 µs more than a launch of ours, every time, which products below this size do not gain (bench/NOTES.md)."""
+    takes the CPU 25 µs more than a launch of ours, every time, which products below this size do not gain (docs/notes)."""
     (m, k), n = a.shape, b_t.shape[0]
     return (
         a.dtype == b_t.dtype == torch.float8_e4m3fn
