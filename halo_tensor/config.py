@@ -206,7 +206,7 @@ class LayerConfigs(AOBaseConfig):
 @dataclass(frozen=True)
 class Balanced:
     """A candidate of :func:`~halo_tensor.report`: ``config``, followed by :func:`~halo_tensor.balance_`. It is made for int8;
-    balanced fp8 has a better gradient, and did not train better (bench/NOTES.md)."""
+    balanced fp8 has a better gradient, and did not train better (docs/notes/accuracy.md)."""
 
     config: LinearConfig
 

@@ -66,7 +66,7 @@ class SmallMixer(nn.Module):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_int4_grad_weight_trains_visibly_worse(seed):
     """That ablation as training. Six seeds ended with losses from 0.36 to 0.53 and, with int4, from 0.62 to 0.94: from 1.39 to
-    1.84 times as much (bench/NOTES.md)."""
+    1.84 times as much (docs/notes/hot.md)."""
     images, labels = digits()
 
     def final_loss(name: str) -> float:

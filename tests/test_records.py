@@ -45,9 +45,9 @@ def parse(line: str, monkeypatch) -> None:
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     launcher = words[:at]
     monkeypatch.setattr(results, "commit", lambda: "a commit")
-    assert launcher == ["python"] or launcher[:3] == ["torchrun", "--standalone", "--nproc-per-node"], line
+    assert launcher == ["python"] or (launcher[0] == "torchrun" and launcher[-2] == "--nproc-per-node"), line
     module, arguments = script(words[at]), words[at + 1 :]
-    if hasattr(module, "parse_args"):
+    if hasattr(module, "parse_args") and module.parse_args.__code__.co_argcount:
         module.parse_args(arguments)
         return
     understand = results.argparse.ArgumentParser.parse_args
@@ -108,8 +108,10 @@ def test_a_contender_has_a_row_or_a_note(name):
 
 
 def document_commands() -> list[str]:
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "bench/NOTES.md", "CONTRIBUTING.md"))
-    found = re.findall(r"`((?:python|torchrun)[^`\n]* (?:bench|examples)/\w+\.py[^`\n]*)`", text)
+    """Those of README, CONTRIBUTING and docs/, in backticks and as lines of their own."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    text = "".join(page.read_text() for page in sorted(pages))
+    found = re.findall(r"(?:`|^)((?:python|torchrun)[^`\n]* (?:bench|examples)/\w+\.py[^`\n]*)(?:`|$)", text, re.M)
     return [line for line in dict.fromkeys(found) if "…" not in line]
 
 

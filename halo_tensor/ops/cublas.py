@@ -36,7 +36,7 @@ def why_not(request: Request) -> str | None:
     """Why cuBLAS cannot serve the product, or is not the faster one, if so.
 
     It is 3 to 15 % faster where the contraction is short. But choosing its kernel takes the CPU 25 µs more than a launch of
-    ours, every time, which smaller products do not gain (bench/NOTES.md).
+    ours, every time, which smaller products do not gain (docs/notes/products.md).
     """
     m, n, k = request.size
     if not is_hopper(request.device) or request.a.dtype != torch.float8_e4m3fn or request.b_t.dtype != torch.float8_e4m3fn:

@@ -109,7 +109,7 @@ def wgmma_kernel(
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, INTEGER: gl.constexpr, A_SCALE: gl.constexpr,
     B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`halo_tensor.ops.scaled_mm.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
+    """As :func:`halo_tensor.ops.tma.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
     [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation. Scales are not shifted as there, since no registers
     are left: the scale of a column times its sums of codes has to be in the range of float32."""
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
@@ -206,7 +206,7 @@ def why_not(request: Request) -> str | None:
     if request.left is not None:
         return "it undoes no rotation on the left"
     if not request.integer and request.right is None:
-        return "fp8 without an un-rotation is as fast without it (bench/NOTES.md)"
+        return "fp8 without an un-rotation is as fast without it (docs/notes/products.md)"
     if n % 8:
         return "wide stores write rows of multiples of 8"
     few = triton.cdiv(m, BM) * triton.cdiv(n, BN) < 0.7 * multiprocessors(request.device)

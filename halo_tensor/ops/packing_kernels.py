@@ -1,5 +1,5 @@
 """fp6 codes packed and unpacked by one kernel each, for code that no compiler fuses: :mod:`halo_tensor.ops.packing` has the
-layout. In whole numbers throughout: bytes of fp8 are not safe from Triton 3.6 where they are used twice (bench/NOTES.md)."""
+layout. In whole numbers throughout: bytes of fp8 are not safe from Triton 3.6 where they are used twice (docs/notes)."""
 
 from functools import lru_cache
 

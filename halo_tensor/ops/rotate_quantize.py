@@ -230,7 +230,7 @@ def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
 
 
 def _row_launch(m: int, row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> tuple[int, int, int, int]:
-    """(rows at a time, times, warps, stages) for ``m`` rows padded to ``row`` elements. Measured on one H100: bench/NOTES.md.
+    """(rows at a time, times, warps, stages) for ``m`` rows padded to ``row`` elements. Measured on one H100: docs/notes.
     ``large``: the matrices of the rotation leave no shared memory for pipelining. ``produced``: a row is computed, from two
     that are read, and other programs hide that better than a pipeline."""
     if large:
@@ -275,7 +275,7 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
 
 
 def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:
-    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: bench/NOTES.md. ``rotated``: the edge
+    """(edge of a tile, tiles in a row a program, stages, warps). Measured on one H100: docs/notes. ``rotated``: the edge
     of a rotated tile, or 0."""
     if kernel is kernels.amax_tiles:
         return (rotated, 8, 2, 4) if rotated else (TILE, 1, 1, 4)

@@ -41,7 +41,7 @@ def tile_for(
 ) -> Tile:
     """The launch table.
 
-    The rows of SM 9.0 were measured on an H100 (bench/NOTES.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
+    The rows of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
     spill no registers; they were compiled and not run.
 
     Args:

@@ -22,7 +22,7 @@ from halo_tensor.ops.rounding import FOLD_LIFT, maximum, round_to_code, unlifted
 from halo_tensor.ops.schemas import PRODUCER_INPUTS
 from halo_tensor.recipe import Format
 
-#: Rows and columns of a tile, tiles a program, stages, warps. Measured on one H100: bench/NOTES.md.
+#: Rows and columns of a tile, tiles a program, stages, warps. Measured on one H100: docs/notes/quantisers.md.
 TILES = {"amax_of_two": (16, 128, 8, 2, 2), "cast_two": (32, 64, 4, 2, 4)}
 
 
