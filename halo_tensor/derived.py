@@ -4,14 +4,18 @@
 Most such values never meet a product (penalties, norms, decay), so a warning where they are computed would be a false alarm.
 They are therefore given a class that behaves as ``torch.Tensor`` does and reports the product. Only values computed with
 gradients enabled are: optimisers, averages and state dicts compute without.
+
+:mod:`halo_tensor.derived_graph` does the same in code that is compiled.
 """
 
 import copy
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from halo_tensor.dispatch import PRODUCTS, _tensors, name_of, warn_of_product
+from halo_tensor.dispatch import PRODUCTS, _tensors, name_of, warn_of_product, watch_graph
 from halo_tensor.fsdp import Shardable
 
 #: Functions whose result is a weight still, though its shape is another.
@@ -64,8 +68,12 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     return watch(func, args, kwargs, func(*args, **kwargs))
 
 
+_watch_graph = torch.compiler.assume_constant_result(watch_graph)  # Dynamo calls it while it traces, and traces nothing of it
+
+
 @torch.compiler.substitute_in_graph(_run)  # as in halo_tensor.weight
 def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
+    _watch_graph()
     return func(*args, **kwargs)
 
 
@@ -77,22 +85,14 @@ def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
         return out
     if isinstance(out, list | tuple):
         return type(out)(watch(func, args, kwargs, o) for o in out) if type(out) in (list, tuple) else out
-    if type(out) is not torch.Tensor or out.ndim < 2 or not out.is_floating_point():
+    if type(out) is not torch.Tensor:
         return out
-    name = name_of(func)
-    if name in PRODUCTS or name == "embedding" or name.startswith("new_") or name.endswith("_like"):
-        return out
-    given = list(_tensors((*args, *kwargs.values())))
-    if any(out is t for t in given):  # written in place: it stays what it was
-        return out
-    for tensor in given:
-        source = _source(tensor)
-        if source and _is_weight_still(name, tensor, out):
-            return _as_derived(out, source)
-    return out
+    given = [(tensor, source_of(tensor)) for tensor in _tensors((*args, *kwargs.values()))]
+    source = source_of_result(name_of(func), given, out)
+    return out if source is None else _as_derived(out, source)
 
 
-def _source(tensor: Any) -> str | None:
+def source_of(tensor: Any) -> str | None:
     """The weight that a tensor is or was computed from; None of another tensor, or of a detached one, as averages read."""
     if isinstance(tensor, Derived):
         return tensor.source
@@ -105,13 +105,36 @@ def _source(tensor: Any) -> str | None:
     return f"a converted weight {list(whole.shape)}"
 
 
-def _is_weight_still(name: str, tensor: torch.Tensor, out: torch.Tensor) -> bool:
+def source_of_result(
+    name: str,
+    given: list[tuple[torch.Tensor, str | None]],
+    out: torch.Tensor,
+    are_equal: Callable[[torch.Size, torch.Size], bool] = operator.eq,
+) -> str | None:
+    """The weight that ``out`` is computed from, if it is a weight still.
+
+    Args:
+        name: of the function, without underscores at its ends.
+        given: its arguments, each with the weight that it is or was computed from, or None.
+        are_equal: compares shapes, which may be symbolic.
+    """
+    if out.ndim < 2 or not out.is_floating_point():
+        return None
+    if name in PRODUCTS or name == "embedding" or name.startswith("new_") or name.endswith("_like"):
+        return None
+    if any(out is tensor for tensor, _ in given):  # written in place: it stays what it was
+        return None
+    return next((source for tensor, source in given if source and _is_weight_still(name, tensor, out, are_equal)), None)
+
+
+def _is_weight_still(name: str, tensor: torch.Tensor, out: torch.Tensor, are_equal: Callable) -> bool:
     """Whether ``out`` is a matrix as ``tensor`` is, and no sum over it, lookup in it, or its gradient."""
+    is_view = not isinstance(tensor, Shardable) and out._is_view()
     if name == "get":  # an attribute, such as grad
-        return isinstance(tensor, Derived) and out._is_view()
+        return is_view
     if name == "getitem":  # w[ids] with ids of two dimensions is an embedding
         return out.ndim <= tensor.ndim
-    return name in _REARRANGE or out.shape == tensor.shape or (isinstance(tensor, Derived) and out._is_view())
+    return name in _REARRANGE or is_view or are_equal(out.shape, tensor.shape)
 
 
 def _as_derived(out: torch.Tensor, source: str) -> torch.Tensor:

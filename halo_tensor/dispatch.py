@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from halo_tensor.fences import DERIVED
 from halo_tensor.fsdp import Shardable, keep_common_scale
-from halo_tensor.internals import preserved_version
+from halo_tensor.internals import is_compiled, preserved_version
 from halo_tensor.ops.schemas import is_symbolic
 from halo_tensor.sharding import check_whole
 from halo_tensor.tensor import HadamardQuantTensor
@@ -41,6 +42,8 @@ PRODUCTS = {
 def run(func, args, kwargs):
     """``func`` on the dense values of weights. Those that it writes to are brought up to date, and returned in place of their
     values. Not every schema tells of writes: any weight that an op of an unknown namespace takes may have been written."""
+    if is_symbolic():
+        watch_graph()
     values = [*args, *kwargs.values()]
     weights: dict[int, Any] = {id(t): t for t in _tensors(values) if isinstance(t, Shardable)}
     if func.namespace == "aten" and name_of(func.overloadpacket) in PRODUCTS:
@@ -117,11 +120,20 @@ def warn_of_product(name: str, what: str, stacklevel: int = 2) -> None:
     """Say that a product with (a part of, or a value computed from) a converted weight is not quantised."""
     if torch._C._current_graph_task_id() != -1:  # in backward, whose forward has said so
         return
-    warnings.warn(
+    warnings.warn(message_of_product(name, what), stacklevel=stacklevel + 1)
+
+
+def message_of_product(name: str, what: str) -> str:
+    return (
         f"{name} with {what} runs in high precision, since it is not called as F.linear(x, weight): leave its layer out with "
-        "skip or filter_fn, or dequantize() the weight",
-        stacklevel=stacklevel + 1,
+        "skip or filter_fn, or dequantize() the weight"
     )
+
+
+def watch_graph() -> None:
+    """Have the graph that is being traced searched for products with values computed from weights."""
+    if DERIVED.attempt(is_compiled) and (graph := DERIVED.load("halo_tensor.derived_graph")):
+        DERIVED.attempt(graph.install)
 
 
 def name_of(func: Any) -> str:

@@ -152,7 +152,14 @@ CUBLAS = FastPath(
     "these products take 3 to 15 % longer",
     "torch",
 )
-FAST_PATHS = {path.name: path for path in (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS)}
+DERIVED = FastPath(
+    "derived",
+    "a search of compiled graphs for products with values computed from converted weights",
+    "such a product runs in high precision without a warning",
+    "torch",
+)
+_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, DERIVED)
+FAST_PATHS = {path.name: path for path in _PATHS}
 
 
 def _disable(names: str) -> None:

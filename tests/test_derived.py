@@ -3,13 +3,16 @@
 import copy
 import io
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, hot_config, quantize_
+from halo_tensor.fences import DERIVED
 from tests.util import OpLog
 
 X = torch.randn(4, 128, generator=torch.Generator().manual_seed(3))
@@ -138,10 +141,212 @@ def test_a_value_computed_from_a_weight_is_a_tensor_to_everything(no_grad):
     assert isinstance(target.weight, HaloWeight) and torch.equal(target.weight.dequantize(), dense)
 
 
-def test_compiled_code_takes_a_value_computed_from_a_weight():
+# The same in compiled code.
+
+DERIVED_PRODUCTS = [
+    *("of w * 0.5", "of w.T * 0.5", "of a mask", "of cat", "of stack", "of pad", "of index_select", "of rows"),
+    *("of a view of w * 0.5", "of a chain", "of a cell", "with w * 0.5 left"),
+]
+
+
+@contextmanager
+def messages():
+    """The warnings of this library: yields a list of (what they say, file, line)."""
+    torch._dynamo.reset()
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    ours = [w for w in caught if "halo_tensor" in str(w.message) or "converted weight" in str(w.message)]
+    found += [(str(w.message), w.filename, w.lineno) for w in ours]
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "backend", "name"),
+    [
+        *((False, "aot_eager", name) for name in DERIVED_PRODUCTS),
+        *((True, "aot_eager", name) for name in ("of w.T * 0.5", "of stack")),
+        *((frozen, "inductor", "of cat") for frozen in (False, True)),
+    ],
+)
+def test_a_compiled_product_warns_as_an_eager_one_does(frozen, backend, name):
+    model = layer(frozen=frozen)
+    with messages() as eager:
+        expected = PRODUCTS[name](model.weight)
+    with messages() as found:
+        y = compiled(lambda model: PRODUCTS[name](model.weight), backend)(model)
+    torch.testing.assert_close(y, expected)
+    # Functions have names with underscores, and einsum a line of its own, only in eager code.
+    said = [text.split(" with ", 1)[1] for text, *_ in eager]
+    assert len(said) == 1 and [text.split(" with ", 1)[1] for text, *_ in found] == said
+    assert found[0][1:] == (__file__, PRODUCTS[name].__code__.co_firstlineno)
+
+
+def in_another_mode(model):
+    with torch.no_grad():
+        y = F.linear(X, model.weight * 2)
+        with torch.enable_grad():
+            y = y + F.linear(X, model.weight * 3)
+    with torch.inference_mode():
+        F.linear(X, model.weight * 4)
+    return y
+
+
+B, A = torch.ones(256, 2, requires_grad=True), torch.ones(2, 128)
+
+
+def around_a_checkpoint(model):
+    value = model.weight * 0.5
+    return checkpoint(lambda x: F.linear(x, value), X, use_reentrant=False)
+
+
+COMPILED_PRODUCTS = {
+    "of w + BA": lambda m: F.linear(X, m.weight + B @ A),
+    "in a loop": lambda m: [F.linear(X, m.weight * 2) for _ in range(3)],
+    "of one of several results": lambda m: F.linear(X, (m.weight * 2).split(64)[1]),
+    "of a value written in place": lambda m: F.linear(X, (m.weight * 2).mul_(3)),
+    "of a detached value": lambda m: F.linear(X, (m.weight * 2).detach()),
+    "in a checkpoint": lambda m: checkpoint(lambda x: F.linear(x, m.weight * 0.5), X, use_reentrant=False),
+    "around a checkpoint": around_a_checkpoint,
+    "beside a layer's own": lambda m: (m(X), F.linear(X, m.weight * 2)),
+    "with gradients in part": in_another_mode,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_PRODUCTS)
+def test_a_product_anywhere_in_a_compiled_graph_warns_once(name):
+    with messages() as found:
+        compiled(COMPILED_PRODUCTS[name])(layer())
+    assert len(found) == 1 and "linear with a value" in found[0][0] and "runs in high precision" in found[0][0]
+
+
+def test_a_graph_of_dynamic_sizes_warns():
+    with messages() as found:
+        compiled(lambda m, x: F.linear(x, m.weight * 2), dynamic=True)(layer(), X)
+    assert len(found) == 1 and "runs in high precision" in found[0][0]
+
+
+def test_the_search_makes_no_graph_depend_on_sizes():
+    model, rows = layer(), torch.zeros(256, dtype=torch.long)
+    run = compiled(lambda m, x: x.index_add(0, rows, m.weight), dynamic=True)
+    with messages() as found, torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (4, 256):  # the rows of the weight
+            run(model, torch.ones(count, 128))
+    assert not found
+
+
+def test_a_frame_with_a_graph_break_warns():
+    def forward(m):
+        y = F.linear(X, m.weight * 2)
+        torch._dynamo.graph_break()
+        return y + F.linear(X, m.weight * 2)
+
+    with messages() as found:
+        torch.compile(forward, backend="aot_eager")(layer())
+    assert len(found) == 2 and found[0][0] == found[1][0] and found[0][2] == found[1][2] - 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_code_takes_a_value_computed_from_a_weight(backend):
     weight = layer().weight
-    y = torch.compile(F.linear, fullgraph=True, backend="eager")(X, weight * 0.5)
+    value = weight * 0.5
+    with messages() as found:
+        y = compiled(F.linear, backend)(X, value)
     torch.testing.assert_close(y, X @ (weight.dequantize() * 0.5).T)
+    assert len(found) == 1 and "a value [256, 128] computed from a converted weight" in found[0][0]
+
+
+def written(buffer, m):
+    buffer += m.weight.detach()
+    buffer.lerp_(m.weight, 0.5)
+    return buffer @ torch.ones(128, 2)
+
+
+def square() -> nn.Linear:
+    model = nn.Linear(128, 128)
+    quantize_(model, halo_config(1, "int8"))
+    return model
+
+
+def identity_recipe() -> nn.Linear:
+    model = nn.Linear(128, 128)
+    quantize_(model, halo_config(1, "bf16"))
+    return model
+
+
+SQUARE = torch.randn(128, 128, requires_grad=True, generator=torch.Generator().manual_seed(3))
+COMPILED_QUIET = {
+    "layers": lambda m: m(m(SQUARE)) @ m(SQUARE).T,
+    "a checkpointed layer of a square X": lambda m: checkpoint(m, SQUARE, use_reentrant=False) @ torch.ones(128, 2),
+    "a penalty": lambda m: (m.weight * 1.5).pow(2).sum() + m.weight.abs().sum() + m.weight.norm(),
+    "norms of rows": lambda m: F.linear(m(SQUARE) * m.weight.norm(dim=1) * (m.weight * 2).norm(dim=1), torch.ones(2, 128)),
+    "a value as X": lambda m: F.linear(m.weight * 2, m.weight),
+    "an embedding that is tied": lambda m: F.linear(F.embedding(torch.tensor([1, 2]), m.weight), m.weight),
+    "a low-rank adapter": lambda m: m(SQUARE) + SQUARE @ torch.ones(128, 2) @ torch.ones(2, 128),
+    "an average": lambda m: written(torch.zeros(128, 128), m),
+    "a dequantised weight": lambda m: F.linear(SQUARE, m.weight.dequantize() * 2),
+    "no gradients": torch.no_grad()(lambda m: F.linear(SQUARE, m.weight * 2)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_QUIET)
+def test_what_is_no_product_with_a_weight_does_not_warn_in_compiled_code(name):
+    with messages() as found:
+        y = compiled(COMPILED_QUIET[name])(square())
+        if y.requires_grad:
+            y.sum().backward()
+    assert not found
+
+
+def test_a_graph_that_inductor_takes_is_quiet_without_such_products():
+    model = square()
+    with messages() as found:
+        compiled(lambda m: m(SQUARE).sum() + (m.weight * 2).pow(2).sum(), "inductor")(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        compiled(torch.no_grad()(lambda m: F.linear(SQUARE, m.weight * 2)), "inductor")(model)
+    assert not found
+
+
+def test_a_recipe_that_quantises_nothing_does_not_warn_in_compiled_code():
+    with messages() as found:
+        compiled(lambda m: F.linear(SQUARE, m.weight * 2))(identity_recipe())
+    assert not found
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused", "muon"])
+def test_a_compiled_optimiser_does_not_warn(kind):
+    model = layer()
+    model(X).square().sum().backward()
+    optimizer = torch.optim.Muon([model.weight]) if kind == "muon" else torch.optim.AdamW(model.parameters(), **{kind: True})
+    before = model.weight.dequantize().clone()
+    with messages() as found:
+        torch.compile(optimizer.step, backend="aot_eager")()
+    assert not found and not torch.equal(model.weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("broken", ["derived_graph._products", "derived_graph.install", "dispatch.is_compiled"])
+def test_a_search_that_fails_says_so_once_and_compiling_goes_on(broken, monkeypatch):
+    def fail(*args):
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(DERIVED, "failure", None)
+    monkeypatch.setattr(f"halo_tensor.{broken}", fail)
+    model = layer()
+    with messages() as found:
+        y = compiled(lambda m: F.linear(X, m.weight * 2))(model)
+    torch.testing.assert_close(y, X @ (model.weight.dequantize() * 2).T)
+    assert len(found) == 1 and "'derived'" in found[0][0] and "AttributeError: no such thing" in found[0][0]
+
+
+def test_the_search_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(DERIVED, "disabled", True)
+    with messages() as found:
+        compiled(lambda m: F.linear(X, m.weight * 2))(layer())
+    assert not found
 
 
 # Layers whose weight has become plain.
