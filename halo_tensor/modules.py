@@ -5,12 +5,16 @@ from functools import cache
 from typing import cast
 
 import torch
+from torch.compiler import is_compiling
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
 from halo_tensor import fsdp
 from halo_tensor.recipe import Recipe
 from halo_tensor.weight import HaloWeight, dense_value, tags
+
+#: Types of the weight of a converted layer; a DTensor is a sharded one.
+_CONVERTED = (HaloWeight, DTensor)
 
 
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
@@ -99,10 +103,10 @@ def _refuse_script():
 
 def _check_converted(module, args) -> None:
     """Before the forward of a converted layer: is its weight still a converted one?"""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     weight = module._parameters.get("weight")
-    if isinstance(weight, HaloWeight | DTensor):
+    if isinstance(weight, _CONVERTED):
         return
     shape = [module.out_features, module.in_features]
     if weight is None:  # FSDP1 and parametrisations keep it elsewhere
