@@ -8,7 +8,7 @@ It also holds what the weight brings to its products, as codes that every write 
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -104,9 +104,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _moved_by_accelerate(master, bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
-        # In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view.
-        plain = torch.is_inference_mode_enabled() and not like.is_inference()
-        with torch.inference_mode(False) if plain else nullcontext():
+        with _of_the_kind_of(like):
             return torch.Tensor._make_wrapper_subclass(
                 cls,
                 like.shape,
@@ -261,7 +259,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return out
 
     def _alias(self) -> "HaloWeight":
-        alias = HaloWeight(self.master, self.operand, self.recipe)
+        with _of_the_kind_of(self):
+            alias = HaloWeight(self.master, self.operand, self.recipe)
         alias.base, alias.fsdp = self.base, self.fsdp
         return alias._tagged(self)
 
@@ -272,7 +271,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
-        weight = HaloWeight(view, None, Recipe())
+        with _of_the_kind_of(self):
+            weight = HaloWeight(view, None, Recipe())
         weight.base = self if self.base is None else self.base
         weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
         return weight
@@ -346,6 +346,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def __getstate__(self):
         self.follow()
         return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
+
+
+def _of_the_kind_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view. A weight
+    may be plain although its master is not: of a layer made in inference mode."""
+    plain = torch.is_inference_mode_enabled() and not tensor.is_inference()
+    return torch.inference_mode(False) if plain else nullcontext()
 
 
 def _grad(outputs, inputs, *args, **kwargs):
