@@ -83,7 +83,7 @@ def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
         return _as_derived(out, args[0].source)
     if not torch.is_grad_enabled():
         return out
-    if isinstance(out, list | tuple):
+    if isinstance(out, (list, tuple)):  # a union would be made anew in every call
         return type(out)(watch(func, args, kwargs, o) for o in out) if type(out) in (list, tuple) else out
     if type(out) is not torch.Tensor:
         return out

@@ -6,7 +6,8 @@ shards.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ def run(func, args, kwargs):
     dense = {key: weight.dequantize() for key, weight in weights.items()}
     plain = [_replaced(value, dense) for value in values]
     # In the order of the arguments, which is the same in every step of an optimiser.
-    declared, suspected = (
-        dict.fromkeys(id(t) for t in _tensors(_arguments(func, args, kwargs, how)) if id(t) in weights)
-        for how in (_is_written, _may_be_written)
-    )
+    declared = _given(_declared(func), args, kwargs, weights)
+    suspected = _given(_suspected(func, is_symbolic()), args, kwargs, weights)
     written = declared | suspected
     before = {key: dense[key].clone() for key in written if _is_frozen(weights[key])}
     out = func(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
@@ -67,7 +66,8 @@ def run(func, args, kwargs):
     # Autograd takes an op for what its schema says: it need not hear of writes that may not have happened.
     counted = written if func.namespace == "c10d" else declared
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
-    _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
+    if suspected:
+        _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
     owner = {id(dense[key]): weights[key] for key in counted}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
@@ -184,24 +184,30 @@ def _replaced(value, by_id: Mapping[int, torch.Tensor]):
     return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
 
 
-def _arguments(func, args, kwargs, chosen: Callable) -> list:
-    """The values of the arguments that are ``chosen``."""
-    return [
-        args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(func._schema.arguments)
-        if chosen(func, argument)
-    ]
+def _given(arguments: Iterable[tuple[int, str]], args, kwargs, weights: Mapping[int, Any]) -> dict[int, None]:
+    """The ids of the weights among the values of these arguments, in their order."""
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in arguments]
+    return dict.fromkeys(id(t) for t in _tensors(values) if id(t) in weights)
 
 
-def _is_written(func, argument) -> bool:
+def _is_written(argument) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _may_be_written(func, argument) -> bool:
-    """Whether an op may write to an argument although its schema does not say so: c10d's say it of none, and of other
-    libraries' it is not known. While a graph is traced, schemas are believed, as the compiler believes them."""
-    if func.namespace in _DECLARING or func._schema.name in _READING or _is_written(func, argument):
-        return False
-    if func.namespace in _COLLECTIVES and argument.name.startswith("input"):
-        return False
-    return func.namespace == "c10d" or not is_symbolic()
+@cache
+def _declared(func) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that an op writes to by its schema."""
+    return tuple((i, argument.name) for i, argument in enumerate(func._schema.arguments) if _is_written(argument))
+
+
+@cache
+def _suspected(func, symbolic: bool) -> tuple[tuple[int, str], ...]:
+    """Place and name of each argument that an op may write to although its schema does not say so: c10d's say it of none, and
+    of other libraries' it is not known. While a graph is traced, schemas are believed, as the compiler believes them."""
+    if func.namespace in _DECLARING or func._schema.name in _READING or (symbolic and func.namespace != "c10d"):
+        return ()
+    return tuple(
+        (i, argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if not (_is_written(argument) or (func.namespace in _COLLECTIVES and argument.name.startswith("input")))
+    )

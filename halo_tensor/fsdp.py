@@ -211,7 +211,9 @@ def lend(weight: torch.Tensor) -> DTensor:
 
 def lent_version(shard: Shardable) -> int | None:
     """The version of the DTensor that state dicts hold."""
-    lent = None if shard.operand is None else _lent.get(shard.operand.codes)
+    if not _lent.data or shard.operand is None:  # no state dict was taken; a look-up takes longer than all else in a hook
+        return None
+    lent = _lent.get(shard.operand.codes)
     return None if lent is None else lent._version
 
 

@@ -5,6 +5,7 @@ from functools import cache
 from typing import cast
 
 import torch
+from torch.compiler import is_compiling
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
@@ -13,6 +14,8 @@ from halo_tensor.recipe import Recipe
 from halo_tensor.weight import HaloWeight, dense_value, tags
 
 _STANDS_IN = "_halo_stand_in"  # an attribute of parameters
+#: Types of the weight of a converted layer; a DTensor is a sharded one.
+_CONVERTED = (HaloWeight, DTensor)
 
 
 def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False, keep_codes: bool = True) -> None:
@@ -109,10 +112,10 @@ def _refuse_script():
 
 def _check_converted(module, args) -> None:
     """Before the forward of a converted layer: is its weight still a converted one?"""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     weight = module._parameters.get("weight")
-    if isinstance(weight, HaloWeight | DTensor) or hasattr(weight, _STANDS_IN):
+    if isinstance(weight, _CONVERTED) or hasattr(weight, _STANDS_IN):
         return
     shape = [module.out_features, module.in_features]
     if weight is None:  # FSDP1 and parametrisations keep it elsewhere

@@ -8,11 +8,12 @@ It also holds what the weight brings to its products, as codes that every write 
 reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from halo_tensor import derived, dispatch, fsdp, sharding
 from halo_tensor.gains import Gains, moved
@@ -34,6 +35,11 @@ _STAYS_A_WEIGHT = {
 _OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_param"}
 #: The functions by which ``Module._apply`` converts a parameter (see ``_keep_hooks``).
 _CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
+#: Types of a master whose writes can be followed: a fake or functional one has no values.
+_HAVE_VALUES = (torch.Tensor, torch.nn.Parameter)
+#: Names of the functions that read or set an attribute of a tensor, as FSDP does often. What they return is a view, which is a
+#: HaloWeight, or not computed from the weight.
+_ATTRIBUTES = ("__get__", "__set__")
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch.compiler.allow_in_graph(linear)
@@ -56,11 +62,12 @@ def _of_operand(name: str) -> Any:
 def _codes(weight: "HaloWeight") -> torch.Tensor | None:
     """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its
     graph: so it sees writes to the master as an eager one does."""
-    if weight.operand is None:
+    operand = weight.operand
+    if operand is None:
         return None
-    if not torch.compiler.is_compiling():
+    if weight.master is not None and not is_compiling():
         weight.follow()
-    return weight.operand.codes
+    return operand.codes
 
 
 class HaloWeight(fsdp.Shardable, torch.Tensor):
@@ -97,9 +104,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return _moved_by_accelerate(master, bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
-        # In inference mode a view of a plain tensor is a plain one, and so is what holds it.
-        plain = torch.is_inference_mode_enabled() and not like.is_inference()
-        with torch.inference_mode(False) if plain else nullcontext():
+        with _of_the_kind_of(like):
             return torch.Tensor._make_wrapper_subclass(
                 cls,
                 like.shape,
@@ -167,8 +172,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
         does. To be called before the codes are used or handed on."""
         operand = self.operand
-        if operand is None or type(self.master) not in (torch.Tensor, torch.nn.Parameter):
-            return  # a fake or functional master has no values to follow
+        if operand is None or type(self.master) not in _HAVE_VALUES:
+            return
         counted = operand.version != _version(self)
         if not (counted or operand.lent):
             return
@@ -221,7 +226,7 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             if isinstance(weight, cls) and not weight.recipe.is_identity and weight.fsdp != "chunk":
                 if torch.compiler.is_exporting():
                     raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
-                if not torch.compiler.is_compiling():
+                if weight.master is not None and not is_compiling():
                     weight.follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
         elif func == _SET_DATA:
@@ -253,15 +258,9 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             return tree_map_only(torch.Tensor, args[0]._view, out)
         return out
 
-    def _viewed(self, *parts: Any) -> "HaloWeight":
-        """A HaloWeight of ``parts``, as a view of this one. PyTorch refuses an inference tensor as a view of a plain one, and
-        this weight may be plain though its master, of a model built in inference mode, is an inference tensor."""
-        plain = torch.is_inference_mode_enabled() and not self.is_inference()
-        with torch.inference_mode(False) if plain else nullcontext():
-            return HaloWeight(*parts)
-
     def _alias(self) -> "HaloWeight":
-        alias = self._viewed(self.master, self.operand, self.recipe)
+        with _of_the_kind_of(self):
+            alias = HaloWeight(self.master, self.operand, self.recipe)
         alias.base, alias.fsdp = self.base, self.fsdp
         return alias._tagged(self)
 
@@ -272,7 +271,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
-        weight = self._viewed(view, None, Recipe())
+        with _of_the_kind_of(self):
+            weight = HaloWeight(view, None, Recipe())
         weight.base = self if self.base is None else self.base
         weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
         return weight
@@ -348,6 +348,13 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
 
 
+def _of_the_kind_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view. A weight
+    may be plain although its master is not: of a layer made in inference mode."""
+    plain = torch.is_inference_mode_enabled() and not tensor.is_inference()
+    return torch.inference_mode(False) if plain else nullcontext()
+
+
 def _grad(outputs, inputs, *args, **kwargs):
     return torch.autograd.grad(_edges(outputs), _edges(inputs), *args, **kwargs)
 
@@ -392,6 +399,8 @@ def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     if isinstance(out, HaloWeight):
         _keep_hooks(func, args[0] if args else None, out)
+    elif getattr(func, "__name__", "") in _ATTRIBUTES:
+        return out
     return derived.watch(func, args, kwargs, out)
 
 

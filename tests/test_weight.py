@@ -702,3 +702,14 @@ def test_a_parametrised_weight_can_be_saved(add):
     quantize_(layer, halo_config(1, "int8"), filter_fn=lambda *_: True)
     add(layer)
     assert all(type(value) is torch.Tensor for value in layer.state_dict().values())
+
+
+@torch.inference_mode()
+def test_a_layer_made_in_inference_mode_has_views_and_a_state_dict_there():
+    layer = nn.Linear(128, 128)
+    quantize_(layer, halo_config(1, "int8"))
+    weight = layer.weight
+    assert weight.master.is_inference() and not weight.is_inference()
+    assert isinstance(weight.detach(), HaloWeight) and torch.equal(weight[2:].dequantize(), weight.master[2:])
+    layer.load_state_dict({name: -value for name, value in layer.state_dict().items()})
+    assert torch.equal(weight.operand.codes, HaloWeight.from_hp(weight.master, weight.recipe).codes)

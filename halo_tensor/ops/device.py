@@ -1,5 +1,7 @@
 """What a device can run."""
 
+from functools import lru_cache
+
 import torch
 
 from halo_tensor.fences import Refusal
@@ -9,27 +11,37 @@ from halo_tensor.recipe import Format
 INTEGERS_ON_SM100 = (3, 8)
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Eager ops ask several times in each call, and PyTorch takes microseconds for each answer."""
+    return torch.cuda.get_device_capability(device) if device.index is None else _remembered_capability(device)
+
+
+@lru_cache
+def _remembered_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def is_hopper(device: torch.device) -> bool:
     """SM 9.0, not an AMD GPU that calls itself so."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) == (9, 0)
 
 
 def has_tma(device: torch.device) -> bool:
     """Whether the GPU copies tiles by descriptors. Triton's interpreter, on a CPU, reads descriptors too."""
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or torch.version.hip is not None or _capability(device) >= (9, 0)
 
 
 def rounds_to_fp8(device: torch.device) -> bool:
     """Whether Triton converts float32 to fp8 in one rounding. Before SM 9.0 it goes through float16, and so rounds twice; its
     interpreter, on a CPU, truncates. There the kernels round to the format's grid first."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and _capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
     """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
     if device.type != "cuda" or torch.version.hip is not None:
         return True
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return _capability(device)[0] in (9, 10)
 
 
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:

@@ -142,18 +142,22 @@ def _holds_row(x: torch.Tensor | Matrix, right: Rotation | None, gain: bool = Fa
     k = reference.padded(x.shape[1], right)
     if k > LARGEST_ROW:
         return False
-    if right is None or x.device.type != "cuda":
-        return True
+    return right is None or x.device.type != "cuda" or _holds_rotated_row(k, x.dtype, x.device, right, gain)
+
+
+@lru_cache(maxsize=4096)
+def _holds_rotated_row(k: int, dtype: torch.dtype, device: torch.device, right: Rotation, gain: bool) -> bool:
+    """:func:`_holds_row` for rows of ``k`` elements on a GPU. Eager ops ask in every call."""
     a, b = factors(right.edge) or (1, right.edge)
-    if not has_wgmma(x.device) and (x.dtype == torch.float32 or a > 1):
+    if not has_wgmma(device) and (dtype == torch.float32 or a > 1):
         return False  # it would spill registers
     # Bytes of bfloat16: the rotation's one or two matrices, and as many operands. Float32 rows are multiplied in parts.
     operands = max(b, TILE) ** 2 + triton.next_power_of_2(k)
     if a > 1:
         operands += max(triton.next_power_of_2(a), 16) ** 2 + triton.next_power_of_2(k)
-    if gain and not has_wgmma(x.device):
+    if gain and not has_wgmma(device):
         operands += triton.next_power_of_2(k)
-    return 2 * operands <= shared_memory(x.device)
+    return 2 * operands <= shared_memory(device)
 
 
 def gains_on_the_way(x, left, right, scale, noisy) -> bool:

@@ -41,8 +41,8 @@ def tile_for(
 ) -> Tile:
     """The launch table.
 
-    The rows of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest tiles whose kernels
-    spill no registers; they were compiled and not run.
+    The rows of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest tiles whose
+    kernels spill no registers; they were compiled and not run.
 
     Args:
         generation: the major compute capability, 9, 10 or 12.
