@@ -267,7 +267,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
     def _tagged(self, like: torch.Tensor) -> "HaloWeight":
         """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own
         in ``module.to``; a converted one is replaced there."""
-        self.__dict__.update(tags(like))
+        if not like.__dict__.keys() <= _OWN:
+            self.__dict__.update(tags(like))
         return self
 
     def _view(self, view: torch.Tensor) -> "HaloWeight":
@@ -397,6 +398,8 @@ def tags(tensor: torch.Tensor) -> dict[str, Any]:
 def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an ordinary function makes of weights, run eagerly with ``__torch_function__`` disabled."""
     out = func(*args, **kwargs)
+    if not isinstance(out, torch.Tensor) and type(out) not in (list, tuple):
+        return out
     if isinstance(out, HaloWeight):
         _keep_hooks(func, args[0] if args else None, out)
     elif getattr(func, "__name__", "") in _ATTRIBUTES:
