@@ -159,7 +159,7 @@ def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved
 
 
 def _storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
-    """Of a tensor, or of all that a subclass holds."""
+    """The storages of a tensor, or of all tensors that a subclass holds."""
     if not is_traceable_wrapper_subclass(tensor):
         return {tensor.untyped_storage()}
     names, _ = tensor.__tensor_flatten__()

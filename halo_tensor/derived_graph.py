@@ -170,7 +170,7 @@ def _source(name: str, given: list, value: Any) -> str | None:
 
 
 def _are_equal(one: torch.Size, other: torch.Size) -> bool:
-    """Without a guard of symbolic sizes."""
+    """Whether two shapes are known to be equal. The answer makes no graph depend on symbolic sizes."""
     return statically_known_true(sym_eq(tuple(one), tuple(other)))
 
 

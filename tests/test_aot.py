@@ -32,7 +32,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.fences import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
-from halo_tensor.ops import cublas, hopper, launcher, packing_kernels, reference, requantize, sm80, tma  # noqa: E402
+from halo_tensor.ops import cublas, epilogue, hopper, launcher, packing_kernels, reference, requantize, tma  # noqa: E402
 from halo_tensor.ops import launch as launching  # noqa: E402
 from halo_tensor.ops import rotate as rotating  # noqa: E402
 from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
@@ -128,7 +128,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (quantizer, rotating, tma, sm80):
+    for module in (quantizer, rotating, epilogue):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(hopper, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))

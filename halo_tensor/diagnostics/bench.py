@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a module made by ``make``, with input [batch, length, width] and gradients [batch, length, out]."""
+    """One measurement: a module made by ``make``, with input [batch, length, width] and gradients [batch, length, out]."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command does. Returns its exit code: that of :func:`bench`, or 2 without a GPU that multiplies such formats."""
+    """Run the command. Returns its exit code: that of :func:`bench`, or 2 without a GPU that multiplies such formats."""
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def environment() -> Environment:
 
 
 def _fast_paths(devices: list[torch.device]) -> dict[str, str]:
-    """Of each, "on", or "off: " and the reason."""
+    """The state of each fast path: "on", or "off: " and the reason."""
     reasons: dict[str, str] = {}
     if not any(device.type == "cuda" for device in devices):
         reasons |= dict.fromkeys(("precompiled", "launcher"), "no CUDA device")

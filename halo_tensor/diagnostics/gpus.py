@@ -20,7 +20,7 @@ H100_BANDWIDTH = 3.35e12
 
 @dataclass(frozen=True)
 class Published:
-    """What NVIDIA publishes of a GPU, without sparsity.
+    """The rates that NVIDIA publishes for a GPU, without sparsity.
 
     Attributes:
         capability: compute capability.

@@ -1,13 +1,27 @@
 """What Triton's product kernels do to an accumulator before they store it."""
 
+import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.ops.hadamard import block_diagonal
 from halo_tensor.ops.quantize_kernels import load_square
+from halo_tensor.ops.request import Request
 
 #: columns of an output tile that one rotation matrix undoes
 EDGE = 128
 UNDO_EDGE = tl.constexpr(EDGE)
+
+
+def matrices(request: Request, height: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The matrices that undo a product's rotations on tiles of ``height`` rows: left [height, height] and right [EDGE, EDGE];
+    None where there is no rotation."""
+    left, right, device = request.left, request.right, request.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
+    return (
+        block_diagonal(left, height, dtype, device, transposed=False) if left else None,
+        block_diagonal(right, EDGE, dtype, device, transposed=True) if right else None,
+    )
 
 
 @triton.jit

@@ -6,13 +6,11 @@ read through pointers without masks, so that Triton makes ``cp.async`` copies th
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from halo_tensor.ops.device import has_tma
-from halo_tensor.ops.epilogue import EDGE, finish
-from halo_tensor.ops.hadamard import block_diagonal
+from halo_tensor.ops.epilogue import finish, matrices
 from halo_tensor.ops.launch import Launch, shared_memory
 from halo_tensor.ops.request import Request, multiprocessors
 from halo_tensor.ops.rotate import norm
@@ -101,11 +99,6 @@ def plan(request: Request) -> tuple[Launch, tuple]:
     """The launch, and the matrices of its rotations."""
     (m, n, k), device, left, right = request.size, request.device, request.left, request.right
     tile = tile_for(m, n, request.integer, left is not None, shared_memory(device), multiprocessors(device))
-    matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
-    matrices = (
-        block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
-        block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
-    )
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **request.constants,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
@@ -113,4 +106,4 @@ def plan(request: Request) -> tuple[Launch, tuple]:
     }  # fmt: skip
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     integers = (m, n, k, request.rows, request.a.stride[0], request.b_t.stride[0])
-    return Launch(mma_kernel, grid, integers, constants), matrices
+    return Launch(mma_kernel, grid, integers, constants), matrices(request, tile.m)

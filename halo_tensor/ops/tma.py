@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.ops.device import INTEGERS_ON_SM100, has_tma
-from halo_tensor.ops.epilogue import EDGE, finish
-from halo_tensor.ops.hadamard import block_diagonal
+from halo_tensor.ops.epilogue import EDGE, finish, matrices
 from halo_tensor.ops.launch import Launch, Tiles
 from halo_tensor.ops.request import Request, multiprocessors
 from halo_tensor.ops.rotate import norm
@@ -114,11 +113,6 @@ def plan(request: Request) -> tuple[Launch, tuple]:
         generation, m, n, request.integer, left is not None, right is not None, wide_output, multiprocessors(device)
     )  # fmt: skip
     programs = min(multiprocessors(device) * tile.resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
-    matrix_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
-    matrices = (
-        block_diagonal(left, tile.m, matrix_dtype, device, transposed=False) if left else None,
-        block_diagonal(right, EDGE, matrix_dtype, device, transposed=True) if right else None,
-    )
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **request.constants,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
@@ -126,4 +120,4 @@ def plan(request: Request) -> tuple[Launch, tuple]:
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     tiles = Tiles((m, k), request.a.stride, (tile.m, tile.k)), Tiles((n, k), request.b_t.stride, (tile.n, tile.k))
-    return Launch(scaled_mm_kernel, (programs,), (m, n, k, request.rows, n), constants, tiles), matrices
+    return Launch(scaled_mm_kernel, (programs,), (m, n, k, request.rows, n), constants, tiles), matrices(request, tile.m)
