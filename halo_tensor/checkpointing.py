@@ -29,8 +29,8 @@ _CONTRACTED |= {  # private, and so perhaps not there in every version
 
 @cache
 def _is_kept(op) -> bool:
-    """Whether the results of an op that is not a matrix product are kept: convolutions, and attention, whose private ops differ
-    between versions of torch and are recognised by how their names begin."""
+    """Whether the results of an op that is no matrix product are kept: those of convolutions and of attention. Attention's ops
+    are private and differ between versions of torch, so they are recognised by how their names begin."""
     attention = str(op).startswith("aten._scaled_dot_product_") and "backward" not in str(op)
     return op is aten.convolution.default or attention
 
