@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
+from halo_tensor.fences import GLUON
 from halo_tensor.ops import hopper
 from halo_tensor.ops import scaled_mm as product
 from halo_tensor.ops.device import is_hopper
@@ -17,7 +18,7 @@ from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
 from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
 from tests.util import relative_error
 
-HERE = is_hopper(torch.device(DEVICE)) and product.hopper is not None
+HERE = is_hopper(torch.device(DEVICE)) and GLUON.load("halo_tensor.ops.hopper") is not None
 skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.9")
 
 
