@@ -441,7 +441,9 @@ def test_packing(launched, capability):
         packing_kernels.unpack_rows(packed, FP6_E2M3)
 
     if capability < 89:
-        with pytest.raises(RuntimeError, match=f"sm_{capability} has compute capability 8.{capability % 10} and cannot multiply fp6"):
+        with pytest.raises(
+            RuntimeError, match=f"sm_{capability} has compute capability 8.{capability % 10} and cannot multiply fp6"
+        ):
             launched(capability, request)
         return
     kernels = launched(capability, request)
