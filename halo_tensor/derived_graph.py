@@ -4,7 +4,7 @@ Compiled code keeps no class such as :class:`~halo_tensor.derived.Derived`. Dyna
 compiled: it holds the calls of forward under the names that eager code uses, and no backward. The rules are those of
 :mod:`halo_tensor.derived`. Because Dynamo makes its graph in every process, a warning does not depend on caches.
 
-This is written against internals of Dynamo (:data:`halo_tensor.fences.DERIVED`), and tested with torch 2.13.
+This is written against internals of Dynamo (:data:`halo_tensor.fences.DERIVED`), and tested with torch 2.11 to 2.15.
 """
 
 import operator

@@ -257,7 +257,10 @@ def test_compiled_code_takes_a_value_computed_from_a_weight(backend):
     with messages() as found:
         y = compiled(F.linear, backend)(X, value)
     torch.testing.assert_close(y, X @ (weight.dequantize() * 0.5).T)
-    assert len(found) == 1 and "a value [256, 128] computed from a converted weight" in found[0][0]
+    # In torch 2.11 the "eager" backend runs the product as eager code, which warns too.
+    most = 2 if backend == "eager" and torch.__version__.startswith("2.11.") else 1
+    assert 1 <= len(found) <= most
+    assert all("a value [256, 128] computed from a converted weight" in message for message, *_ in found)
 
 
 def written(buffer, m):
