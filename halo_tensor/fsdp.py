@@ -62,7 +62,7 @@ class Shardable:
 
     @property
     def _fsdp_flattened(self) -> bool:
-        """FSDP1 sets this on parameters that it takes apart and keeps (``use_orig_params=True``; tests ran with torch 2.11 to 2.15)."""
+        """FSDP1 sets this on parameters that it takes apart and keeps (``use_orig_params=True``; torch 2.11 to 2.15)."""
         return False
 
     @_fsdp_flattened.setter
