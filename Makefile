@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
-# The kernels for Hopper, compiled by another Triton: make test-triton TRITON=3.9.0
+# The products, compiled by another Triton: make test-triton TRITON=3.9.0
 TRITON ?= 3.9.0
 .triton/$(TRITON): $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$(TRITON)

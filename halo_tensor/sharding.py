@@ -10,6 +10,7 @@ import torch
 
 from halo_tensor.linear import reuses_operand
 from halo_tensor.ops import reference
+from halo_tensor.ops.schemas import is_symbolic
 
 aten = torch.ops.aten
 
@@ -55,8 +56,9 @@ def _split(weight, size, dim=0):
 
 def check_whole(weight: Any) -> None:
     """Refuse to multiply with a part of a weight, which no recipe is for: tensor parallelism does, through DTensor. It cuts
-    the detached weight; a chunk of the parameter itself was cut by other code, and is a view like any other."""
-    if weight.fsdp == "chunk" and isinstance(weight.base, torch.nn.Parameter):
+    the detached weight; a chunk of the parameter itself was cut by other code, and is a view like any other. So is a chunk
+    that a graph cuts while it is traced: shards were cut before, and come into a graph without their base."""
+    if weight.fsdp == "chunk" and (isinstance(weight.base, torch.nn.Parameter) or (weight.base is not None and is_symbolic())):
         return
     if weight.fsdp not in (None, "gathered"):
         raise ValueError(

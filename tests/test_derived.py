@@ -186,6 +186,18 @@ def test_a_compiled_product_warns_as_an_eager_one_does(frozen, backend, name):
     assert found[0][1:] == (__file__, PRODUCTS[name].__code__.co_firstlineno)
 
 
+@pytest.mark.parametrize("name", ["of a chunk", "of a chunk of columns", "of a chunk's transpose"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_product_of_a_chunk_is_that_of_a_view(name, frozen):
+    model = layer(frozen=frozen)
+    with messages() as eager:
+        expected = PRODUCTS[name](model.weight)
+    with messages() as found:
+        y = compiled(lambda model: PRODUCTS[name](model.weight), "aot_eager")(model)
+    torch.testing.assert_close(y, expected)
+    assert len(eager) == 1 and len(found) >= 1 and all("runs in high precision" in text for text, *_ in found)
+
+
 def in_another_mode(model):
     with torch.no_grad():
         y = F.linear(X, model.weight * 2)
