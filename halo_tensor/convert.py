@@ -37,7 +37,7 @@ EMPTY = "it has no features on a side, so there is nothing to multiply"
 
 @dataclass
 class Conversion:
-    """What :func:`quantize_` did.
+    """The result of :func:`quantize_`.
 
     Attributes:
         config: what the converted layers follow.

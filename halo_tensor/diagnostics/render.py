@@ -43,7 +43,7 @@ def headline(report: Report) -> str:
 
 
 def _left_alone(report: Report) -> list[str]:
-    """What stays in high precision under every candidate, if it is most of the model."""
+    """A paragraph that names the layers which no candidate converts, if they are most of the model; else nothing."""
     if report.share >= LEAST_SHARE:
         return []
     lines = [line.strip().removeprefix("left alone: ") for line in report.left_alone.splitlines()]

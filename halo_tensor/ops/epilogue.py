@@ -1,4 +1,4 @@
-"""What Triton's product kernels do to an accumulator before they store it."""
+"""The epilogue of Triton's product kernels: scale an accumulator, undo rotations, add a bias, and store the result."""
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def finish(
     """Store one tile of R_left (diag(a_scale) acc diag(b_scale)) Rᵀ_right diag(gain) + bias.
 
     A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector.
-    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation. NORM is what products with them lack of 1/√block.
+    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation. NORM is the factor that these products still need.
     PART: how many columns are un-rotated and stored at a time, at most 128 where RIGHT. Where the accumulator is in registers,
     128 un-rotated columns beside it would spill.
     """

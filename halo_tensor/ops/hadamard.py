@@ -141,7 +141,7 @@ def power(n: int) -> float:
 
 
 def norm(rotation: Rotation) -> float:
-    """What a product with the constants of a rotation lacks of 1/√block."""
+    """The factor that a product with the constants of a rotation still needs, to be scaled by 1/√block in all."""
     a, b = factors(rotation.edge) or (rotation.edge, 1)
     return rotation.edge**-0.5 / (power(a) * power(b))
 

@@ -232,7 +232,7 @@ def _producer(made: list[_StandIn]) -> tuple[Any, list[_StandIn]] | None:
 
 
 def _make(launcher: Callable, produced: int, args: tuple) -> Any:
-    """What ``launcher`` makes of ``args``, as buffers of the graph, to which launches write; None if it must be an op."""
+    """The buffers of the graph to which the launches of ``launcher(*args)`` write; None if the call must be an op."""
     recording: list[tuple] = []
     try:
         first = [_StandIn.of(recording, box) for box in args[: max(produced, 1)]]

@@ -1,7 +1,8 @@
-"""What launches know of Triton beneath its public names. Tested with Triton 3.6 to 3.9, on CUDA.
+"""Private names of Triton that launches use. Tested with Triton 3.6 to 3.9, on CUDA.
 
-Above all the C function with which Triton launches a kernel, without the Python around it. It takes its arguments by position,
-so it is called only under these versions (:data:`halo_tensor.fences.LAUNCHER`), and elsewhere Triton's launcher is.
+The most important one is the C function with which Triton launches a kernel, without the Python around it. It takes its
+arguments by position, so it is called only under these versions (:data:`halo_tensor.fences.LAUNCHER`). Under others, Triton's
+own launcher is called.
 """
 
 import inspect
@@ -42,8 +43,8 @@ def through_triton(compiled: Any, grid: tuple[int, ...], descriptors: Callable, 
 
 
 def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
-    """As ``launch``, which :func:`through_triton` made of the same arguments, but by the C function beneath; ``launch`` itself
-    where that function would not be enough."""
+    """A launch by the C function beneath Triton's launcher. Where that function would not be enough, ``launch`` runs, which
+    :func:`through_triton` made of the same arguments."""
     from triton import knobs
 
     if not _is_enough(compiled):

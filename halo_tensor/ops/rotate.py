@@ -43,7 +43,7 @@ class Matrix(NamedTuple):
 
 
 def norm(*rotations: Rotation | None) -> float:
-    """What products with the constants of these rotations lack of them."""
+    """The factor that products with the constants of these rotations still need, see :func:`hadamard.norm`."""
     return prod(hadamard.norm(r) for r in rotations if r is not None)
 
 
