@@ -6,9 +6,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import fsdp, gains, halo_config, quantize_, recipe_config
-from halo_tensor.balance import give
-from halo_tensor.weight import HaloWeight
+from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor.calibration.balance import give
+from halo_tensor.operand import gains
+from halo_tensor.weight import fsdp
+from halo_tensor.weight.tensor import HaloWeight
 
 
 def _everything(module: nn.Module, name: str) -> bool:

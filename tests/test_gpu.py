@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from halo_tensor import HaloWeight, balance_, halo_config, hot_config, quantize_
-from halo_tensor.linear import weight_operand
-from halo_tensor.ops import library, reference
+from halo_tensor.ops import library
+from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests.util import relative_error, typical_error
 
 pytestmark = pytest.mark.gpu
