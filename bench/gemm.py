@@ -14,7 +14,7 @@ import results
 import torch
 from triton.testing import do_bench_cudagraph
 
-from halo_tensor.ops.library import rotate_quantize, scaled_mm
+from halo_tensor.ops import rotate_quantize, scaled_mm
 from halo_tensor.recipe import FP8_E4M3, Rotation
 
 DEVICE = "cuda"

@@ -15,7 +15,7 @@ import results
 import torch
 from triton.testing import do_bench_cudagraph
 
-from halo_tensor.ops.library import quantize_pair, rotate_quantize
+from halo_tensor.ops import quantize_pair, rotate_quantize
 from halo_tensor.recipe import FP8_E4M3, INT8, Format, Rotation
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.hadamard import fit

@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from halo_tensor.ops import library  # noqa: F401  defines torch.ops.halo
+from halo_tensor import ops  # noqa: F401  defines torch.ops.halo
 
 aten = torch.ops.aten
 #: Of a shorter contraction (an adapter's) the result takes longer to write than to compute.

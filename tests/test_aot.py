@@ -31,6 +31,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from halo_tensor.fences import gluon as gluon_fence  # noqa: E402
 from halo_tensor.fences import triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
@@ -108,7 +109,7 @@ def check_arguments(kernel, arguments):
     """A plan's kernel is compiled once, then launched without a look at its arguments: they must be what it was made for."""
     assert kernel.metadata.target.arch == driver.active.capability, "compiled for another device"
     for declared, argument in zip(kernel.src.signature.values(), arguments, strict=True):
-        if isinstance(argument, torch.Tensor | TensorDescriptor | sm90.TensorDescriptor):
+        if isinstance(argument, torch.Tensor | TensorDescriptor | gluon_fence.TensorDescriptor):
             assert mangle_type(argument) == declared, "compiled for another dtype"
 
 
@@ -616,7 +617,7 @@ def broken(*args, **kwargs):
 def test_without_gluon(launched, monkeypatch, where):
     """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
     kernel = sm90.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
-    monkeypatch.setattr(sm90, where, kernel)
+    monkeypatch.setattr(gluon_fence if where == "_layout" else sm90, where, kernel)
     (kernel,) = one_warning_of(GLUON, lambda: launched(90, MULTIPLY["int8"]))
     assert kernel.name == "scaled_mm_kernel"
 

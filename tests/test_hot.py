@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor import dequantize_, hot_config, ops, quantize_, recipe_config
 from halo_tensor.analysis import Shape, bit_operations, measure_saved, shapes
 from halo_tensor.analysis import cost as analysis
-from halo_tensor.ops import library
 from halo_tensor.recipe import FORMATS, FP4_E3M0, INT4, INT8, RECIPES, Operand, Product, Recipe, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import round_to
@@ -54,12 +53,12 @@ def test_a_rank_is_a_projection(block, rank, m, n, side):
     rank = min(rank, block)
     r, x = Rotation(block, None, rank), torch.randn(m, n)
     left, right = (r, None) if side else (None, r)
-    there = library.rotate(x if side else x.t(), left, right)
+    there = ops.rotate(x if side else x.t(), left, right)
     assert there.shape == ((reference.rotated(m, r), n) if side else (n, reference.rotated(m, r)))
     torch.testing.assert_close((there if side else there.t()).double(), project(x, block, rank), atol=1e-5, rtol=1e-5)
-    back = library.unrotate(there, left, right, (m, n) if side else (n, m))
+    back = ops.unrotate(there, left, right, (m, n) if side else (n, m))
     if m % block == 0:
-        torch.testing.assert_close(library.rotate(back, left, right), there, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ops.rotate(back, left, right), there, atol=1e-5, rtol=1e-5)
     if rank == block:
         torch.testing.assert_close(back, x if side else x.t(), atol=1e-5, rtol=1e-5)
 
@@ -136,7 +135,7 @@ def test_stochastic_rounding_is_unbiased_and_reproducible():
 
 def test_the_mean_is_exact_of_rotated_bfloat16_too():
     x, rotation = torch.randn(64, 64, dtype=torch.bfloat16), Rotation(16, None)
-    draws = [library.rotate_quantize(x, None, rotation, INT8, "row", rounding="stochastic") for _ in range(400)]
+    draws = [ops.rotate_quantize(x, None, rotation, INT8, "row", rounding="stochastic") for _ in range(400)]
     mean = sum(codes.double() for codes, _, _ in draws) / 400
     bias = mean - reference.rotate(x, None, rotation) / draws[0][2][:, None]
     # Half a step is the most that one draw can be off; rounded to bfloat16 first, the bias would be 0.06 steps.

@@ -6,7 +6,7 @@ import torch
 from halo_tensor.fences.fast_paths import INDUCTOR, JOINT_GRAPH, disabled
 from halo_tensor.fences.pytorch import is_compiled
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops import implementations
+from halo_tensor.ops import register
 from halo_tensor.version import fingerprint
 
 
@@ -28,4 +28,4 @@ def _tag_caches() -> None:
         torch.compiler.config.cache_key_tag += tag
 
 
-implementations.WHEN_TRACED.append(prepare)
+register.WHEN_TRACED.append(prepare)

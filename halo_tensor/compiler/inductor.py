@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from halo_tensor.fences.fast_paths import INDUCTOR, PRODUCERS
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops import implementations
+from halo_tensor.ops.register import body_of
 
 #: For comparison: without it, what the quantiser reads is always written first. Cached graphs know nothing of it.
 FUSE_PRODUCERS = True
@@ -281,9 +281,12 @@ def _lower(op: torch._ops.OpOverload, launcher: Callable, produced: int = 0) -> 
         return as_op(*args) if made is None else made
 
 
-_lower(torch.ops.halo.rotate_quantize.default, implementations._rotate_quantize_cuda, produced=1)
-_lower(torch.ops.halo.quantize_pair.default, implementations._quantize_pair_cuda)
-_lower(torch.ops.halo.quantize_pairs.default, implementations._quantize_pairs_cuda, produced=2)
-_lower(torch.ops.halo.scaled_mm.default, implementations._scaled_mm_cuda)
-_lower(torch.ops.halo.rotate.default, implementations._rotate_cuda)
-_lower(torch.ops.halo.unrotate.default, implementations._unrotate_cuda)
+for _name, _produced in (
+    ("rotate_quantize", 1),
+    ("quantize_pair", 0),
+    ("quantize_pairs", 2),
+    ("scaled_mm", 0),
+    ("rotate", 0),
+    ("unrotate", 0),
+):
+    _lower(getattr(torch.ops.halo, _name).default, body_of(_name), _produced)

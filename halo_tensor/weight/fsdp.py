@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor import ops
 from halo_tensor.fences.pytorch import local_tensor, preserved_version, set_local_tensor
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.ops import library as ops
 from halo_tensor.recipe import Recipe
 from halo_tensor.reference import ops as reference
 
