@@ -20,10 +20,10 @@ from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
 from halo_tensor.weight.tensor import HaloWeight
 from tests.helpers.errors import relative_error
+from tests.helpers.graphs import graphs
+from tests.helpers.linear_layers import converted, everything, exact, gradients
 from tests.helpers.recording import OpLog, saved_bytes
-from tests.integration.test_compile import graphs
-from tests.products.test_linear import converted, everything, exact, gradients
-from tests.weight.test_tensor import Mlp, step_alike, train
+from tests.helpers.training import Mlp, step_alike, train
 
 OUTLIERS = slice(None, None, 29)
 
@@ -104,7 +104,7 @@ def test_small_channels_of_the_gradient_become_more_exact():
 
 def test_the_formulas_with_a_gain():
     """In float64, with dense rotations: Y, E_X and G of HALO-1 with X divided and W multiplied by s."""
-    from tests.products.test_linear import rotation_matrix
+    from tests.helpers.linear_layers import rotation_matrix
 
     m, k, n = 128, 192, 256
     plain = nn.Linear(k, n, bias=False)

@@ -9,7 +9,7 @@ from torch import nn
 from halo_tensor import Balanced, LayerConfigs, calibrate, dequantize_, halo_config, hot_config, quantize_
 from halo_tensor.calibration.choice import gradients_under
 from tests.helpers.errors import relative_error
-from tests.integration.test_hot import project, rounded
+from tests.helpers.projections import project, rounded
 
 
 class Layers(nn.Module):

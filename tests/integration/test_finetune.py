@@ -1,7 +1,6 @@
 """Fine-tuning a small Llama end to end, through transformers, and the comparison of recipes on it."""
 
 import json
-import pydoc_data.topics
 import re
 import subprocess
 import sys
@@ -11,24 +10,10 @@ import pytest
 import torch
 
 from halo_tensor import dequantize_, halo_config, quantize_
+from tests.helpers.small_models import TEXT, save_small_model, small_llama
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
-TEXT = "\n".join(list(pydoc_data.topics.topics.values())[:20])
-
-
-def small_llama(vocabulary: int = 128):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def finetune(config, steps: int = 30) -> list[float]:
@@ -82,20 +67,6 @@ def test_a_finetuned_model_exports_to_plain_transformers(tmp_path):
     dequantize_(model)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def save_small_model(folder: Path) -> None:
-    """A model and a tokenizer as ``from_pretrained`` wants them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.save_pretrained(folder)
-    small_llama(300).save_pretrained(folder)
 
 
 #: Runs an example, and says on stderr when the library and what it needs are imported.

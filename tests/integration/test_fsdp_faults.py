@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, halo_config
 from halo_tensor.weight.fsdp import precompute_scales
-from tests.weight.test_fsdp import EVEN, UNEVEN, make, shard
+from tests.helpers.sharded import EVEN, UNEVEN, make, shard
 
 TIMEOUT = 15  # of the process group, in seconds
 SECONDS = 30  # from a rank's end to the other's

@@ -15,9 +15,9 @@ from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import DEVICE, runs_kernels
-from tests.integration.test_hot import project, rounded
-from tests.kernels.quantize.test_kernels import DTYPES, FORMAT, LAYOUTS, assert_layout, check, examples, matrix
-from tests.products.test_linear import converted, gradients
+from tests.helpers.kernel_checks import DTYPES, FORMAT, LAYOUTS, assert_layout, check, examples, matrix
+from tests.helpers.linear_layers import converted, gradients
+from tests.helpers.projections import project, rounded
 
 ROTATIONS = [
     Rotation(16, None, 8), Rotation(16, None, 3), Rotation(2, None, 1), Rotation(128, None, 1), Rotation(64, None, 64),

@@ -16,7 +16,7 @@ from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import DEVICE, runs_kernels
-from tests.integration.test_magnitudes import EDGES, check_layer, in_every_recipe, operands
+from tests.helpers.magnitudes import EDGES, check_layer, in_every_recipe, operands
 
 
 @interpreter.runs_the_others

@@ -11,7 +11,7 @@ from torch import nn
 
 from halo_tensor import HaloWeight, halo_config, quantize_
 from tests.helpers.recording import OpLog
-from tests.integration.test_finetune import save_small_model
+from tests.helpers.small_models import save_small_model
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

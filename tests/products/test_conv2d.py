@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.layers.conv2d import HaloConv2d
 from tests.helpers.errors import relative_error
+from tests.helpers.projections import project, rounded, walsh
 from tests.helpers.recording import OpLog, saved_bytes
-from tests.integration.test_hot import project, rounded, walsh
 
 GEOMETRIES = [
     {"kernel_size": 1},

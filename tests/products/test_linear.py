@@ -9,43 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.layers.linear import convert_weight
 from halo_tensor.products.operands import _shared, _shared_operands
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation
-from halo_tensor.reference.hadamard import hadamard, signs
 from tests.helpers.errors import relative_error, typical_error
+from tests.helpers.linear_layers import converted, exact, gradients, rotation_matrix
 from tests.helpers.recording import OpLog, saved_bytes
 
 LEVELS, DTYPES, GRANULARITIES = (0, 1, 2), ("int8", "fp8", "fp6_e2m3", "fp6_e3m2"), ("row", "tensor")
 CODES = {"int8": torch.int8}  # else float8_e4m3fn
-
-
-def everything(module, name):
-    return isinstance(module, nn.Linear)
-
-
-def converted(layer: nn.Linear, config) -> nn.Linear:
-    layer = copy.deepcopy(layer)
-    if isinstance(config, Recipe):
-        convert_weight(layer, config)
-    else:
-        quantize_(layer, config, filter_fn=everything)
-    return layer
-
-
-def gradients(layer, x, e):
-    """Y, E_X, G and the bias's gradient (None without one)."""
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    wanted = [x, layer.weight] + ([] if layer.bias is None else [layer.bias])
-    return [y, *torch.autograd.grad(y, wanted, e)]
-
-
-def exact(layer, x, e):
-    """The same in float64, by the formulas."""
-    x, e, w = x.double().reshape(-1, x.shape[-1]), e.double().reshape(-1, e.shape[-1]), layer.weight.double()
-    y = x @ w.t() + (0 if layer.bias is None else layer.bias.double())
-    return [y, e @ w, e.t() @ x] + ([] if layer.bias is None else [e.sum(0)])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -69,13 +40,6 @@ def test_gradients_within_a_window(level, dtype, granularity):
         if dtype == "int8" and granularity == "tensor":
             typical *= 1.35
         assert 0.6 * typical < error < 1.4 * typical, name
-
-
-def rotation_matrix(rotation: Rotation | None, n: int) -> torch.Tensor:
-    if rotation is None:
-        return torch.eye(n, dtype=torch.float64)
-    block = torch.diag(signs(rotation.block, rotation.seed)).double() @ hadamard(rotation.block).double()
-    return torch.block_diag(*[block / rotation.block**0.5] * (n // rotation.block))
 
 
 def rounded(x: torch.Tensor, dim: int | None) -> torch.Tensor:

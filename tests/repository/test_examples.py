@@ -26,7 +26,7 @@ import finetune  # noqa: E402
 import vit  # noqa: E402
 
 from halo_tensor import HaloWeight, balance_  # noqa: E402
-from tests.integration.test_finetune import save_small_model  # noqa: E402
+from tests.helpers.small_models import save_small_model  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -13,7 +13,7 @@ sys.path[1:1] = [str(ROOT / "examples"), str(ROOT / "bench")]
 import outliers  # noqa: E402
 
 from halo_tensor.diagnostics import CANDIDATES  # noqa: E402
-from tests.integration.test_finetune import save_small_model, small_llama  # noqa: E402
+from tests.helpers.small_models import save_small_model, small_llama  # noqa: E402
 
 
 def test_outliers_are_there_and_the_function_is_the_same():

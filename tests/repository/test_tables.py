@@ -23,7 +23,7 @@ import memory  # noqa: E402
 import rotation  # noqa: E402
 
 from halo_tensor import HaloWeight  # noqa: E402
-from tests.integration.test_finetune import small_llama  # noqa: E402
+from tests.helpers.small_models import small_llama  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, halo_config, quantize_, recipe_config
 from halo_tensor.recipe import FP6_E2M3
@@ -39,42 +38,10 @@ from halo_tensor.reference.packing import pack_rows
 from halo_tensor.weight import fsdp
 from halo_tensor.weight.fsdp import local, precompute_scales
 from tests.helpers.recording import OpLog
+from tests.helpers.sharded import EVEN, MIXED, UNEVEN, make, shard
 
 SECONDS = 300  # that a group of processes may take, on a busy machine
 FULL = StateDictOptions(full_state_dict=True)
-# Width and output features. 96 rows are shared out evenly among 2 and 3 ranks, 131 are not, 128 not among 3.
-EVEN, MIXED, UNEVEN = (96, 6), (96, 131), (128, 131)
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
-        self.checkpointed = False
-
-    def forward(self, x):
-        if self.checkpointed:
-            return x + checkpoint(self._branch, x, use_reentrant=False)
-        return x + self._branch(x)
-
-    def _branch(self, x):
-        return self.down(nn.functional.silu(self.up(self.norm(x))))
-
-
-def make(config, size=EVEN, dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(1)
-    width, out = size
-    model = nn.Sequential(Mlp(width, 2 * width), nn.Linear(width, out)).to(dtype)
-    if config is not None:
-        quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    return model
-
-
-def shard(model: nn.Module, **options) -> nn.Module:
-    for layer in model:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
 
 
 def data(model: nn.Module, steps: int, world: int, dtype=torch.float32):

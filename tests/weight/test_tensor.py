@@ -15,73 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
 from halo_tensor.ops import library
-from halo_tensor.products.operands import weight_operand
 from tests.helpers.recording import OpLog, saved_bytes
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int = 128):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
-
-
-def make(converted: bool = True, blocks: int = 2) -> nn.Module:
-    torch.manual_seed(1)
-    model = nn.Sequential(*(Mlp() for _ in range(blocks)))
-    if converted:
-        quantize_(model, halo_config(1, "int8"))
-    return model
-
-
-def train(model, steps=5, optimizer=None, **kwargs):
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3, **kwargs)
-    x, target = torch.randn(2, steps, 32, 128, generator=torch.Generator().manual_seed(2))
-    losses = []
-    for i in range(steps):
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x[i]), target[i])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-OPTIMIZERS = {
-    "adamw": (torch.optim.AdamW, {}),
-    "adamw_fused": (torch.optim.AdamW, {"fused": True}),
-    "adamw_foreach": (torch.optim.AdamW, {"foreach": True}),
-    "adam": (torch.optim.Adam, {}),
-    "adamax": (torch.optim.Adamax, {}),
-    "adadelta": (torch.optim.Adadelta, {}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "adafactor": (torch.optim.Adafactor, {}),
-    "asgd": (torch.optim.ASGD, {}),
-    "nadam": (torch.optim.NAdam, {}),
-    "radam": (torch.optim.RAdam, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-    "rprop": (torch.optim.Rprop, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "sgd_fused": (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
-    "sgd_foreach": (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
-}
-
-
-def step_alike(name: str, plain: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
-    """Three steps of both with the same gradients; ``model``'s optimiser."""
-    kind, options = OPTIMIZERS[name]
-    optimizers = [kind(m.parameters(), lr=1e-2, **options) for m in (plain, model)]
-    for step in range(3):
-        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    return optimizers[1]
+from tests.helpers.training import OPTIMIZERS, make, step_alike, train
+from tests.helpers.weights import converted, in_step
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -360,11 +296,6 @@ def test_other_uses_of_the_weight_see_the_master():
 # The codes that a weight holds.
 
 
-def in_step(weight: HaloWeight) -> bool:
-    fresh = weight_operand(weight.master, weight.recipe)
-    return torch.equal(fresh.codes, weight.operand.codes) and torch.equal(fresh.scale, weight.operand.scale)
-
-
 WRITES = {
     "in place": lambda w: w.mul_(2),
     "foreach": lambda w: torch._foreach_add_([w], [torch.ones(w.shape)]),
@@ -381,12 +312,6 @@ WRITES = {
     "init": lambda w: nn.init.kaiming_uniform_(w),
     "out": lambda w: torch.add(torch.ones(w.shape), 1, out=w.data),
 }
-
-
-def converted(config, **kwargs) -> nn.Linear:
-    layer = nn.Linear(128, 256, bias=False, **kwargs)
-    quantize_(layer, config)
-    return layer
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])

@@ -16,7 +16,8 @@ from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference.hadamard import block_diagonal
 from halo_tensor.reference.ops import rotated
 from tests.helpers.errors import relative_error
-from tests.kernels.quantize.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
+from tests.helpers.interpreter import DEVICE
+from tests.helpers.kernel_checks import DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
 
 HERE = is_hopper(torch.device(DEVICE)) and GLUON.load("halo_tensor.kernels.matmul.sm90") is not None
 skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.9")
