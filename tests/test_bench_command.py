@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from halo_tensor import halo_config
-from halo_tensor.diagnostics import bench
+from halo_tensor.diagnostics import bench, machine
 from tests.util import OpLog
 
 CPU = torch.device("cpu")
 PATHS = {"launcher": "on", "gluon": "off: no GPU of compute capability 9.0"}
 FOUND = {"torch": "2.13", "triton": "3.6.0", "halo_tensor": "0.3.0", "fast paths": PATHS}
-environment = sys.modules["halo_tensor.diagnostics.environment"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture
@@ -132,10 +131,10 @@ def test_the_commit_of_an_installation(monkeypatch):
         def __init__(self, text):
             self.read_text = lambda name: text
 
-    monkeypatch.setattr(environment, "distribution", lambda name: Installed('{"vcs_info": {"commit_id": "0123456789abcdef"}}'))
-    assert environment.source_commit() == "0123456789"
-    monkeypatch.setattr(environment, "distribution", lambda name: Installed(None))
-    run = ["git", "-C", environment.__file__.rsplit("/", 3)[0], "rev-parse", "HEAD"]
+    monkeypatch.setattr(machine, "distribution", lambda name: Installed('{"vcs_info": {"commit_id": "0123456789abcdef"}}'))
+    assert machine.source_commit() == "0123456789"
+    monkeypatch.setattr(machine, "distribution", lambda name: Installed(None))
+    run = ["git", "-C", machine.__file__.rsplit("/", 3)[0], "rev-parse", "HEAD"]
     head = subprocess.run(run, capture_output=True, text=True).stdout.strip()
-    found = environment.source_commit()
+    found = machine.source_commit()
     assert found is None if not head else head.startswith(found.removesuffix("-dirty"))

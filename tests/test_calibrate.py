@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halo_tensor import Balanced, LayerConfigs, calibrate, dequantize_, halo_config, hot_config, quantize_
-from halo_tensor.calibration.choice import gradients_under
+from halo_tensor.calibration.selection import gradients_under
 from tests.test_hot import project, rounded
 from tests.util import relative_error
 
@@ -103,9 +103,9 @@ def test_level_auto():
     assert len(quantize_(model, chosen).converted) == 2
     with pytest.raises(ValueError, match="level must be 'auto'"):
         calibrate(model, batches, level=1)
-    with pytest.raises(TypeError, match=r"config is HOT's, of hot_config\(\); level='auto' chooses"):
+    with pytest.raises(TypeError, match=r"config must be a HotConfig of hot_config\(\); level='auto' chooses"):
         calibrate(model, batches, halo_config())
-    with pytest.raises(ValueError, match="config and energy are of HOT's choice"):
+    with pytest.raises(ValueError, match="config and energy need level=None"):
         calibrate(model, batches, hot_config(), level="auto")
     with pytest.raises(ValueError, match="a low rank, which takes no signs"):
         calibrate(model, batches, hot_config(None, seed=0), energy=0.9)

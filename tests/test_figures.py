@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from halo_tensor import halo_config, hot_config
+from halo_tensor.analysis import capture, roofline, trial_run
 from halo_tensor.analysis import cost as analysis
-from halo_tensor.analysis import measure, roofline
 from halo_tensor.calibration.balance import Statistics, _exponents, _groups, observed
-from halo_tensor.calibration.choice import _Cosines, _Quantisers, gradients_under
+from halo_tensor.calibration.selection import CosineSelection, QuantizerSelection, gradients_under
 from halo_tensor.recipe import RECIPES, Recipe
 
 CEILINGS = roofline.Ceilings(
@@ -70,22 +70,22 @@ def test_blocks_are_multiplied_in_high_precision():
 
 
 def test_rows_are_evenly_spaced():
-    assert measure._evenly(10, 4, torch.device("cpu")).tolist() == [0, 2, 5, 7]
-    assert measure._evenly(3, 4, torch.device("cpu")).tolist() == [0, 1, 2] and not len(
-        measure._evenly(0, 4, torch.device("cpu"))
+    assert capture.evenly_spaced(10, 4, torch.device("cpu")).tolist() == [0, 2, 5, 7]
+    assert capture.evenly_spaced(3, 4, torch.device("cpu")).tolist() == [0, 1, 2] and not len(
+        capture.evenly_spaced(0, 4, torch.device("cpu"))
     )
 
 
 def test_sampled_gradients_have_the_norm_of_the_whole(monkeypatch):
-    monkeypatch.setattr(measure, "GRADIENT_SAMPLE", 64)
+    monkeypatch.setattr(trial_run, "GRADIENT_SAMPLE", 64)
     weight, small = nn.Parameter(torch.ones(16, 64)), nn.Parameter(torch.ones(64))
-    found = measure.gradients((weight * 3).sum() + (small * torch.arange(64.0)).sum(), {"w": weight, "s": small})
+    found = trial_run.gradients((weight * 3).sum() + (small * torch.arange(64.0)).sum(), {"w": weight, "s": small})
     assert len(found["w"]) == 64 and found["w"].square().sum().item() == pytest.approx(9 * 16 * 64)
     assert found["s"].tolist() == list(range(64)), "as many as are sampled: all, in order"
 
 
 def test_lqs_wants_less_than_half_the_error():
-    choice = _Quantisers(hot_config(), 0.9)
+    choice = QuantizerSelection(hot_config(), 0.9)
     errors = {f"energy of rank {rank}": rank / 20 for rank in choice.ranks}
 
     def chosen(tensor, tokens, **more):
@@ -101,7 +101,7 @@ def test_lqs_wants_less_than_half_the_error():
 
 def test_auto_takes_the_first_that_is_good_enough():
     configs = halo_config(1, "int8"), halo_config(0, "fp8"), halo_config(2, "int8")
-    choice = _Cosines(configs, 0.99)
+    choice = CosineSelection(configs, 0.99)
     cosines = {"cosine of candidate 0": 0.98, "cosine of candidate 1": 0.99, "cosine of candidate 2": 0.999}
     assert choice.choose(cosines) is configs[1]
     assert choice.choose(cosines | {"cosine of candidate 1": 0.9899}) is configs[2]
@@ -168,7 +168,7 @@ def test_shapes_of_layers_at_work():
 
 def test_energy_is_of_squares():
     layer, x, e = nn.Linear(64, 64), torch.randn(64, 64), torch.randn(64, 64)
-    measured = _Quantisers(hot_config(rounding="nearest"), 0.9).measure(layer, x, e)
+    measured = QuantizerSelection(hot_config(rounding="nearest"), 0.9).measure(layer, x, e)
     exact = gradients_under(layer, None, x, e)[2]
     for rank in (2, 8):
         actual = gradients_under(layer, hot_config(rank, rounding="nearest").recipe, x, e)[2]

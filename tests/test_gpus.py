@@ -9,7 +9,7 @@ from torch import nn
 
 from halo_tensor import calibrate, halo_config, report
 from halo_tensor.analysis import gpus, roofline
-from halo_tensor.diagnostics.report import CANDIDATES
+from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,7 +65,7 @@ def test_the_share_that_is_reached_is_an_h100s():
     published = gpus.GPUS["H100"]
     for unit, rate in roofline.H100.products.items():
         assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.06)
-    assert published.bandwidth * 1e12 == gpus.H100_BANDWIDTH
+    assert 0.8 * published.bandwidth < roofline.H100.copy / 1e12 < published.bandwidth
     assert gpus.ceilings_of("H100") is roofline.H100
     h200 = gpus.ceilings_of("H200")
     assert h200.products == roofline.H100.products and h200.rotate == pytest.approx(roofline.H100.rotate * 4.8 / 3.35)

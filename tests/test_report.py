@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
-from halo_tensor.analysis import measure, roofline
-from halo_tensor.analysis.measure import Fidelity, Outliers
-from halo_tensor.diagnostics.report import CANDIDATES, _fastest
-from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport
+from halo_tensor.analysis import roofline, trial_run
+from halo_tensor.analysis.fidelity import Fidelity, Outliers
+from halo_tensor.calibration.candidates import CANDIDATES
+from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport
+from halo_tensor.diagnostics.reports.recommendation import fastest
 from halo_tensor.recipe import INT8, PRODUCTS, Recipe
 from tests.util import relative_error, typical_error
 
@@ -187,9 +188,9 @@ def test_the_whole_gradient_is_that_of_a_converted_model(found):
 def test_sampled_gradients_estimate_the_whole(monkeypatch):
     weight = nn.Parameter(torch.randn(300, 400))
     x = torch.randn(400)
-    whole = measure.gradients((weight @ x).square().sum(), {"w": weight})["w"]
-    monkeypatch.setattr(measure, "GRADIENT_SAMPLE", 20000)
-    sample = measure.gradients((weight @ x).square().sum(), {"w": weight})["w"]
+    whole = trial_run.gradients((weight @ x).square().sum(), {"w": weight})["w"]
+    monkeypatch.setattr(trial_run, "GRADIENT_SAMPLE", 20000)
+    sample = trial_run.gradients((weight @ x).square().sum(), {"w": weight})["w"]
     assert len(whole) == 65536 and len(sample) == 20000
     exact = torch.autograd.grad((weight @ x).square().sum(), weight)[0].norm()
     assert sample.norm() == pytest.approx(exact.item(), rel=0.05)
@@ -217,16 +218,16 @@ def candidate(name, cosine, speed):
 
 def test_the_fastest_is_recommended_unless_one_as_fast_is_far_more_faithful():
     slow, fast = candidate("slow", 0.999, 1.2), candidate("fast", 0.98, 1.6)
-    assert _fastest([slow, fast]) is fast
+    assert fastest([slow, fast]) is fast
     close = candidate("close", 0.995, 1.55)
-    assert _fastest([slow, fast, close]) is close
+    assert fastest([slow, fast, close]) is close
     closer = candidate("closer", 0.998, 1.5)  # within 5 % of close, not of fast
-    assert _fastest([slow, fast, close, closer]) is closer and _fastest([slow, fast, closer]) is fast
+    assert fastest([slow, fast, close, closer]) is closer and fastest([slow, fast, closer]) is fast
     little = candidate("little better", 0.985, 1.59)
-    assert _fastest([slow, fast, little]) is fast
+    assert fastest([slow, fast, little]) is fast
     noise = candidate("better by noise", 0.9999, 1.59)
-    assert _fastest([candidate("faithful", 0.9995, 1.6), noise]).name == "faithful"
-    assert _fastest([candidate("a", 0.98, 1.6), candidate("b", 0.981, 1.6)]).name == "b"
+    assert fastest([candidate("faithful", 0.9995, 1.6), noise]).name == "faithful"
+    assert fastest([candidate("a", 0.98, 1.6), candidate("b", 0.981, 1.6)]).name == "b"
 
 
 def test_no_candidate_is_recommended_below_the_threshold():
@@ -351,8 +352,8 @@ def test_a_balance_that_gains_little_is_not_recommended():
     more = CandidateReport("balanced", None, 0.997, 0.0, 1.5, balanced=True)
     much = CandidateReport("balanced", None, 0.999, 0.0, 1.5, balanced=True)
     for order in ((plain, more), (more, plain)):
-        assert _fastest(list(order)) is plain
-    assert _fastest([plain, much]) is much and _fastest([more]) is more
+        assert fastest(list(order)) is plain
+    assert fastest([plain, much]) is much and fastest([more]) is more
     found = report(Model(1), batch(), candidates=BALANCED)
     assert (found.recommended, found.balanced) != ("int8 HALO-1, balanced", True)
 
