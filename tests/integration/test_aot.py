@@ -31,7 +31,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.fences import triton_launch  # noqa: E402
+from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
@@ -108,7 +108,7 @@ def check_arguments(kernel, arguments):
     """A plan's kernel is compiled once, then launched without a look at its arguments: they must be what it was made for."""
     assert kernel.metadata.target.arch == driver.active.capability, "compiled for another device"
     for declared, argument in zip(kernel.src.signature.values(), arguments, strict=True):
-        if isinstance(argument, torch.Tensor | TensorDescriptor | sm90.TensorDescriptor):
+        if isinstance(argument, torch.Tensor | TensorDescriptor | gluon.TensorDescriptor):
             assert mangle_type(argument) == declared, "compiled for another dtype"
 
 

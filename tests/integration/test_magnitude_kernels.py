@@ -88,7 +88,9 @@ def test_kernels_multiply(exponents, format):
         y = library.scaled_mm(a, b, a_scale, b_scale, None, None, right, (20, 128), torch.float32)
         columns = reference.unrotate(a.double() @ b.double().t() * b_scale * 2.0 ** -exponents[1], None, right, y.shape)
         true = columns.double() * a_scale.double()[:, None] * 2.0 ** exponents[1]
-        assert relative_error(y, true) < (1e-5 if right is None else 1e-2)
+        # A fp8 unit of a GPU sums products to some 13 bits before it adds them to a float32.
+        summed = 2e-4 if format is FP8_E4M3 and DEVICE.type == "cuda" else 1e-5
+        assert relative_error(y, true) < (summed if right is None else 1e-2)
 
 
 @runs_kernels
