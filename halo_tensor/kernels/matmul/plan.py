@@ -23,8 +23,8 @@ from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.ops import LONGEST_SUM
 
 #: In the order in which they are asked. ``why_not(request)`` gives the reason to decline, or None. ``plan(request)`` gives a
-#: :class:`~halo_tensor.kernels.launch.Variant` of the numbers and the tensors that :func:`plan` names, or None if it could not
-#: be prepared, of which a warning was given.
+#: launch and the tensors that it takes last, or None if it could not be prepared, of which a warning was given. A launch takes
+#: (a, b_t, out, a_scale, b_scale, gain, bias, *tensors), and out in the place of one that there is not.
 BACKENDS: tuple[Any, ...] = tuple(
     backend for backend in (cublas, GLUON.load("halo_tensor.kernels.matmul.sm90"), sm80, tma) if backend is not None
 )
