@@ -258,7 +258,7 @@ def module(name: str):
 
 LOWERINGS = {
     "the import": (INDUCTOR, no_lowerings, AttributeError),
-    "a tensor": (INDUCTOR, attribute("halo_tensor.compiler.inductor._StandIn.of"), TypeError),
+    "a tensor": (INDUCTOR, attribute("halo_tensor.compiler.stand_ins.StandIn.of"), TypeError),
     "the result": (INDUCTOR, attribute("torch._inductor.ir.MutationOutput"), RuntimeError),
     "a launch among others": (INDUCTOR, every_fifth, AttributeError),
     "the producers' import": (PRODUCERS, module("halo_tensor.compiler.producers"), TypeError),
