@@ -12,7 +12,7 @@ from torch import nn
 
 from halo_tensor import HaloWeight, balance_, halo_config, hot_config, ops, quantize_
 from halo_tensor.fences import triton_launch
-from halo_tensor.fences.fast_paths import GLUON, LAUNCHER, PRECOMPILED
+from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON, LAUNCHER, PRECOMPILED
 from halo_tensor.kernels.device import is_hopper
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
@@ -53,6 +53,22 @@ def test_fp8_accumulation_costs_less_than_half_a_decibel():
     true = x.double() @ w.double().t()
     exact = relative_error(a.double() @ b.double().t(), true)
     assert 0.02 < exact < 0.06 and relative_error(y, true) < exact * 10 ** (0.5 / 20)
+
+
+@pytest.mark.parametrize("size", [(5, 33, 7), (300, 1000, 520)])
+@pytest.mark.parametrize("off", [("gluon", "cublas", "tma"), ("gluon", "cublas", "tma", "sm80")])
+def test_products_without_backends(monkeypatch, off, size):
+    """Other backends serve what ``HALO_DISABLE`` takes from one; codes are small integers, and so all sums are exact."""
+    for name in off:
+        monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
+    product._plan.cache_clear()
+    (m, k, n), scale = size, torch.rand(size[0], device="cuda")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        a, b_t = (torch.randint(-4, 5, (rows, k), device="cuda").float().to(dtype) for rows in (m, n))
+        y = ops.scaled_mm(a, b_t, scale, None, None, None, None, (m, n), torch.float32)
+        expected = a.double() @ b_t.double().t() * scale[:, None]
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0)
+    product._plan.cache_clear()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from halo_tensor import ops
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.matmul import sm80
+from halo_tensor.kernels.matmul import sm80, tma
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
@@ -28,8 +28,7 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def as_before_hopper(monkeypatch):
     """Products are planned as for a GPU without TMA."""
-    monkeypatch.setattr(sm80, "has_tma", lambda device: False)
-    monkeypatch.setattr(sm80, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(tma, "has_tma", lambda device: False)
     as_planned.cache_clear()
     yield
     as_planned.cache_clear()
