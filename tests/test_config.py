@@ -1,12 +1,25 @@
 import json
 import pickle
+from dataclasses import fields, replace
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig
 
-from halo_tensor import HaloConfig, LayerConfigs, halo_config, hot_config, quantize_, recipe_config
+from halo_tensor import (
+    HaloConfig,
+    HotConfig,
+    LayerConfigs,
+    LinearConfig,
+    RecipeConfig,
+    halo_config,
+    hot_config,
+    quantize_,
+    recipe_config,
+)
 from halo_tensor.kernels import device
 from halo_tensor.recipe import FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, RECIPES, Recipe, Rotation
 
@@ -14,8 +27,10 @@ CONFIGS = [
     halo_config(),
     halo_config(0, "fp8", granularity="tensor"),
     halo_config(2, "int8", block_size=None, seed=None, skip="", min_features=1),
+    hot_config(None, seed=3, grad_output_granularity="row", frozen=False),
     recipe_config("jetfire", skip="gate"),
 ]
+METHODS = {halo_config: "level", hot_config: "rank", recipe_config: "name"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -29,31 +44,46 @@ def test_the_default_is_int8_at_level_1():
     assert halo_config() == HaloConfig() == halo_config(1, "int8") != halo_config(1, "fp8")
 
 
-#: As 0.1.0 wrote it, whose default dtype was fp8.
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_the_file_of_0_1_0_means_what_it_meant():
+    loaded = LayerConfigs.load(FIXTURES / "0.1.0" / "layers.json")
+    assert loaded.layers == {
+        "model.layers.0.self_attn.q_proj": halo_config(1, "fp8"),  # the default then
+        "model.layers.0.mlp.up_proj": halo_config(
+            2, "int8", granularity="tensor", block_size=None, seed=None, skip="", min_features=1, frozen=True
+        ),
+        "model.layers.0.mlp.gate_proj": halo_config(1, "fp6", keep_codes=False),
+        "conv": hot_config(),
+        "head": hot_config(
+            None, block_size=32, grad_input_bits=8, grad_output_granularity="row", granularity="row", rounding="nearest",
+            seed=3, adapters=True,
+        ),
+        "gate": recipe_config("jetfire", skip="gate", frozen=False),
+    }  # fmt: skip
+    assert loaded.measured == {
+        "conv": {"error with scale=tensor": 0.25, "error with scale=tokens": 0.125},
+        "model.layers.0.mlp.up_proj": {"cosine of candidate 0": 0.99},
+    }
+    assert loaded.layers["head"].recipe.grad_input.left.scale == "tokens"
+    assert loaded.layers["conv"].recipe.grad_input.left.scale == "tensor"
+
+
+def test_files_have_every_field_so_that_defaults_may_change(tmp_path):
+    everything = LayerConfigs({"a": halo_config(), "b": hot_config(), "c": recipe_config("jetfire")}, {"a": {"x": 1.0}})
+    everything.save(tmp_path / "layers.json")
+    assert LayerConfigs.load(tmp_path / "layers.json") == everything
+    record = json.loads((tmp_path / "layers.json").read_text())
+    for config in everything.layers.values():
+        written = next(r["_data"] for r in record["layers"].values() if r["_type"] == type(config).__name__)
+        assert written.keys() == {f.name for f in fields(config)}
+
+
+#: As 0.1.0 wrote it.
 WRITTEN_BY_0_1_0 = {
-    "layers": {
-        "a": {
-            "_type": "HaloConfig",
-            "_version": 1,
-            "_data": {
-                "skip": "lm_head", "min_features": 128, "frozen": None, "keep_codes": True, "adapters": False, "level": 1,
-                "dtype": "fp8", "granularity": "row", "block_size": 128, "seed": 0,
-            },
-        }
-    },
-    "measured": {"a": {"cosine of candidate 0": 0.99}},
-}  # fmt: skip
-
-
-def test_what_0_1_0_saved_means_what_it_meant(tmp_path):
-    path = tmp_path / "layers.json"
-    path.write_text(json.dumps(WRITTEN_BY_0_1_0))
-    loaded = LayerConfigs.load(path)
-    assert loaded == LayerConfigs({"a": halo_config(1, "fp8")}, WRITTEN_BY_0_1_0["measured"])
-    everything = LayerConfigs({"a": halo_config(), "b": hot_config(), "c": recipe_config("jetfire")})
-    everything.save(path)
-    assert LayerConfigs.load(path) == everything
-    assert {"dtype", "level", "granularity"} <= json.loads(path.read_text())["layers"]["a"]["_data"].keys()
+    "layers": {"a": json.loads((FIXTURES / "0.1.0" / "layers.json").read_text())["layers"]["model.layers.0.self_attn.q_proj"]}
+}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +107,9 @@ def test_what_0_1_0_saved_means_what_it_meant(tmp_path):
             r"layer 'a': unknown field 'blocks'; this halo_tensor knows adapters, block_size",
         ),
         (["layers", "a", "_data", "dtype"], None, r"layer 'a': the field 'dtype' is missing"),
-        (["layers", "a", "_data", "dtype"], "int3", r"dtype must be one of 'int8'"),
+        (["layers", "a", "_data", "dtype"], "int3", r"layer 'a': dtype must be one of 'int8'"),
+        (["layers", "a"], {"_type": "RecipeConfig", "_data": {}}, r"layer 'a': the field 'name' is missing"),
+        (["layers", "a"], {"_type": "HotConfig", "_data": {"scale": "x"}}, r"grad_output_granularity must be .*; got 'x'"),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, list) else None,
 )
@@ -153,8 +185,52 @@ def test_numbers_that_are_no_integers(arguments):
         hot_config(**arguments)
 
 
+@pytest.mark.parametrize(("method", "own"), METHODS.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_fields_that_do_not_exist_are_named_beside_those_that_do(method, own):
+    arguments = {"name": "jetfire"} if method is recipe_config else {}
+    with pytest.raises(
+        ValueError, match=f"{method.__name__} has no field 'blocks'; its fields are {own}, .*keep_codes"
+    ) as error:
+        method(**arguments, blocks=16)
+    listed = str(error.value).partition("its fields are ")[2].split(", ")
+    assert set(listed) == {f.name for f in fields(method)} and listed[0] == next(iter(signature(method).parameters))
+    with pytest.raises(ValueError, match="has no field 'blocks'"):
+        replace(method(**arguments), blocks=16)
+
+
+def test_a_field_of_0_1_0_is_named_by_its_present_name():
+    with pytest.raises(ValueError, match="no field 'scale' .'scale' is now 'grad_output_granularity'.; its fields are rank"):
+        hot_config(scale="tokens")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_every_method_has_the_common_fields_and_checks_them(method):
+    common = [f.name for f in fields(LinearConfig)]
+    assert common == ["skip", "min_features", "frozen", "keep_codes", "adapters"]
+    arguments = {"name": "jetfire"} if method is recipe_config else {}
+    assert {f.name: f.default for f in fields(method) if f.name in common} == {
+        f.name: 64 if method is hot_config and f.name == "min_features" else f.default for f in fields(LinearConfig)
+    }
+    for name in common:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            method(**arguments, **{name: 0.5})
+    with pytest.raises(ValueError, match="frozen=True holds weights as codes only"):
+        method(**arguments, frozen=True, keep_codes=False)
+
+
+def test_functions_are_the_classes():
+    assert (halo_config, hot_config, recipe_config) == (HaloConfig, HotConfig, RecipeConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_repr_is_a_call_that_makes_the_config_again(config):
+    assert eval(repr(config)) == config
+    assert str(halo_config(0, "fp8")) == "HaloConfig(level=0, dtype='fp8', granularity='row', block_size=128, seed=0)"
+    assert repr(recipe_config("jetfire", skip="x")) == "RecipeConfig(name='jetfire', skip='x')"
+
+
 def test_unknown_recipes_are_named():
-    with pytest.raises(ValueError, match="recipe must be one of " + ", ".join(map(repr, RECIPES))):
+    with pytest.raises(ValueError, match="name must be one of " + ", ".join(map(repr, RECIPES))):
         recipe_config("mine")
 
 

@@ -4,13 +4,15 @@ import json
 import shutil
 import warnings
 from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
-from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize_
+from halo_tensor import HaloConfig, HaloWeight, balance_, dequantize_, halo_config, quantize_
 from tests.util import OpLog, relative_error
 
 transformers = pytest.importorskip("transformers")
@@ -404,6 +406,46 @@ def test_checkpoints_without_records_load_with_a_warning(quantised, tmp_path):
     model.save_pretrained(tmp_path / "new")
     files = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "new", quantised["int8"])]
     assert files[0] == files[1]
+
+
+def test_the_checkpoint_of_0_1_0_means_what_it_meant(tmp_path):
+    """tests/fixtures/0.1.0/checkpoint was written by 0.1.0, whose default was fp8, with block_size=32 and min_features=32."""
+    folder = Path(__file__).parent / "fixtures" / "0.1.0" / "checkpoint"
+    with pytest.warns(UserWarning, match="does not say what its 7 quantised weights were made with"):
+        model = AutoModel.from_pretrained(folder)
+    assert model.config.quantization_config == HaloQuantConfig(1, "fp8", block_size=32, min_features=32)
+    assert {w.recipe for w in weights(model).values()} == {halo_config(1, "fp8", block_size=32).recipe}
+    with torch.no_grad():
+        assert model(torch.arange(8)[None]).logits.double().norm().item() == pytest.approx(1.76783, rel=0.01)
+    model.save_pretrained(tmp_path)
+    written, before = (json.loads((f / "config.json").read_text())["quantization_config"] for f in (tmp_path, folder))
+    assert written == before
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path)), logits(model))
+
+
+def test_fields_are_those_of_halo_config():
+    names = list(vars(HaloQuantConfig()))
+    assert set(names) == {f.name for f in fields(HaloConfig)} - {"frozen", "keep_codes", "adapters"} | {"quant_method"}
+    made = {"level": 2, "dtype": "fp6", "granularity": "tensor", "block_size": 64, "seed": 3, "skip": "x", "min_features": 16}
+    config = HaloQuantConfig(**made)
+    assert {name: getattr(config, name) for name in made} == made
+    assert config.halo_config == halo_config(**made, frozen=True)
+    assert HaloQuantConfig.from_halo_config(halo_config(**made)) == config != HaloQuantConfig()
+    assert HaloQuantConfig.from_dict(config.to_dict()) == config == deepcopy(config)
+    assert eval(repr(config)) == config and repr(HaloQuantConfig(0, "fp8")).startswith("HaloQuantConfig(level=0, dtype='fp8'")
+    config.level = 1
+    assert config.halo_config.level == 1, "attributes can be set, as those of other configs of transformers"
+
+
+def test_fields_and_values_that_are_not_valid_are_named():
+    with pytest.raises(ValueError, match="HaloQuantConfig has no field 'frozen'; its fields are .*level, dtype"):
+        HaloQuantConfig(frozen=False)
+    with pytest.raises(ValueError, match="dtype must be one of 'int8'"):
+        HaloQuantConfig.from_dict({"dtype": "int3", "quant_method": "halo"})
+    with pytest.raises(ValueError, match="quant_method of a HaloQuantConfig is 'halo'; got 'hot'"):
+        HaloQuantConfig(quant_method="hot")
+    with pytest.raises(ValueError, match="loaded quantised has frozen=True; got False"):
+        HaloQuantConfig.from_halo_config(halo_config(frozen=False))
 
 
 def test_fields_of_another_version_are_refused(quantised, tmp_path):

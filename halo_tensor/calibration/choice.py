@@ -47,7 +47,7 @@ def calibrate(
     Args:
         model: in high precision, not converted yet. In training mode, if that is how it will be trained.
         batches: a few training batches.
-        config: HOT's, whose ``scale`` is to be chosen for each layer (default: ``hot_config()``).
+        config: HOT's, whose ``grad_output_granularity`` is to be chosen for each layer (default: ``hot_config()``).
         level: "auto" chooses from ``candidates`` instead: the first whose worst of output, E_X and G has a cosine of at least
             ``target`` with that in high precision; where none has, the one with the best. It is the cosine of one layer
             alone: errors of layers add up in a model, so the whole gradient's is lower.
@@ -198,7 +198,7 @@ class _Quantisers(_Choice):
 
     def choose(self, measured):
         halves = measured["error with scale=tokens"] < measured["error with scale=tensor"] / 2
-        config = replace(self.config, scale="tokens" if halves else "tensor")
+        config = replace(self.config, grad_output_granularity="row" if halves else "tensor")
         if self.energy is not None:
             enough = (rank for rank in self.ranks if measured[f"energy of rank {rank}"] >= self.energy)
             config = replace(config, rank=next(enough, None))
