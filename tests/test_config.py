@@ -218,6 +218,13 @@ def test_every_method_has_the_common_fields_and_checks_them(method):
         method(**arguments, frozen=True, keep_codes=False)
 
 
+def test_what_has_no_recipe_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract class LinearConfig"):
+        LinearConfig()
+    with pytest.raises(TypeError, match="missing 1 required .*'name'"):
+        recipe_config()
+
+
 def test_functions_are_the_classes():
     assert (halo_config, hot_config, recipe_config) == (HaloConfig, HotConfig, RecipeConfig)
 

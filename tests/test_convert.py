@@ -208,6 +208,11 @@ def test_what_is_no_config(config):
         quantize_(nn.Sequential(nn.Linear(128, 128)), config)
 
 
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"quantize_ converts an nn.Module, quantize_\(model, config\); got a HaloConfig"):
+        quantize_(halo_config(), nn.Linear(128, 128))
+
+
 def test_converted_in_inference_mode_and_trained_after_it():
     model, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(16, 128)
     with torch.inference_mode():

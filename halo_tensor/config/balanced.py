@@ -17,9 +17,10 @@ class Balanced:
     Example:
         >>> import torch
         >>> from halo_tensor import Balanced, halo_config, report
-        >>> int8, x = halo_config(1, "int8"), torch.randn(32, 128)
+        >>> int8 = halo_config(1, "int8")
         >>> candidates = {"plain": int8, "balanced": Balanced(int8)}
-        >>> found = report(torch.nn.Sequential(torch.nn.Linear(128, 128)), x, candidates=candidates, loss=torch.sum)
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(128, 128)), torch.randn(32, 128)
+        >>> found = report(model, x, candidates=candidates, loss_fn=lambda model, x: model(x).square().mean())
         >>> [candidate.name for candidate in found.candidates]
         ['plain', 'balanced']
     """

@@ -23,7 +23,8 @@ DTYPES: dict[str, Format | None] = {
 class HaloConfig(RotatedConfig):
     """HALO (arXiv 2501.02625): all three products of a linear layer in one number format, with Hadamard rotations.
 
-    ``halo_config`` is another name of this class.
+    ``halo_config`` is another name of this class. It has the fields of
+    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
 
     Args:
         level: which rotations. 0: none. 1: in_features of X and W. 2: also the tokens of E. Uniform grids (int8, fp6_e2m3)
@@ -35,7 +36,6 @@ class HaloConfig(RotatedConfig):
         block_size: edge of the rotation's blocks, a power of two of at least 16. Where it does not divide a layer's width,
             the largest power of two that does is used. None rotates the full width.
         seed: seed of the rotation's random signs, from 0 to 2³¹ − 1; None for no signs.
-        skip, min_features, frozen, keep_codes, adapters: see :class:`LinearConfig`.
 
     Raises:
         ValueError: a field or a value is not valid. The message lists the valid ones.

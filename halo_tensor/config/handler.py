@@ -16,7 +16,9 @@ def convert_layer(module: torch.nn.Module, config: LinearConfig, *, parameter_na
     """Make a layer follow ``config``, in place.
 
     Args:
-        parameter_name: must be "weight". torchao passes another if a config is given for a single parameter.
+        module: a layer.
+        config: of one of the ``METHODS``.
+        parameter_name: must be "weight". torchao passes another name if a config is given for another parameter.
 
     Returns:
         ``module``.

@@ -22,20 +22,22 @@ class HotConfig(RotatedConfig):
     ``nn.Conv2d`` and transformers' ``Conv1D`` too. It is made for vision models, whose tokens are redundant. On a language
     model its gradient is useless (bench/results/accuracy_hot.md): use ``recipe_config("hot_llm")`` there.
 
-    ``hot_config`` is another name of this class.
+    ``hot_config`` is another name of this class. It has the fields of
+    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
 
     Args:
         rank: how many of the ``block_size`` sequencies of each block of tokens grad_weight keeps, from 1 to ``block_size``;
             None for all.
         block_size: edge of the blocks of both products' rotations: 16, 32, 64, 128 or 256.
-        grad_input_bits, grad_weight_bits: 4 or 8. INT4 values are multiplied as INT8, exactly. Hopper has no INT4 units, so
-            4 bits are no faster there.
-        grad_output_granularity: of E in grad_input: "tensor", or "row" (one scale per token).
-            :func:`~halo_tensor.calibrate` chooses it for each layer.
-        granularity: of all other operands: "tensor" as published, or "row" (along the dimension that the product keeps).
-        rounding: of E in grad_input: "stochastic" or "nearest".
+        grad_input_bits: of the operands of grad_input: 4 or 8. INT4 values are multiplied as INT8, exactly. Hopper has no INT4
+            units, so 4 bits are no faster there.
+        grad_weight_bits: of the operands of grad_weight: 4 or 8.
+        grad_output_granularity: scales of E in grad_input: "tensor" (one), or "row" (one per token).
+            :func:`~halo_tensor.calibrate` chooses between the two for each layer.
+        granularity: scales of all other operands: "tensor" (one, as published), or "row" (one per index of the dimension
+            that the product keeps).
+        rounding: how E is rounded in grad_input: "stochastic" or "nearest".
         seed: seed of the random signs of whole blocks (``rank=None``); None for no signs. A low rank takes no signs.
-        skip, min_features, frozen, keep_codes, adapters: see :class:`LinearConfig`.
 
     Raises:
         ValueError: a field or a value is not valid. The message lists the valid ones.

@@ -10,11 +10,11 @@ from halo_tensor.recipe import RECIPES, Recipe
 class RecipeConfig(LinearConfig):
     """A recipe of ``halo_tensor.recipe.RECIPES``, by its name there: SwitchBack, Jetfire, HOT's variants and others.
 
-    ``recipe_config`` is another name of this class. A recipe that you add to ``RECIPES`` is found, too.
+    ``recipe_config`` is another name of this class. A recipe that you add to ``RECIPES`` is found, too. It has the fields of
+    :class:`LinearConfig` as well: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
 
     Args:
         name: the recipe's name in ``RECIPES``.
-        skip, min_features, frozen, keep_codes, adapters: see :class:`LinearConfig`.
 
     Raises:
         ValueError: there is no recipe of that name (the message lists all), or another field is not valid.

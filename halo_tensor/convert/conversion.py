@@ -97,6 +97,10 @@ def survey(
     """Return a Conversion with the sizes, and with the matrices outside of layers among the skipped.
 
     Args:
+        model: the model that was or will be converted.
+        config: what the converted layers follow.
+        converted: names of the converted layers.
+        skipped: name -> reason of the other layers.
         filtered: the configs whose ``min_features`` and ``adapters`` say what is counted; by default ``config``.
     """
     configs = [c for c in filtered or [config] if isinstance(c, LinearConfig)]

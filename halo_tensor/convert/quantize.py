@@ -31,7 +31,7 @@ Filter = Callable[[nn.Module, str], bool]
 def quantize_(
     model: nn.Module,
     config: AOBaseConfig,
-    filter_fn: Filter | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.types.Device = None,
 ) -> Conversion:
     """Make the linear layers of a model follow a config, in place: a low-precision training method.
@@ -59,7 +59,7 @@ def quantize_(
     Raises:
         ValueError: no layer was converted (the message says why each was left alone); a layer that ``filter_fn`` chose cannot
             follow the config; or a ``LayerConfigs`` names no layer, or layers that the model lacks.
-        TypeError: ``config`` is no config, or a ``Balanced`` one, whose balance needs a batch.
+        TypeError: ``model`` is no module; or ``config`` is no config, or a ``Balanced`` one, whose balance needs a batch.
         RuntimeError: the device cannot multiply the config's number format. The message says which one to use.
 
     Warns:
@@ -77,7 +77,7 @@ def quantize_(
         >>> optimizer.step()
     """
     fences.warn_of_untested_versions()
-    _check_config(config)
+    _check_arguments(model, config)
     if isinstance(config, LinearConfig):
         filter_fn = filter_fn or layer_filter(model, config)
     tied = ties.tied_parameters(model)
@@ -103,7 +103,9 @@ def quantize_(
     return conversion
 
 
-def _check_config(config: object) -> None:
+def _check_arguments(model: object, config: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_ converts an nn.Module, quantize_(model, config); got a {type(model).__name__}")
     if isinstance(config, Balanced):
         raise TypeError("a balance needs a batch: call quantize_(model, balanced.config), and then balance_(model, **batch)")
     if not isinstance(config, AOBaseConfig):

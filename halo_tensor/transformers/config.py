@@ -1,6 +1,7 @@
 """``HaloQuantConfig``: a ``HaloConfig`` as transformers passes configs around and writes them to ``config.json``."""
 
 from dataclasses import fields
+from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers.quantizers import register_quantization_config
@@ -24,8 +25,9 @@ class HaloQuantConfig(QuantizationConfigMixin):
     ``save_pretrained`` writes the fields to ``config.json``.
 
     Args:
-        level, dtype, granularity, block_size, seed, skip, min_features: see :class:`~halo_tensor.HaloConfig`. ``level`` and
-            ``dtype`` may be positional.
+        *args: ``level`` and ``dtype``, which may be positional.
+        quant_method: "halo", by which transformers finds this class.
+        **given: ``level``, ``dtype``, ``granularity``, ``block_size``, ``seed``, ``skip`` and ``min_features``.
 
     Raises:
         ValueError: a field or a value is not valid (the message lists the valid ones), or ``dtype`` is "bf16", which has no
@@ -44,6 +46,8 @@ class HaloQuantConfig(QuantizationConfigMixin):
         >>> model.model.layers[0].mlp.up_proj.weight.codes.dtype
         torch.int8
     """
+
+    __signature__ = Signature([p for p in signature(HaloConfig).parameters.values() if p.name in FIELDS])
 
     if TYPE_CHECKING:
 

@@ -41,10 +41,12 @@ def parts_of(name: str, weight: HaloWeight) -> dict[str, torch.Tensor]:
 
 
 def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor:
-    """Return the operand that a weight like ``like`` [out, in] brings to its products.
+    """Return the operand that a weight brings to its products.
 
     Args:
         parts: what the checkpoint has of ``PARTS``, in their order.
+        like: a tensor of the weight's shape [out, in] and dtype.
+        recipe: what config.json says.
 
     Raises:
         ValueError: a part is missing, or is not what such a weight has under this recipe.
@@ -84,8 +86,10 @@ def described(tensor: torch.Tensor) -> str:
 
 
 def _record(format: Format | None, scale_along: str, rotation: Rotation | None, shape: Sequence[int], balanced: bool) -> str:
-    """What the codes of a weight [out, in] stand for, as text. If the texts are equal the codes can be read. Levels 1 and 2,
-    which differ in E only, have equal texts."""
+    """What the codes of a weight [out, in] stand for, as text.
+
+    Codes can be read if the texts are equal. Levels 1 and 2 differ in E only, so they have equal texts.
+    """
     scale = "one scale" if scale_along == "tensor" else f"a scale per {scale_along}"
     rotated = f"rotated by {rotation}" if rotation else "not rotated"
     return f"{format} {list(shape)}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
