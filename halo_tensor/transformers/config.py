@@ -13,7 +13,7 @@ METHOD = "halo"
 #: Fields of HaloConfig that have one valid value in a model that is loaded quantised.
 FIXED: dict[str, Any] = {"frozen": True, "keep_codes": True, "adapters": False}
 #: The other fields. config.json has them.
-FIELDS = tuple(f.name for f in fields(HaloConfig) if f.name not in FIXED)
+FIELDS = tuple(name for name in signature(HaloConfig).parameters if name not in FIXED)
 
 
 @register_quantization_config(METHOD)
@@ -73,7 +73,7 @@ class HaloQuantConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]  # attributes can be set
 
     def __repr__(self) -> str:
-        return f"HaloQuantConfig{repr(HaloConfig(**self._fields())).removeprefix('HaloConfig')}"
+        return f"HaloQuantConfig({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
