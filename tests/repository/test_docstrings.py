@@ -18,22 +18,10 @@ try:
 except ImportError:
     pass
 #: Public names that have no example yet.
-MISSING = {
-    "HadamardQuantTensor",
-    "HaloWeight",
-    "NonFiniteError",
-    "Report",
-    "balance_",
-    "calibrate",
-    "environment",
-    "find_nonfinite",
-    "keep_products",
-    "precompute_scales",
-    "report",
-}
+MISSING = {"HadamardQuantTensor", "HaloWeight", "NonFiniteError", "Report", "keep_products", "precompute_scales"}
 #: Public names whose ``help`` shows another text, or that have members without one.
 WITHOUT_TEXT = {"keep_products"}
-WITHOUT_TEXT_OF_MEMBERS = {"HadamardQuantTensor", "HaloWeight", "Report"}
+WITHOUT_TEXT_OF_MEMBERS = {"HadamardQuantTensor", "HaloWeight"}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
