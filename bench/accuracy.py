@@ -27,9 +27,9 @@ CONFIGS = {
     "switchback": recipe_config("switchback"),
     "jetfire": recipe_config("jetfire"),
     "hot": hot_config(),
-    "hot, E per token": hot_config(scale="tokens"),
-    "hot, whole rank, E per token": hot_config(None, scale="tokens"),
-    "hot, int8": hot_config(grad_input_bits=8, scale="tokens", rounding="nearest"),
+    "hot, E per token": hot_config(grad_output_granularity="row"),
+    "hot, whole rank, E per token": hot_config(None, grad_output_granularity="row"),
+    "hot, int8": hot_config(grad_input_bits=8, grad_output_granularity="row", rounding="nearest"),
     "hot_llm": recipe_config("hot_llm"),
 }
 

@@ -28,7 +28,7 @@ NOTES = (
 CONTENDERS = {
     "bf16": None,
     "hot": hot_config(),
-    "hot per token": hot_config(scale="tokens"),
+    "hot per token": hot_config(grad_output_granularity="row"),
     "hot nearest": hot_config(rounding="nearest"),
     "hot_llm": recipe_config("hot_llm", min_features=64),
     "lbp_wht": recipe_config("lbp_wht", min_features=64),
