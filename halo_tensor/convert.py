@@ -18,12 +18,13 @@ from torchao.quantization import FqnToConfig
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers import parts, subclasses
-from halo_tensor.layers.linear import keep_plain, restore_weight
+from halo_tensor.layers import linear_subclasses, model_parts
+from halo_tensor.layers.hooks import update_hooks
+from halo_tensor.layers.linear import restore_weight
 from halo_tensor.recipe import PRODUCTS
 from halo_tensor.reference.hadamard import fit
 from halo_tensor.trainers import watch_trainers
-from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
@@ -110,7 +111,7 @@ def survey(
     """
     configs = [c for c in filtered or [config] if isinstance(c, LinearConfig)]
     least = min((c.min_features for c in configs), default=LinearConfig.min_features)
-    sizes, others = parts.matrices(model, least, any(c.adapters for c in configs))
+    sizes, others = model_parts.matrices(model, least, any(c.adapters for c in configs))
     return Conversion(config, converted, skipped | others, sizes)
 
 
@@ -208,7 +209,7 @@ def _of_layers(filter_fn: Callable[[nn.Module, str], bool]) -> Callable[[nn.Modu
     seen = set()
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not parts.is_layer(module) or module in seen:  # torchao comes to a layer that two modules hold twice
+        if not model_parts.is_layer(module) or module in seen:  # torchao comes to a layer that two modules hold twice
             return False
         seen.add(module)
         return filter_fn(module, name)
@@ -235,7 +236,7 @@ def dequantize_(model: nn.Module) -> None:
     _tie_again(model, ties)
     for module in model.modules():  # what was tied to a converted layer, before a state dict was assigned
         restore_weight(module)
-        subclasses.own_class(module)
+        linear_subclasses.own_class(module)
 
 
 def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module, str], bool]:
@@ -250,7 +251,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
     linear layer, or one named like a head, with as many outputs as the largest ``nn.Embedding`` has entries.
     """
     shared = _tied_parameters(model)
-    heads, adapters = parts.output_embeddings(model), parts.adapters(model)
+    heads, adapters = model_parts.output_embeddings(model), model_parts.adapters(model)
     reasons: dict[str, str] = {}
 
     def reason(module: Any, name: str) -> str | None:
@@ -266,7 +267,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
             return "its weight has no shape before the first batch"
         if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
             return f"its weight is a {type(module.weight).__name__}"
-        if isinstance(module, nn.Linear) and not subclasses.adds_nothing(module):
+        if isinstance(module, nn.Linear) and not linear_subclasses.adds_nothing(module):
             return f"it is a {type(module).__name__}, whose forward may be its own"
         if obstacle := layers.misfit(module, config.recipe):
             return obstacle
@@ -286,7 +287,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
         return None
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not parts.is_layer(module):
+        if not model_parts.is_layer(module):
             return False
         why = reason(module, name)
         if why is not None:
@@ -299,7 +300,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> Callable[[nn.Module,
 
 def _marks(model: nn.Module) -> dict[str, object]:
     """For every layer that could be converted, an object that a conversion renews; None if it is not converted."""
-    found = ((name, m) for name, m in model.named_modules() if parts.is_layer(m))
+    found = ((name, m) for name, m in model.named_modules() if model_parts.is_layer(m))
     return {
         name: None if (recipe := layers.recipe_of(m)) is None else m.weight if isinstance(m, nn.Linear) else recipe
         for name, m in found
@@ -322,7 +323,7 @@ def _tie_again(model: nn.Module, ties: dict[int, list[tuple[nn.Module, str]]]) -
         new = [getattr(m, name) for m, name in holders if id(getattr(m, name)) != key]
         for module, name in holders if new else ():
             setattr(module, name, new[-1])
-            keep_plain(module)
+            update_hooks(module)
 
 
 def warn_of_unrotated(model: nn.Module, report: Conversion) -> None:

@@ -32,7 +32,7 @@ from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, w
 from halo_tensor.fences import fast_paths as fences
 from halo_tensor.kernels.device import check_device
 from halo_tensor.layers.linear import set_weight
-from halo_tensor.layers.subclasses import follow_linear
+from halo_tensor.layers.linear_subclasses import follow_linear
 from halo_tensor.operand import gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import Format, Recipe, Rotation

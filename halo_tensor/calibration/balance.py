@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.analysis.measure import untouched
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand import gains
-from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import dense_value
 
 #: How much more an error of forward's product counts than one of backward's: all that follows is off by it. From 2 to 128
