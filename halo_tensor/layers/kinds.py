@@ -26,7 +26,8 @@ def _conv1d() -> Any:
 
 def features(module: Any) -> tuple[int, int] | None:
     """Return the (in, out) features of a layer that some recipe can govern: of one group if it is a convolution. None for
-    any other module."""
+    any other module.
+    """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Conv2d):
@@ -75,7 +76,8 @@ def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) 
     Args:
         module: a layer that :func:`misfit` accepts.
         recipe: of its three products.
-        frozen, keep_codes: of an nn.Linear; see :class:`~halo_tensor.config.LinearConfig`.
+        frozen: of an nn.Linear; see :class:`~halo_tensor.config.LinearConfig`.
+        keep_codes: of an nn.Linear; see there.
     """
     if isinstance(module, nn.Linear):
         convert_weight(module, recipe, frozen, keep_codes)

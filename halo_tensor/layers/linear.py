@@ -16,7 +16,8 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False
     Args:
         module: with a dense or converted weight.
         recipe: of its three products.
-        frozen, keep_codes: see :meth:`HaloWeight.from_hp`.
+        frozen: see :meth:`HaloWeight.from_hp`.
+        keep_codes: see there.
 
     Raises:
         ValueError: the weight is balanced, and would hold no codes.
@@ -50,7 +51,8 @@ def restore_weight(module: torch.nn.Module) -> None:
 
 def stand_in(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """Return a dense parameter of the same memory. A converted layer may compute with it for a while, in high precision, and
-    does not warn."""
+    does not warn.
+    """
     made = torch.nn.Parameter(dense_value(parameter).detach(), parameter.requires_grad)
     made.__dict__[STANDS_IN] = True
     return made
@@ -58,7 +60,8 @@ def stand_in(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 def _replace(module: torch.nn.Module, name: str, new: torch.nn.Parameter) -> None:
     """Put ``new`` in the place of a parameter, with its attributes, its gradient and its hooks, whose handles still remove
-    them."""
+    them.
+    """
     old = cast(torch.Tensor, module._parameters[name])
     if not isinstance(old, HaloWeight):
         check_attributes(old)

@@ -76,7 +76,8 @@ def _rebuild(own: type) -> nn.Module:
 
 def _product(module: nn.Linear) -> str | None:
     """Return how a forward multiplies: "F.linear" if it returns the result of that; "matmul" if it computes the same in
-    another way; None if it does anything else."""
+    another way; None if it does anything else.
+    """
     if "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__:
         return None
     found = {_try(module, shape, training) for shape in ((2, 4), (2, 3, 4)) for training in (True, False)}

@@ -51,7 +51,8 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
 
 def _undeclared_heads(model: nn.Module, asked: set[nn.Module], answered: set[nn.Module]) -> set[nn.Module]:
     """Return output embeddings by shape and name; ``asked``: modules with ``get_output_embeddings``; ``answered``: those among
-    them that declare one."""
+    them that declare one.
+    """
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     of_adapters = adapters(model)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in of_adapters]
@@ -77,7 +78,8 @@ def _kind(name: str) -> str:
 
 def adapters(model: nn.Module) -> set[nn.Module]:
     """Return the modules that PEFT has added to a model: in its layers all but the layer that they wrap, and prompt
-    encoders."""
+    encoders.
+    """
     owned = []
     for module in model.modules():
         held = dict(module.named_children())

@@ -62,7 +62,8 @@ def describe_weight(weight: HaloWeight) -> str:
 
 def describe_recipe(recipe: Recipe) -> str:
     """Name a recipe: HALO's with its level, format and rotation; another of ``RECIPES`` by its name there; any other by the
-    formats of its products."""
+    formats of its products.
+    """
     if recipe.is_identity:
         return "high precision"
     if (name := next((name for name, known in RECIPES.items() if known == recipe), None)) is not None:

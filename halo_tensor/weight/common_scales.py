@@ -52,7 +52,8 @@ def share_scales(shards: list[HaloWeight], mesh: DeviceMesh, dimension: int = 0)
 
     Args:
         shards: all with per-tensor scales.
-        mesh: the ranks, along ``dimension``.
+        mesh: of all ranks.
+        dimension: of the mesh along which the shards were cut.
     """
     scales = torch.stack([_scale(shard) for shard in shards])
     device = scales.device  # a shard may be offloaded

@@ -31,7 +31,8 @@ _DETACH = torch.Tensor.detach
 
 class Derived(torch.Tensor):
     """A dense value computed from a converted weight. It has memory of its own and is a plain tensor to every op. Copies and
-    pickles of it are plain tensors, and ``nn.Parameter(value)`` is a plain parameter."""
+    pickles of it are plain tensors, and ``nn.Parameter(value)`` is a plain parameter.
+    """
 
     source: str  #: describes the weight, with its shape, for the message
 
@@ -101,7 +102,8 @@ RESULT_HOOKS.append(watch)
 
 def source_of(tensor: Any) -> str | None:
     """Describe the weight that a tensor is or was computed from. None for any other tensor, and for a detached weight, which
-    averages read."""
+    averages read.
+    """
     if isinstance(tensor, Derived):
         return tensor.source
     if not isinstance(tensor, HaloWeight):

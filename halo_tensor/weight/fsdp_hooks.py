@@ -147,7 +147,8 @@ def _gathered(shard: HaloWeight, master: torch.Tensor | None, operand: HadamardQ
 
 def _check_agreement(weight: HaloWeight, mesh: DeviceMesh, outer_size: torch.Size, module: torch.nn.Module) -> None:
     """Raise ValueError if ranks have converted a layer differently. Codes do not show it, since those of one format look like
-    those of another. It is checked once, when the layer is first gathered."""
+    those of another. It is checked once, when the layer is first gathered.
+    """
     if module in _agreed:
         return
     here = f"{weight.recipe}, {list(outer_size)}, {weight.dtype}, {'frozen' if weight.master is None else 'trained'}"

@@ -161,7 +161,8 @@ class HaloWeight(torch.Tensor):
     @property
     def codes(self) -> torch.Tensor | None:
         """The operand's codes, in step with the master; None without an operand. A compiled forward reads them here in every
-        call, before it runs its graph: so it sees writes to the master as an eager one does."""
+        call, before it runs its graph: so it sees writes to the master as an eager one does.
+        """
         if self.operand is None:
             return None
         if self.master is not None and not is_compiling():
@@ -216,8 +217,7 @@ class HaloWeight(torch.Tensor):
         state.version, state.lent = state.master_version(self.master), False
 
     def follow(self) -> None:
-        """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
-        does. Call this before the codes are used or handed on."""
+        """Bring the codes up to date if the master itself was written to, as by averages of state dicts, before their use."""
         operand, state = self.operand, self.codes_state
         if operand is None or type(self.master) not in _HAVE_VALUES:
             return
@@ -233,7 +233,8 @@ class HaloWeight(torch.Tensor):
 
     def lend(self) -> torch.Tensor:
         """Return the dense weight for a state dict. Writes to it may change no version (through ``.data`` or NumPy, or in
-        inference mode), so the next forward quantises the master in any case."""
+        inference mode), so the next forward quantises the master in any case.
+        """
         if self.operand is not None and self.master is not None and not self.needs_common_scale:
             self.codes_state.lent = True
         return self.dequantize()
@@ -304,8 +305,7 @@ class HaloWeight(torch.Tensor):
         return weight
 
     def _stable_hash_for_caching(self) -> str:
-        """Return a key under which a compiled graph is cached across processes. It contains a hash of this library's sources,
-        since the graph depends on them."""
+        """Return the key of graphs compiled for it in caches across processes; they depend on this library's sources."""
         names, attributes = self.__tensor_flatten__()
         inner = [(name, t.dtype, tuple(t.shape), t.stride()) for name in names for t in (getattr(self, name),)]
         outer = tuple(self.shape), self.stride(), self.dtype, self.requires_grad
@@ -323,8 +323,7 @@ class HaloWeight(torch.Tensor):
         return state | {"shard_role": self.shard_role.value}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Read what :meth:`__getstate__` has made, here or in an earlier version: 0.1.0 named ``shard_role`` "fsdp", and None
-        was a whole weight."""
+        """Read a state of this version, or of 0.1.0, where ``shard_role`` was "fsdp" and None was a whole weight."""
         state = {"shard_role": "whole"} | state
         role = state.pop("fsdp", None) or state["shard_role"]
         self.__dict__.update(state, shard_role=ShardRole(role), codes_state=CodesState())
