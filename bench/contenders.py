@@ -6,10 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor import fsdp, halo_config, quantize_, recipe_config
 from halo_tensor.calibration.balance import set_gains
 from halo_tensor.operand import gains
-from halo_tensor.weight import fsdp
 from halo_tensor.weight.tensor import HaloWeight
 
 

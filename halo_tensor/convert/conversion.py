@@ -9,7 +9,7 @@ from torch import nn
 from halo_tensor.config import LinearConfig
 from halo_tensor.convert.filter import CHOICE, SKIPPED
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers import parts
+from halo_tensor.layers import model_parts
 from halo_tensor.recipe import PRODUCTS
 from halo_tensor.reference.hadamard import fit
 
@@ -105,7 +105,7 @@ def survey(
     """
     configs = [c for c in filtered or [config] if isinstance(c, LinearConfig)]
     least = min((c.min_features for c in configs), default=LinearConfig.min_features)
-    sizes, others = parts.matrices(model, least, any(c.adapters for c in configs))
+    sizes, others = model_parts.matrices(model, least, any(c.adapters for c in configs))
     return Conversion(config, converted, skipped | others, sizes)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from halo_tensor.config import LinearConfig
 from halo_tensor.convert import ties
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers import parts, subclasses
+from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.weight.tensor import HaloWeight
 
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -61,11 +61,11 @@ class LayerFilter:
         self.config = config
         self.reasons: dict[str, str] = {}
         self._tied = ties.tied_parameters(model)
-        self._heads, self._adapters = parts.output_embeddings(model), parts.adapters(model)
+        self._heads, self._adapters = model_parts.output_embeddings(model), model_parts.adapters(model)
 
     def __call__(self, module: nn.Module, name: str) -> bool:
         """Return whether the layer is to be converted; if not, note the reason."""
-        if not parts.is_layer(module):
+        if not model_parts.is_layer(module):
             return False
         reason = self._obstacle(module) or self._choice(module, name)
         if reason is not None:
@@ -85,7 +85,7 @@ class LayerFilter:
             return "its weight has no shape before the first batch"
         if not isinstance(module.weight, HaloWeight) and type(module.weight) is not nn.Parameter:
             return f"its weight is a {type(module.weight).__name__}"
-        if isinstance(module, nn.Linear) and not subclasses.adds_nothing(module):
+        if isinstance(module, nn.Linear) and not linear_subclasses.adds_nothing(module):
             return f"it is a {type(module).__name__}, whose forward may be its own"
         return layers.misfit(module, self.config.recipe)
 

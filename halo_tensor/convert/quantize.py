@@ -18,10 +18,10 @@ from halo_tensor.convert.conversion import Conversion, survey, warn_of_share, wa
 from halo_tensor.convert.filter import CHOICE, EMPTY, layer_filter
 from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers import parts, subclasses
+from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.layers.linear import restore_weight
 from halo_tensor.trainers import watch_trainers
-from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.sharded_parameters import is_sharded
 
 logger = logging.getLogger("halo_tensor")
 Filter = Callable[[nn.Module, str], bool]
@@ -148,7 +148,7 @@ def _of_layers(filter_fn: Filter) -> Filter:
     seen = set()
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not parts.is_layer(module) or module in seen:  # torchao visits a layer that two modules hold twice
+        if not model_parts.is_layer(module) or module in seen:  # torchao visits a layer that two modules hold twice
             return False
         seen.add(module)
         return filter_fn(module, name)
@@ -158,7 +158,7 @@ def _of_layers(filter_fn: Filter) -> Filter:
 
 def _marks(model: nn.Module) -> dict[str, object]:
     """For every layer that could be converted, an object that a conversion replaces; None if it is not converted."""
-    found = ((name, m) for name, m in model.named_modules() if parts.is_layer(m))
+    found = ((name, m) for name, m in model.named_modules() if model_parts.is_layer(m))
     return {
         name: None if (recipe := layers.recipe_of(m)) is None else m.weight if isinstance(m, nn.Linear) else recipe
         for name, m in found
@@ -200,4 +200,4 @@ def dequantize_(model: nn.Module) -> None:
     ties.tie_again(tied)
     for module in model.modules():  # those that were tied to a converted layer before a state dict was assigned
         restore_weight(module)
-        subclasses.own_class(module)
+        linear_subclasses.own_class(module)

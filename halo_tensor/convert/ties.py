@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from halo_tensor.layers.linear import keep_plain
+from halo_tensor.layers.hooks import update_hooks
 
 #: id of a parameter that several modules hold -> those modules and their names for it
 Ties = dict[int, list[tuple[nn.Module, str]]]
@@ -24,4 +24,4 @@ def tie_again(ties: Ties) -> None:
         new = [getattr(m, name) for m, name in holders if id(getattr(m, name)) != key]
         for module, name in holders if new else ():
             setattr(module, name, new[-1])
-            keep_plain(module)
+            update_hooks(module)

@@ -11,7 +11,7 @@ from transformers.quantizers import HfQuantizer
 
 from halo_tensor.kernels.device import check_device
 from halo_tensor.layers.linear import set_weight
-from halo_tensor.layers.subclasses import follow_linear
+from halo_tensor.layers.linear_subclasses import follow_linear
 from halo_tensor.recipe import Recipe
 from halo_tensor.transformers import stored
 from halo_tensor.weight.tensor import HaloWeight
