@@ -3,7 +3,6 @@
 All pairs of ranks run at the same time, since most of their time is spent waiting.
 """
 
-import multiprocessing
 import os
 import signal
 import time
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, halo_config
 from halo_tensor.weight.fsdp import precompute_scales
+from tests.helpers.ranks import context
 from tests.helpers.sharded import EVEN, UNEVEN, make, shard
 
 TIMEOUT = 15  # of the process group, in seconds
@@ -103,17 +103,13 @@ def _rank(rank: int, place: str, number: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """For each fault, its folder and the exit code of rank 0; None if it was still running."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # a mesh would take GPUs, of which there may be fewer
-        context = multiprocessing.get_context("forkserver")  # imports once
-        context.set_forkserver_preload(["tests.weight.test_fsdp"])
-        running = {}
-        for fault in FAULTS:
-            folder = tmp_path_factory.mktemp("fault")
-            ranks = [context.Process(target=_rank, args=(rank, *fault, str(folder)), daemon=True) for rank in range(2)]
-            for rank in ranks:
-                rank.start()
-            running[fault] = folder, ranks
+    made, running = context(), {}
+    for fault in FAULTS:
+        folder = tmp_path_factory.mktemp("fault")
+        ranks = [made.Process(target=_rank, args=(rank, *fault, str(folder)), daemon=True) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        running[fault] = folder, ranks
     deadline, results = time.monotonic() + STARTING + SECONDS, {}
     for fault, (folder, ranks) in running.items():
         ranks[0].join(max(deadline - time.monotonic(), 0))

@@ -1,20 +1,9 @@
-"""FSDP2 on gloo with two and three processes: a converted model trains as in one process, and codes are what is sent.
-
-Starting processes is slow, so each number of them is started once and runs all of its checks, in order; a check is a function
-of the process group's size, run by every rank. Whatever hangs is ended after a while.
-"""
+"""FSDP2 on gloo with two and three ranks: a converted model trains as in one process, and the ranks send each other codes."""
 
 import copy
-import functools
 import inspect
 import io
 import itertools
-import json
-import multiprocessing
-import sys
-import time
-import traceback
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -37,10 +26,10 @@ from halo_tensor.recipe import FP6_E2M3
 from halo_tensor.reference.packing import pack_rows
 from halo_tensor.weight import fsdp
 from halo_tensor.weight.fsdp import local, precompute_scales
+from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
 from tests.helpers.sharded import EVEN, MIXED, UNEVEN, make, shard
 
-SECONDS = 300  # that a group of processes may take, on a busy machine
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -136,26 +125,41 @@ class Traffic(TorchDispatchMode):
 # Checks of any number of ranks.
 
 
-def trains_as_one_process(level, dtype, granularity, size, world):
+LEVELS, DTYPES, GRANULARITIES = (0, 1, 2), ("int8", "fp8", "fp6"), ("row", "tensor")
+COMBINATIONS = list(itertools.product(LEVELS, DTYPES, GRANULARITIES))
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(("level", "dtype", "granularity"), COMBINATIONS)
+def test_trains_as_one_process(world, level, dtype, granularity):
     config = halo_config(level, dtype, granularity=granularity)
-    single, sharded = make(config, size), shard(make(config, size))
+    single, sharded = make(config, MIXED), shard(make(config, MIXED))
     assert_same(world, together(sharded, world), alone(single, world), sharded, single)
 
 
-def other_recipes(world):
+@on_ranks(3)
+@pytest.mark.parametrize(("level", "dtype", "granularity"), COMBINATIONS[::3] + COMBINATIONS[1::6])
+def test_three_ranks_train_as_one_process(world, level, dtype, granularity):
+    test_trains_as_one_process(world, level, dtype, granularity)
+
+
+@on_ranks(2, 3)
+def test_other_recipes(world):
     names = ("switchback", "ideal_int8", "hot_llm")
     for config in (*map(recipe_config, names), halo_config(dtype="bf16")):
         single, sharded = make(config), shard(make(config))
         assert_same(world, together(sharded, world, 3), alone(single, world, 3), sharded, single)
 
 
-def a_rank_without_rows(world):
+@on_ranks(2, 3)
+def test_a_rank_without_rows(world):
     config, size = halo_config(1, "int8", granularity="tensor"), (128, world - 1)
     single, sharded = make(config, size), shard(make(config, size))
     assert_same(world, together(sharded, world, 4), alone(single, world, 4), sharded, single)
 
 
-def only_codes_are_sent(world):
+@on_ranks(2, 3)
+def test_only_codes_are_sent(world):
     """Measured against the same model in bf16, of which norms and biases remain as they are."""
     gathered = {}
     for dtype in (None, "int8", "fp8", "fp6"):
@@ -180,7 +184,8 @@ def only_codes_are_sent(world):
     assert gathered["fp6"] <= 0.39 * gathered[None]
 
 
-def scales_are_precomputed_together(world):
+@on_ranks(2, 3)
+def test_scales_are_precomputed_together(world):
     config = halo_config(0, "fp8", granularity="tensor")
     for size in (EVEN, UNEVEN):
         single, sharded = make(config, size), shard(make(config, size))
@@ -198,7 +203,8 @@ def scales_are_precomputed_together(world):
     precompute_scales(make(None))
 
 
-def a_shard_holds_codes_in_step(world):
+@on_ranks(2, 3)
+def test_a_shard_holds_codes_in_step(world):
     model = shard(make(halo_config(1, "int8"), UNEVEN))
     together(model, world, 2)
     for layer in (model[0].up, model[1]):
@@ -211,22 +217,23 @@ def a_shard_holds_codes_in_step(world):
     assert not any(isinstance(v, HaloWeight) for s in state.values() for v in s.values())
 
 
-def checkpoints_cross_world_sizes(world, folder):
+@on_ranks(2, 3)
+def test_checkpoints_cross_world_sizes(world, tmp_path):
     config = halo_config(1, "int8")
     model = shard(make(config, UNEVEN))
     together(model, world, 2)
     state = get_model_state_dict(model)
     assert all(type(v.to_local()) is torch.Tensor for v in state.values()), "plain shards under plain names"
-    dcp.save(state, checkpoint_id=f"{folder}/{world}")
+    dcp.save(state, checkpoint_id=f"{tmp_path}/{world}")
     expected = weights(model)
     assert list(expected) == list(make(None, UNEVEN).state_dict())
     # Saved by all ranks, read by one.
     if dist.get_rank() == 0:
         plain = make(None, UNEVEN)
-        dcp.load(loaded := plain.state_dict(), checkpoint_id=f"{folder}/{world}", no_dist=True)
+        dcp.load(loaded := plain.state_dict(), checkpoint_id=f"{tmp_path}/{world}", no_dist=True)
         assert all(torch.equal(loaded[k], v) for k, v in expected.items())
         plain.load_state_dict(loaded)
-        dcp.save(plain.state_dict(), checkpoint_id=f"{folder}/{world}-1", no_dist=True)
+        dcp.save(plain.state_dict(), checkpoint_id=f"{tmp_path}/{world}-1", no_dist=True)
     dist.barrier()
     # Saved by one, read by all ranks; then set from a dense state dict of rank 0.
     x = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
@@ -235,7 +242,7 @@ def checkpoints_cross_world_sizes(world, folder):
         for p in other.parameters():
             torch.nn.init.zeros_(p)
         if how == "dcp":
-            dcp.load(state := get_model_state_dict(other), checkpoint_id=f"{folder}/{world}-1")
+            dcp.load(state := get_model_state_dict(other), checkpoint_id=f"{tmp_path}/{world}-1")
             set_model_state_dict(other, state)
         else:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -244,7 +251,8 @@ def checkpoints_cross_world_sizes(world, folder):
         assert torch.equal(other(x), model(x)), how
 
 
-def loading_with_assign(world):
+@on_ranks(2, 3)
+def test_loading_with_assign(world):
     """A state dict whose tensors take the place of the shards: they are converted, whether it has been gathered before or not."""
     for dtype in ("int8", "fp6"):
         config, x = halo_config(1, dtype), torch.randn(16, EVEN[0])
@@ -262,7 +270,8 @@ def loading_with_assign(world):
             assert all(local(layer.weight).operand is not None for layer in (other[0].up, other[1]))
 
 
-def writes_to_state_dicts(world):
+@on_ranks(2, 3)
+def test_writes_to_state_dicts(world):
     """Before sharding and after it, as dcp.load makes them; and without one nothing is quantised anew."""
     x = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
     for dtype, granularity, size in (("int8", "row", MIXED), ("fp6", "row", EVEN), ("int8", "tensor", MIXED)):
@@ -297,7 +306,8 @@ def writes_to_state_dicts(world):
         assert versions == [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
 
 
-def collectives(world):
+@on_ranks(2, 3)
+def test_collectives(world):
     """Write to weights as other ops do, and DDP and ZeRO are made of them; a weight that is only sent keeps its codes."""
     rank, x = dist.get_rank(), torch.randn(8, 64)
 
@@ -350,7 +360,8 @@ def collectives(world):
     assert losses[1] == pytest.approx(losses[0], rel=0.05), losses
 
 
-def frozen_weights(world):
+@on_ranks(2, 3)
+def test_frozen_weights(world):
     """They are sharded, sent and held as codes, and give what they give in one process."""
     for dtype, granularity, size in itertools.product(("int8", "fp6"), ("row", "tensor"), (EVEN, UNEVEN)):
         model = make(None, size).requires_grad_(False)
@@ -372,7 +383,8 @@ def frozen_weights(world):
             assert (value - 2 * state[name]).norm() < (0.02 if dtype == "int8" else 0.06) * value.norm() + 1e-9, name
 
 
-def misuse(world):
+@on_ranks(2, 3)
+def test_misuse(world):
     with pytest.raises(ValueError, match=r"cannot be sharded: .* not whole blocks of 32"):
         shard(make(recipe_config("jetfire"), EVEN))
     with pytest.warns(UserWarning, match="trains in high precision"):
@@ -384,7 +396,8 @@ def misuse(world):
         quantize_(model[1], halo_config(1, "int8"))
 
 
-def unlike_configs(world):
+@on_ranks(2, 3)
+def test_unlike_configs(world):
     """An error on every rank, and none of them waits for the others."""
     for mine in (halo_config(dist.get_rank() % 2, "int8"), halo_config(1, "int8" if dist.get_rank() else "fp8")):
         model = shard(make(mine))
@@ -392,7 +405,8 @@ def unlike_configs(world):
             model(torch.randn(4, 96))
 
 
-def balanced_weights(world):
+@on_ranks(2, 3)
+def test_balanced_weights(world):
     """Every shard has the whole gain, and nothing is sent of it."""
     x = torch.randn(32, 128, generator=torch.Generator().manual_seed(6)) * torch.logspace(-1, 1, 128)
     for config, size in (
@@ -434,7 +448,8 @@ def balanced_weights(world):
 # Checks of ways to use FSDP, with two ranks.
 
 
-def resharding_and_mixed_precision(world):
+@on_ranks(2)
+def test_resharding_and_mixed_precision(world):
     config = halo_config(1, "int8")
     bf16 = torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
@@ -457,7 +472,8 @@ def resharding_and_mixed_precision(world):
     assert losses != expected and losses == pytest.approx(expected, rel=0.02)
 
 
-def accumulation_checkpointing_and_compilation(world):
+@on_ranks(2)
+def test_accumulation_checkpointing_and_compilation(world):
     config = halo_config(2, "int8")
     single = make(config)
     expected = broadcast(alone(single, world, 4))
@@ -492,7 +508,8 @@ def accumulation_checkpointing_and_compilation(world):
     assert torch.ops.halo.rotate_quantize_.default not in targets
 
 
-def from_meta(world):
+@on_ranks(2)
+def test_from_meta(world):
     """The usual way to a large model: made and sharded without memory, then loaded."""
     config = halo_config(1, "int8")
     expected = make(config).state_dict()
@@ -587,7 +604,8 @@ class _Collectives:
             out.wait() if op.namespace == "c10d" else torch.ops._c10d_functional.wait_tensor(out)
 
 
-def every_collective(world):
+@on_ranks(2)
+def test_every_collective(world):
     """Of this version of PyTorch: codes are in step with the master as soon as an op returns, and inputs are not written."""
     collectives, changed = _Collectives(world), set()
     torch.manual_seed(dist.get_rank())
@@ -609,69 +627,7 @@ def every_collective(world):
     assert dist.get_rank() != 1 or changed >= {"broadcast_", "recv_", "irecv", "batch_p2p_ops"}
 
 
-def curves(world: int) -> dict:
-    """All combinations in two processes, every other one in three."""
-    combinations = list(itertools.product((0, 1, 2), ("int8", "fp8", "fp6"), ("row", "tensor")))
-    return {
-        f"{level}-{dtype}-{granularity}": functools.partial(trains_as_one_process, level, dtype, granularity, MIXED)
-        for level, dtype, granularity in (combinations if world == 2 else combinations[::3] + combinations[1::6])
-    }
-
-
-ANY = [
-    other_recipes, a_rank_without_rows, only_codes_are_sent, scales_are_precomputed_together, a_shard_holds_codes_in_step,
-    checkpoints_cross_world_sizes, loading_with_assign, writes_to_state_dicts, collectives, frozen_weights, balanced_weights, misuse, unlike_configs,
-]  # fmt: skip
-TWO = [every_collective, resharding_and_mixed_precision, accumulation_checkpointing_and_compilation, from_meta]
-
-
-def checks(world: int) -> dict:
-    functions = ANY + TWO if world == 2 else ANY
-    return curves(world) | {f.__name__: f for f in functions}
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    sys.stdout = open(f"{folder}/out-{rank}", "w", buffering=1)  # noqa: SIM115
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, init_method=f"file://{folder}/meeting", timeout=timedelta(seconds=20)
-    )
-    results = {}
-    for name, check in checks(world).items():
-        start = time.perf_counter()
-        try:
-            check(world, folder) if check is checkpoints_cross_world_sizes else check(world)
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(f"{name}: {time.perf_counter() - start:.1f} s {'FAILED' if results[name] else ''}")
-        with open(f"{folder}/results-{rank}.json", "w") as file:
-            json.dump(results, file)
-        if results[name]:
-            break  # the others may have got further
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a mesh would take GPUs, of which there may be fewer
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, world, str(tmp_path)), daemon=True) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + SECONDS
-    for rank in ranks:
-        rank.join(max(deadline - time.monotonic(), 0))
-    late = [i for i, rank in enumerate(ranks) if rank.is_alive()]
-    for rank in ranks:
-        rank.kill()
-    for i in range(world):
-        print(f"rank {i}:", (tmp_path / f"out-{i}").read_text(), sep="\n")
-        path = tmp_path / f"results-{i}.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        missing = checks(world).keys() - results.keys()
-        assert not any(results.values()), "\n".join(f"rank {i}, {k}:\n{v}" for k, v in results.items() if v)
-        assert not missing, f"rank {i} did not finish {missing}; late: {late}"
+# Hooks, without other ranks.
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp6"])
