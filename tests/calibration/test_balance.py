@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HadamardQuantTensor, balance_, dequantize_, halo_config, keep_products, quantize_, recipe_config
-from halo_tensor.calibration.balance import FORWARD, fourth_power
+from halo_tensor.calibration.balance import FORWARD, Statistics, _exponents, _groups, fourth_power, observed
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.operand import gains
 from halo_tensor.products.operands import weight_operand
@@ -597,3 +597,31 @@ def test_the_weight_of_a_recipe_without_codes_takes_no_gain():
     convert_weight(layer, recipe_config("hot_llm").recipe)
     with pytest.raises(ValueError, match="of 0 converted"):
         balance_(layer, torch.randn(4, 128))
+
+
+def test_statistics_of_balance_are_means_over_rows():
+    """Of several calls, and of layers that share an s, all rows count the same."""
+    a, b, c = (nn.Linear(4, 2, bias=False) for _ in range(3))
+    x, y = torch.randn(8, 4), 3 * torch.randn(2, 4)
+    layers = {"a": a, "b": b, "c": c}
+    with observed(layers) as statistics:
+        a(x), b(x), c(y), c(x + 0)
+    assert statistics.rows == {"a": 8, "b": 8, "c": 10}
+    torch.testing.assert_close(statistics.squares["c"], x.square().sum(0) + y.square().sum(0))
+    with observed(layers) as changed:
+        a(z := x.clone()), b(z.mul_(2))
+    torch.testing.assert_close(changed.squares["b"], 4 * changed.squares["a"])  # written to in between: another X
+    weights = {name: layer.weight for name, layer in layers.items()}
+    assert sorted(map(sorted, _groups(weights, statistics))) == [["a", "b"], ["c"]]
+
+    made = Statistics()
+    power = torch.tensor([2.0**8, 1.0, 1.0, 2.0**-8])
+    made.squares, made.rows = {"a": 6 * power, "b": 2 * power}, {"a": 6, "b": 2}
+    single = Statistics()
+    single.squares, single.rows = {"a": power}, {"a": 1}
+    two = _exponents(["a", "b"], weights, made)
+    weights["b"] = weights["a"]
+    assert torch.equal(_exponents(["a", "b"], weights, made), _exponents(["a"], weights, single))
+    assert two[0] > two[1] >= two[3] and two.abs().max() <= 8
+    power[1] = 0
+    assert _exponents(["a"], weights, single)[1] == 0, "a column of zeros is left alone"

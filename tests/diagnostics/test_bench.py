@@ -1,8 +1,7 @@
-"""``python -m halo_tensor bench``: what it prints and returns. The reference on a CPU stands in for a GPU, made-up times for its."""
+"""``python -m halo_tensor bench``: what it prints and returns. It runs the reference on a CPU, with made-up times."""
 
 import argparse
 import runpy
-import subprocess
 import sys
 from functools import partial
 
@@ -17,7 +16,6 @@ from tests.helpers.recording import OpLog
 CPU = torch.device("cpu")
 PATHS = {"launcher": "on", "gluon": "off: no GPU of compute capability 9.0"}
 FOUND = {"torch": "2.13", "triton": "3.6.0", "halo_tensor": "0.3.0", "fast paths": PATHS}
-environment = sys.modules["halo_tensor.diagnostics.environment"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def small(compiled: bool = False) -> list[bench.Case]:
     return [block, bench.Case("linear", partial(nn.Linear, 256, 384, bias=False), 256, 384, compiled)]
 
 
-def test_there_is_no_speed_on_a_cpu(monkeypatch, capsys):
+def test_the_command_refuses_a_machine_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["halo_tensor", "bench"])
     with pytest.raises(SystemExit) as exit:
@@ -53,7 +51,7 @@ def test_there_is_no_speed_on_a_cpu(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_table(card, monkeypatch, capsys, compiled):
+def test_the_table_has_times_and_errors(card, monkeypatch, capsys, compiled):
     times = iter([4.0, 2.0, 3.0, 2.0])
     products = []
 
@@ -79,7 +77,7 @@ def test_the_table(card, monkeypatch, capsys, compiled):
     assert products == [[], [torch.int8] * 21, [], [torch.int8] * 3], "three products of each layer under the recipe alone"
 
 
-def test_a_wrong_result_is_seen(card, monkeypatch, capsys):
+def test_a_wrong_result_is_marked_and_fails_the_command(card, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *_: (1.0, 1.0, float("inf")))
     assert bench.bench(halo_config(1, "int8"), CPU, arguments(), small()) == 1
     assert "| inf % **wrong** |" in capsys.readouterr().out
@@ -88,7 +86,7 @@ def test_a_wrong_result_is_seen(card, monkeypatch, capsys):
     assert bench._relative_error(exact * float("nan"), exact) == float("inf")
 
 
-def test_what_has_no_row_is_named(card, monkeypatch, capsys):
+def test_cases_without_a_row_are_listed_with_the_reason(card, monkeypatch, capsys):
     def measure(case, *_):
         if case.name == "block":
             raise RuntimeError("does not run\nmore")
@@ -102,7 +100,7 @@ def test_what_has_no_row_is_named(card, monkeypatch, capsys):
     assert "- linear, eager: -1 s were over" in capsys.readouterr().out
 
 
-def test_the_recipe_is_that_of_the_gpu(card, monkeypatch, capsys):
+def test_the_recipe_is_chosen_by_the_gpu(card, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(bench, "bench", lambda config, *_: ran.append(config) or 0)
     for words in ((), ("--level", "2"), ("--dtype", "fp6")):
@@ -118,24 +116,10 @@ def test_the_recipe_is_that_of_the_gpu(card, monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(capsys):
+def test_the_table_on_a_gpu(capsys):
     todo = [*small(), *small(compiled=True)]
     assert (
         bench.bench(halo_config(1, "int8"), torch.device("cuda", 0), arguments("--batch", "1", "--length", "512"), todo) == 0
     )
     out = capsys.readouterr().out
     assert out.count("eager") == out.count("compiled") == 2 and "driver unknown" not in out
-
-
-def test_the_commit_of_an_installation(monkeypatch):
-    class Installed:
-        def __init__(self, text):
-            self.read_text = lambda name: text
-
-    monkeypatch.setattr(environment, "distribution", lambda name: Installed('{"vcs_info": {"commit_id": "0123456789abcdef"}}'))
-    assert environment.source_commit() == "0123456789"
-    monkeypatch.setattr(environment, "distribution", lambda name: Installed(None))
-    run = ["git", "-C", environment.__file__.rsplit("/", 3)[0], "rev-parse", "HEAD"]
-    head = subprocess.run(run, capture_output=True, text=True).stdout.strip()
-    found = environment.source_commit()
-    assert found is None if not head else head.startswith(found.removesuffix("-dirty"))

@@ -57,7 +57,7 @@ def where(found):
 
 
 def hooks(model):
-    """Of every module; a converted layer has one of its own."""
+    """Return the hooks of every module; a converted layer has one of the library."""
     return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
 
 
@@ -79,14 +79,14 @@ def test_nothing_is_found_and_nothing_changes(model):
     assert not any(p._backward_hooks for p in model.parameters())
 
 
-def test_in_the_input(model):
+def test_inf_in_the_input(model):
     x = torch.randn(32, 128)
     x[3, 5] = torch.inf
     found = step(model, x)
     assert where(found) == ("norm", "forward", "output", "input") and not found.first.made_here
     assert (found.first.nan, found.first.inf) == (0, 1) and found.last_finite is None
     assert len(found.all) > 1 and "more that came later" in str(found)
-    assert not any(finding.made_here for finding in found.all)  # what followed from it is no news
+    assert not any(finding.made_here for finding in found.all)  # results of non-finite operands are not listed
 
 
 def test_made_between_two_modules(model):
@@ -97,7 +97,7 @@ def test_made_between_two_modules(model):
     assert found.first.nan == 32 * 128 and "arrived at output" in str(found)
 
 
-def test_made_by_a_module_that_is_no_linear(model):
+def test_made_by_a_module_that_is_not_linear(model):
     model.act = nn.LogSigmoid()
     model.act.forward = torch.log
     found = step(model)
@@ -112,7 +112,7 @@ def test_made_by_output(model):
     assert "made by the product output out of finite operands" in str(found)
 
 
-def test_in_a_weight_and_in_a_bias(model):
+def test_nan_in_a_weight_and_inf_in_a_bias(model):
     with torch.no_grad():
         model.b.weight[0, 0] = torch.nan
     found = step(model)
@@ -124,7 +124,7 @@ def test_in_a_weight_and_in_a_bias(model):
     assert where(step(model)) == ("b", "forward", "output", "bias")
 
 
-def test_in_the_gradient_that_arrives(model):
+def test_inf_in_the_gradient_of_the_output(model):
     found = step(model, factor=torch.inf)
     assert where(found) == ("c", "backward", "grad_input", "E")
     assert found.last_finite == "output of c"

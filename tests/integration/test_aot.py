@@ -616,7 +616,7 @@ def broken(*args, **kwargs):
 def test_without_gluon(launched, monkeypatch, where):
     """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
     kernel = sm90.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
-    monkeypatch.setattr(sm90, where, kernel)
+    monkeypatch.setattr(gluon if where == "_layout" else sm90, where, kernel)
     (kernel,) = one_warning_of(GLUON, lambda: launched(90, MULTIPLY["int8"]))
     assert kernel.name == "scaled_mm_kernel"
 

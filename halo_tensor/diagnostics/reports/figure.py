@@ -1,21 +1,23 @@
-"""A report as a picture."""
-
-from __future__ import annotations
+"""A report as a picture, drawn with matplotlib."""
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from halo_tensor.diagnostics.render import kind_of, sentence
-
-if TYPE_CHECKING:
-    from halo_tensor.diagnostics.result import LayerReport, Report
+from halo_tensor.diagnostics.reports.data import LayerReport, ReportData
+from halo_tensor.diagnostics.reports.text import kind_of, sentence
 
 OURS, OTHER, LINE, PALE = "#0b7285", "#868e96", "#343a40", "#ced4da"
 
 
-def png(report: Report, path: str | Path) -> None:
-    """The candidates; each layer's worst SQNR under each; kurtosis before and after rotation. Layers are sorted by kind.
+def draw(report: ReportData, path: str | Path) -> None:
+    """Draw the candidates, each layer's worst SQNR under each of them, and kurtosis before and after rotation.
+
+    Layers are sorted by kind.
+
+    Args:
+        report: what to draw.
+        path: the file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -48,7 +50,7 @@ def png(report: Report, path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _candidates(axes: Any, report: Report) -> None:
+def _candidates(axes: Any, report: ReportData) -> None:
     smallest = 1e-7
     errors = [max(1 - c.cosine, smallest) for c in report.candidates]
     for y, (c, x) in enumerate(zip(report.candidates, errors, strict=True)):
@@ -69,7 +71,7 @@ def _candidates(axes: Any, report: Report) -> None:
     _plain(axes)
 
 
-def _layers(figure: Any, axes: Any, report: Report, kinds: dict[str, list[LayerReport]]) -> None:
+def _layers(figure: Any, axes: Any, report: ReportData, kinds: dict[str, list[LayerReport]]) -> None:
     layers = [layer for group in kinds.values() for layer in group]
     names = [c.name for c in report.candidates]
     worst = [[layer.worst(name)[0] if name in layer.fidelity else float("nan") for layer in layers] for name in names]
@@ -98,7 +100,7 @@ def _kurtosis(axes: Any, operand: str, along: str, kinds: dict[str, list[LayerRe
 
 
 def _separate(axes: Any, kinds: dict[str, list[LayerReport]], colour: str, rotation: int) -> None:
-    """Name the kinds on the x axis, with a line between each and the next."""
+    """Name the kinds on the x axis and draw lines between them."""
     end, centres = 0, []
     for group in kinds.values():
         centres.append(end + (len(group) - 1) / 2)

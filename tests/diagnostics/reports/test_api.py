@@ -1,13 +1,10 @@
+"""``report``: what it measures of a model, what it recommends, and the forms it is written in."""
+
 import copy
-import io
 import json
-import runpy
-import statistics
 import sys
 import warnings
-from contextlib import redirect_stdout
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
-from halo_tensor.analysis import measure, roofline
-from halo_tensor.analysis.measure import Fidelity, Outliers
-from halo_tensor.diagnostics.report import CANDIDATES, _fastest
-from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport
-from halo_tensor.recipe import INT8, PRODUCTS, Recipe
+from halo_tensor.calibration.candidates import CANDIDATES
+from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport
+from halo_tensor.diagnostics.reports.recommendation import fastest
+from halo_tensor.recipe import INT8, PRODUCTS
 from tests.helpers.errors import relative_error, typical_error
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 INT8_HALO = {f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1)}
 WIDTH = 128
 
@@ -67,7 +62,7 @@ def batch(rows=3, length=50):
 
 
 def add_outliers(blocks, factor=30.0, channels=6):
-    """The same function, with large channels in what every norm returns."""
+    """Scale some output channels of every norm up and undo it in the layers that read them."""
     with torch.no_grad():
         for block in blocks:
             chosen = torch.randperm(WIDTH)[:channels]
@@ -106,22 +101,6 @@ def test_products_are_those_that_training_computes():
             assert 0.5 * typical_error(INT8) < error < 2 * typical_error(INT8)
 
 
-def test_fidelity_of_known_differences():
-    exact = torch.tensor([[3.0, 4.0]])
-    assert Fidelity.of(exact * 1.1, exact).sqnr == pytest.approx(20.0, abs=1e-4)
-    assert Fidelity.of(exact * 1.1, exact).cosine == pytest.approx(1.0)
-    assert Fidelity.of(torch.tensor([[-4.0, 3.0]]), exact).cosine == pytest.approx(0.0)
-    assert Fidelity.of(exact, exact) == Fidelity.of(exact * 0, exact * 0) == Fidelity(1.0, 150.0)
-    assert Fidelity.of(exact * torch.nan, exact) == Fidelity(0.0, -150.0)
-    assert Fidelity.of(exact.double() * 1e18, exact.double() * 1e-3).sqnr == -150.0
-
-
-def test_noise_beyond_float32_is_no_error():
-    """A candidate may overflow; the report is then of the others."""
-    fidelity = Fidelity.of(torch.tensor([1e30, 0.0]), torch.tensor([1.0, 2.0]))
-    assert fidelity == Fidelity(0.0, -150.0)
-
-
 def test_autocast_and_bfloat16_are_compared_with_float32():
     model, x = nn.Linear(256, 256), torch.randn(64, 256, requires_grad=True)
 
@@ -138,22 +117,7 @@ def test_autocast_and_bfloat16_are_compared_with_float32():
         assert low[product].sqnr == pytest.approx(exact[product].sqnr, abs=0.5)
 
 
-def test_outliers_before_and_after_rotation():
-    x = torch.randn(200, 256)
-    assert Outliers.of(x).kurtosis == pytest.approx(3.0, abs=0.15)
-    assert 4 < Outliers.of(x).peak < 6.5
-    x[:, 7] *= 50
-    rotation = halo_config(1).recipe.output.left.in_features
-    before, after = Outliers.of(x), Outliers.rotated(x, 1, rotation)
-    assert before.kurtosis > 100 and 3 < after.kurtosis < 12
-    assert before.peak > 30 and after.peak < 10
-    rows = Outliers.rotated(x.T[:200], 0, rotation)  # whole blocks of them
-    assert Outliers.of(x.T[:200]).kurtosis > 100 and 2 < rows.kurtosis < 12
-    assert Outliers.rotated(x[:1], 0, rotation) == Outliers.of(x[:1])
-    assert Outliers.of(torch.zeros(2, 2)) == Outliers(0.0, 0.0)
-
-
-def test_what_is_measured_of_each_layer(found):
+def test_measurements_of_each_layer(found):
     layers = {layer.name: layer for layer in found.layers}
     assert list(layers) == [f"blocks.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")]  # no lm_head
     assert {layer.sharing for name, layer in layers.items() if "down" not in name} == {2}
@@ -184,18 +148,11 @@ def test_the_whole_gradient_is_that_of_a_converted_model(found):
         assert candidate.loss_change == pytest.approx((quantized - loss).item(), abs=1e-6)
 
 
-def test_sampled_gradients_estimate_the_whole(monkeypatch):
-    weight = nn.Parameter(torch.randn(300, 400))
-    x = torch.randn(400)
-    whole = measure.gradients((weight @ x).square().sum(), {"w": weight})["w"]
-    monkeypatch.setattr(measure, "GRADIENT_SAMPLE", 20000)
-    sample = measure.gradients((weight @ x).square().sum(), {"w": weight})["w"]
-    assert len(whole) == 65536 and len(sample) == 20000
-    exact = torch.autograd.grad((weight @ x).square().sum(), weight)[0].norm()
-    assert sample.norm() == pytest.approx(exact.item(), rel=0.05)
-
-
 # The rule.
+
+
+def candidate(name, cosine, speed):
+    return CandidateReport(name, None, cosine, 0.0, speed)
 
 
 def test_int8_without_rotation_is_not_recommended_for_a_model_with_outliers(found):
@@ -205,28 +162,10 @@ def test_int8_without_rotation_is_not_recommended_for_a_model_with_outliers(foun
     assert by_name[found.recommended].cosine >= 0.98 and by_name["int8 HALO-0"].cosine < 0.999
 
 
-def test_what_is_recommended_can_be_followed(found):
+def test_quantize_accepts_the_recommended_config(found):
     model = Model()
     assert len(quantize_(model, found.config).converted) == 6
     assert model.blocks[0].up.weight.recipe == found.config.recipe
-
-
-def candidate(name, cosine, speed):
-    return CandidateReport(name, None, cosine, 0.0, speed)
-
-
-def test_the_fastest_is_recommended_unless_one_as_fast_is_far_more_faithful():
-    slow, fast = candidate("slow", 0.999, 1.2), candidate("fast", 0.98, 1.6)
-    assert _fastest([slow, fast]) is fast
-    close = candidate("close", 0.995, 1.55)
-    assert _fastest([slow, fast, close]) is close
-    closer = candidate("closer", 0.998, 1.5)  # within 5 % of close, not of fast
-    assert _fastest([slow, fast, close, closer]) is closer and _fastest([slow, fast, closer]) is fast
-    little = candidate("little better", 0.985, 1.59)
-    assert _fastest([slow, fast, little]) is fast
-    noise = candidate("better by noise", 0.9999, 1.59)
-    assert _fastest([candidate("faithful", 0.9995, 1.6), noise]).name == "faithful"
-    assert _fastest([candidate("a", 0.98, 1.6), candidate("b", 0.981, 1.6)]).name == "b"
 
 
 def test_no_candidate_is_recommended_below_the_threshold():
@@ -294,7 +233,7 @@ BALANCED = INT8_HALO | {"int8 HALO-1, balanced": Balanced(halo_config(1, "int8")
 
 
 def followed(model, data, found):
-    """Cosine of the gradient of a model that follows a recommendation with the exact one, and the change of the loss."""
+    """Return the cosine of the gradient of a model that follows a recommendation with the exact one, and the change of the loss."""
     names = [f"{layer.name}.weight" for layer in found.layers]
 
     def gradient(m):
@@ -351,8 +290,8 @@ def test_a_balance_that_gains_little_is_not_recommended():
     more = CandidateReport("balanced", None, 0.997, 0.0, 1.5, balanced=True)
     much = CandidateReport("balanced", None, 0.999, 0.0, 1.5, balanced=True)
     for order in ((plain, more), (more, plain)):
-        assert _fastest(list(order)) is plain
-    assert _fastest([plain, much]) is much and _fastest([more]) is more
+        assert fastest(list(order)) is plain
+    assert fastest([plain, much]) is much and fastest([more]) is more
     found = report(Model(1), batch(), candidates=BALANCED)
     assert (found.recommended, found.balanced) != ("int8 HALO-1, balanced", True)
 
@@ -521,7 +460,7 @@ def test_calls_that_checkpointing_repeats_count_once():
     assert [layer.tokens for layer in found.layers] == [64, 64]
 
 
-def test_batches_and_losses():
+def test_batches_may_be_mappings_or_tuples_and_losses_functions():
     model, data = Model(1), batch()
     by_mapping = report(model, data, candidates=INT8_HALO).loss
     assert report(model, (data["ids"], data["labels"]), candidates=INT8_HALO).loss == by_mapping
@@ -566,60 +505,6 @@ def test_transformers_and_a_recipe_by_name():
     assert found.layers[0].fidelity[only.name]["grad_weight"].sqnr > 100  # which SwitchBack leaves in high precision
 
 
-# The model of speed.
-
-
-def test_ceilings_are_what_the_benchmarks_measured():
-    gemm = json.loads((RESULTS / "gemm.json").read_text())["rows"]
-    rotation = json.loads((RESULTS / "rotation.json").read_text())["rows"]
-
-    def median(rows, column, contender):
-        return statistics.median(float(row[column]) for row in rows if contender(row["contender"]))
-
-    plain = {"bf16": "bf16 torch.mm", "int8": "int8 ours", "fp8": "fp8 ours"}
-    for unit, name in plain.items():
-        rate = median(gemm, "TFLOP/s", lambda c, name=name: c == name) * 1e12
-        assert roofline.H100.products[unit] == pytest.approx(rate, rel=0.005)
-        if unit != "bf16":
-            undone = median(gemm, "TFLOP/s", lambda c, name=name: c == f"{name}, un-rotated") * 1e12
-            assert roofline.H100.undo[unit] == pytest.approx(undone / rate, abs=0.015)
-    both = {
-        "quantize": "8 not rotated, both",
-        "rotate": "8 rotated by 128, both",
-        "rotate_wide": "8 rotated in full width, both",
-    }
-    for field, name in both.items():
-        rate = median(rotation, "GB/s", lambda c, name=name: name in c) * 1e9
-        assert getattr(roofline.H100, field) == pytest.approx(rate, rel=0.02)
-    assert roofline.H100.copy == pytest.approx(median(rotation, "GB/s", lambda c: "copy" in c) * 1e9, rel=0.01)
-
-
-def test_modelled_speeds_are_near_the_measured_ones():
-    checked = 0
-    for row in json.loads((RESULTS / "linear.json").read_text())["rows"]:
-        if not row["contender"].startswith("halo"):
-            continue
-        n_in, n_out = map(int, row["in×out"].split("x"))
-        sizes = {"tokens": 8192, "in_features": n_in, "out_features": n_out}
-        level, dtype = row["contender"].removeprefix("halo").split("-")
-        modelled = roofline.seconds(Recipe(), sizes) / roofline.seconds(halo_config(int(level), dtype).recipe, sizes)
-        assert modelled == pytest.approx(float(row["× bf16"]), rel=0.08)
-        checked += 1
-    assert checked >= 20
-
-
-def test_time_counts_what_is_computed():
-    sizes = {"tokens": 8192, "in_features": 4096, "out_features": 4096}
-    recipe = halo_config(1, "int8").recipe
-    whole = roofline.seconds(recipe, sizes)
-    frozen = roofline.seconds(recipe, sizes, ("output", "grad_input"), trained=False)
-    assert 0.5 * whole < frozen < 0.7 * whole
-    assert 0.85 * whole < roofline.seconds(recipe, sizes, sharing=3) < whole
-    assert roofline.seconds(recipe_config("jetfire").recipe, sizes) > roofline.seconds(Recipe(), sizes)
-    wide = halo_config(1, "int8", block_size=None).recipe
-    assert roofline.seconds(wide, sizes) > 1.1 * whole
-
-
 def test_speed_is_modelled_for_the_step():
     model, x = nn.Linear(1024, 1024), torch.randn(16, 1024)
     small, large = (
@@ -652,7 +537,7 @@ def test_markdown_and_json(found, tmp_path):
     assert "HaloConfig" in numbers["candidates"][0]["config"]
 
 
-def test_html_is_whole_and_self_contained(found, tmp_path):
+def test_html_is_well_formed_and_needs_no_other_file(found, tmp_path):
     class Check(HTMLParser):
         open: tuple = ()
         rows = 0
@@ -674,7 +559,7 @@ def test_html_is_whole_and_self_contained(found, tmp_path):
     assert all(layer.name in page for layer in found.layers)
 
 
-def test_png(found, tmp_path, monkeypatch):
+def test_png_is_drawn_and_matplotlib_is_asked_for(found, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     found.to_png(tmp_path / "report.png")
     data = (tmp_path / "report.png").read_bytes()
@@ -682,45 +567,3 @@ def test_png(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         found.to_png(tmp_path / "other.png")
-
-
-# The environment.
-
-
-def test_environment():
-    found = halo_tensor.environment()
-    assert found["torch"] == torch.__version__ and found["halo_tensor"] == halo_tensor.__version__
-    cpu = found["devices"][0]
-    assert cpu["device"] == "cpu" and "int8" in cpu["formats"] and "reference" in cpu["products by"]
-    text = json.dumps(found) + str(found)
-    assert "/" not in text and "\\" not in text.replace("\\n", "")
-    assert all(key in str(found) for key in ("torchao", "transformers", "peft", "triton", "python"))
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "threads)"
-    triton = f"triton {found['triton']}, " if torch.cuda.is_available() else ""
-    assert f"{where}, halo_tensor {found['halo_tensor']}, torch {torch.__version__}, {triton}torchao " in found.line()
-
-
-def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
-    properties = SimpleNamespace(name="Old GPU", major=8, minor=0, total_memory=40 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    gpu = halo_tensor.environment()["devices"][1]
-    assert gpu["formats"] == ["int8", "int4"] and "fp8_e4m3" in gpu["cannot run"]
-    assert (gpu["compute capability"], gpu["memory"]) == ("8.0", "40 GiB")
-    assert "cannot run: fp8_e4m3" in str(halo_tensor.environment())
-    assert f", {gpu['name']}, halo_tensor " in halo_tensor.environment().line()
-
-
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_python_m_halo_tensor(monkeypatch, arguments):
-    monkeypatch.setattr(sys, "argv", ["halo_tensor", *arguments])
-    out = io.StringIO()
-    with redirect_stdout(out):
-        runpy.run_module("halo_tensor", run_name="__main__")
-    if arguments:
-        assert json.loads(out.getvalue()) == halo_tensor.environment()
-    else:
-        assert out.getvalue() == f"{halo_tensor.environment()}\n"
