@@ -53,7 +53,7 @@ def small_llama(vocabulary: int = 128):
 
 
 def save_small_model(folder: Path) -> None:
-    """A model and a tokenizer as ``from_pretrained`` wants them."""
+    """Save a model and a tokenizer for ``from_pretrained``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
