@@ -1,6 +1,7 @@
 """Convert small random models of transformers' architectures, train them for three steps, and export them.
 
-The models and what is expected of them are in ``tests/helpers/zoo.py``. Nothing is downloaded, and it takes a minute on a CPU.
+The models and what is expected of them are in ``tests/helpers/architectures.py``. Nothing is downloaded, and it takes a minute
+on a CPU.
 """
 
 import argparse
@@ -15,7 +16,8 @@ sys.path.insert(2, str(Path(__file__).parent.parent))
 import torch
 import transformers
 
-from tests.helpers.zoo import CASES, CONFIG, STEPS, Case, Outcome, examine
+from tests.helpers.architectures import CASES
+from tests.helpers.zoo import CONFIG, STEPS, Case, Outcome, examine
 
 NOTES = (
     "Random weights, 64 wide, 2 layers where the architecture allows; {config}. share converted: of the parameters that "

@@ -16,7 +16,6 @@ from halo_tensor import HadamardQuantTensor, balance_, dequantize_, halo_config,
 from halo_tensor.calibration.balance import FORWARD, Statistics, _exponents, _groups, fourth_power, observed
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.operand import gains
-from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
 from halo_tensor.weight.tensor import HaloWeight
 from tests.helpers.errors import relative_error
@@ -24,6 +23,7 @@ from tests.helpers.graphs import graphs
 from tests.helpers.linear_layers import converted, everything, exact, gradients
 from tests.helpers.recording import OpLog, saved_bytes
 from tests.helpers.training import Mlp, step_alike, train
+from tests.helpers.weights import in_step
 
 OUTLIERS = slice(None, None, 29)
 
@@ -44,11 +44,6 @@ def with_outliers(plain: nn.Linear, *shape: int, factor: float = 32.0):
     with torch.no_grad():
         plain.weight[:, OUTLIERS] /= factor
     return x.to(plain.weight.dtype)
-
-
-def in_step(weight: HaloWeight) -> bool:
-    fresh = weight_operand(weight.master, weight.recipe, weight.gains)
-    return torch.equal(fresh.codes, weight.operand.codes) and torch.equal(fresh.scale, weight.operand.scale)
 
 
 def balanced(config=None, width: int = 128):
