@@ -19,7 +19,6 @@ pytest.importorskip("triton")
 from halo_tensor import halo_config, quantize_
 from halo_tensor.ops import library, reference, scaled_mm, sm80
 from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.request import Request
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from tests.helpers.older_gpu import running_as
 from tests.util import relative_error, typical_error
@@ -129,11 +128,10 @@ def test_a_layer(launched, capability, dtype, config):
 
 def test_the_kernel_is_what_these_gpus_get():
     """On the GPU itself, another kernel runs."""
-    a = scaled_mm.Matrix.of(codes(256, 256, INT8))
-    request = Request(a, a, 256, 0, 0, False, None, None, None, torch.bfloat16)
     with running_as(80):
-        launch, _ = scaled_mm._plan(request)
-    assert launch.kernel is sm80.mma_kernel
+        int8 = torch.int8
+        planned = scaled_mm.plan(torch.device("cuda", 0), int8, int8, 256, 0, 0, False, None, None, None, torch.bfloat16)
+        assert planned.variant((256, 256, 256, 256, 256)).launch.kernel is sm80.mma_kernel
 
 
 @pytest.mark.parametrize("module", ["test_kernels", "test_two_gradients", "test_hot_kernels"])
