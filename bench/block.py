@@ -11,7 +11,7 @@ import argparse
 import chart
 import results
 import torch
-from contenders import BALANCED, CONTENDERS, convert, requantize
+from contenders import BALANCED, CONTENDERS, TUNING, convert, requantize
 from llama import SHAPES, Llama, split
 from steps import BACKEND, DEVICE, Measured, allocated, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
@@ -38,7 +38,8 @@ NOTES = (
     "causal kernel. ms: median of plain calls; graph ms: of replays of a CUDA graph. There is no optimiser: weights are "
     "quantised anew in every step, as its write would cause. Saved: what the forward leaves allocated besides its result. "
     "-balanced: after balance_. /products: with keep_products. Peak: in one step, weights and gradients included. "
-    "First two steps: in seconds, with compilation."
+    "First two steps: in seconds, with compilation, and for torchao-int8 with the tuning of its product: all of its 27 "
+    f"configurations for each size, {TUNING['rep']} ms each."
 )
 
 

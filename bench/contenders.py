@@ -6,9 +6,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import fsdp, gains, halo_config, quantize_, recipe_config
-from halo_tensor.balance import give
-from halo_tensor.weight import HaloWeight
+from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor.calibration.balance import give
+from halo_tensor.operand import gains
+from halo_tensor.weight import fsdp
+from halo_tensor.weight.tensor import HaloWeight
 
 
 def _everything(module: nn.Module, name: str) -> bool:
@@ -27,12 +29,19 @@ def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gat
     convert_to_float8_training(model, config=config, module_filter_fn=filter_fn)
 
 
+#: Milliseconds for which the tuner of torchao's int8 product runs a configuration: before it is timed, and while it is.
+TUNING = {"warmup": 10, "rep": 30}
+
+
 def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
     """Its prototype of INT8 mixed-precision training, all three products in int8.
 
     torchao 0.18 registers the function for F.linear where only ATen ops are looked up, so that products stay in bf16
     without a word: it is registered anew. With module_swap=True they are in int8, but ``torch.compile`` does not take the
     config that the module passes on.
+
+    On a GPU its product times 27 configurations for each size and keeps the fastest. All of them are tried here too, but each
+    is timed for TUNING milliseconds instead of Triton's 125: two Llama-3-8B blocks have nine sizes.
     """
     import torchao
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
@@ -44,6 +53,11 @@ def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
     def linear(func, types, args, kwargs):
         return product.apply(*args, **(kwargs or {}))
 
+    if torch.cuda.is_available():  # elsewhere the product is PyTorch's
+        from torchao.prototype.quantized_training.int8_mm import _scaled_int8_mm_kernel
+        from triton.testing import do_bench
+
+        _scaled_int8_mm_kernel.do_bench = partial(do_bench, **TUNING)
     torchao.quantization.quantize_(model, Int8MixedPrecisionTrainingConfig(), filter_fn=filter_fn)
 
 

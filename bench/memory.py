@@ -5,7 +5,7 @@
     python bench/memory.py --tiny --name dry_run  # small models
 
 All of it is measured, with hooks on what autograd saves and by counting the bytes of live tensors (on a GPU: its allocator's);
-beside it stands what halo_tensor.analysis computes from shapes alone.
+beside it stands what halo_tensor.analysis.cost computes from shapes alone.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def main() -> None:
         "same tensor (a ReLU its result, which is a convolution's X), and HOT does not make them let go of it: 'in all' shows "
         "what is left. Analytic: from shapes, X of several linear layers counted once. Peak: of a forward and backward, "
         "gradients of weights included, weights not; on a CPU without what ops allocate for themselves. Bit operations count "
-        "the method (halo_tensor/analysis.py); Hopper multiplies INT4 values as INT8, exactly.",
+        "the method (halo_tensor/analysis/cost.py); Hopper multiplies INT4 values as INT8, exactly.",
         args.folder,
         panels=["model"],
         expected=CONTENDERS,

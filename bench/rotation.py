@@ -15,10 +15,10 @@ import results
 import torch
 from triton.testing import do_bench_cudagraph
 
-from halo_tensor.ops.formats import code_dtype
-from halo_tensor.ops.hadamard import fit
 from halo_tensor.ops.library import quantize_pair, rotate_quantize
 from halo_tensor.recipe import FP8_E4M3, INT8, Format, Rotation
+from halo_tensor.reference.codes import code_dtype
+from halo_tensor.reference.hadamard import fit
 
 DEVICE = "cuda"
 FORMATS = {"fp8": FP8_E4M3, "int8": INT8}

@@ -34,7 +34,7 @@ from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, l
 from torch import nn
 
 from halo_tensor import balance_
-from halo_tensor.weight import dense_value
+from halo_tensor.weight.tensor import dense_value
 
 HUB_CHATS = 800  # to train on or to reserve, of a data set of the hub
 MOST_RUNS = 8  # of a group that go to one of several processes

@@ -5,9 +5,9 @@ quantize_(model, halo_config(level=1, dtype="int8"))
 model = torch.compile(model)
 """
 
-from halo_tensor import internals  # noqa: F401  first, since it imports torchao quietly
-from halo_tensor.balance import balance_
-from halo_tensor.calibrate import calibrate
+from halo_tensor import compiler  # noqa: F401  torch.compile learns the ops
+from halo_tensor.calibration.balance import balance_
+from halo_tensor.calibration.choice import calibrate
 from halo_tensor.checkpointing import keep_products
 from halo_tensor.config import (
     Balanced,
@@ -22,9 +22,9 @@ from halo_tensor.config import (
 )
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
-from halo_tensor.tensor import HadamardQuantTensor
+from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.version import __version__ as __version__
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight.tensor import HaloWeight
 
 __all__ = [
     "Balanced",

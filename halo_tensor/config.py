@@ -12,12 +12,12 @@ import torch
 from torchao.core.config import AOBaseConfig, config_from_dict, config_to_dict
 from torchao.quantization import register_quantize_module_handler
 
-from halo_tensor import layers
 from halo_tensor import recipe as recipes
-from halo_tensor.internals import ALLOWED_AO_MODULES
-from halo_tensor.ops.device import check_device
+from halo_tensor.fences.pytorch import ALLOWED_AO_MODULES
+from halo_tensor.kernels.device import check_device
+from halo_tensor.layers import kinds as layers
 from halo_tensor.recipe import Format, Recipe, Rotation
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight.tensor import HaloWeight
 
 LEVELS = (0, 1, 2)
 GRANULARITIES = ("row", "tensor")

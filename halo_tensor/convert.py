@@ -15,14 +15,16 @@ from torch.distributed.tensor import DTensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
-from halo_tensor import fences, layers, parts, subclasses
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
-from halo_tensor.fsdp import is_sharded
-from halo_tensor.modules import keep_plain, restore_weight
-from halo_tensor.ops.hadamard import fit
+from halo_tensor.fences import fast_paths as fences
+from halo_tensor.layers import kinds as layers
+from halo_tensor.layers import parts, subclasses
+from halo_tensor.layers.linear import keep_plain, restore_weight
 from halo_tensor.recipe import PRODUCTS
-from halo_tensor.references import watch_trainers
-from halo_tensor.weight import HaloWeight
+from halo_tensor.reference.hadamard import fit
+from halo_tensor.trainers import watch_trainers
+from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.tensor import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
 #: 8-bit matrix units read operands in pieces of 16 bytes.

@@ -26,19 +26,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from transformers.utils.versions import require_version
 
-from halo_tensor import fences, gains
-from halo_tensor.balance import LARGEST_EXPONENT
+from halo_tensor.calibration.balance import LARGEST_EXPONENT
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, warn_of_share, warn_of_unrotated
-from halo_tensor.modules import set_weight
-from halo_tensor.ops import formats
-from halo_tensor.ops.device import check_device
-from halo_tensor.ops.hadamard import fit
+from halo_tensor.fences import fast_paths as fences
+from halo_tensor.kernels.device import check_device
+from halo_tensor.layers.linear import set_weight
+from halo_tensor.layers.subclasses import follow_linear
+from halo_tensor.operand import gains
+from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import Format, Recipe, Rotation
-from halo_tensor.references import watch_trainers
-from halo_tensor.subclasses import follow_linear
-from halo_tensor.tensor import HadamardQuantTensor
-from halo_tensor.weight import HaloWeight, dense_value
+from halo_tensor.reference import codes as formats
+from halo_tensor.reference.hadamard import fit
+from halo_tensor.trainers import watch_trainers
+from halo_tensor.weight.tensor import HaloWeight, dense_value
 
 require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 logger = logging.getLogger("halo_tensor")

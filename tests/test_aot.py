@@ -31,17 +31,27 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from halo_tensor.fences import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
-from halo_tensor.ops import cublas, epilogue, hopper, launcher, packing_kernels, reference, requantize, tma  # noqa: E402
-from halo_tensor.ops import launch as launching  # noqa: E402
-from halo_tensor.ops import rotate as rotating  # noqa: E402
-from halo_tensor.ops import rotate_quantize as quantizer  # noqa: E402
-from halo_tensor.ops import scaled_mm as product  # noqa: E402
-from halo_tensor.ops import two_gradients as two  # noqa: E402
-from halo_tensor.ops.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
-from halo_tensor.ops.formats import aligned  # noqa: E402
-from halo_tensor.ops.launch import Launch  # noqa: E402
+from halo_tensor.fences import gluon as gluon_fence  # noqa: E402
+from halo_tensor.fences import triton_launch  # noqa: E402
+from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
+from halo_tensor.kernels import launch as launching  # noqa: E402
+from halo_tensor.kernels import rotate as rotating  # noqa: E402
+from halo_tensor.kernels.launch import Launch  # noqa: E402
+from halo_tensor.kernels.matmul import (  # noqa: E402
+    cublas,
+    epilogue,
+    sm90,
+    tma,
+)
+from halo_tensor.kernels.matmul import plan as product  # noqa: E402
+from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
+from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
+from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
+from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
+from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
+from halo_tensor.reference import ops as reference  # noqa: E402
+from halo_tensor.reference.codes import aligned  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
 GPUS = {
@@ -100,7 +110,7 @@ def check_arguments(kernel, arguments):
     """A plan's kernel is compiled once, then launched without a look at its arguments: they must be what it was made for."""
     assert kernel.metadata.target.arch == driver.active.capability, "compiled for another device"
     for declared, argument in zip(kernel.src.signature.values(), arguments, strict=True):
-        if isinstance(argument, torch.Tensor | TensorDescriptor | hopper.TensorDescriptor):
+        if isinstance(argument, torch.Tensor | TensorDescriptor | gluon_fence.TensorDescriptor):
             assert mangle_type(argument) == declared, "compiled for another dtype"
 
 
@@ -131,7 +141,7 @@ def launched(monkeypatch):
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
     for module in (quantizer, rotating, epilogue):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
-    monkeypatch.setattr(hopper, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
+    monkeypatch.setattr(sm90, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
         quantizer, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
@@ -153,7 +163,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"sm_{capability}")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(launcher, "shared_memory", lambda index: GPUS[index][0])
+        monkeypatch.setattr(triton_launch, "shared_memory", lambda index: GPUS[index][0])
         with FakeTensorMode():
             request(partial(torch.empty, device=f"cuda:{capability}"))
         return list(kernels)
@@ -566,7 +576,7 @@ def test_the_kernel_in_gluon_is_worth_its_lines(launched, name, monkeypatch):
         assert kernel.metadata.shared - operands - matrix < 64, "threads exchange columns before they store them"
     between = re.search(r"wait_group\.sync\.aligned 1;(.*?)cp\.async\.bulk\.tensor", kernel.asm["ptx"], re.DOTALL)
     assert "bar.sync" in between[1], "a warp may still read what is overwritten"
-    monkeypatch.setattr(hopper, "why_not", lambda request: "it shall not")
+    monkeypatch.setattr(sm90, "why_not", lambda request: "it shall not")
     product.plan.cache_clear()
     (kernel,) = launched(90, MULTIPLY[name])
     assert kernel.name == "scaled_mm_kernel" and in_flight(kernel) == {"0"}
@@ -606,8 +616,8 @@ def broken(*args, **kwargs):
 @pytest.mark.parametrize("where", ["_plan", "_layout", "wgmma_kernel"])
 def test_without_gluon(launched, monkeypatch, where):
     """Also where the kernel does not compile, as under a Triton that has renamed what it calls."""
-    kernel = hopper.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
-    monkeypatch.setattr(hopper, where, kernel)
+    kernel = sm90.gluon.jit(calls_what_is_gone) if where == "wgmma_kernel" else broken
+    monkeypatch.setattr(gluon_fence if where == "_layout" else sm90, where, kernel)
     (kernel,) = one_warning_of(GLUON, lambda: launched(90, MULTIPLY["int8"]))
     assert kernel.name == "scaled_mm_kernel"
 
@@ -638,12 +648,12 @@ def test_without_cublas(launched, monkeypatch):
 
 def test_without_the_bare_launcher(launched, monkeypatch):
     monkeypatch.setattr(LAUNCHER, "why_off", lambda: None)
-    monkeypatch.setattr(launcher, "bare", broken)
+    monkeypatch.setattr(triton_launch, "bare", broken)
     (kernel,) = one_warning_of(LAUNCHER, lambda: launched(90, MULTIPLY["fp8, undo both"]))
     assert kernel.name == "scaled_mm_kernel", "it went through Triton's launcher"
 
 
-@pytest.mark.parametrize(("owner", "where"), [(launcher, "through_triton"), (Launch, "_compile")], ids=str)
+@pytest.mark.parametrize(("owner", "where"), [(triton_launch, "through_triton"), (Launch, "_compile")], ids=str)
 def test_without_kernels_that_are_compiled_beforehand(launched, monkeypatch, owner, where):
     dispatched = []
     monkeypatch.setattr(owner, where, broken)
@@ -678,7 +688,7 @@ def test_a_plan_keeps_to_a_device(launched):
 
 def test_remembered_descriptors_keep_no_tensor_alive():
     """Where there is no TMA, there is no metadata of descriptors, and Triton hands the tensors on."""
-    encode = launcher._encoder(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
+    encode = triton_launch._encoder(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
     codes = torch.empty(256, 128, dtype=torch.int8)
     encoded = encode([launching.describe(codes, (256, 128, 128), (128, 128))])
     assert encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)
@@ -704,11 +714,11 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     )  # fmt: skip
     compiled = Compiled(theirs)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace(launch=c_function)))
-    monkeypatch.setattr(launcher, "BuiltinFunctionType", FunctionType)
+    monkeypatch.setattr(triton_launch, "BuiltinFunctionType", FunctionType)
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
     descriptors = [launching.describe(tensors[0], (256, 128, 128), (128, 128))][:described]
     how = compiled, lambda sizes, tensors: descriptors, described, ("constant",)
-    ours, sizes = launcher.bare(launcher.through_triton(*how), *how), launching.Sizes((3, 2, 1), (7,), (), (0,))
+    ours, sizes = triton_launch.bare(triton_launch.through_triton(*how), *how), launching.Sizes((3, 2, 1), (7,), (), (0,))
     for _ in range(2):
         ours(sizes, tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
@@ -731,7 +741,7 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
         return SimpleNamespace(metadata=SimpleNamespace(shared=200 * num_stages))
 
     monkeypatch.setattr(launch.kernel, "warmup", warmup)
-    monkeypatch.setattr(launcher, "shared_memory", lambda index: 300)
+    monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     assert launch._compile([], launch.sizes((1,), ()), 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
 

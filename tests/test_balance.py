@@ -12,21 +12,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import (
-    HadamardQuantTensor,
-    balance_,
-    dequantize_,
-    gains,
-    halo_config,
-    keep_products,
-    quantize_,
-    recipe_config,
-)
-from halo_tensor.balance import FORWARD, fourth_power
-from halo_tensor.linear import weight_operand
-from halo_tensor.modules import convert_weight
+from halo_tensor import HadamardQuantTensor, balance_, dequantize_, halo_config, keep_products, quantize_, recipe_config
+from halo_tensor.calibration.balance import FORWARD, fourth_power
+from halo_tensor.layers.linear import convert_weight
+from halo_tensor.operand import gains
+from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
-from halo_tensor.weight import HaloWeight
+from halo_tensor.weight.tensor import HaloWeight
 from tests.test_compile import graphs
 from tests.test_linear import converted, everything, exact, gradients
 from tests.test_weight import Mlp, step_alike, train

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halo_tensor import Balanced, LayerConfigs, calibrate, dequantize_, halo_config, hot_config, quantize_
-from halo_tensor.calibrate import gradients_under
+from halo_tensor.calibration.choice import gradients_under
 from tests.test_hot import project, rounded
 from tests.util import relative_error
 

@@ -7,7 +7,7 @@ from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import FqnToConfig
 
 from halo_tensor import HaloConfig, LayerConfigs, halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.ops import device
+from halo_tensor.kernels import device
 from halo_tensor.recipe import FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, RECIPES, Recipe, Rotation
 
 CONFIGS = [

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.conv import HaloConv2d
+from halo_tensor.layers.conv2d import HaloConv2d
 from tests.test_hot import project, rounded, walsh
 from tests.util import OpLog, relative_error, saved_bytes
 

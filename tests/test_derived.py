@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, hot_config, quantize_
-from halo_tensor.fences import DERIVED
+from halo_tensor.fences.fast_paths import DERIVED
 from tests.util import OpLog
 
 X = torch.randn(4, 128, generator=torch.Generator().manual_seed(3))

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from halo_tensor import HaloWeight, halo_config, quantize_
-from halo_tensor.linear import weight_operand
-from halo_tensor.ops.schemas import is_recorded, is_symbolic
+from halo_tensor.fences.pytorch import is_recorded, is_symbolic
+from halo_tensor.products.operands import weight_operand
 from tests.util import OpLog
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))

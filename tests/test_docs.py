@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import halo_tensor
-from halo_tensor import fences
-from halo_tensor.diagnostics import gpus
+from halo_tensor.analysis import gpus
+from halo_tensor.fences import fast_paths as fences
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -67,9 +67,9 @@ def test_the_tree_of_contributing_has_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = set(re.search(r"```(.+?)```", text, re.S)[1].split())
     package = ROOT / "halo_tensor"
-    files = [*package.glob("*.py"), *package.glob("ops/*.py")]
-    modules = {path.name for path in files if not path.name.startswith("__") and path.name != "version.py"}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    files = {path.relative_to(package) for path in package.rglob("*.py") if "diagnostics" not in path.parts}
+    modules = {path.name for path in files if path.name != "__init__.py"}
+    folders = {f"{path.parent.name}/" for path in files if path.name == "__init__.py" and path.parent.name}
     assert modules | folders <= tree
 
 

@@ -16,9 +16,10 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 import halo_tensor
-from halo_tensor import environment, fences, halo_config, quantize_
-from halo_tensor.fences import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS, FastPath, Refusal
-from halo_tensor.ops import inductor, joint_graph
+from halo_tensor import environment, halo_config, quantize_
+from halo_tensor.compiler import inductor, joint_graph
+from halo_tensor.fences import fast_paths as fences
+from halo_tensor.fences.fast_paths import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS, FastPath, Refusal
 from tests import interpreter
 from tests.interpreter import DEVICE, INTERPRETED, runs_kernels
 from tests.util import OpLog, relative_error
@@ -124,7 +125,7 @@ def test_environment_says_why_a_path_is_off(monkeypatch):
         assert states["gluon"] == "off: no GPU of compute capability 9.0" and states["launcher"] == "off: no CUDA device"
         assert states["inductor"] == ("on" if INTERPRETED else "off: no device that runs kernels")
     monkeypatch.setattr(JOINT_GRAPH, "_modules", {})
-    monkeypatch.setitem(sys.modules, "halo_tensor.ops.joint_graph", None)
+    monkeypatch.setitem(sys.modules, "halo_tensor.compiler.joint_graph", None)
     with warned():
         assert environment()["fast paths"]["joint_graph"].startswith("off, at least once: ModuleNotFoundError: ")
 
@@ -228,14 +229,14 @@ def whole():
 def no_lowerings(patch, error):
     for op in ("rotate_quantize", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate"):
         patch.delitem(lowering.lowerings, getattr(torch.ops.halo, op).default, raising=False)
-    patch.setitem(sys.modules, "halo_tensor.ops.inductor", None)
+    patch.setitem(sys.modules, "halo_tensor.compiler.inductor", None)
 
 
 def every_fifth(patch, error):
     """In the midst of an op's launches: what was added to the graph must be taken out again."""
     template, calls = inductor._Call._template, count(1)
     patch.setattr(
-        "halo_tensor.ops.inductor._Call._template",
+        "halo_tensor.compiler.inductor._Call._template",
         lambda *args: raising(error)() if next(calls) % 5 == 0 else template(*args),
     )
 
@@ -256,16 +257,16 @@ def module(name: str):
 
 LOWERINGS = {
     "the import": (INDUCTOR, no_lowerings, AttributeError),
-    "a tensor": (INDUCTOR, attribute("halo_tensor.ops.inductor._StandIn.of"), TypeError),
+    "a tensor": (INDUCTOR, attribute("halo_tensor.compiler.inductor._StandIn.of"), TypeError),
     "the result": (INDUCTOR, attribute("torch._inductor.ir.MutationOutput"), RuntimeError),
     "a launch among others": (INDUCTOR, every_fifth, AttributeError),
-    "the producers' import": (PRODUCERS, module("halo_tensor.ops.producers"), TypeError),
-    "a producer": (PRODUCERS, attribute("halo_tensor.ops.producers._Writer.load"), RuntimeError),
+    "the producers' import": (PRODUCERS, module("halo_tensor.compiler.producers"), TypeError),
+    "a producer": (PRODUCERS, attribute("halo_tensor.compiler.producers._Writer.load"), RuntimeError),
 }
 GRAPHS = {
-    "the import": (module("halo_tensor.ops.joint_graph"), AttributeError),
-    "whether it is one": (attribute("halo_tensor.ops.implementations.is_compiled"), TypeError),
-    "the settings": (attribute("halo_tensor.ops.joint_graph.install"), RuntimeError),
+    "the import": (module("halo_tensor.compiler.joint_graph"), AttributeError),
+    "whether it is one": (attribute("halo_tensor.compiler.is_compiled"), TypeError),
+    "the settings": (attribute("halo_tensor.compiler.joint_graph.install"), RuntimeError),
     "half-way": (half_way, AttributeError),
 }
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import analysis, halo_config, hot_config
-from halo_tensor.balance import Statistics, _exponents, _groups, observed
-from halo_tensor.calibrate import _Cosines, _Quantisers, gradients_under
-from halo_tensor.diagnostics import measure, roofline
+from halo_tensor import halo_config, hot_config
+from halo_tensor.analysis import cost as analysis
+from halo_tensor.analysis import measure, roofline
+from halo_tensor.calibration.balance import Statistics, _exponents, _groups, observed
+from halo_tensor.calibration.choice import _Cosines, _Quantisers, gradients_under
 from halo_tensor.recipe import RECIPES, Recipe
 
 CEILINGS = roofline.Ceilings(

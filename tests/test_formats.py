@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halo_tensor.ops.formats import code_dtype, from_bits, pack, round_to, to_bits, unpack
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT4, INT8
+from halo_tensor.reference.codes import code_dtype, from_bits, pack, round_to, to_bits, unpack
 
 SUB_BYTE = [FP6_E2M3, FP6_E3M2, INT4]
 

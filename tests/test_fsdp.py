@@ -33,10 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, fsdp, halo_config, quantize_, recipe_config
-from halo_tensor.fsdp import local, precompute_scales
-from halo_tensor.ops.packing import pack_rows
+from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, halo_config, quantize_, recipe_config
 from halo_tensor.recipe import FP6_E2M3
+from halo_tensor.reference.packing import pack_rows
+from halo_tensor.weight import fsdp
+from halo_tensor.weight.fsdp import local, precompute_scales
 from tests.util import OpLog
 
 SECONDS = 300  # that a group of processes may take, on a busy machine

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, halo_config
-from halo_tensor.fsdp import precompute_scales
+from halo_tensor.weight.fsdp import precompute_scales
 from tests.test_fsdp import EVEN, UNEVEN, make, shard
 
 TIMEOUT = 15  # of the process group, in seconds

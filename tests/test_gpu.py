@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from halo_tensor import HaloWeight, balance_, halo_config, hot_config, quantize_
-from halo_tensor.linear import weight_operand
-from halo_tensor.ops import library, reference
+from halo_tensor.fences import triton_launch
+from halo_tensor.fences.fast_paths import GLUON, LAUNCHER, PRECOMPILED
+from halo_tensor.kernels.device import is_hopper
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.ops import library
+from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests.util import relative_error, typical_error
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +54,52 @@ def test_fp8_accumulation_costs_less_than_half_a_decibel():
     true = x.double() @ w.double().t()
     exact = relative_error(a.double() @ b.double().t(), true)
     assert 0.02 < exact < 0.06 and relative_error(y, true) < exact * 10 ** (0.5 / 20)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are asked for, and of those that Triton's C function launches; plans are made anew."""
+    asked, launched, prepare, call = [], [], triton_launch._bare, Launch.__call__
+
+    def asked_for(self, *tensors):
+        asked.append(self.kernel.fn.__name__)
+        call(self, *tensors)
+
+    def prepared(compiled, described):
+        function, head = prepare(compiled, described)
+
+        def c_function(*args):
+            launched.append(compiled.name)
+            function(*args)
+
+        return c_function, head
+
+    monkeypatch.setattr(Launch, "__call__", asked_for)
+    monkeypatch.setattr(triton_launch, "_bare", prepared)
+    plans = quantizer.plan_whole_rows, product._plan
+    for plan in plans:
+        plan.cache_clear()
+    yield asked, launched
+    for plan in plans:
+        plan.cache_clear()
+
+
+@pytest.mark.skipif(LAUNCHER.why_off() is not None, reason=f"launcher: {LAUNCHER.why_off()}")
+def test_every_launch_is_by_the_c_function(launches, recwarn):
+    """Of kernels with and without descriptors, in Triton's language and in Gluon, from the first launch on."""
+    asked, launched = launches
+    rows, right = 4096, Rotation(128)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    for m in (rows, 64, rows, 64):
+        codes, _, scale = library.rotate_quantize(x, None, right, INT8, "row")
+        y = library.scaled_mm(codes[:m], codes, scale[:m], scale, None, None, right, (m, rows), torch.bfloat16)
+        expected = (codes[:m].double() @ codes.double().t()) * scale[:m, None] * scale
+        assert relative_error(y, reference.unrotate(expected, None, right, (m, rows))) < 5e-3
+    assert len(asked) == 8 and launched == asked
+    if is_hopper(x.device) and GLUON.why_off() is None:
+        assert launched[:4] == ["whole_rows", "wgmma_kernel", "whole_rows", "scaled_mm_kernel"]
+    assert not [path.failure for path in (GLUON, PRECOMPILED, LAUNCHER) if path.failure]
+    assert not [w for w in recwarn if "halo_tensor" in str(w.message)]
 
 
 def layer(config, k=1024, n=2048):

@@ -8,7 +8,7 @@ import triton
 from torch import nn
 
 from halo_tensor import calibrate, halo_config, report
-from halo_tensor.diagnostics import gpus, roofline
+from halo_tensor.analysis import gpus, roofline
 from halo_tensor.diagnostics.report import CANDIDATES
 from halo_tensor.recipe import Recipe
 

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halo_tensor.ops import reference
-from halo_tensor.ops.hadamard import factors, fit, hadamard, has_hadamard, signs
 from halo_tensor.recipe import Rotation
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference.hadamard import factors, fit, hadamard, has_hadamard, signs
 from tests.util import WIDE
 
 

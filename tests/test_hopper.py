@@ -7,18 +7,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
-from halo_tensor.fences import GLUON
-from halo_tensor.ops import hopper
-from halo_tensor.ops import scaled_mm as product
-from halo_tensor.ops.device import is_hopper
-from halo_tensor.ops.hadamard import block_diagonal
-from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.reference import rotated
+from halo_tensor.fences.fast_paths import GLUON
+from halo_tensor.kernels.device import is_hopper
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.matmul import sm90
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, INT8, Rotation
+from halo_tensor.reference.hadamard import block_diagonal
+from halo_tensor.reference.ops import rotated
 from tests.test_kernels import DEVICE, DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
 from tests.util import relative_error
 
-HERE = is_hopper(torch.device(DEVICE)) and GLUON.load("halo_tensor.ops.hopper") is not None
+HERE = is_hopper(torch.device(DEVICE)) and GLUON.load("halo_tensor.kernels.matmul.sm90") is not None
 skip_elsewhere = pytest.mark.skipif(not HERE, reason="needs a GPU of SM 9.0, and Triton 3.6 to 3.9")
 
 
@@ -28,7 +28,7 @@ def on_hopper(test):
 
 def test_a_thread_gets_columns_in_a_row():
     """Lane c of the four that share a row has columns 2c and 2c + 1 of every 8 (PTX, accumulators of wgmma)."""
-    held = hopper._order().view(16, 4, 2).transpose(0, 1).reshape(4, 4, 8)  # by lanes
+    held = sm90._order().view(16, 4, 2).transpose(0, 1).reshape(4, 4, 8)  # by lanes
     assert torch.equal(held, 8 * torch.arange(4).view(4, 1, 1) + 32 * torch.arange(4).view(4, 1) + torch.arange(8))
 
 
@@ -36,7 +36,7 @@ def test_a_thread_gets_columns_in_a_row():
 def test_what_undoes_a_rotation(block):
     y, right = torch.randn(16, 128, dtype=torch.float64), Rotation(block, 7)
     unrotated = torch.empty_like(y)
-    unrotated[:, hopper._order()] = y @ hopper._matrix(right, torch.device("cpu")).double()
+    unrotated[:, sm90._order()] = y @ sm90._matrix(right, torch.device("cpu")).double()
     whole = block_diagonal(right, 128, torch.float64, torch.device("cpu"), transposed=True)
     torch.testing.assert_close(unrotated, y @ whole)
 
@@ -52,7 +52,7 @@ def launched(monkeypatch):
         call(self, *args)
 
     monkeypatch.setattr(Launch, "__call__", noted)
-    monkeypatch.setattr(hopper, "why_not", lambda request: request.left and "it undoes none on the left")
+    monkeypatch.setattr(sm90, "why_not", lambda request: request.left and "it undoes none on the left")
     product.plan.cache_clear()
     yield names
     product.plan.cache_clear()
@@ -110,7 +110,7 @@ def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
     a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
     args = (a, b_t, a_scale, b_scale, None, None, None, (m, n), dtype, gain_of(n))
     y = product.scaled_mm(*args)
-    monkeypatch.setattr(hopper, "why_not", lambda request: "it shall not")
+    monkeypatch.setattr(sm90, "why_not", lambda request: "it shall not")
     product.plan.cache_clear()
     assert torch.equal(y, product.scaled_mm(*args))
     assert "wgmma_kernel" in launched and launched[-1] == "scaled_mm_kernel"

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import analysis, dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor import dequantize_, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import Shape, bit_operations, measure_saved, shapes
-from halo_tensor.ops import library, reference
-from halo_tensor.ops.formats import round_to
-from halo_tensor.ops.hadamard import hadamard, sequency_order
+from halo_tensor.analysis import cost as analysis
+from halo_tensor.ops import library
 from halo_tensor.recipe import FORMATS, FP4_E3M0, INT4, INT8, RECIPES, Operand, Product, Recipe, Rotation
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference.codes import round_to
+from halo_tensor.reference.hadamard import hadamard, sequency_order
 from tests.test_linear import converted, exact, gradients
 from tests.util import OpLog, relative_error, saved_bytes
 

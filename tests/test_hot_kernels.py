@@ -8,9 +8,10 @@ from torch import nn
 
 pytest.importorskip("triton")
 from halo_tensor import hot_config
-from halo_tensor.ops import library, reference
-from halo_tensor.ops import rotate_quantize as quantizer
+from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.ops import library
 from halo_tensor.recipe import FP4_E3M0, FP6_E2M3, FP8_E4M3, INT4, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests import interpreter
 from tests.interpreter import DEVICE, runs_kernels
 from tests.test_hot import project, rounded

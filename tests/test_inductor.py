@@ -13,8 +13,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 pytest.importorskip("triton")
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.ops import cublas, joint_graph, library
-from halo_tensor.ops import scaled_mm as product
+from halo_tensor.compiler import joint_graph
+from halo_tensor.kernels.matmul import cublas
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.ops import library
 from halo_tensor.recipe import INT8, Rotation
 from tests import interpreter
 from tests.generated import compiled, work
@@ -170,7 +172,7 @@ def test_what_launchers_compute_with_tensors_stays_an_op():
 
 # Producers.
 
-FUSION = "halo_tensor.ops.inductor.FUSE_PRODUCERS"
+FUSION = "halo_tensor.compiler.inductor.FUSE_PRODUCERS"
 
 
 def quantize(x, right=None, format=INT8, gain=None) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from halo_tensor import internals
+from halo_tensor.fences import pytorch as internals
 
 
 def test_importing_prints_nothing():

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from halo_tensor import balance_, halo_config, keep_products, quantize_
-from halo_tensor.ops import joint_graph
+from halo_tensor.compiler import joint_graph
 
 WIDTH, INNER, TOKENS = 128, 256, 40
 halo = torch.ops.halo

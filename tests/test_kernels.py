@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
-from halo_tensor.ops import cublas, library, packing, reference, tma
-from halo_tensor.ops import rotate as rotating
-from halo_tensor.ops import rotate_quantize as quantizer
-from halo_tensor.ops import scaled_mm as product
-from halo_tensor.ops.formats import code_dtype, from_bits, to_bits
-from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.request import Request, size_class
+from halo_tensor.kernels import rotate as rotating
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import cublas, tma
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.matmul.request import Request, size_class
+from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.ops import library
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference import packing
+from halo_tensor.reference.codes import code_dtype, from_bits, to_bits
 from tests import interpreter
 from tests.interpreter import DEVICE, GPU, runs_kernels
 from tests.util import relative_error

@@ -11,7 +11,7 @@ import torchao.quantization
 from torch import nn
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, hot_config, layer_filter, quantize_, recipe_config, report
-from halo_tensor.subclasses import adds_nothing
+from halo_tensor.layers.subclasses import adds_nothing
 from tests.util import OpLog, relative_error
 
 transformers = pytest.importorskip("transformers")

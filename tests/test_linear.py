@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.linear import _shared, _shared_operands
-from halo_tensor.modules import convert_weight
-from halo_tensor.ops.hadamard import hadamard, signs
+from halo_tensor.layers.linear import convert_weight
+from halo_tensor.products.operands import _shared, _shared_operands
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation
+from halo_tensor.reference.hadamard import hadamard, signs
 from tests.util import OpLog, relative_error, saved_bytes, typical_error
 
 LEVELS, DTYPES, GRANULARITIES = (0, 1, 2), ("int8", "fp8", "fp6_e2m3", "fp6_e3m2"), ("row", "tensor")

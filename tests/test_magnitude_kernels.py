@@ -10,8 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from halo_tensor.ops import library, reference
+from halo_tensor.ops import library
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests import interpreter
 from tests.interpreter import DEVICE, runs_kernels
 from tests.test_magnitudes import EDGES, check_layer, in_every_recipe, operands

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from halo_tensor import find_nonfinite, halo_config, quantize_
-from halo_tensor.ops import hadamard, reference
-from halo_tensor.ops.formats import lift, round_to
 from halo_tensor.recipe import FORMATS, INT8, Rotation
+from halo_tensor.reference import hadamard
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference.codes import lift, round_to
 from tests.util import relative_error
 
 FORMAT = st.sampled_from(list(FORMATS.values()))

@@ -17,9 +17,12 @@ from torch import nn
 pytest.importorskip("triton")
 
 from halo_tensor import halo_config, quantize_
-from halo_tensor.ops import library, reference, scaled_mm, sm80
-from halo_tensor.ops.launch import Launch
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as scaled_mm
+from halo_tensor.kernels.matmul import sm80
+from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests.helpers.older_gpu import running_as
 from tests.util import relative_error, typical_error
 

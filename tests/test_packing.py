@@ -6,9 +6,9 @@ from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import halo_config, quantize_
-from halo_tensor.ops import formats
-from halo_tensor.ops.packing import pack_rows, unpack_columns, unpack_rows
 from halo_tensor.recipe import FP6_E2M3, FP6_E3M2
+from halo_tensor.reference import codes as formats
+from halo_tensor.reference.packing import pack_rows, unpack_columns, unpack_rows
 from tests.util import OpLog, saved_bytes
 
 

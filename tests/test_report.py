@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
-from halo_tensor.diagnostics import measure, roofline
-from halo_tensor.diagnostics.measure import Fidelity, Outliers
+from halo_tensor.analysis import measure, roofline
+from halo_tensor.analysis.measure import Fidelity, Outliers
 from halo_tensor.diagnostics.report import CANDIDATES, _fastest
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport
 from halo_tensor.recipe import INT8, PRODUCTS, Recipe

@@ -2,10 +2,10 @@
 
 import pytest
 
-from halo_tensor.diagnostics.measure import Fidelity
+from halo_tensor.analysis.measure import Fidelity
+from halo_tensor.analysis.roofline import H100
 from halo_tensor.diagnostics.report import _fastest, _recommend, _speed
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport, LayerReport, Report
-from halo_tensor.diagnostics.roofline import H100
 
 SECONDS = {HIGH_PRECISION: 8.0, "fast": 2.0, "middle": 4.0, "slow": 5.0}
 

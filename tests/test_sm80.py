@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from halo_tensor.ops import library, reference, sm80
-from halo_tensor.ops import scaled_mm as product
-from halo_tensor.ops.launch import Launch
-from halo_tensor.ops.request import size_class
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.matmul import sm80
+from halo_tensor.kernels.matmul.request import size_class
+from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import ops as reference
 from tests import interpreter
 from tests.interpreter import INTERPRETED
 from tests.util import relative_error

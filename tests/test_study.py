@@ -17,7 +17,7 @@ import split  # noqa: E402
 import study  # noqa: E402
 import study_results  # noqa: E402
 
-from halo_tensor.weight import dense_value  # noqa: E402
+from halo_tensor.weight.tensor import dense_value  # noqa: E402
 from tests.test_finetune import save_small_model  # noqa: E402
 
 RECIPES = [*study.MAIN, *study.OTHERS]

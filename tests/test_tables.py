@@ -47,6 +47,29 @@ def column(rows: list[dict], name: str) -> list:
     return [row[name] for row in rows]
 
 
+def test_a_peers_tuner_tries_all_that_it_knows(monkeypatch):
+    """That of torchao's int8 product, each configuration for as long as the notes of a table say."""
+    kernel = pytest.importorskip("torchao.prototype.quantized_training.int8_mm")._scaled_int8_mm_kernel
+    ran, timed = [], []
+
+    def do_bench(call, warmup, rep, quantiles):
+        timed.append({"warmup": warmup, "rep": rep})
+        call()
+        return [1.0 / len(timed)] * 3
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel, "cache", {})
+    monkeypatch.setattr(kernel.fn, "run", lambda *args, **options: ran.append(options))
+    monkeypatch.setitem(vars(kernel), "do_bench", None)
+    contenders.convert(nn.Sequential(nn.Linear(16, 16, bias=False)), "torchao-int8")
+    codes, scale = torch.ones(16, 16, dtype=torch.int8), torch.ones(16)
+    kernel.run(codes, codes, codes, scale, scale, *[16] * 3, *[16, 1] * 3, grid=(1,))
+    assert timed == [contenders.TUNING] * len(kernel.configs) and len(timed) > 20
+    assert ran[:-1] == [{"grid": (1,)} | config.all_kwargs() for config in kernel.configs]
+    assert ran[-1] == ran[-2], "the fastest"
+
+
 def test_rates_of_products(monkeypatch):
     times = {"bf16 torch.mm": 4.0, gemm.VENDOR["fp8"]: 2.0, "fp8 ours": 1.0, gemm.VENDOR["int8"]: 3.0, "int8 ours": 1.5}
     products = [(name, name[:4].strip(), lambda name=name: name) for name in times] + [("int8 broken", "int8", fail)]

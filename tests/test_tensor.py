@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from halo_tensor import HadamardQuantTensor, halo_config, quantize_
 from halo_tensor.ops import library
-from halo_tensor.ops.hadamard import fit
 from halo_tensor.recipe import FORMATS, FP8_E4M3, INT8, Rotation
+from halo_tensor.reference.hadamard import fit
 from tests.util import WIDTHS, OpLog, relative_error, rounding_bound, typical_error
 
 from_hp = HadamardQuantTensor.from_hp

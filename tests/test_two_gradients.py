@@ -9,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
 from halo_tensor import halo_config, quantize_
-from halo_tensor.ops import joint_graph, library
+from halo_tensor.compiler import joint_graph
+from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8
 from tests import interpreter
 from tests.generated import compiled, work
@@ -18,7 +19,7 @@ from tests.util import relative_error, typical_error
 
 halo, aten = torch.ops.halo, torch.ops.aten
 SHAPE = (48, 32)
-AT_ONCE = "halo_tensor.ops.joint_graph.QUANTIZE_TWO_AT_ONCE"
+AT_ONCE = "halo_tensor.compiler.joint_graph.QUANTIZE_TWO_AT_ONCE"
 GPU_ONLY = pytest.mark.skipif(interpreter.INTERPRETED, reason="its like runs, and compiling takes long")
 
 

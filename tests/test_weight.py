@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
-from halo_tensor.linear import weight_operand
 from halo_tensor.ops import library
+from halo_tensor.products.operands import weight_operand
 from tests.util import OpLog, saved_bytes
 
 

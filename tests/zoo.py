@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
 from halo_tensor.convert import Conversion
-from halo_tensor.parts import output_embeddings
+from halo_tensor.layers.parts import output_embeddings
 from tests.util import OpLog, relative_error
 
 CONFIG = halo_config(1, "int8", min_features=16)

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halo_tensor.calibrate import CANDIDATES
+from halo_tensor.analysis import gpus, roofline
+from halo_tensor.calibration.choice import CANDIDATES
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import quantize_
-from halo_tensor.diagnostics import gpus, roofline
 from halo_tensor.diagnostics.environment import environment, source_commit
-from halo_tensor.ops.device import check_device, runs
-from halo_tensor.weight import HaloWeight
+from halo_tensor.kernels.device import check_device, runs
+from halo_tensor.weight.tensor import HaloWeight
 
 LINEARS = ((4096, 14336), (14336, 4096), (4096, 4096))  # Llama-3-8B's in×out
 #: A result that differs more from bf16's is wrong: a block's gradients differ by 4 % in int8, 7 in fp8 and 10 in fp6.

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from halo_tensor.fences import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS
-from halo_tensor.ops.device import is_hopper, runs
-from halo_tensor.ops.schemas import runs_kernels
+from halo_tensor.fences.fast_paths import FAST_PATHS, INDUCTOR, JOINT_GRAPH, PRODUCERS
+from halo_tensor.kernels.device import is_hopper, runs, runs_kernels
 from halo_tensor.recipe import FORMATS
 
 PACKAGES = ("torch", "torchao", "triton", "transformers", "peft", "accelerate")
@@ -50,9 +49,9 @@ class Environment(dict):
 
 
 def environment() -> Environment:
-    """Versions; which fast paths are on, and why the others are off (see :mod:`halo_tensor.fences`); devices, the formats that
-    each can run, and what runs the products there: kernels or the reference."""
-    from halo_tensor import __version__
+    """Versions; which fast paths are on, and why the others are off (see :mod:`halo_tensor.fences.fast_paths`); devices, the
+    formats that each can run, and what runs the products there: kernels or the reference."""
+    from halo_tensor.version import __version__
 
     found = Environment({"halo_tensor": __version__, "python": platform.python_version()})
     found["platform"] = f"{platform.system()} {platform.machine()}"
@@ -81,7 +80,7 @@ def _fast_paths(devices: list[torch.device]) -> dict[str, str]:
         reasons |= dict.fromkeys(("inductor", "producers"), "no device that runs kernels")
     for path in (INDUCTOR, PRODUCERS, JOINT_GRAPH):
         if path.name not in reasons:
-            path.load(f"halo_tensor.ops.{path.name}")  # what cannot be imported says so
+            path.load(f"halo_tensor.compiler.{path.name}")  # what cannot be imported says so
     states = {name: path.state() for name, path in FAST_PATHS.items()}
     return {name: f"off: {reasons[name]}" if name in reasons and state == "on" else state for name, state in states.items()}
 

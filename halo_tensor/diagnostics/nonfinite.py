@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.weight import dense_value
+from halo_tensor.weight.tensor import dense_value
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor import balance  # it imports this package, and so is not complete yet
+from halo_tensor.analysis import gpus, measure, roofline
+from halo_tensor.analysis.measure import Fidelity, LossFn, Operands
+from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.calibration import balance
 from halo_tensor.config import Balanced, LinearConfig, halo_config
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey, warn_of_share
-from halo_tensor.diagnostics import gpus, measure, roofline
-from halo_tensor.diagnostics.measure import Fidelity, LossFn, Operands
 from halo_tensor.diagnostics.result import HIGH_PRECISION, CandidateReport, LayerReport, Report
-from halo_tensor.diagnostics.roofline import Ceilings
-from halo_tensor.layers import features
-from halo_tensor.ops.device import check_device, runs
+from halo_tensor.kernels.device import check_device, runs
+from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, Rotation
 
 #: Two modelled speeds that differ by less are equal: tests bound the model's own error by 8 %.

@@ -7,10 +7,10 @@ from typing import Any
 
 from torchao.quantization import FqnToConfig
 
+from halo_tensor.analysis.measure import Fidelity, Outliers
+from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.config import LinearConfig
 from halo_tensor.diagnostics import render
-from halo_tensor.diagnostics.measure import Fidelity, Outliers
-from halo_tensor.diagnostics.roofline import Ceilings
 
 HIGH_PRECISION = "high precision"
 

@@ -1,14 +1,17 @@
 """What the ops do: on any device the reference, on a GPU the kernels, under tracing nothing."""
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from halo_tensor.fences import INDUCTOR, JOINT_GRAPH, disabled
-from halo_tensor.internals import is_compiled
-from halo_tensor.ops import formats, packing, reference
-from halo_tensor.ops.formats import code_dtype
-from halo_tensor.ops.schemas import INTERPRETED, decode, fingerprint, library, runs_kernels
+from halo_tensor.kernels.device import INTERPRETED, runs_kernels
+from halo_tensor.ops.schemas import decode, library
 from halo_tensor.recipe import FORMATS
+from halo_tensor.reference import codes as formats
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference import packing
+from halo_tensor.reference.codes import code_dtype
 
 # On any device: the reference.
 
@@ -77,7 +80,7 @@ for _op in (
 
 
 def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.kernels.quantize import plan as launch
 
     if scale == "block":
         return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, None, gain)
@@ -90,7 +93,7 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
 
 
 def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=None):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.kernels.quantize import plan as launch
 
     if scale == "block":
         return _rotate_quantize_(x, left, right, format, scale, codes, scales, gain)
@@ -99,7 +102,7 @@ def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=No
 
 
 def _requantize__cuda(xs, left, right, format, scale, *operands):
-    from halo_tensor.ops import requantize as launch
+    from halo_tensor.kernels.quantize import many as launch
 
     if scale == "block":
         return _requantize_(xs, left, right, format, scale, *operands)
@@ -107,19 +110,19 @@ def _requantize__cuda(xs, left, right, format, scale, *operands):
 
 
 def _quantize_pair_cuda(x, left, format, fold_columns, fold_rows):
-    from halo_tensor.ops import rotate_quantize as launch
+    from halo_tensor.kernels.quantize import plan as launch
 
     return launch.quantize_pair(x, decode(left), FORMATS[format], fold_columns, fold_rows)
 
 
 def _quantize_pairs_cuda(a, b, format, *folds):
-    from halo_tensor.ops import two_gradients as launch
+    from halo_tensor.kernels.quantize import two_gradients as launch
 
     return launch.quantize_pairs(a, b, FORMATS[format], *folds)
 
 
 def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None):
-    from halo_tensor.ops import scaled_mm as launch
+    from halo_tensor.kernels.matmul import plan as launch
 
     if a_scale is not None and a_scale.ndim == 2:
         return _scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain)
@@ -127,25 +130,25 @@ def _scaled_mm_cuda(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, g
 
 
 def _rotate_cuda(x, left, right):
-    from halo_tensor.ops import rotate as launch
+    from halo_tensor.kernels import rotate as launch
 
     return launch.rotate(x, decode(left), decode(right), x.dtype)
 
 
 def _unrotate_cuda(x, left, right, shape):
-    from halo_tensor.ops import rotate as launch
+    from halo_tensor.kernels import rotate as launch
 
     return launch.unrotate(x, decode(left), decode(right), shape, x.dtype)
 
 
 def _pack_rows__cuda(codes, format, packed):
-    from halo_tensor.ops import packing_kernels
+    from halo_tensor.kernels.quantize import packing as packing_kernels
 
     packing_kernels.pack_rows_(codes, FORMATS[format], packed)
 
 
 def _unpack_rows_cuda(packed, format):
-    from halo_tensor.ops import packing_kernels
+    from halo_tensor.kernels.quantize import packing as packing_kernels
 
     return packing_kernels.unpack_rows(packed, FORMATS[format])
 
@@ -161,27 +164,15 @@ for _op in (
 # Under tracing: shapes, dtypes and strides.
 
 
-def _teach_inductor(device: torch.device) -> None:
-    """What lowers the ops, and what it does to graphs. Not before something is traced: importing Inductor takes seconds."""
-    if runs_kernels(device):
-        _tag_caches()
-        INDUCTOR.load("halo_tensor.ops.inductor")
-    if JOINT_GRAPH.attempt(is_compiled) and (joint_graph := JOINT_GRAPH.load("halo_tensor.ops.joint_graph")):
-        JOINT_GRAPH.attempt(joint_graph.install)
-
-
-def _tag_caches() -> None:
-    """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
-    configuration is each thread's own."""
-    tag = " ".join(("", f"halo_tensor:{fingerprint()}", *disabled()))
-    if tag not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += tag
+#: Called with the device of an op whenever one is traced. :mod:`halo_tensor.compiler` adds what prepares a compiler.
+WHEN_TRACED: list[Callable[[torch.device], None]] = []
 
 
 def _register_fake(op: str):
     def register(function):
         def fake(x, *args):
-            _teach_inductor((x if isinstance(x, torch.Tensor) else x[0]).device)
+            for prepare in WHEN_TRACED:
+                prepare((x if isinstance(x, torch.Tensor) else x[0]).device)
             return function(x, *args)
 
         torch.library.register_fake(f"halo::{op}", fake, lib=library)

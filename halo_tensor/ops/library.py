@@ -6,12 +6,11 @@ kernels; every other device runs the reference, and so do block scales, which ex
 
 import torch
 
-from halo_tensor.ops import (
-    implementations,  # noqa: F401 (registers them)
-    reference,
-)
-from halo_tensor.ops.schemas import encode, runs_kernels
+from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.ops import implementations  # noqa: F401 (registers them)
+from halo_tensor.ops.schemas import encode
 from halo_tensor.recipe import Format, Rotation
+from halo_tensor.reference import ops as reference
 
 
 def rotate_quantize(
@@ -28,7 +27,7 @@ def rotate_quantize(
     rounding: str = "nearest",
     gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """:func:`~halo_tensor.ops.reference.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
+    """:func:`~halo_tensor.reference.ops.rotate_quantize` with a choice of layouts: the codes [r, c] if ``rows``, their
     transpose [c, r] if ``columns``, else None in their place; then the scales. On a GPU rows of codes begin at
     multiples of 16 bytes; a CPU's products read either order at the same speed: there the transpose is a view of row-major
     memory. Stochastic rounding draws from torch's generator of x's device: on a GPU the kernels' seed, elsewhere all the
@@ -99,7 +98,7 @@ def quantize_pair(
 
 
 def scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, shape, dtype, gain=None) -> torch.Tensor:
-    """:func:`~halo_tensor.ops.reference.scaled_mm` on the fastest unit that the device has.
+    """:func:`~halo_tensor.reference.ops.scaled_mm` on the fastest unit that the device has.
 
     Raises RuntimeError, naming the device and what it can run, if it has none.
     """
@@ -117,11 +116,11 @@ def unrotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, sha
 
 
 def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
-    """:func:`~halo_tensor.ops.packing.pack_rows` to ``packed``, as one op, for code that is not compiled; in a graph, what is
-    written in pointwise ops can be fused, and repeated instead of saved."""
+    """:func:`~halo_tensor.reference.packing.pack_rows` to ``packed``, as one op, for code that is not compiled; in a graph,
+    what is written in pointwise ops can be fused, and repeated instead of saved."""
     torch.ops.halo.pack_rows_(codes, format.name, packed)
 
 
 def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
-    """:func:`~halo_tensor.ops.packing.unpack_rows`, likewise."""
+    """:func:`~halo_tensor.reference.packing.unpack_rows`, likewise."""
     return torch.ops.halo.unpack_rows(packed, format.name)

@@ -1,21 +1,10 @@
 """The schemas of ``torch.ops.halo.*``, how a rotation crosses the dispatcher, and which kind of mode listens there."""
 
-import os
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
-
 import torch
 
 from halo_tensor.recipe import Rotation
 
 library = torch.library.Library("halo", "DEF")
-#: Triton's interpreter runs the kernels on a CPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-#: tensors of which a kernel may compute what it quantises: see producers
-PRODUCER_INPUTS = 3
-_KEYS = torch._C._TorchDispatchModeKey  # private, as of torch 2.11–2.15
-_TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
 for _schema in (
     "rotate_quantize(Tensor x, int[] left, int[] right, str format, str scale, Tensor? fold_rows, Tensor? fold_columns, "
     "bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor codes, Tensor codes_t, Tensor scales)",
@@ -35,29 +24,6 @@ for _schema in (
     "unpack_rows(Tensor packed, str format) -> Tensor",
 ):
     library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
-
-
-def runs_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
-
-
-def is_symbolic() -> bool:
-    """Whether ops are traced: values do not exist, or stand for those of a later run. Code must not depend on them, nor keep
-    the tensors. True in FakeTensorMode and make_fx and while torch.compile traces; false in modes that only watch ops run."""
-    return is_recorded() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
-
-
-def is_recorded() -> bool:
-    """Whether any dispatch mode is active: it may count ops, or match them with those of another run (FLOP counters, selective
-    checkpointing, tracing), so every call must issue all of its ops, and take no result from another call."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-@cache
-def fingerprint() -> str:
-    """Of the library's sources: what was compiled with others must not be taken from a cache."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def encode(rotation: Rotation | None) -> list[int]:

@@ -19,13 +19,15 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from halo_tensor.fences import triton_launch
+
 #: compute capability -> bytes of shared memory that a program may have
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
 
 
 def forget_plans() -> None:
     """Drop what was planned and compiled for another GPU."""
-    modules = [module for name, module in [*sys.modules.items()] if name.startswith("halo_tensor.ops")]
+    modules = [module for name, module in [*sys.modules.items()] if name.startswith("halo_tensor.kernels")]
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, _lru_cache_wrapper):
             value.cache_clear()
@@ -44,7 +46,6 @@ def running_as(capability: int) -> Iterator[None]:
     """
     if torch.cuda.get_device_capability() < divmod(capability, 10):
         raise RuntimeError(f"{torch.cuda.get_device_name()} does not run code for sm_{capability}")
-    from halo_tensor.ops import launcher
 
     def ptx_as_binary(self, src, metadata, options, capability):
         return src.encode() + b"\0"  # the driver takes PTX where it takes a cubin
@@ -58,7 +59,7 @@ def running_as(capability: int) -> Iterator[None]:
         patch(mock.patch.object(CUDABackend, "make_cubin", ptx_as_binary))
         patch(mock.patch.object(driver.active, "get_current_target", return_value=GPUTarget("cuda", capability, 32)))
         patch(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)))
-        patch(mock.patch.object(launcher, "shared_memory", return_value=SHARED[capability]))
+        patch(mock.patch.object(triton_launch, "shared_memory", return_value=SHARED[capability]))
         forget_plans()
         try:
             yield

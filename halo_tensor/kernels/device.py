@@ -1,0 +1,77 @@
+"""What a device can run."""
+
+import os
+from functools import lru_cache
+
+import torch
+
+from halo_tensor.fences.fast_paths import Refusal
+from halo_tensor.recipe import Format
+
+#: Triton's interpreter runs the kernels on a CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: tensors of which a kernel may compute what it quantises: see producers
+PRODUCER_INPUTS = 3
+#: The first Triton whose products of integers run on SM 10.x's own tensor cores; before, they are made of mma.sync.
+INTEGERS_ON_SM100 = (3, 8)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Eager ops ask several times in each call, and PyTorch takes microseconds for each answer."""
+    return torch.cuda.get_device_capability(device) if device.index is None else _remembered_capability(device)
+
+
+@lru_cache
+def _remembered_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """SM 9.0, not an AMD GPU that calls itself so."""
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) == (9, 0)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by descriptors. Triton's interpreter, on a CPU, reads descriptors too."""
+    return device.type != "cuda" or torch.version.hip is not None or _capability(device) >= (9, 0)
+
+
+def rounds_to_fp8(device: torch.device) -> bool:
+    """Whether Triton converts float32 to fp8 in one rounding. Before SM 9.0 it goes through float16, and so rounds twice; its
+    interpreter, on a CPU, truncates. There the kernels round to the format's grid first."""
+    return device.type == "cuda" and _capability(device) >= (9, 0)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return _capability(device)[0] in (9, 10)
+
+
+def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
+    """Raise Refusal, a RuntimeError, if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    needed = {f: (8, 0) if f.uniform else (8, 9) for f in formats}
+    lacking = [f.name for f, minimum in needed.items() if capability < minimum]
+    if lacking:
+        advice = "use halo_config(level=1, dtype='int8')" if capability >= (8, 0) else "it can train in bf16 or fp16 only"
+        raise Refusal(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
+            f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
+        )
+
+
+def runs(formats: tuple[Format, ...], device: torch.device) -> bool:
+    """Whether :func:`check_device` raises nothing."""
+    try:
+        check_device(formats, device)
+    except RuntimeError:
+        return False
+    return True

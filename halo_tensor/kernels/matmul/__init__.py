@@ -1,0 +1,1 @@
+"""Products of quantised operands: a list of backends, one file for each."""

@@ -1,0 +1,78 @@
+"""fp6 codes packed and unpacked by one kernel each, for code that no compiler fuses: :mod:`halo_tensor.reference.packing` has
+the layout. In whole numbers throughout: bytes of fp8 are not safe from Triton 3.6 where they are used twice (docs/notes)."""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from halo_tensor.kernels.device import check_device
+from halo_tensor.kernels.launch import Launch, Planned, Variant
+from halo_tensor.recipe import FP8_E4M3, Format
+
+GROUPS = 1024  # of four codes, in three bytes, a program
+
+
+@triton.jit
+def pack_kernel(codes, packed, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
+    """COUNT groups of four codes, bytes of e4m3, to three bytes. ``LOWEST`` is the exponent, as e4m3 writes it, of fp6's
+    smallest normal number."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    field = tl.arange(0, 4)
+    inside = group < COUNT
+    byte = tl.load(codes + group[:, None] * 4 + field[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    magnitude = byte & 127
+    exponent = magnitude >> 3
+    subnormal = ((8 | magnitude & 7) >> (3 - MANTISSA)) >> tl.maximum(LOWEST - exponent, 0)
+    bits = tl.where(exponent >= LOWEST, (magnitude >> (3 - MANTISSA)) - ((LOWEST - 1) << MANTISSA), subnormal)
+    bits = tl.where(magnitude == 0, 0, bits) | (byte >> 7) << 5
+    word = tl.sum(bits << (field * 6)[None, :], axis=1)
+    for i in tl.static_range(3):
+        tl.store(packed + group * 3 + i, (word >> (8 * i)).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
+    """The inverse of :func:`pack_kernel`."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    field = tl.arange(0, 4)
+    inside = group < COUNT
+    word = tl.zeros((GROUPS,), tl.int32)
+    for i in tl.static_range(3):
+        word |= tl.load(packed + group * 3 + i, mask=inside, other=0).to(tl.int32) << (8 * i)
+    bits = (word[:, None] >> (field * 6)[None, :]) & 63
+    magnitude = bits & 31
+    exponent = magnitude >> MANTISSA
+    mantissa = magnitude & ((1 << MANTISSA) - 1)
+    # In units of the smallest number it is a whole one, and float32's exponent and mantissa of that are the code's.
+    whole = tl.where(exponent > 0, (mantissa | (1 << MANTISSA)) << tl.maximum(exponent - 1, 0), mantissa)
+    byte = (whole.to(tl.float32).to(tl.int32, bitcast=True) >> 20) - ((127 - LOWEST + MANTISSA) << 3)
+    byte = tl.where(whole > 0, byte, 0) | (bits >> 5) << 7
+    tl.store(codes + group[:, None] * 4 + field[None, :], byte.to(tl.uint8), mask=inside[:, None])
+
+
+def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
+    """See :func:`halo_tensor.ops.library.pack_rows_`."""
+    codes = codes.contiguous()
+    target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
+    _plan(pack_kernel, format, codes.device)((codes.numel() // 4,), codes.view(torch.uint8), target)
+    if target is not packed:
+        packed.copy_(target)
+
+
+def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
+    """See :func:`halo_tensor.reference.packing.unpack_rows`."""
+    packed = packed.contiguous()
+    codes = packed.new_empty((packed.shape[0], packed.shape[1] // 3 * 4), dtype=torch.float8_e4m3fn)
+    _plan(unpack_kernel, format, codes.device)((codes.numel() // 4,), packed, codes.view(torch.uint8))
+    return codes
+
+
+@lru_cache
+def _plan(kernel, format: Format, device: torch.device) -> Planned:
+    """Takes the number of groups, and the bytes to read and to write."""
+    check_device((format,), device)
+    constants = {"GROUPS": GROUPS, "MANTISSA": format.mantissa_bits, "LOWEST": format.min_exponent - FP8_E4M3.min_exponent + 1}
+    launch = Launch(kernel, constants)
+    return Planned(lambda _: Variant(launch, lambda count: ((triton.cdiv(count, GROUPS),), (count,))))

@@ -1,0 +1,93 @@
+"""The kinds of layer that can follow a recipe, and how each is made to.
+
+``nn.Linear`` follows any: its weight becomes a :class:`~halo_tensor.weight.tensor.HaloWeight`. So does transformers'
+``Conv1D``, and ``nn.Conv2d`` follows recipes with a plain forward: their weights stay as they are, and a subclass takes over.
+A Conv1D under a recipe with a quantised forward quantises its weight in every forward, as an nn.Linear with
+``keep_codes=False`` does.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from halo_tensor.layers import subclasses
+from halo_tensor.layers.conv2d import HaloConv2d
+from halo_tensor.layers.linear import convert_weight, restore_weight
+from halo_tensor.recipe import Product, Recipe
+from halo_tensor.weight.tensor import HaloWeight
+
+
+def _conv1d() -> Any:
+    """transformers' Conv1D, or if it has not been imported, what no layer is an instance of."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", type(None))
+
+
+def features(module: Any) -> tuple[int, int] | None:
+    """(in, out) features of a layer that some recipe can govern, of a group if it is a convolution; None of other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels // module.groups, module.out_channels // module.groups
+    if isinstance(module, _conv1d()):
+        return module.nx, module.nf
+    return None
+
+
+def is_empty(module: Any) -> bool:
+    """Whether a layer has no features on a side, as ``Linear(0, n)``: there is nothing to multiply."""
+    return 0 in (features(module) or ()) and not nn.parameter.is_lazy(module._parameters.get("weight"))
+
+
+def input_of(args: tuple, kwargs: dict) -> Any:
+    """The input of a layer that was called with these."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def misfit(module: nn.Module, recipe: Recipe) -> str | None:
+    """Why a layer cannot follow ``recipe``, if it cannot."""
+    if features(module) is None:
+        return "of convolutions, only nn.Conv2d is converted"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its owner does not call it through F.linear"
+    if isinstance(module, nn.Linear):
+        return None
+    if type(module) not in (nn.Conv2d, _conv1d()) and recipe_of(module) is None:
+        return f"it is a {type(module).__name__}, whose forward may be its own"
+    if isinstance(module, nn.Conv2d) and recipe.output != Product():
+        return f"a {type(module).__name__} follows recipes with a plain forward only, as hot_config()'s"
+    return None
+
+
+def recipe_of(module: nn.Module) -> Recipe | None:
+    """What a converted layer follows; None of any other module."""
+    if isinstance(module, nn.Linear):
+        weight = module._parameters.get("weight")  # its own: a subclass may lend another's
+        return weight.recipe if isinstance(weight, HaloWeight) else None
+    return module.__dict__.get("recipe") if features(module) else None
+
+
+def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) -> None:
+    """Make a layer follow ``recipe``, in place. ``frozen``, ``keep_codes``: see :class:`~halo_tensor.config.LinearConfig`."""
+    if isinstance(module, nn.Linear):
+        convert_weight(module, recipe, frozen, keep_codes)
+        subclasses.follow_linear(module)
+        return
+    if isinstance(module, nn.Conv2d):
+        module.__class__ = HaloConv2d
+    else:
+        from halo_tensor.layers.conv1d import HaloConv1D
+
+        module.__class__ = HaloConv1D
+    module.recipe = replace(recipe)  # a new object each time: it tells that the layer was converted
+
+
+def restore(module: Any) -> None:
+    """The inverse of :func:`convert`."""
+    if isinstance(module, nn.Linear):
+        restore_weight(module)
+        subclasses.own_class(module)
+    else:
+        del module.recipe
+        module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else _conv1d()

@@ -1,0 +1,1 @@
+"""The three products of a layer, as its recipe says."""

@@ -1,0 +1,122 @@
+"""The linear layer's three products, as a recipe says.
+
+Forward quantises X and meets W as codes, which :class:`~halo_tensor.weight.tensor.HaloWeight` holds; backward quantises E and
+multiplies it with the same operands again. Of X, only the codes that grad_weight reads are saved; of W, references.
+"""
+
+from typing import Any
+
+import torch
+
+from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
+from halo_tensor.products.operands import quantize_operands, reuses_operand, weight_operand
+from halo_tensor.recipe import Recipe, X
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, recipe, dtype, trains, gain):
+        master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
+        if operand is None and not recipe.output.right.is_plain:  # a weight that holds no codes
+            operand = weight_operand(master, recipe)
+        w = master if operand is None else operand
+        wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
+        products = ["output", "grad_weight"] if wants_w else ["output"]
+        # What W was multiplied with X is divided by, and the other way round.
+        gains = getattr(operand, "gains", None)
+        gains = gains and (gains[1] if gain is None else gain, gains[0])
+        x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
+        y = multiply(x_operands[0], w.t(), dtype, bias)
+
+        x_saved = x_operands[1] if wants_w else None
+        if isinstance(x_saved, HadamardQuantTensor):
+            x_saved = x_saved.only("columns")
+        w_saved = (w if reuses_operand(recipe) else master) if wants_x else None
+        x_tensors, ctx.put_x_together = take_apart(x_saved)
+        w_tensors, ctx.put_w_together = take_apart(w_saved)
+        ctx.save_for_backward(*x_tensors, *w_tensors)
+        ctx.x_count = len(x_tensors)
+        ctx.recipe, ctx.x_shape, ctx.x_dtype, ctx.w_dtype = recipe, x.shape, x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # What a function returns as a view, autograd lets nobody write to; ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
+
+    @staticmethod
+    @backward_of_rounding
+    def backward(ctx, grad_output):
+        recipe, saved = ctx.recipe, ctx.saved_tensors
+        x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
+        e = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x, grad_w = multiply_backward(recipe, e, x, w, ctx.x_dtype, ctx.w_dtype)
+        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
+        grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_w, grad_bias, None, None, None, None
+
+
+def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    """What a layer computes in: autocast's dtype, or the one that all three have.
+
+    Raises ValueError if they differ outside autocast.
+    """
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f"{name}: input {x.dtype}, weight {weight.dtype} and bias {None if bias is None else bias.dtype} must be of one "
+            "dtype; convert the model or the input with .to(dtype), or use torch.autocast"
+        )
+    return x.dtype
+
+
+def refuse_tracing() -> None:
+    """TorchScript cannot hold a Python autograd function: saving what it traced crashes."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace knows no converted layers: call dequantize_(model) first")
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Any,
+    bias: torch.Tensor | None,
+    recipe: Recipe | None = None,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, of any weight,
+    which is quantised in every call if the recipe's output quantises it.
+
+    Args:
+        x: [..., in], of the weight's dtype; bias: [out], one number, or None. Under autocast the result has its dtype, while
+            X and W are quantised from the precision they come in.
+        gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own: a compiler knows of inputs, but
+            not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
+
+    Raises:
+        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is held as codes
+            only and is to be trained.
+        RuntimeError: inside ``torch.jit.trace``.
+    """
+    refuse_tracing()
+    if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
+        if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
+            raise ValueError(
+                "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+                "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
+                "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
+            )
+        raise ValueError(
+            "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
+            "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
+        )
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
+    if bias is not None and bias.numel() == 1:
+        bias = bias.expand(weight.shape[:1])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: a bias of shape {list(bias.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
+    if devices := {str(t.device) for t in (weight, bias) if t is not None and t.device != x.device}:
+        raise ValueError(f"linear: the input is on {x.device} and the layer on {', '.join(sorted(devices))}; move one of them")
+    dtype = product_dtype("linear", x, weight, bias)
+    device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
+    with torch.autocast(device, enabled=False):
+        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)
