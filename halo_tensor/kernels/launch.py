@@ -88,9 +88,9 @@ class Launch:
     def sizes(self, grid: tuple[int, ...], integers: tuple[int, ...], extents: tuple[tuple[int, int, int], ...] = ()) -> Sizes:
         """What a call takes.
 
-        ``kinds`` says what Triton may specialise the kernel for: 16 where an integer is a multiple of 16, so that vectors of
-        16 bytes are loaded and stored; 1 where a stride is 1. Where the kernel says ``do_not_specialize``, it is 0, and the
-        length of a batch never is 1 to the compiler.
+        ``kinds`` says what the kernel is compiled for: 16 for an integer that is a multiple of 16, so that whole vectors are
+        loaded and stored; 1 for a stride of 1; 0 for other integers, and for those that the kernel lists in
+        ``do_not_specialize``. So a number of tokens is of one of two kinds, and 1 is as good as any other odd number.
         """
         kinds: tuple[int, ...] = ()
         if self._compiles:

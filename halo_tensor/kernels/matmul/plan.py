@@ -110,8 +110,10 @@ def plan(
     right: Rotation | None,
     dtype: torch.dtype,
 ) -> Planned:
-    """The products that a :class:`~halo_tensor.kernels.matmul.request.Request` of these arguments describes. Takes (m, k, rows,
-    row strides of a and of b_t), then a, b_t, out, a_scale, b_scale, gain and bias."""
+    """The products that a :class:`~halo_tensor.kernels.matmul.request.Request` of these arguments describes.
+
+    Takes (m, k, rows, row strides of a and of b_t), then a, b_t, out, a_scale, b_scale, gain and bias.
+    """
     check_device((INT8 if a == torch.int8 else FP8_E4M3,), device)
 
     def request(size: SizeClass) -> Request:

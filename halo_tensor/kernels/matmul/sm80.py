@@ -44,7 +44,7 @@ def tile_for(size: SizeClass, integer: bool, left: bool, shared: int) -> Tile:
     return Tile(128, 128, 128, 4, 3) if shared >= 160 * 1024 else Tile(128, 128, 64, 4, 4)
 
 
-@triton.jit(do_not_specialize=["M", "K", "ROWS_OUT"])
+@triton.jit(do_not_specialize=["K"])
 def mma_kernel(
     a, b, out, a_scale, b_scale, gain, bias, left, right,
     M, N, K, ROWS_OUT, stride_a, stride_b,

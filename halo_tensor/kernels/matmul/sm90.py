@@ -99,7 +99,7 @@ def _store(out, y, gain, bias, tile_m, first, M, N, GAIN: gl.constexpr, BIASED: 
     gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["M", "K"])
+@gluon.jit(do_not_specialize=["K"])
 def wgmma_kernel(
     a, b, out, a_scale, b_scale, gain, bias, right,
     M, N, K,

@@ -68,7 +68,7 @@ def tile_for(generation: int, size: SizeClass, integer: bool, left: bool, right:
     return whole
 
 
-@triton.jit(do_not_specialize=["M", "K", "ROWS_OUT"])
+@triton.jit(do_not_specialize=["K"])
 def scaled_mm_kernel(
     a, b, out, a_scale, b_scale, gain, bias, left, right,
     M, N, K, ROWS_OUT, stride,
