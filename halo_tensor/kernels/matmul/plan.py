@@ -10,11 +10,10 @@ from operator import add
 from typing import Any
 
 import torch
-import triton
 
 from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.kernels.device import check_device, is_hopper
-from halo_tensor.kernels.launch import Planned, Variant
+from halo_tensor.kernels.launch import Planned, Variant, cdiv
 from halo_tensor.kernels.matmul import cublas, sm80, tma
 from halo_tensor.kernels.matmul.request import Request, SizeClass, multiprocessors, size_class
 from halo_tensor.kernels.quantize.plan import dense
@@ -78,7 +77,7 @@ def _left_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torc
     return (
         is_hopper(a.device)
         and a.dtype != torch.int8
-        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
+        and cdiv(rows, 128) * cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
     )
 
 

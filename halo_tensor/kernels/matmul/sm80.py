@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import has_tma
-from halo_tensor.kernels.launch import Launch, Variant, shared_memory
+from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
 from halo_tensor.kernels.matmul.epilogue import finish, matrices
 from halo_tensor.kernels.matmul.request import Request, SizeClass
 from halo_tensor.kernels.matmul.tile_order import place_of
@@ -105,6 +105,6 @@ def plan(request: Request) -> Variant:
     }  # fmt: skip
 
     def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
-        return (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),), (m, n, k, rows, stride_a, stride_b)
+        return (cdiv(m, tile.m) * cdiv(n, tile.n),), (m, n, k, rows, stride_a, stride_b)
 
     return Variant(Launch(mma_kernel, constants), sizes, matrices(request, tile.m))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS, has_wgmma, is_hopper, rounds_to_fp8
-from halo_tensor.kernels.launch import Launch, Planned, Variant, shared_memory
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv, shared_memory
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, norm, product_dtype, rotate, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -211,7 +211,7 @@ def plan_whole_rows(
 
     def prepare(steps: int) -> Variant:
         def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
-            return (triton.cdiv(m, how.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
+            return (cdiv(m, how.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
 
         return Variant(Launch(kernels.whole_rows, constants | {"STEPS": steps}), sizes, matrices)
 
@@ -239,7 +239,7 @@ def row_constants(
         signs = rotation_signs(right, device)
     else:
         width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
-        chunks = triton.next_power_of_2(max(triton.cdiv(k, width), 1))
+        chunks = triton.next_power_of_2(max(cdiv(k, width), 1))
         if right is not None:
             matrix = block_diagonal(right, width, product_dtype(dtype, device), device, transposed=False)
     rotated, produced = right is not None, producer is not None
@@ -301,7 +301,7 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
         x.dtype, x.device, left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
         rows, columns, seed is not None,
     )  # fmt: skip
-    padded_rows = triton.cdiv(m_out, TILE) * TILE
+    padded_rows = cdiv(m_out, TILE) * TILE
     # Float bits: of rows (padded to whole tiles), then of columns.
     amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
     row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
@@ -366,11 +366,11 @@ def plan_tiles(
 
         def tiles_for(m: int, k: int, *strides: int) -> int:
             """The class of a number of columns: how many tiles in a row a program takes, a power of two."""
-            return min(most, triton.next_power_of_2(max(triton.cdiv(k, edge), 1)))
+            return min(most, 1 << max(cdiv(k, edge) - 1, 0).bit_length())
 
         def prepare(tiles: int) -> Variant:
             def sizes(m: int, k: int, *strides: int) -> tuple:
-                grid = triton.cdiv(reference.rotated(m, left), edge), triton.cdiv(k, edge * tiles)
+                grid = cdiv(reference.rotated(m, left), edge), cdiv(k, edge * tiles)
                 return grid, integers(m, k, *strides)
 
             return Variant(Launch(kernel, options | {"TILES": tiles} | flags | constants), sizes, matrices)
