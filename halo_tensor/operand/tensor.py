@@ -56,9 +56,6 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     undo_gain: torch.Tensor | None = None
     gain_along: str | None = None
 
-    version: tuple | None = None  #: of the matrix whose codes these are, where a HaloWeight keeps them in step with it
-    lent: bool = False  #: that matrix was given to a state dict since then
-
     @staticmethod
     def __new__(cls, size, dtype, tensors, attributes):
         anchor = tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"]
@@ -333,6 +330,3 @@ def _transpose(func, types, args, kwargs):
         right=self.left,
         gain_along=_SWAPPED.get(self.gain_along or ""),
     )
-
-
-torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format])

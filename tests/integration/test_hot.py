@@ -48,19 +48,20 @@ def test_a_rank_is_a_projection(block, rank, m, n, side):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("scale", ["tensor", "tokens"])
+@pytest.mark.parametrize("of_e", ["tensor", "row"])
 @pytest.mark.parametrize("rank", [8, 3, None])
-def test_hot_is_what_its_formulas_say(rank, scale, granularity):
+def test_hot_is_what_its_formulas_say(rank, of_e, granularity):
     """With rounding to nearest, to be comparable: hot.md's two paths, 197 tokens padded to 208."""
     plain = nn.Linear(128, 192)
     x, e = torch.randn(197, 128), torch.randn(197, 192)
-    layer = converted(plain, hot_config(rank, scale=scale, granularity=granularity, rounding="nearest"))
+    config = hot_config(rank, grad_output_granularity=of_e, granularity=granularity, rounding="nearest")
+    layer = converted(plain, config)
     y, grad_x, grad_w, grad_bias = gradients(layer, x, e)
 
     e_turned = project(e.t(), 16).t()
     w_turned = project(plain.weight.detach(), 16)
     rows = None if granularity == "tensor" else 0  # the contracted dimension of W and, in grad_weight, of E and X
-    expected_x = rounded(e_turned, 7, 1 if scale == "tokens" else None) @ rounded(w_turned, 7, rows)
+    expected_x = rounded(e_turned, 7, 1 if of_e == "row" else None) @ rounded(w_turned, 7, rows)
     e_low, x_low = project(e, 16, rank), project(x, 16, rank)
     assert len(x_low) == 208 * (rank or 16) // 16
     expected_w = rounded(e_low, 127, rows).t() @ rounded(x_low, 127, rows)
@@ -221,14 +222,14 @@ def test_inductor_runs_it():
 def test_what_means_nothing_is_refused():
     with pytest.raises(ValueError, match="takes a power-of-two block from 2 to 256, seed=None and a rank"):
         Rotation(16, 0, 8)
-    with pytest.raises(ValueError, match="rank from 1 to the block; got block 16, seed None, rank 17"):
+    with pytest.raises(ValueError, match="rank must be from 1 to block_size=16, or None for all; got 17"):
         hot_config(17)
-    with pytest.raises(ValueError, match="rounding must be nearest or stochastic"):
+    with pytest.raises(ValueError, match="rounding must be one of 'stochastic', 'nearest'; got 'up'"):
         hot_config(rounding="up")
     with pytest.raises(ValueError, match="grad_input_bits must be one of 4, 8; got 6"):
         hot_config(grad_input_bits=6)
-    with pytest.raises(ValueError, match="scale must be one of 'tensor', 'tokens'"):
-        hot_config(scale="row")
+    with pytest.raises(ValueError, match="grad_output_granularity must be one of 'row', 'tensor'; got 'tokens'"):
+        hot_config(grad_output_granularity="tokens")
     with pytest.raises(ValueError, match="seed signs whole blocks"):
         hot_config(8, seed=1)
     with pytest.raises(ValueError, match="codes of a weight are kept in step"):

@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, ops, quantize_
+from halo_tensor.weight import ShardRole
 from tests.helpers.recording import OpLog, saved_bytes
 from tests.helpers.training import OPTIMIZERS, make, step_alike, train
 from tests.helpers.weights import converted, in_step
@@ -169,7 +170,7 @@ def test_compiled_graphs_are_cached_for_weights_like_the_one_they_were_compiled_
 
     def gathered(weight):
         weight = HaloWeight(None, weight.operand.packed(), weight.recipe)
-        weight.fsdp = "gathered"
+        weight.shard_role = ShardRole.GATHERED
         return weight
 
     frozen = nn.Linear(128, 64).requires_grad_(False)
@@ -390,7 +391,7 @@ def test_a_weight_is_quantised_once_per_step():
     names = [name for name, _ in log.calls]
     assert names.count("requantize_") == 1 and "rotate_quantize_" not in names, "one for all weights"
     assert names.count("rotate_quantize") == 3 * 4, "of X alone"
-    assert all(p.operand.version[1] == p.master._version for p in model.parameters() if isinstance(p, HaloWeight))
+    assert all(p.codes_state.version[1] == p.master._version for p in model.parameters() if isinstance(p, HaloWeight))
 
 
 # Frozen weights.

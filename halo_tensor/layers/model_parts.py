@@ -1,5 +1,4 @@
-"""What a model's parameters are for: which linear layers are output embeddings, what belongs to adapters, and how many
-parameters multiply activations as matrices."""
+"""The parts of a model: its output embeddings, its adapters, and the parameters that multiply activations as matrices."""
 
 import re
 from collections.abc import Iterator
@@ -9,27 +8,28 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from halo_tensor.layers import kinds as layers
+from halo_tensor.layers.kinds import features
 
-#: How the last layer of a language model is called, where the model does not say which it is.
+#: Names of the last layer of a language model, for models that do not declare it.
 _HEAD = re.compile(
     r"(^|_)(head|logits|unembed|unembedding|output|output_embedding|output_projection|embed_out|decoder|proj_out|lm_loss|vocab"
     r"|vocab_projector|vocab_projection)$"
 )
-#: By these names PEFT's classes (0.21) hold what they adapt. A class of PEFT that holds none of them is all adapter: prompt
-#: encoders, classifiers of mixtures of adapters.
+#: Names under which PEFT's classes (0.21) hold the module that they adapt. A module of PEFT without any of them is an adapter
+#: as a whole: prompt encoders, classifiers of mixtures of adapters.
 _ADAPTED = {"base_layer", "base_model", "model", "original_module", "lora_model", "modules_to_save"}
-#: Parameters of several dimensions that no activation is multiplied with: tables of positions and tokens, and biases.
+#: Names of parameters of several dimensions that do not multiply activations: tables of positions and tokens, and biases.
 _TABLE = re.compile(r"embed|pos|token|bias|table", re.IGNORECASE)
 _STACK = "a stack of matrices, as of experts, which is not called through F.linear"
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:
-    """The modules that make logits of a vocabulary.
+    """Return the modules that compute logits of a vocabulary.
 
-    They are what ``get_output_embeddings`` of the model, or of a model inside it, returns. A linear layer of no module that
-    returns one is an output embedding if it has as many outputs as the largest ``nn.Embedding`` has entries, is outside of
-    lists of blocks, and is named like a head; or is the model's last linear layer, and of no module with that method.
+    ``get_output_embeddings`` of the model, and of each model inside it, declares them. A linear layer outside of the modules
+    that declare one is an output embedding if it has as many outputs as the largest ``nn.Embedding`` has entries, is outside
+    of lists of blocks, and either is named like a head, or is the model's last linear layer and outside of all modules with
+    that method.
     """
     declared: set[nn.Module] = set()
     asked: set[nn.Module] = set()
@@ -42,7 +42,7 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
             continue
         if callable(declare):
             asked |= set(module.modules())
-        # A wrapper of PEFT's around the layer, or a list of heads. FSMT returns its input embedding, which says nothing.
+        # It may be PEFT's wrapper of the layer, or a list of heads. FSMT returns its input embedding: that declares nothing.
         if isinstance(output, nn.Module) and not isinstance(output, nn.Embedding):
             declared |= set(output.modules())
             answered |= set(module.modules())
@@ -50,6 +50,9 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
 
 
 def _undeclared_heads(model: nn.Module, asked: set[nn.Module], answered: set[nn.Module]) -> set[nn.Module]:
+    """Return output embeddings by shape and name; ``asked``: modules with ``get_output_embeddings``; ``answered``: those among
+    them that declare one.
+    """
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     of_adapters = adapters(model)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in of_adapters]
@@ -68,13 +71,15 @@ def _undeclared_heads(model: nn.Module, asked: set[nn.Module], answered: set[nn.
 
 
 def _kind(name: str) -> str:
-    """The name of a layer without PEFT's wrapper, and without the numbers of the blocks that it is in."""
+    """Return the name of a layer without PEFT's wrapper and without the numbers of its blocks."""
     path, dot, leaf = name.removesuffix(".base_layer").rpartition(".")
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path) + dot + leaf
 
 
 def adapters(model: nn.Module) -> set[nn.Module]:
-    """What PEFT has added to a model: what its layers hold besides the layer that they wrap, and its prompt encoders."""
+    """Return the modules that PEFT has added to a model: in its layers all but the layer that they wrap, and prompt
+    encoders.
+    """
     owned = []
     for module in model.modules():
         held = dict(module.named_children())
@@ -86,14 +91,18 @@ def adapters(model: nn.Module) -> set[nn.Module]:
 
 
 def matrices(model: nn.Module, min_features: int, with_adapters: bool) -> tuple[dict[str, int], dict[str, str]]:
-    """How many parameters multiply activations as matrices.
+    """Count the parameters that multiply activations as matrices.
 
-    Embeddings, input and output, are not counted, nor are norms, biases and, unless ``with_adapters``, adapters. A parameter
-    that several modules hold is counted once.
+    Input and output embeddings, norms and biases are not counted. A parameter that several modules hold is counted once.
+
+    Args:
+        model: converted or not.
+        min_features: the least number of rows and of columns of a parameter that belongs to no layer of a known kind.
+        with_adapters: count adapters too.
 
     Returns:
-        elements, by the name of the layer, or of the parameter where it belongs to no layer of a known kind; and of those
-        parameters with at least ``min_features`` rows and columns, why their products stay in high precision.
+        The number of elements by the name of the layer, or of the parameter if it belongs to no layer of a known kind; and for
+        each of these parameters, why its products stay in high precision.
     """
     sizes: dict[str, int] = {}
     reasons: dict[str, str] = {}
@@ -122,19 +131,22 @@ def matrices(model: nn.Module, min_features: int, with_adapters: bool) -> tuple[
 
 
 def _least_side(shape: torch.Size) -> int:
-    """The shorter side of a matrix, of one of a stack [n, rows, columns], or of one that is stored by heads, as XLNet's
-    [in, heads, features of a head]: whichever is longer. A kernel [out, in, taps] is not taken for the latter."""
+    """Return the shorter side of a matrix.
+
+    A shape of three dimensions is read as a stack [n, rows, columns] and as a matrix stored by heads [in, heads, features of a
+    head], as XLNet has it, and the longer of the two sides is returned. A kernel [out, in, taps] is no matrix by heads.
+    """
     by_heads = min(shape[0], shape[1:].numel()) if shape[-1] >= 16 else 0
     return max(min(shape[-2:]), by_heads)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or a convolution, of a kind that can be converted or not."""
-    return layers.features(module) is not None or isinstance(module, nn.modules.conv._ConvNd)
+    """Whether a module is a linear layer or a convolution, including kinds that cannot be converted."""
+    return features(module) is not None or isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _matrices_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The parameters of a module itself that have at least two dimensions longer than 1."""
+    """Yield name and parameter for the module's own parameters with at least two dimensions longer than 1."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None and not nn.parameter.is_lazy(parameter) and sum(side > 1 for side in parameter.shape) > 1:
             yield leaf, parameter

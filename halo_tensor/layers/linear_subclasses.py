@@ -1,10 +1,11 @@
-"""Subclasses of ``nn.Linear`` with a forward of their own that adds nothing, as Falcon's ``x @ self.weight.T``.
+"""Subclasses of ``nn.Linear`` whose own forward computes only ``F.linear``, as Falcon's ``x @ self.weight.T`` does.
 
-Whether a forward adds nothing is found out by running it, on a copy of the module with a small weight of integers. A forward
-that returns what its one call of ``F.linear`` gives is kept: a converted weight is met there. One that multiplies otherwise
-has to give F.linear's numbers exactly, from a product, a transpose and an addition; the module then gets nn.Linear's forward.
+A forward is tested by running it on a copy of the module with a small weight of integers. A forward that returns the result
+of its one call of ``F.linear`` is kept, since a converted weight catches that call. Any other forward must give F.linear's
+numbers exactly, with one product, transposes and additions; the module then gets nn.Linear's forward.
 """
 
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = {"F.linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm"}
-#: What a forward may do besides, that changes no number: reading attributes, and other views.
+#: What a forward may also do, since it changes no number: read attributes, and take views.
 _READS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"}
 _VIEWS = {"T", "mT", "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "contiguous"}
 _ADDS = {"add", "__add__", "__radd__"}
@@ -28,38 +29,40 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[str, list, Any]] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = "F.linear" if func is F.linear else getattr(func, "__name__", repr(func))
         if name == "__get__":
-            name = func.__self__.__name__
+            name = func.__self__.__name__  # type: ignore[attr-defined]
         self.calls.append((name, [*args, *(kwargs or {}).values()], out))
         return out
 
 
 def adds_nothing(module: nn.Linear) -> bool:
-    """Whether the forward of a layer is ``F.linear(x, weight, bias)``, or ends in one that a converted weight meets."""
+    """Whether the forward of a layer computes ``F.linear(x, weight, bias)`` and no more."""
     return type(module).forward is nn.Linear.forward or _product(module) is not None
 
 
 def follow_linear(module: nn.Linear) -> None:
-    """Make a layer call F.linear, if its forward computes the same in another way."""
+    """Make a layer call F.linear, in place, if its forward computes the same in another way."""
     if type(module).forward is not nn.Linear.forward and _product(module) == "matmul":
         kind: Any = type(module)
         module.__class__ = _following(kind)
 
 
 def own_class(module: nn.Module) -> None:
-    """The inverse of :func:`follow_linear`."""
+    """Undo :func:`follow_linear`."""
     if own := type(module).__dict__.get("_own_class"):
         module.__class__ = own
 
 
 @cache
 def _following(own: Any) -> Any:
-    """A class like ``own`` with nn.Linear's forward."""
+    """Make a subclass of ``own`` with nn.Linear's forward."""
 
-    def __reduce_ex__(self, protocol):  # pickle cannot find a class that is made here
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # pickle cannot find a class that is made here
         return _rebuild, (own,), self.__getstate__()
 
     members = {"forward": nn.Linear.forward, "__reduce_ex__": __reduce_ex__, "_own_class": own}
@@ -72,8 +75,9 @@ def _rebuild(own: type) -> nn.Module:
 
 
 def _product(module: nn.Linear) -> str | None:
-    """How a forward multiplies: by "F.linear", whose result it returns; by a "matmul" that gives F.linear's; None if it does
-    anything else."""
+    """Return how a forward multiplies: "F.linear" if it returns the result of that; "matmul" if it computes the same in
+    another way; None if it does anything else.
+    """
     if "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__:
         return None
     found = {_try(module, shape, training) for shape in ((2, 4), (2, 3, 4)) for training in (True, False)}
@@ -85,6 +89,8 @@ def _product(module: nn.Linear) -> str | None:
 @torch.autocast("cpu", enabled=False)
 @torch.random.fork_rng(devices=[])
 def _try(module: nn.Linear, shape: tuple[int, ...], training: bool) -> str | None:
+    """Run a forward on a copy of ``module``, on x of ``shape``, and return what :func:`_product` does."""
+
     def integers(*shape: int) -> torch.Tensor:
         n = torch.Size(shape).numel()
         return (torch.arange(n, dtype=torch.float64, device="cpu") * 5 % 13 - 6).reshape(shape)
@@ -101,7 +107,7 @@ def _try(module: nn.Linear, shape: tuple[int, ...], training: bool) -> str | Non
     try:
         with _Calls() as log:
             y = type(module).forward(probe, x)
-    except Exception:  # of code that is not known: whatever it raises, it is no plain linear layer
+    except Exception:  # the code is not known; if it raises, it is no plain linear layer
         return None
     if type(y) is not torch.Tensor or not torch.equal(x, before) or _has_own_backward(y):
         return None
@@ -117,12 +123,13 @@ def _try(module: nn.Linear, shape: tuple[int, ...], training: bool) -> str | Non
     return "matmul" if y.shape == expected.shape and torch.equal(y, expected) else None
 
 
-def _holds(args: list, tensor: torch.Tensor) -> bool:
+def _holds(args: list[Any], tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is among arguments, or in a list among them."""
     return any(a is tensor or (isinstance(a, list | tuple) and _holds(list(a), tensor)) for a in args)
 
 
 def _has_own_backward(y: torch.Tensor) -> bool:
-    """Whether an autograd function written in Python made ``y``: its backward would multiply in high precision."""
+    """Whether an autograd function written in Python took part in ``y``: its backward would multiply in high precision."""
     nodes, seen = [y.grad_fn], set()
     while nodes:
         node = nodes.pop()
