@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from halo_tensor.ops import library  # noqa: F401  defines torch.ops.halo
+from halo_tensor import ops  # noqa: F401  defines torch.ops.halo
 
 aten = torch.ops.aten
 #: The result of a shorter contraction, such as an adapter's, takes longer to write than to compute.

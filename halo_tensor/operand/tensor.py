@@ -8,9 +8,9 @@ from typing import cast
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic, return_and_correct_aliasing
 from halo_tensor.operand.gains import Gains, moved
-from halo_tensor.ops import library as ops
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from halo_tensor.ops import library as ops
+from halo_tensor import ops
 from halo_tensor.reference import ops as reference
 from halo_tensor.weight.sharded_parameters import shard_of
 from halo_tensor.weight.tensor import HaloWeight

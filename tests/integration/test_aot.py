@@ -32,7 +32,7 @@ from triton.runtime.jit import mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
-from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, Refusal  # noqa: E402
+from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
@@ -531,6 +531,18 @@ def test_multiplying(launched, capability, name):
     check_subnormal([kernel])
     check_fit([kernel, *passes], capability)
     check_registers([kernel, *passes], capability, name)
+
+
+@pytest.mark.parametrize("name", ["fp8, undo right", "int8, undo right, gain"])
+@pytest.mark.parametrize("capability", [90, 100, 120])
+def test_multiplying_without_tma(launched, monkeypatch, capability, name):
+    """The kernel for older GPUs fits newer ones too."""
+    for path in (GLUON, TMA):
+        monkeypatch.setattr(path, "disabled", True)
+    (kernel,) = launched(capability, MULTIPLY[name])
+    assert kernel.name == "mma_kernel" and "cp.async.bulk.tensor" not in kernel.asm["ptx"]
+    check_subnormal([kernel])
+    check_fit([kernel], capability)
 
 
 # What ptxas makes of them.

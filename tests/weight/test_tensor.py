@@ -13,8 +13,7 @@ from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
-from halo_tensor.ops import library
+from halo_tensor import HaloWeight, dequantize_, halo_config, ops, quantize_
 from halo_tensor.weight import ShardRole
 from tests.helpers.recording import OpLog, saved_bytes
 from tests.helpers.training import OPTIMIZERS, make, step_alike, train
@@ -365,7 +364,7 @@ def test_weights_are_quantised_in_the_order_of_the_arguments(monkeypatch):
     """So that what is planned for them in one step of an optimiser is found in the next, also where it meets aliases."""
     weights = [converted(halo_config(1, "int8")).weight for _ in range(12)]
     kept, given = [], []
-    monkeypatch.setattr(library, "requantize_", lambda xs, *rest: given.append([x.data_ptr() for x in xs]))
+    monkeypatch.setattr(ops, "requantize_", lambda xs, *rest: given.append([x.data_ptr() for x in xs]))
     for step in range(5):
         kept.append([object() for _ in range(7 * step)])  # aliases with other addresses
         torch._foreach_mul_([w.data for w in weights], 0.5)

@@ -1,8 +1,8 @@
 """The product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right diag(gain) + bias.
 
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. Scales, the undoing of rotations, the
-gain, the bias and the cast happen on the accumulator, before anything is written. The first of ``BACKENDS`` that does not
-decline serves a product: a GPU generation whose kernel differs is a module with ``why_not`` and ``plan``, and a row there.
+gain, the bias and the cast happen on the accumulator, before anything is written. The first of
+:data:`halo_tensor.kernels.matmul.backends.BACKENDS` that does not decline serves a product.
 """
 
 from functools import lru_cache, reduce
@@ -12,22 +12,14 @@ from typing import Any
 import torch
 import triton
 
-from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.kernels.device import check_device, is_hopper
-from halo_tensor.kernels.matmul import cublas, sm80, tma
+from halo_tensor.kernels.matmul.backends import BACKENDS
 from halo_tensor.kernels.matmul.request import Request, multiprocessors
 from halo_tensor.kernels.quantize.plan import dense
 from halo_tensor.kernels.rotate import Matrix, transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.ops import LONGEST_SUM
-
-#: In the order in which they are asked. ``why_not(request)`` gives the reason to decline, or None. ``plan(request)`` gives a
-#: launch and the tensors that it takes last, or None if it could not be prepared, of which a warning was given. A launch takes
-#: (a, b_t, out, a_scale, b_scale, gain, bias, *tensors), and out in the place of one that there is not.
-BACKENDS: tuple[Any, ...] = tuple(
-    backend for backend in (cublas, GLUON.load("halo_tensor.kernels.matmul.sm90"), sm80, tma) if backend is not None
-)
 
 
 def fits_epilogue(rotation: Rotation | None) -> bool:

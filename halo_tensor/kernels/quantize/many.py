@@ -49,7 +49,7 @@ def requantize_(
     scales: list[torch.Tensor],
     gains: list[torch.Tensor],
 ) -> None:
-    """See :func:`halo_tensor.ops.library.requantize_`."""
+    """See :func:`halo_tensor.ops.requantize_`."""
     given = [single.dense(gain) for gain in gains] or [None] * len(xs)
     operands = list(zip(xs, codes, scales, given, strict=True))
     weights = tuple(

@@ -53,7 +53,7 @@ def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.const
 
 
 def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
-    """See :func:`halo_tensor.ops.library.pack_rows_`."""
+    """See :func:`halo_tensor.ops.pack_rows_`."""
     codes = codes.contiguous()
     target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
     _plan(pack_kernel, codes.numel() // 4, format, codes.device)(codes.view(torch.uint8), target)

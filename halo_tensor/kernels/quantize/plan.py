@@ -58,7 +58,7 @@ def rotate_quantize(
     seed: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
+    """See :func:`halo_tensor.ops.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
     codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically.
     ``gain``: powers of two, for other products would be rounded to the dtype of x before they are rotated."""
     fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from halo_tensor import ops
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.matmul import sm80
-from halo_tensor.ops import library
+from halo_tensor.kernels.matmul import sm80, tma
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
@@ -28,8 +28,7 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def as_before_hopper(monkeypatch):
     """Products are planned as for a GPU without TMA."""
-    monkeypatch.setattr(sm80, "has_tma", lambda device: False)
-    monkeypatch.setattr(sm80, "shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(tma, "has_tma", lambda device: False)
     as_planned.cache_clear()
     yield
     as_planned.cache_clear()
@@ -69,7 +68,7 @@ def test_every_epilogue(size, format, scaled, left, right, extras, dtype):
     bias = torch.randn(n).to(dtype) if extras else None
     gain = torch.exp2(torch.randint(-3, 4, (n,)).float()) if extras else None
     arguments = (a, b, a_scale, b_scale, bias, left, right, (m, n), dtype, gain)
-    y, expected = library.scaled_mm(*arguments), reference.scaled_mm(*arguments)
+    y, expected = ops.scaled_mm(*arguments), reference.scaled_mm(*arguments)
     assert y.shape == expected.shape == (m, n) and y.dtype == dtype
     if expected.double().norm():
         assert relative_error(y, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
@@ -79,7 +78,7 @@ def test_every_epilogue(size, format, scaled, left, right, extras, dtype):
 def test_which_kernel_runs(monkeypatch):
     launched = []
     monkeypatch.setattr(product, "_plan", lambda request: launched.append(as_planned(request)) or launched[-1])
-    library.scaled_mm(codes(32, 64, INT8), codes(16, 64, INT8), None, None, None, None, None, (32, 16), torch.float32)
+    ops.scaled_mm(codes(32, 64, INT8), codes(16, 64, INT8), None, None, None, None, None, (32, 16), torch.float32)
     ((launch, _),) = launched
     assert launch.kernel is sm80.mma_kernel and not launch.tiles
 

@@ -15,41 +15,14 @@ from tests.helpers.errors import relative_error
 from tests.helpers.recording import OpLog
 
 transformers = pytest.importorskip("transformers")
-from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from halo_tensor.transformers import HaloQuantConfig  # noqa: E402
+from tests.helpers.checkpoints import CONFIGS, IDS, WEIGHT, copied, logits, replacing, weights  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
 AutoClassifier = transformers.AutoModelForSequenceClassification
-IDS = torch.arange(64).view(2, 32)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """The folder of a saved model."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        attention_bias=True,
-    )
-    folder = tmp_path_factory.mktemp("plain")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500KB")
-    return folder
-
-
-def weights(model) -> dict[str, HaloWeight]:
-    return {name: p for name, p in model.named_parameters() if isinstance(p, HaloWeight)}
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize(("level", "dtype"), [(1, "int8"), (0, "fp8"), (1, "fp6"), (0, "fp6")])
@@ -173,30 +146,6 @@ def test_errors(plain, tmp_path):
         AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(), device_map={"model": 0, "lm_head": "cpu"})
 
 
-def test_a_checkpoint_that_does_not_fit_its_config_is_refused(plain, tmp_path):
-    AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(1, "int8")).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    assert config["quantization_config"]["quant_method"] == "halo"
-    config["quantization_config"]["dtype"] = "fp8"
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="(?s)cannot be used:.*down_proj.weight: its codes were written as .int8.*fp8_e4m3"):
-        AutoModel.from_pretrained(tmp_path)
-
-
-def test_a_config_with_a_field_that_is_not_known_is_refused(plain, tmp_path):
-    AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig()).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    assert config["quantization_config"]["dtype"] == HaloQuantConfig().dtype == "int8", "what a default was is written"
-    config["quantization_config"]["groups"] = 32
-    path.write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"has a field 'groups' that this halo_tensor does not know \(it knows .*level, dtype"
-    ):
-        AutoModel.from_pretrained(tmp_path)
-
-
 def test_a_reader_without_the_registration_stops(plain, tmp_path, monkeypatch):
     from transformers.quantizers import auto
 
@@ -222,218 +171,6 @@ def test_layers_are_chosen_as_by_quantize(plain):
     assert type(model.lm_head.weight) is nn.Parameter
 
 
-# What a checkpoint holds of a weight, tied to what it was made with, and damaged.
-
-CONFIGS = {"int8": HaloQuantConfig(1, "int8"), "fp8": HaloQuantConfig(1, "fp8"), "fp6": HaloQuantConfig(0, "fp6")}
-WEIGHT = "model.layers.0.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a saved model of one layer."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=192,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def quantised(tiny, tmp_path_factory):
-    """Folders of quantised checkpoints, by dtype; int8's is balanced."""
-    folders = {}
-    for dtype, config in CONFIGS.items():
-        folders[dtype] = tmp_path_factory.mktemp(dtype)
-        model = AutoModel.from_pretrained(tiny, quantization_config=config)
-        if dtype == "int8":
-            balance_(model, IDS)
-        model.save_pretrained(folders[dtype])
-    return folders
-
-
-def copied(folder, to, change=None, **quantization):
-    """A copy of a checkpoint, whose tensors ``change`` has changed, and whose config.json says ``quantization`` besides."""
-    shutil.copytree(folder, to, dirs_exist_ok=True)
-    if change is not None:
-        tensors = load_file(to / "model.safetensors")
-        change(tensors)
-        save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    config = json.loads((to / "config.json").read_text())
-    config["quantization_config"] |= quantization
-    (to / "config.json").write_text(json.dumps(config))
-    return to
-
-
-@pytest.mark.parametrize(
-    ("dtype", "changed", "says"),
-    [
-        ("int8", {"seed": 1}, "H128·seed0.*H128·seed1"),
-        ("int8", {"seed": None}, "H128·seed0.*H128,"),
-        ("int8", {"level": 0}, "H128·seed0.*not rotated"),
-        ("fp6", {"level": 1, "dtype": "fp6_e3m2"}, "not rotated.*H128·seed0"),
-        ("fp6", {"dtype": "fp6_e2m3"}, "fp6_e3m2.*fp6_e2m3"),
-        ("fp8", {"block_size": 64}, "H128·seed0.*H64·seed0"),
-        ("fp8", {"block_size": None}, "H128·seed0.*H256·seed0"),
-        ("fp8", {"granularity": "tensor"}, "a scale per row.*one scale"),
-        ("fp8", {"min_features": 200}, "no layer of this LlamaForCausalLM can be quantised"),
-    ],
-)
-def test_a_config_that_codes_were_not_written_with_is_refused(quantised, tmp_path, dtype, changed, says):
-    folder = copied(quantised[dtype], tmp_path, **changed)
-    with pytest.raises(ValueError, match=f"(?s){'' if 'min_features' in changed else f'{WEIGHT}: .*'}{says}"):
-        AutoModel.from_pretrained(folder)
-    with pytest.raises(ValueError, match=says):
-        AutoModel.from_pretrained(folder, ignore_mismatched_sizes=True)
-
-
-def test_levels_that_give_the_same_codes_read_one_another(quantised, tmp_path):
-    again = AutoModel.from_pretrained(copied(quantised["int8"], tmp_path, level=2))
-    assert torch.equal(logits(again), logits(AutoModel.from_pretrained(quantised["int8"])))
-    assert all(w.recipe == halo_config(2, "int8").recipe for w in weights(again).values())
-
-
-def test_the_file_says_which_layers_are_quantised(quantised, tmp_path):
-    again = AutoModel.from_pretrained(copied(quantised["fp8"], tmp_path, skip="lm_head|down_proj"))
-    assert len(weights(again)) == 7 and WEIGHT in weights(again)
-    assert "model.layers.0.mlp.down_proj" not in again.hf_quantizer.report.skipped
-    assert torch.equal(logits(again), logits(AutoModel.from_pretrained(quantised["fp8"])))
-
-
-def _set(name, index, value):
-    def change(tensors):
-        tensors[name].view(torch.uint8 if "float8" in str(tensors[name].dtype) else tensors[name].dtype)[index] = value
-
-    return change
-
-
-def _make(name, function):
-    return lambda tensors: tensors.update({name: function(tensors[name]).contiguous()})
-
-
-DAMAGES = {
-    "no codes": ("int8", lambda t: t.pop(WEIGHT), "its codes are missing"),
-    "no scale": ("int8", lambda t: t.pop(WEIGHT + "_scale"), "its scale is missing"),
-    "no scale, fp8": ("fp8", lambda t: t.pop(WEIGHT + "_scale"), "its scale is missing"),
-    "no balance": ("int8", lambda t: t.pop(WEIGHT + "_balance"), r"as .*, balanced.*by config.json .* not balanced"),
-    "no record": ("int8", lambda t: t.pop(WEIGHT + "_recipe"), "record of its recipe is missing"),
-    "only codes": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("_scale", "_recipe")], "its scale is missing"),
-    "only codes, as a matrix": (
-        "int8",
-        lambda t: (
-            [t.pop(WEIGHT + part) for part in ("_scale", "_balance", "_recipe")]
-            and t.update({WEIGHT: t[WEIGHT].view(128, -1)})
-        ),
-        "its scale is missing",
-    ),
-    "only a scale": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_recipe")], "its codes are missing"),
-    "only a record": ("fp6", lambda t: [t.pop(WEIGHT + part) for part in ("", "_scale")], "its codes are missing"),
-    "a balance too many": ("fp8", lambda t: t.update({WEIGHT + "_balance": torch.zeros(256, dtype=torch.int8)}), "balanced"),
-    "plain beside a scale": ("fp8", lambda t: t.update({WEIGHT: torch.zeros(128, 256)}), r"codes are float32 \[128, 256\]"),
-    "fewer codes": ("int8", _make(WEIGHT, lambda t: t[:-1]), r"its codes are int8 \[32767\]"),
-    "fewer codes, fp6": ("fp6", _make(WEIGHT, lambda t: t[:-3]), r"its codes are uint8 \[24573\]"),
-    "codes of another dtype": ("int8", _make(WEIGHT, torch.Tensor.short), "its codes are int16"),
-    "codes in float": ("int8", _make(WEIGHT, torch.Tensor.float), "its codes are float32"),
-    "codes that are no fp8": ("fp8", _make(WEIGHT, lambda t: t.float() + 1e-4), "not finite, or no fp8_e4m3"),
-    "a code out of range": ("int8", _set(WEIGHT, 7, -128), "some of its codes are -128"),
-    "a NaN among codes": ("fp8", _set(WEIGHT, 7, 0xFF), "codes are (NaN|not finite)"),
-    "a NaN scale": ("int8", _set(WEIGHT + "_scale", 3, float("nan")), "not finite and positive"),
-    "an infinite scale": ("fp8", _set(WEIGHT + "_scale", 3, float("inf")), "not finite and positive"),
-    "a negative scale": ("fp6", _set(WEIGHT + "_scale", 3, -1.0), "not finite and positive"),
-    "a scale of zero": ("int8", _set(WEIGHT + "_scale", 3, 0.0), "not finite and positive"),
-    "fewer scales": ("int8", _make(WEIGHT + "_scale", lambda t: t[:-1]), r"its scale is float32 \[127\]"),
-    "one scale": ("fp8", _make(WEIGHT + "_scale", lambda t: t[0]), r"its scale is float32 \[\]"),
-    "a scale of another dtype": ("int8", _make(WEIGHT + "_scale", torch.Tensor.bfloat16), "its scale is bfloat16"),
-    "fewer exponents": ("int8", _make(WEIGHT + "_balance", lambda t: t[1:]), r"its balance is int8 \[255\]"),
-    "exponents in float": ("int8", _make(WEIGHT + "_balance", torch.Tensor.float), "its balance is float32"),
-    "an exponent out of range": ("int8", _set(WEIGHT + "_balance", 0, -128), "exponents of its balance"),
-    "a changed record": ("fp6", _set(WEIGHT + "_recipe", 4, 0xFF), "its codes were written as"),
-    "an empty record": ("fp6", _make(WEIGHT + "_recipe", lambda t: t[:0]), r"its codes were written as \(\)"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_parts_are_refused_by_name(quantised, tmp_path, damage):
-    dtype, change, says = DAMAGES[damage]
-    with pytest.raises(ValueError, match=f"(?s)weights that cannot be used:.*  {WEIGHT}: .*{says}") as error:
-        AutoModel.from_pretrained(copied(quantised[dtype], tmp_path, change))
-    assert str(error.value).count("\n") == 1, "the others are not accused"
-
-
-def test_every_part_of_a_checkpoint_is_missed(quantised, tmp_path):
-    names = load_file(quantised["int8"] / "model.safetensors").keys()
-    parts = sorted(n for n in names if ".mlp." in n)
-    assert len(parts) == 3 * 4
-    for i, name in enumerate(parts):
-        folder = copied(quantised["int8"], tmp_path / str(i), lambda t, name=name: t.pop(name))
-        with pytest.raises(ValueError, match=f"  {name.partition('weight')[0]}weight: "):
-            AutoModel.from_pretrained(folder)
-
-
-def test_damaged_files_are_refused(quantised, tmp_path):
-    model = AutoModel.from_pretrained(quantised["int8"])
-    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
-    assert len(shards) > 2
-    content = shards[1].read_bytes()
-    for cut in (content[: len(content) // 2], content[:20], b""):
-        shards[1].write_bytes(cut)
-        with pytest.raises((SafetensorError, OSError)):
-            AutoModel.from_pretrained(tmp_path / "shards")
-    shards[1].unlink()
-    with pytest.raises(OSError, match=shards[1].name):
-        AutoModel.from_pretrained(tmp_path / "shards")
-
-
-def test_checkpoints_without_records_load_with_a_warning(quantised, tmp_path):
-    """Those of halo_tensor 0.1.0."""
-
-    def strip(tensors):
-        for name in [n for n in tensors if n.endswith("_recipe")]:
-            del tensors[name]
-
-    with pytest.warns(UserWarning, match="does not say what its 7 quantised weights were made with") as caught:
-        model = AutoModel.from_pretrained(copied(quantised["int8"], tmp_path / "old", strip))
-    assert sum("quantised weights" in str(w.message) for w in caught) == 1
-    assert torch.equal(logits(model), logits(AutoModel.from_pretrained(quantised["int8"])))
-    model.save_pretrained(tmp_path / "new")
-    files = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "new", quantised["int8"])]
-    assert files[0] == files[1]
-
-
-def test_fields_of_another_version_are_refused(quantised, tmp_path):
-    with pytest.raises(
-        ValueError, match="quantization_config of this checkpoint has a field 'colour' that this halo_tensor does not know"
-    ):
-        AutoModel.from_pretrained(copied(quantised["int8"], tmp_path, colour="blue"))
-
-
-def test_codes_whose_config_is_lost_are_not_taken_for_weights(quantised, tmp_path):
-    for dtype, folder in quantised.items():
-        lost = shutil.copytree(folder, tmp_path / dtype)
-        config = json.loads((lost / "config.json").read_text())
-        del config["quantization_config"]
-        (lost / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=f"(?s){WEIGHT}: .*config.json has lost the quantization_config"):
-            AutoModel.from_pretrained(lost, quantization_config=CONFIGS[dtype], ignore_mismatched_sizes=True)
-
-
-def test_the_config_of_the_checkpoint_is_the_one_that_counts(quantised):
-    with pytest.warns(UserWarning, match="quantization_config. from the model will be used"):
-        model = AutoModel.from_pretrained(quantised["int8"], quantization_config=HaloQuantConfig(0, "fp8", seed=7))
-    assert model.config.quantization_config.dtype == "int8"
-    assert torch.equal(logits(model), logits(AutoModel.from_pretrained(quantised["int8"])))
-
-
-# Ways of loading.
-
-
 def test_plain_weights_of_another_shape_are_mismatches(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
@@ -455,7 +192,7 @@ def test_plain_weights_of_another_shape_are_mismatches(tiny, tmp_path):
 
 def test_plain_parts_of_another_shape_are_refused(quantised, tmp_path):
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
-        folder = copied(quantised["fp8"], tmp_path / name, _make(name, lambda t: t[:-16]))
+        folder = copied(quantised["fp8"], tmp_path / name, replacing(name, lambda t: t[:-16]))
         with pytest.raises((RuntimeError, ValueError), match=f"ignore_mismatched_sizes|  {name}: it is .*, where"):
             AutoModel.from_pretrained(folder)
 
@@ -525,9 +262,6 @@ def test_another_dtype_leaves_codes_as_they_are(quantised, tmp_path, dtype, half
         model.half()
 
 
-# Ways of saving.
-
-
 def test_a_model_that_was_converted_otherwise_is_not_saved(quantised, tmp_path):
     model = AutoModel.from_pretrained(quantised["int8"])
     quantize_(model, halo_config(1, "int8", seed=1, frozen=True))
@@ -585,10 +319,3 @@ def test_a_converted_output_layer_that_is_tied_is_not_resized(tiny):
     dequantize_(model)
     model.resize_token_embeddings(256)
     assert logits(model).shape[-1] == 256
-
-
-def test_the_files_say_that_they_are_pytorchs(quantised):
-    with safe_open(quantised["int8"] / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-        record = bytes(file.get_tensor(WEIGHT + "_recipe").tolist()).decode()
-    assert record == "int8 [128, 256], a scale per row, rotated by H128·seed0, balanced"
