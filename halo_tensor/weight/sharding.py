@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from halo_tensor.fences.pytorch import is_symbolic
-from halo_tensor.products.operands import reuses_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.reference import ops as reference
 
 aten = torch.ops.aten

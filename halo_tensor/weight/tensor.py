@@ -19,8 +19,10 @@ from torch.compiler import is_compiling
 from halo_tensor.fences.pytorch import hidden_from_modes, preserved_version, return_and_correct_aliasing, tree_map_only
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
-from halo_tensor.products.operands import reuses_operand, weight_operand
+from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
 from halo_tensor.version import fingerprint
 from halo_tensor.weight import derived, fsdp, sharding
@@ -226,6 +228,11 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
                 sharding.check_whole(weight)
+                if weight.fsdp in (None, "gathered") and not is_compiling():
+                    if weight.master is not None:
+                        weight.follow()
+                    if (y := eager.linear(x, weight, bias)) is not None:
+                        return y
             if isinstance(weight, cls) and not weight.recipe.is_identity and weight.fsdp != "chunk":
                 if torch.compiler.is_exporting():
                     raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
