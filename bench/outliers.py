@@ -1,9 +1,9 @@
-"""A model with the outlier channels that large ones have, and what ``report`` says of it.
+"""Report on a model with outlier channels, as large models have them.
 
     python bench/outliers.py
 
-It computes the same function as before: 6 channels of what every norm gives out are × 32, and the columns of the linears that
-read them ÷ 32 (a power of two, so that bf16 weights lose nothing). bench/study.py trains the same one.
+6 output channels of every norm are multiplied by 32, and the columns of the layers that read them are divided by 32. The model
+computes the same function, and bf16 weights lose nothing, because 32 is a power of two. bench/study.py trains this model.
 """
 
 import argparse
@@ -14,14 +14,15 @@ from common import load_model, load_tokens
 from torch import nn
 
 from halo_tensor import Balanced, halo_config, report
-from halo_tensor.diagnostics import CANDIDATES, render
+from halo_tensor.diagnostics import CANDIDATES
+from halo_tensor.diagnostics.reports import text
 
 OUTLIERS, FACTOR = 6, 32
 
 
 @torch.no_grad()
 def inject_outliers(model: nn.Module) -> None:
-    """Scale channels of what the norms of every block of a Llama give out, and undo it in the columns of what reads them."""
+    """Scale channels that the norms of every block of a Llama return, and divide the columns that read them."""
     width = model.config.hidden_size
     channels = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:OUTLIERS].to(model.device)
     for layer in model.model.layers:
@@ -53,15 +54,15 @@ def main() -> None:
     ids = load_tokens(tokenizer, args.data, args.tokens)[None].to(device)
     candidates = CANDIDATES | {"int8 HALO-1, balanced": Balanced(halo_config(1, "int8"))}
     found = report(model, {"input_ids": ids, "labels": ids}, candidates=candidates)
-    header, rows = render.candidate_rows(found)
-    exceptions = {layer.name: f"{layer.recommended}: {render.reason(layer, found)}" for layer in found.exceptions}
-    said = [render.sentence(found.verdict), *(f"Except {name}, {why}." for name, why in exceptions.items())]
+    header, rows = text.candidate_rows(found)
+    exceptions = {layer.name: f"{layer.recommended}: {text.reason(layer, found)}" for layer in found.exceptions}
+    said = [text.sentence(found.verdict), *(f"Except {name}, {why}." for name, why in exceptions.items())]
     results.write(
         args.name,
         f"What report says of {args.model or 'SmolLM2-135M-Instruct'} with {OUTLIERS} channels × {FACTOR}, float32, "
         f"{found.tokens} tokens of {args.data or 'Python documentation'}",
         [dict(zip(header, (cell.strip("*") for cell in row), strict=True)) for row in rows],
-        "  \n".join([*said, render.notes(found)]),
+        "  \n".join([*said, text.notes(found)]),
         args.folder,
         recommended=found.recommended,
         balanced=found.balanced,

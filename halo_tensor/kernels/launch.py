@@ -62,8 +62,15 @@ def describe(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int,
     return TensorDescriptor(base, [rows, columns], [stride, 1], [*block])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes microseconds."""
+    return -(-a // b)
+
+
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
+    """Bytes of shared memory that a program may have; on a CPU, where Triton's interpreter runs it, those of an RTX 4090."""
+    if device.type != "cuda":
+        return 99 * 1024
     return triton_launch.shared_memory(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -83,6 +90,7 @@ class Launch:
         self.kernel, self.constants, self.blocks = kernel, constants, blocks
         self._compiles = isinstance(kernel, JITFunction)  # or it is Triton's interpreter's
         self._gluon = self._compiles and kernel.is_gluon()
+        self._parameters = [p for p in kernel.params if not p.is_constexpr] if self._compiles else []
         self._runs: dict[tuple[int, ...], triton_launch.Run] = {}
 
     def sizes(self, grid: tuple[int, ...], integers: tuple[int, ...], extents: tuple[tuple[int, int, int], ...] = ()) -> Sizes:
@@ -92,12 +100,8 @@ class Launch:
         loaded and stored; 1 for a stride of 1; 0 for other integers, and for those that the kernel lists in
         ``do_not_specialize``. So a number of tokens is of one of two kinds, and 1 is as good as any other odd number.
         """
-        kinds: tuple[int, ...] = ()
-        if self._compiles:
-            parameters = [parameter for parameter in self.kernel.params if not parameter.is_constexpr][-len(integers) :]
-            kinds = tuple(map(_kind, integers, parameters))
         x, y, z = (*grid, 1, 1)[:3]
-        return Sizes((x, y, z), integers, extents, kinds)
+        return Sizes((x, y, z), integers, extents, tuple(map(_kind, integers, self._parameters[-len(integers) :])))
 
     def sized(self, *args: Any) -> "SizedLaunch":
         """A launch of :meth:`sizes` of these arguments."""

@@ -8,10 +8,9 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import triton
 
 from halo_tensor.kernels.device import has_wgmma
-from halo_tensor.kernels.launch import Launch, Planned, Variant
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.recipe import Rotation
 from halo_tensor.reference import hadamard
@@ -82,7 +81,7 @@ def plan_transpose(device: torch.device) -> Planned:
     launch = Launch(kernels.transpose_codes, {"T": TILE, "num_warps": 4})
 
     def sizes(m: int, k: int, stride: int, stride_out: int) -> tuple:
-        return (triton.cdiv(m, TILE), triton.cdiv(k, TILE)), (m, k, stride, stride_out)
+        return (cdiv(m, TILE), cdiv(k, TILE)), (m, k, stride, stride_out)
 
     return Planned(lambda _: Variant(launch, sizes))
 
@@ -131,7 +130,7 @@ def plan_rotate(
     )
 
     def sizes(m: int, k: int, stride_row: int, stride_column: int, rows: int, columns: int) -> tuple:
-        grid = triton.cdiv(max(m, rows), TILE), triton.cdiv(columns, TILE)
+        grid = cdiv(max(m, rows), TILE), cdiv(columns, TILE)
         return grid, (m, k, rows, stride_row, stride_column, columns)
 
     return Planned(lambda _: Variant(launch, sizes, matrices))

@@ -7,9 +7,9 @@ this module teaches :class:`~halo_tensor.operand.tensor.HadamardQuantTensor` the
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.operand.gains import fit
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.ops import library as ops
 
 aten = torch.ops.aten
 

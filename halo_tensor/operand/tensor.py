@@ -8,9 +8,9 @@ from typing import cast
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic, return_and_correct_aliasing
 from halo_tensor.operand.gains import Gains, moved
-from halo_tensor.ops import library as ops
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
@@ -55,9 +55,6 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     gain: torch.Tensor | None = None
     undo_gain: torch.Tensor | None = None
     gain_along: str | None = None
-
-    version: tuple | None = None  #: of the matrix whose codes these are, where a HaloWeight keeps them in step with it
-    lent: bool = False  #: that matrix was given to a state dict since then
 
     @staticmethod
     def __new__(cls, size, dtype, tensors, attributes):
@@ -333,6 +330,3 @@ def _transpose(func, types, args, kwargs):
         right=self.left,
         gain_along=_SWAPPED.get(self.gain_along or ""),
     )
-
-
-torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format])

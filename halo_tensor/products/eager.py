@@ -1,10 +1,10 @@
 """A layer in eager code: its recipe, lowered once to launches on plain tensors.
 
-The operand path (:mod:`halo_tensor.products.operands`, and ``torch.mm`` of two HadamardQuantTensors) makes tensor subclasses and
-calls the dispatcher several times for each kernel. For short inputs this takes the CPU longer than the GPU takes to multiply.
-Here a recipe and the widths of a layer become a :class:`Lowered` once; a call then only allocates and launches. Both paths
-follow the same steps (:mod:`halo_tensor.products.steps`) and give the same results, bit for bit. Whatever a tracer or a dispatch
-mode must see takes the operand path.
+The operand path (:mod:`halo_tensor.products.operands`, and ``torch.mm`` of two HadamardQuantTensors) makes tensor subclasses,
+and calls the dispatcher several times for each kernel. For short inputs this takes the CPU longer than the GPU takes to
+multiply. Here a recipe and the widths of a layer become a :class:`Lowered` once; a call then only allocates and launches. Both
+paths follow the same steps (:mod:`halo_tensor.products.steps`) and give the same results, bit for bit. What a tracer or a
+dispatch mode must see takes the operand path.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,9 @@ class Lowered:
         self.quantize_x_for_output = _quantizer(layer, X, step, layer.x)
         (step,) = steps_for(layer.recipe, W, ("output",))
         self.quantize_w = _quantizer(layer, W, step, layer.weight)
-        self.quantize_e = {products: _gradient_quantizer(layer, products) for products in (BOTH, BOTH[:1], BOTH[1:])}
+        self.quantize_e: dict[tuple[str, ...], Callable[..., list[Codes]]] = {
+            products: _gradient_quantizer(layer, products) for products in (BOTH, BOTH[:1], BOTH[1:])
+        }
         self.folds = folded_products(layer.recipe, BOTH)
         self.output = _product(layer, "output", layer.output)
         self.grad_input = _product(layer, "grad_input", layer.x)
@@ -162,9 +164,11 @@ def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Call
         return by_rows
 
     def by_any(matrix: torch.Tensor, fold: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Codes:
-        folds = (fold, None) if dims[0] in step.contracted else (None, fold)
+        fold_rows, fold_columns = (fold, None) if columns else (None, fold)
         return Codes(
-            *plan.rotate_quantize(matrix, left, right, format, scale, *folds, rows, columns, gain=gain if gained else None)
+            *plan.rotate_quantize(
+                matrix, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain=gain if gained else None
+            )
         )
 
     return by_any
@@ -268,7 +272,8 @@ def _output(lowered: Lowered, x: Codes, w: Codes, bias: torch.Tensor | None, x_s
     return lowered.output(x.rows, w.rows, x.scale, w.scale, None, bias, x.rows.shape[0], shape)
 
 
-#: (id of a recipe, widths, dtypes, device, …) -> the recipe, which so keeps its id, and the layer; None if it cannot be lowered.
+#: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer, or None if it cannot be
+#: lowered.
 _lowered: dict[tuple, tuple[Recipe, Lowered | None]] = {}
 
 
@@ -298,7 +303,7 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             or x.numel() == 0
             or weight.device != x.device
             or (bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.stride(0) != 1))
-            or (trains_w and master is None and weight.fsdp != "gathered")
+            or (trains_w and master is None and not weight.is_gathered)
             or (operand is not None and (operand.is_packed or operand.codes is None))
         ):
             return None

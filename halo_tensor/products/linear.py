@@ -98,7 +98,7 @@ def linear(
         RuntimeError: inside ``torch.jit.trace``.
     """
     refuse_tracing()
-    if recipe is None and weight.master is None and weight.requires_grad and weight.fsdp != "gathered":
+    if recipe is None and weight.master is None and weight.requires_grad and not weight.is_gathered:
         if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
             raise ValueError(
                 "linear: something trainable was added to this weight, which was frozen when it was converted and is held "

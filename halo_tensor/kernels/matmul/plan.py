@@ -1,34 +1,25 @@
 """The product of quantised operands: R_left (diag(s_a) A Bᵀ diag(s_b)) Rᵀ_right diag(gain) + bias.
 
 Both operands are read K-major, which is the only order that 8-bit tensor cores take. Scales, the undoing of rotations, the
-gain, the bias and the cast happen on the accumulator, before anything is written. The first of ``BACKENDS`` that does not
-decline serves a product: a GPU generation whose kernel differs is a module with ``why_not`` and ``plan``, and a row there.
+gain, the bias and the cast happen on the accumulator, before anything is written. The first of
+:data:`halo_tensor.kernels.matmul.backends.BACKENDS` that does not decline serves a product.
 """
 
 from functools import lru_cache, reduce
 from operator import add
-from typing import Any
 
 import torch
-import triton
 
-from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.kernels.device import check_device, is_hopper
-from halo_tensor.kernels.launch import Planned, Variant
-from halo_tensor.kernels.matmul import cublas, sm80, tma
+from halo_tensor.kernels.launch import Planned, Variant, cdiv
+from halo_tensor.kernels.matmul import cublas
+from halo_tensor.kernels.matmul.backends import BACKENDS
 from halo_tensor.kernels.matmul.request import Request, SizeClass, multiprocessors, size_class
 from halo_tensor.kernels.quantize.plan import dense
 from halo_tensor.kernels.rotate import transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.ops import LONGEST_SUM
-
-#: In the order in which they are asked. ``why_not(request)`` gives the reason to decline, or None. ``plan(request)`` gives a
-#: :class:`~halo_tensor.kernels.launch.Variant` of the numbers and the tensors that :func:`plan` names, or None if it could not
-#: be prepared, of which a warning was given.
-BACKENDS: tuple[Any, ...] = tuple(
-    backend for backend in (cublas, GLUON.load("halo_tensor.kernels.matmul.sm90"), sm80, tma) if backend is not None
-)
 
 
 def fits_epilogue(rotation: Rotation | None) -> bool:
@@ -78,7 +69,7 @@ def _left_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torc
     return (
         is_hopper(a.device)
         and a.dtype != torch.int8
-        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
+        and cdiv(rows, 128) * cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
     )
 
 

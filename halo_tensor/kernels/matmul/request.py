@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 import torch
-from triton import cdiv
 
+from halo_tensor.kernels.launch import cdiv
 from halo_tensor.recipe import Rotation
 
 

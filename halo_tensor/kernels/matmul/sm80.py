@@ -9,8 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from halo_tensor.kernels.device import has_tma
-from halo_tensor.kernels.launch import Launch, Variant, shared_memory
+from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
 from halo_tensor.kernels.matmul.epilogue import finish, matrices
 from halo_tensor.kernels.matmul.request import Request, SizeClass
 from halo_tensor.kernels.matmul.tile_order import place_of
@@ -90,8 +89,8 @@ def mma_kernel(
 
 
 def why_not(request: Request) -> str | None:
-    """Why this kernel cannot serve the product, if it cannot."""
-    return "the GPU has TMA, which is faster" if has_tma(request.device) else None
+    """Return None: it serves every product. A GPU with TMA uses :mod:`halo_tensor.kernels.matmul.tma`, which is faster."""
+    return None
 
 
 def plan(request: Request) -> Variant:
@@ -105,6 +104,6 @@ def plan(request: Request) -> Variant:
     }  # fmt: skip
 
     def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
-        return (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),), (m, n, k, rows, stride_a, stride_b)
+        return (cdiv(m, tile.m) * cdiv(n, tile.n),), (m, n, k, rows, stride_a, stride_b)
 
     return Variant(Launch(mma_kernel, constants), sizes, matrices(request, tile.m))

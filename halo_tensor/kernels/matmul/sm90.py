@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
 from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.fences.gluon import (
@@ -22,7 +21,7 @@ from halo_tensor.fences.gluon import (
     warpgroup_mma_wait,
 )
 from halo_tensor.kernels.device import INTERPRETED, is_hopper
-from halo_tensor.kernels.launch import Launch, Variant
+from halo_tensor.kernels.launch import Launch, Variant, cdiv
 from halo_tensor.kernels.matmul.request import Request, multiprocessors
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.rotate import norm
@@ -223,7 +222,7 @@ def _plan(request: Request) -> Variant:
     }  # fmt: skip
 
     def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
-        programs = min(most, triton.cdiv(m, BM) * triton.cdiv(n, BN))
+        programs = min(most, cdiv(m, BM) * cdiv(n, BN))
         return (programs,), (m, n, k), ((m, k, stride_a), (n, k, stride_b))
 
     matrix = _matrix(right, request.device) if right else None

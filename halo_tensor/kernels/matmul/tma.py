@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import INTEGERS_ON_SM100, has_tma
-from halo_tensor.kernels.launch import Launch, Variant
+from halo_tensor.kernels.launch import Launch, Variant, cdiv
 from halo_tensor.kernels.matmul.epilogue import EDGE, finish, matrices
 from halo_tensor.kernels.matmul.request import Request, SizeClass, multiprocessors
 from halo_tensor.kernels.matmul.tile_order import place_of
@@ -113,7 +113,7 @@ def plan(request: Request) -> Variant:
     }  # fmt: skip
 
     def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
-        grid = (min(programs, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)),)
+        grid = (min(programs, cdiv(m, tile.m) * cdiv(n, tile.n)),)
         return grid, (m, n, k, rows, n), ((m, k, stride_a), (n, k, stride_b))
 
     launch = Launch(scaled_mm_kernel, constants, ((tile.m, tile.k), (tile.n, tile.k)))

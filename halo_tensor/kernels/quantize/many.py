@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from halo_tensor.kernels.launch import Launch, SizedLaunch
+from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.kernels.quantize import plan as single
 from halo_tensor.kernels.rotate import Matrix
@@ -49,7 +49,7 @@ def requantize_(
     scales: list[torch.Tensor],
     gains: list[torch.Tensor],
 ) -> None:
-    """See :func:`halo_tensor.ops.library.requantize_`."""
+    """See :func:`halo_tensor.ops.requantize_`."""
     given = [single.dense(gain) for gain in gains] or [None] * len(xs)
     operands = list(zip(xs, codes, scales, given, strict=True))
     weights = tuple(
@@ -102,7 +102,7 @@ def _plan_group(group: list[_Weight], like: int, right: Rotation | None, format:
     entries, programs = [], 0
     for weight in group:
         entries.append((programs, weight.x.shape[0], *weight.pointers))
-        programs += triton.cdiv(weight.x.shape[0], how.rows * steps)
+        programs += cdiv(weight.x.shape[0], how.rows * steps)
     table = torch.tensor(entries, dtype=torch.int64).t().contiguous().to(x.device)
     constants = options | {"STEPS": steps, "ENTRIES": triton.next_power_of_2(len(group))}
     launch = Launch(kernels.whole_rows_of_many, constants)

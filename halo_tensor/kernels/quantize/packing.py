@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import check_device
-from halo_tensor.kernels.launch import Launch, Planned, Variant
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.recipe import FP8_E4M3, Format
 
 GROUPS = 1024  # of four codes, in three bytes, a program
@@ -53,7 +53,7 @@ def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.const
 
 
 def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
-    """See :func:`halo_tensor.ops.library.pack_rows_`."""
+    """See :func:`halo_tensor.ops.pack_rows_`."""
     codes = codes.contiguous()
     target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
     _plan(pack_kernel, format, codes.device)((codes.numel() // 4,), codes.view(torch.uint8), target)
@@ -75,4 +75,4 @@ def _plan(kernel, format: Format, device: torch.device) -> Planned:
     check_device((format,), device)
     constants = {"GROUPS": GROUPS, "MANTISSA": format.mantissa_bits, "LOWEST": format.min_exponent - FP8_E4M3.min_exponent + 1}
     launch = Launch(kernel, constants)
-    return Planned(lambda _: Variant(launch, lambda count: ((triton.cdiv(count, GROUPS),), (count,))))
+    return Planned(lambda _: Variant(launch, lambda count: ((cdiv(count, GROUPS),), (count,))))

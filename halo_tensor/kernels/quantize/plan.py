@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS, has_wgmma, is_hopper, rounds_to_fp8
-from halo_tensor.kernels.launch import Launch, Planned, Variant, shared_memory
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv, shared_memory
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, norm, product_dtype, rotate, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
@@ -59,7 +59,7 @@ def rotate_quantize(
     seed: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """See :func:`halo_tensor.ops.library.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
+    """See :func:`halo_tensor.ops.rotate_quantize`. ``scale`` is "row", "column", "tensor" or "unit". ``into``: the
     codes and the scales to write to, from an earlier call with rows only. ``seed``: int64 [1], to round stochastically.
     ``gain``: powers of two, for other products would be rounded to the dtype of x before they are rotated."""
     fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)
@@ -130,7 +130,7 @@ def pair_quantizer(
 
 
 def is_one_launch(k: int, dtype: torch.dtype, device: torch.device, right: Rotation | None, gained: bool) -> bool:
-    """Whether rows of ``k`` numbers are rotated and quantised, with a scale each, by one launch that reads them as they are."""
+    """Whether one launch rotates and quantises rows of ``k`` numbers, each with a scale, and reads them as they are."""
     like = Matrix(torch.Size((1, k)), (k, 1), dtype, device)
     row = (like, None, right, "row", False)
     fits = dtype != torch.float64 and takes_whole_rows(*row) and not needs_rotating_first(*row)
@@ -257,7 +257,7 @@ def plan_whole_rows(
 
     def prepare(steps: int) -> Variant:
         def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
-            return (triton.cdiv(m, how.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
+            return (cdiv(m, how.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
 
         return Variant(Launch(kernels.whole_rows, constants | {"STEPS": steps}), sizes, matrices)
 
@@ -285,7 +285,7 @@ def row_constants(
         signs = rotation_signs(right, device)
     else:
         width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
-        chunks = triton.next_power_of_2(max(triton.cdiv(k, width), 1))
+        chunks = triton.next_power_of_2(max(cdiv(k, width), 1))
         if right is not None:
             matrix = block_diagonal(right, width, product_dtype(dtype, device), device, transposed=False)
     rotated, produced = right is not None, producer is not None
@@ -373,7 +373,7 @@ def tile_quantizer(
     def quantize(x, fold_columns=None, fold_rows=None, seed=None):
         m, k = x.shape
         m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
-        padded_rows = -(-m_out // TILE) * TILE
+        padded_rows = cdiv(m_out, TILE) * TILE
         # Float bits: of rows (padded to whole tiles), then of columns.
         amax = x.new_zeros(padded_rows + (k if along_columns else 1), dtype=torch.int32)
         row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
@@ -440,11 +440,11 @@ def plan_tiles(
 
         def tiles_for(m: int, k: int, *strides: int) -> int:
             """The class of a number of columns: how many tiles in a row a program takes, a power of two."""
-            return min(most, triton.next_power_of_2(max(triton.cdiv(k, edge), 1)))
+            return min(most, 1 << max(cdiv(k, edge) - 1, 0).bit_length())
 
         def prepare(tiles: int) -> Variant:
             def sizes(m: int, k: int, *strides: int) -> tuple:
-                grid = triton.cdiv(reference.rotated(m, left), edge), triton.cdiv(k, edge * tiles)
+                grid = cdiv(reference.rotated(m, left), edge), cdiv(k, edge * tiles)
                 return grid, integers(m, k, *strides)
 
             return Variant(Launch(kernel, options | {"TILES": tiles} | flags | constants), sizes, matrices)

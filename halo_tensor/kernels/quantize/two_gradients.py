@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS
-from halo_tensor.kernels.launch import Launch, Planned, Variant
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.fast_math import reciprocal
 from halo_tensor.kernels.quantize.kernels import load_vector, scale_of, write_scale
 from halo_tensor.kernels.quantize.plan import code_matrix, dense, format_options, quantize_pair
@@ -177,7 +177,7 @@ def _tiled(kernel, producer: Any, options: dict[str, Any]) -> Planned:
         return m % (height * steps) == 0 and k % width == 0
 
     def sizes(m: int, k: int, *strides: int) -> tuple:
-        return (triton.cdiv(m, height * steps), triton.cdiv(k, width)), (m, k, *strides)
+        return (cdiv(m, height * steps), cdiv(k, width)), (m, k, *strides)
 
     def prepare(even: bool) -> Variant:
         constants = {

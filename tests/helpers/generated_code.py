@@ -1,0 +1,27 @@
+"""The code that Inductor generates: its buffers and its launches."""
+
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+
+def compiled(f, *args, off: str | None = None) -> tuple[list[torch.Tensor], str]:
+    """Return the results of a compiled function and the generated code. ``off`` is the qualified name of a switch to set to False."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, fresh_cache():  # a cached graph would not be lowered again
+        if off is not None:
+            patch.setattr(off, False)
+        results, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), *args)
+    return results, code
+
+
+def work(code: str) -> tuple[list[str], list[str]]:
+    """Return the buffers that generated code allocates and the names of the kernels that it launches."""
+    kernels = dict(re.findall(r"^(halo_\w+) = Launch\([\w.]*\.(\w+),", code, re.MULTILINE))
+    pattern = r"empty_strided_\w+\(\((.*?),? ?\), .*, torch\.(\w+)\)|^\s+((?:cpp_fused|triton|halo)_\w+)(?:\.run)?\("
+    body = code[code.index("def call(") : code.index("return (", code.index("def call("))]
+    found = re.findall(pattern, body, re.MULTILINE)
+    buffers = [f"{dtype}[{shape}]" for shape, dtype, name in found if dtype]
+    return buffers, [kernels.get(name, "Inductor's") for _, _, name in found if name]
