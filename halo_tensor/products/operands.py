@@ -1,7 +1,6 @@
 """What X, W and E bring to the three products, as a recipe says, and what of it is shared."""
 
 import threading
-from dataclasses import replace
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -9,7 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.fences.pytorch import current_raw_stream, is_recorded
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W
+from halo_tensor.products.steps import as_pair, steps_for
+from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
 
@@ -43,24 +43,21 @@ def quantize_operands(
     operand that is quantised.
     """
     folds = folds or {}
-    wanted: dict[tuple, list[str]] = {}
-    for product in products:
-        key = (recipe.operand(product, dims), folds.get(product))
-        wanted.setdefault(key, []).append(product)
-    if pair := _as_pair(dims, wanted):
-        return list(HadamardQuantTensor.pair_from_hp(matrix, *pair))
-    shared = _shared_operands(owner)
+    steps = steps_for(recipe, dims, tuple(products), tuple(name for name in products if folds.get(name) is not None))
+    if pair := as_pair(dims, steps):
+        fold_columns, fold_rows = (folds.get(product) for product in products)
+        return list(HadamardQuantTensor.pair_from_hp(matrix, pair.format, pair.tokens, fold_columns, fold_rows))
+    shared = shared_operands(owner)
     made: dict[str, torch.Tensor] = {}
-    for (operand, fold), served in wanted.items():
-        contracted = {PRODUCTS[product][2] for product in served}
-        own = None if operand.format is None else gains
-        name = (operand, None if own is None else id(own[0]))  # the id stays the gain's own: what is shared keeps it
-        tensor = shared.get(name) if fold is None else None
-        if tensor is None or not _serves(tensor, dims, contracted):
-            tensor = _quantize(matrix, dims, operand, contracted, fold, own)
-            if fold is None and not operand.is_plain:
+    for step in steps:
+        own = None if step.operand.format is None else gains
+        name = (step.operand, None if own is None else id(own[0]))  # the id stays the gain's own: what is shared keeps it
+        tensor = None if step.folded else shared.get(name)
+        if tensor is None or not _serves(tensor, dims, step.contracted):
+            tensor = _quantize(matrix, dims, step.operand, step.contracted, folds.get(step.products[0]), own)
+            if not step.folded and not step.operand.is_plain:
                 shared[name] = tensor
-        made |= dict.fromkeys(served, tensor)
+        made |= dict.fromkeys(step.products, tensor)
     return [made[product] for product in products]
 
 
@@ -68,23 +65,6 @@ def weight_operand(master: torch.Tensor, recipe: Recipe, gains: Gains | None = N
     """What a weight [out, in] brings to ``output``, in rows; None where the recipe leaves it as it is."""
     (operand,) = quantize_operands(master, W, recipe, ["output"], gains=gains)
     return operand if isinstance(operand, HadamardQuantTensor) else None
-
-
-def reuses_operand(recipe: Recipe) -> bool:
-    """Whether grad_input multiplies with the operand of W that output did."""
-    return recipe.grad_input.right == recipe.output.right
-
-
-def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | None:
-    """The arguments of ``pair_from_hp`` if it makes what is wanted: of E, row-scaled rows, perhaps with rotated tokens,
-    for grad_input, and column-scaled columns for grad_weight."""
-    if dims != E or list(wanted.values()) != [["grad_input"], ["grad_weight"]]:
-        return None
-    (a, fold_columns), (b, fold_rows) = wanted
-    plain_b = replace(a, scale=dims[1], tokens=None)
-    if a.format is None or a.scale != dims[0] or a.out_features is not None or b != plain_b or a.rounding != "nearest":
-        return None
-    return a.format, a.tokens, fold_columns, fold_rows
 
 
 def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[str]) -> bool:
@@ -101,7 +81,7 @@ def _is_shared(owner: torch.Tensor) -> bool:
     return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
 
 
-def _shared_operands(owner: torch.Tensor | None) -> dict:
+def shared_operands(owner: torch.Tensor | None) -> dict:
     """The operands already made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is active
     (tracing, selective checkpointing): a mode must see every op."""
     if owner is None or not _is_shared(owner):
