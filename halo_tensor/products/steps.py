@@ -1,7 +1,7 @@
 """Which quantisations a recipe asks for: decided once for each recipe, before there is a tensor.
 
-Both the operand path (:mod:`halo_tensor.products.operands`) and the eager path (:mod:`halo_tensor.products.eager`) follow these
-steps, so that one set of rules says what X, W and E are quantised to.
+The operand path (:mod:`halo_tensor.products.operands`) and the eager path (:mod:`halo_tensor.products.eager`) follow the same
+steps. So one set of rules says what X, W and E are quantised to.
 """
 
 from dataclasses import replace
