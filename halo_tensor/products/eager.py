@@ -272,8 +272,8 @@ def _output(lowered: Lowered, x: Codes, w: Codes, bias: torch.Tensor | None, x_s
     return lowered.output(x.rows, w.rows, x.scale, w.scale, None, bias, x.rows.shape[0], shape)
 
 
-#: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None in the place of a
-#: layer that cannot be lowered.
+#: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
+#: cannot be lowered.
 _lowered: dict[tuple, tuple[Recipe, Lowered | None]] = {}
 
 
