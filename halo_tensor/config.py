@@ -14,7 +14,7 @@ from torchao.quantization import register_quantize_module_handler
 
 from halo_tensor import recipe as recipes
 from halo_tensor.fences.pytorch import ALLOWED_AO_MODULES
-from halo_tensor.kernels.device import check_device
+from halo_tensor.kernels.device import check_device, check_scales
 from halo_tensor.layers import kinds as layers
 from halo_tensor.recipe import Format, Recipe, Rotation
 from halo_tensor.weight.tensor import HaloWeight
@@ -375,6 +375,7 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
             "can be converted. Convert before any other quantisation or sharding"
         )
     check_device(recipe.formats, weight.device)
+    check_scales(recipe.granularities, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)

@@ -35,7 +35,7 @@ from halo_tensor.layers.linear import set_weight
 from halo_tensor.layers.subclasses import follow_linear
 from halo_tensor.operand import gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import Format, Recipe, Rotation
+from halo_tensor.recipe import TENSOR, Format, Recipe, Rotation, Scales, W
 from halo_tensor.reference import codes as formats
 from halo_tensor.reference.hadamard import fit
 from halo_tensor.trainers import watch_trainers
@@ -346,16 +346,18 @@ def _said(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _record(format: Format | None, scale_along: str, rotation: Rotation | None, shape: tuple[int, ...], balanced: bool) -> str:
+def _record(
+    format: Format | None, granularity: Scales, rotation: Rotation | None, shape: tuple[int, ...], balanced: bool
+) -> str:
     """What the codes of a weight [out, in] stand for, as text. Equal texts mean that codes can be read: the levels 1 and 2,
     which differ in E only, have the same."""
-    scale = "one scale" if scale_along == "tensor" else f"a scale per {scale_along}"
+    scale = "one scale" if granularity == TENSOR else f"a scale per {granularity}"
     rotated = f"rotated by {rotation}" if rotation else "not rotated"
     return f"{format} {list(shape)}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
 
 
 def _record_of(operand: HadamardQuantTensor) -> str:
-    return _record(operand.format, operand.scale_along, operand.right, operand.shape, operand.gain is not None)
+    return _record(operand.format, operand.granularity, operand.column_rotation, operand.shape, operand.gain is not None)
 
 
 def _to_bytes(text: str) -> torch.Tensor:
@@ -379,10 +381,10 @@ def _from_stored(parts: list[torch.Tensor | None], like: torch.Tensor, recipe: R
         raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
     spec = recipe.output.right
     assert spec.format is not None
-    scale_along, rotation = "row" if spec.scale == "out_features" else "tensor", fit(spec.in_features, like.shape[1])
+    granularity, rotation = spec.granularity.on(W), fit(spec.in_features, like.shape[1])
     if record is not None:
         written = bytes(record.to(torch.uint8).flatten().tolist()).decode(errors="replace")
-        expected = _record(spec.format, scale_along, rotation, like.shape, exponents is not None)
+        expected = _record(spec.format, granularity, rotation, like.shape, exponents is not None)
         if written != expected:
             raise ValueError(
                 f"its codes were written as ({written}), and by config.json and what else the file has of it they are "
@@ -394,9 +396,9 @@ def _from_stored(parts: list[torch.Tensor | None], like: torch.Tensor, recipe: R
         {
             "codes": _checked_codes(stored, like, spec.format).view(like.shape[0], -1),
             "codes_t": None,
-            "scale": _checked_scale(scale, [like.shape[0]] if scale_along == "row" else []),
+            "scale": _checked_scale(scale, list(granularity.shape(*like.shape))),
         },
-        {"scale_along": scale_along, "left": None, "right": rotation, "format": spec.format},
+        {"granularity": granularity, "row_rotation": None, "column_rotation": rotation, "format": spec.format},
     )
     if exponents is not None:
         operand.gains = gains.of_exponents(_checked_exponents(exponents, like.shape[1]))

@@ -17,7 +17,7 @@ from halo_tensor.calibration.balance import FORWARD, fourth_power
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.operand import gains
 from halo_tensor.products.operands import weight_operand
-from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.weight.tensor import HaloWeight
 from tests.test_compile import graphs
 from tests.test_linear import converted, everything, exact, gradients
@@ -189,13 +189,13 @@ def test_a_common_factor_of_the_gain_changes_no_bit():
 def test_recipes_of_ones_own():
     """With another operand of X and W in each product, and with a grad_weight that is plain."""
     r = Rotation()
-    x, w = Operand(INT8, "tokens", tokens=r, in_features=r), Operand(INT8, "out_features", in_features=r)
+    x, w = Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r), Operand(INT8, Scales.per(out_features=1), in_features=r)
     own = Recipe(
-        output=Product(Operand(INT8, "tokens", in_features=r), w),
+        output=Product(Operand(INT8, Scales.per(tokens=1), in_features=r), w),
         grad_input=Product(
-            Operand(INT8, "tokens", out_features=r), Operand(INT8, "in_features", in_features=r, out_features=r)
+            Operand(INT8, Scales.per(tokens=1), out_features=r), Operand(INT8, Scales.per(in_features=1), in_features=r, out_features=r)
         ),
-        grad_weight=Product(Operand(INT8, "out_features", tokens=r), x),
+        grad_weight=Product(Operand(INT8, Scales.per(out_features=1), tokens=r), x),
     )
     for recipe in (own, recipe_config("switchback").recipe, recipe_config("jetfire").recipe):
         plain = nn.Linear(192, 320)

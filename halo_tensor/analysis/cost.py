@@ -14,9 +14,9 @@ from torch import nn
 
 from halo_tensor.fences.pytorch import is_traceable_wrapper_subclass
 from halo_tensor.layers import kinds as layers
-from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
+from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
-from halo_tensor.reference.ops import BLOCK, rotated
+from halo_tensor.reference.ops import rotated
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,13 @@ def _width(dimension: str, size: int, operand: Operand) -> int:
 
 
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
-    """Bytes of X that one call of a layer keeps for grad_weight: codes, a byte each whatever their bits, and float32 scales.
+    """Bytes of X that one call of a layer keeps for grad_weight: codes, a byte each whatever their bits, and scales.
     ``high``: bits of high precision."""
     operand, (rows, columns) = recipe.grad_weight.right, shape.saved
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
         return shape.groups * rows * columns * high // 8
-    blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
-    scales = {"tensor": 1, "tokens": rows, "in_features": columns, "unit": 0, "block": blocks}[operand.scale]
-    return shape.groups * (rows * columns + 4 * scales)
+    return shape.groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:

@@ -119,7 +119,7 @@ def _units(recipe: Recipe) -> set[str]:
 def _unit(sides: Product) -> str:
     """The matrix unit of a product. Block scales have no kernel: they are dequantised and multiplied in high precision."""
     format = sides.left.format
-    return "bf16" if format is None or sides.left.scale == "block" else "int8" if format.uniform else "fp8"
+    return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
 
 
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:

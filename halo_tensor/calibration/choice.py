@@ -20,7 +20,7 @@ from halo_tensor.convert import layer_filter
 from halo_tensor.kernels.device import runs
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import Recipe
+from halo_tensor.recipe import E, Recipe, Scales
 from halo_tensor.reference.hadamard import fit
 
 #: What ``level="auto"`` chooses from, by default; the GPU says which is the fastest, and which are slower than bf16.
@@ -185,8 +185,10 @@ class _Quantisers(_Choice):
         matrix = matrix.reshape(-1, matrix.shape[-1])
         right = fit(operand.out_features, matrix.shape[1])
         measured = {}
-        for name, scale in (("tensor", "tensor"), ("tokens", "row")):
-            rounded = HadamardQuantTensor.from_hp(matrix, operand.format, scale, right=right, rounding=operand.rounding)
+        for name in ("tensor", "tokens"):
+            rounded = HadamardQuantTensor.from_hp(
+                matrix, operand.format, Scales.of(name).on(E), column_rotation=right, rounding=operand.rounding
+            )
             measured[f"error with scale={name}"] = _relative_error(rounded.dequantize(), matrix)
         if self.ranks:
             exact = gradients_under(module, None, x, e)[2]

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from halo_tensor.kernels.device import INTERPRETED, runs_kernels
 from halo_tensor.ops.schemas import decode, library
-from halo_tensor.recipe import FORMATS
+from halo_tensor.recipe import FORMATS, Scales
 from halo_tensor.reference import codes as formats
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference import packing
@@ -82,7 +82,7 @@ for _op in (
 def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
     from halo_tensor.kernels.quantize import plan as launch
 
-    if scale == "block":
+    if Scales.of(scale).is_blocked:  # no kernel
         return _rotate_quantize(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, None, gain)
     codes, codes_t, scales = launch.rotate_quantize(
         x, decode(left), decode(right), FORMATS[format], scale, fold_rows, fold_columns, rows, columns, None, seed, gain
@@ -95,7 +95,7 @@ def _rotate_quantize_cuda(x, left, right, format, scale, fold_rows, fold_columns
 def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=None):
     from halo_tensor.kernels.quantize import plan as launch
 
-    if scale == "block":
+    if Scales.of(scale).is_blocked:  # no kernel
         return _rotate_quantize_(x, left, right, format, scale, codes, scales, gain)
     rotations, into = (decode(left), decode(right)), (codes, scales)
     launch.rotate_quantize(x, *rotations, FORMATS[format], scale, None, None, True, False, into, gain=gain)
@@ -104,7 +104,7 @@ def _rotate_quantize__cuda(x, left, right, format, scale, codes, scales, gain=No
 def _requantize__cuda(xs, left, right, format, scale, *operands):
     from halo_tensor.kernels.quantize import many as launch
 
-    if scale == "block":
+    if Scales.of(scale).is_blocked:  # no kernel
         return _requantize_(xs, left, right, format, scale, *operands)
     launch.requantize_(xs, decode(left), decode(right), FORMATS[format], scale, *operands)
 
@@ -193,13 +193,13 @@ def _code_matrix(x, rows, columns, format, transposed=False, pad=True):
 @_register_fake("rotate_quantize")
 def _(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, seed=None, gain=None):
     r, c = reference.rotated(x.shape[0], decode(left)), reference.rotated(x.shape[1], decode(right))
-    b, pad = reference.BLOCK, scale != "block"
-    scale_shape = {"row": [r], "column": [c], "block": [-(-r // b), -(-c // b)]}.get(scale, [])
+    granularity = Scales.of(scale)
+    pad = not granularity.is_blocked
     nothing = x.new_empty([0], dtype=code_dtype(FORMATS[format]))
     return (
         _code_matrix(x, r, c, format, pad=pad) if rows else nothing,
         _code_matrix(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
-        x.new_empty(scale_shape, dtype=torch.float32),
+        x.new_empty(granularity.shape(r, c), dtype=torch.float32),
     )
 
 

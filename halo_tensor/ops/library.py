@@ -9,7 +9,7 @@ import torch
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops import implementations  # noqa: F401 (registers them)
 from halo_tensor.ops.schemas import encode
-from halo_tensor.recipe import Format, Rotation
+from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 
 
@@ -18,7 +18,7 @@ def rotate_quantize(
     left: Rotation | None,
     right: Rotation | None,
     format: Format,
-    scale: str,
+    granularity: Scales | str,
     *,
     fold_rows: torch.Tensor | None = None,
     fold_columns: torch.Tensor | None = None,
@@ -34,22 +34,22 @@ def rotate_quantize(
     noise, and the codes are contiguous there."""
     seed = None
     if rounding == "stochastic":
-        if scale == "block" or not runs_kernels(x.device):
-            return _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain)
+        if Scales.of(granularity).is_blocked or not runs_kernels(x.device):
+            return _round_stochastically(x, left, right, format, granularity, fold_rows, fold_columns, rows, columns, gain)
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     codes, codes_t, scales = torch.ops.halo.rotate_quantize(
-        x, encode(left), encode(right), format.name, scale, fold_rows, fold_columns, rows, columns, seed, gain
+        x, encode(left), encode(right), format.name, str(granularity), fold_rows, fold_columns, rows, columns, seed, gain
     )
     return codes if rows else None, codes_t if columns else None, scales
 
 
-def _round_stochastically(x, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain):
+def _round_stochastically(x, left, right, format, granularity, fold_rows, fold_columns, rows, columns, gain):
     """In PyTorch's ops, so that a compiler sees the noise, draws it where it is used, and never stores it."""
     # In float32, as the op: rounded to x's dtype before it is rounded up or down, the mean would not be exact.
     y = x if gain is None else x.to(torch.float32) * gain
     y = y if left is None and right is None else rotate(y.to(torch.float32), left, right)
     noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
-    codes, scales = reference.rotate_quantize(y, None, None, format, scale, fold_rows, fold_columns, noise)
+    codes, scales = reference.rotate_quantize(y, None, None, format, granularity, fold_rows, fold_columns, noise)
     return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
 
 
@@ -58,13 +58,13 @@ def rotate_quantize_(
     left: Rotation | None,
     right: Rotation | None,
     format: Format,
-    scale: str,
+    granularity: Scales | str,
     codes: torch.Tensor,
     scales: torch.Tensor,
     gain: torch.Tensor | None = None,
 ) -> None:
     """:func:`rotate_quantize` again, in place of the row-major codes and the scales that it gave for a matrix like x."""
-    torch.ops.halo.rotate_quantize_(x, encode(left), encode(right), format.name, scale, codes, scales, gain)
+    torch.ops.halo.rotate_quantize_(x, encode(left), encode(right), format.name, str(granularity), codes, scales, gain)
 
 
 def requantize_(
@@ -72,14 +72,14 @@ def requantize_(
     left: Rotation | None,
     right: Rotation | None,
     format: Format,
-    scale: str,
+    granularity: Scales | str,
     codes: list[torch.Tensor],
     scales: list[torch.Tensor],
     gains: list[torch.Tensor],
 ) -> None:
     """:func:`rotate_quantize_` of many matrices, of any shapes, on one device. ``gains``: one for each, or none at all. Not
     for code that is compiled."""
-    torch.ops.halo.requantize_(xs, encode(left), encode(right), format.name, scale, codes, scales, gains)
+    torch.ops.halo.requantize_(xs, encode(left), encode(right), format.name, str(granularity), codes, scales, gains)
 
 
 def quantize_pair(

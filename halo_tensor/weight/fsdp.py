@@ -29,7 +29,7 @@ from halo_tensor.fences.pytorch import local_tensor, preserved_version, set_loca
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.ops import library as ops
-from halo_tensor.recipe import Recipe
+from halo_tensor.recipe import TENSOR, UNIT, Recipe
 from halo_tensor.reference import ops as reference
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
@@ -81,12 +81,12 @@ class Shardable:
         codes, scale = _pad(operand.codes, rows).contiguous(), operand.scale
         metadata = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
         sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
-        if scale is not None and operand.scale_along != "tensor":
-            scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
+        if scale is not None and operand.granularity.block:
+            scale = _pad(scale, operand.granularity.shape(rows, codes.shape[1])[0])
             if even and ranks > 1:
                 sent, metadata["scale"] = [*sent, scale], None
             elif ranks > 1:
-                metadata["scale"] = _all_gather(scale, mesh)[: outer_size[0]]
+                metadata["scale"] = operand.granularity.cut(_all_gather(scale, mesh), "rows", 0, outer_size[0])
             # Of what a lone rank sends, FSDP only takes the first tensor; it has all scales.
         return tuple(sent), metadata
 
@@ -140,7 +140,7 @@ class _PreAllGather:
             assert shard.master is not None
             rows = -(-outer_size[0] // ranks)
             return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
-        if operand.scale is not None and operand.scale_along == "tensor" and not _has_common_scale(operand):
+        if operand.scale is not None and operand.granularity == TENSOR and not _has_common_scale(operand):
             _share_scales([shard], mesh)
         if shard.sent is not None:
             return shard.sent
@@ -163,7 +163,7 @@ def precompute_scales(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         shard = local(parameter)
         operand = shard.operand if isinstance(shard, Shardable) else None
-        if operand is not None and operand.scale is not None and operand.scale_along == "tensor":
+        if operand is not None and operand.scale is not None and operand.granularity == TENSOR:
             dimension = next(i for i, p in enumerate(parameter.placements) if p.is_shard())
             weights.setdefault((parameter.device_mesh, dimension), []).append(shard)
     for (mesh, dimension), shards in weights.items():
@@ -219,7 +219,7 @@ def lent_version(shard: Shardable) -> int | None:
 
 def needs_common_scale(shard: Shardable) -> bool:
     """Whether ranks must agree before this shard can be quantised, so that no rank may do so without a write."""
-    return shard.fsdp == "shard" and shard.operand is not None and shard.operand.scale_along == "tensor"
+    return shard.fsdp == "shard" and shard.operand is not None and shard.operand.granularity == TENSOR
 
 
 def local(weight: torch.Tensor) -> Any:
@@ -250,12 +250,12 @@ def _share_scales(shards: list[Shardable], mesh: DeviceMesh, dimension: int = 0)
     dist.all_reduce(scales, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
     for shard, operand, scale in zip(shards, operands, scales.to(operands[0].scale.device).unbind(), strict=True):
         if shard.master is None:  # frozen: all there is to quantise are codes, which are rotated already
-            matrix, right, gain = reference.dequantize(operand.any_codes(), operand.scale, "tensor"), None, None
+            matrix, right, gain = reference.dequantize(operand.any_codes(), operand.scale, TENSOR), None, None
         else:
-            matrix, right, gain = shard.master, operand.right, operand.gain
+            matrix, right, gain = shard.master, operand.column_rotation, operand.gain
         if matrix.shape[0]:
             fold = (1.0 / scale).repeat(matrix.shape[0])
-            codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, "unit", fold_rows=fold, gain=gain)[0]
+            codes: Any = ops.rotate_quantize(matrix, None, right, operand.format, UNIT, fold_rows=fold, gain=gain)[0]
             if operand.is_packed:
                 ops.pack_rows_(codes, operand.format, operand.codes)
             else:
