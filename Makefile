@@ -28,11 +28,11 @@ TRITON ?= 3.9.0
 	mv $@.part $@
 
 test-triton: .triton/$(TRITON)
-	PYTHONPATH=$< $(BIN)/python -m pytest -q -n 2 tests/test_aot.py -k "multiplying or gluon or wgmma or without" $(ARGS)
+	PYTHONPATH=$< $(BIN)/python -m pytest -q -n 2 tests/integration/test_aot.py -k "multiplying or gluon or wgmma or without" $(ARGS)
 
 # The core with another PyTorch and its Triton: make test-torch TORCH=2.15.0. From PyPI that is several GB, built for CUDA.
 TORCH ?= 2.15.0
-CORE = $(foreach name,internals fences compile joint_graph inductor weight tensor linear,tests/test_$(name).py)
+CORE = tests/fences tests/compiler tests/weight/test_tensor.py tests/operand tests/products/test_linear.py tests/integration/test_compile.py
 .torch/$(TORCH): pyproject.toml
 	$(PYTHON) -m venv $@.part
 	$@.part/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.calibration.balance import give
+from halo_tensor.calibration.balance import set_gains
 from halo_tensor.operand import gains
 from halo_tensor.weight import fsdp
 from halo_tensor.weight.tensor import HaloWeight
@@ -116,7 +116,7 @@ def draw_gains(model: nn.Module, seed: int) -> None:
             exponents = torch.randint(-2, 3, (width,), generator=generator)
             pairs[width] = gains.of_exponents(exponents.to(module.weight.device))
         if ours:
-            give(module.weight, pairs[width])
+            set_gains(module.weight, pairs[width])
         else:
             _give_float8(module, pairs[width])
 

@@ -14,7 +14,8 @@ from common import load_model, load_tokens
 from torch import nn
 
 from halo_tensor import Balanced, halo_config, report
-from halo_tensor.diagnostics import CANDIDATES, render
+from halo_tensor.diagnostics import CANDIDATES
+from halo_tensor.diagnostics.reports import text
 
 OUTLIERS, FACTOR = 6, 32
 
@@ -53,15 +54,15 @@ def main() -> None:
     ids = load_tokens(tokenizer, args.data, args.tokens)[None].to(device)
     candidates = CANDIDATES | {"int8 HALO-1, balanced": Balanced(halo_config(1, "int8"))}
     found = report(model, {"input_ids": ids, "labels": ids}, candidates=candidates)
-    header, rows = render.candidate_rows(found)
-    exceptions = {layer.name: f"{layer.recommended}: {render.reason(layer, found)}" for layer in found.exceptions}
-    said = [render.sentence(found.verdict), *(f"Except {name}, {why}." for name, why in exceptions.items())]
+    header, rows = text.candidate_rows(found)
+    exceptions = {layer.name: f"{layer.recommended}: {text.reason(layer, found)}" for layer in found.exceptions}
+    said = [text.sentence(found.verdict), *(f"Except {name}, {why}." for name, why in exceptions.items())]
     results.write(
         args.name,
         f"What report says of {args.model or 'SmolLM2-135M-Instruct'} with {OUTLIERS} channels × {FACTOR}, float32, "
         f"{found.tokens} tokens of {args.data or 'Python documentation'}",
         [dict(zip(header, (cell.strip("*") for cell in row), strict=True)) for row in rows],
-        "  \n".join([*said, render.notes(found)]),
+        "  \n".join([*said, text.notes(found)]),
         args.folder,
         recommended=found.recommended,
         balanced=found.balanced,

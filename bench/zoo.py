@@ -1,6 +1,6 @@
 """What becomes of small random models of transformers' architectures: converted, trained three steps, exported.
 
-The models and what is expected of them are in ``tests/zoo.py``; no downloads, a minute on a CPU.
+The models and what is expected of them are in ``tests/helpers/zoo.py``; no downloads, a minute on a CPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(2, str(Path(__file__).parent.parent))
 import torch
 import transformers
 
-from tests.zoo import CASES, CONFIG, STEPS, Case, Outcome, examine
+from tests.helpers.zoo import CASES, CONFIG, STEPS, Case, Outcome, examine
 
 NOTES = (
     "Random weights, 64 wide, 2 layers where the architecture allows; {config}. share converted: of the parameters that "

@@ -7,7 +7,7 @@ model = torch.compile(model)
 
 from halo_tensor import compiler  # noqa: F401  torch.compile learns the ops
 from halo_tensor.calibration.balance import balance_
-from halo_tensor.calibration.choice import calibrate
+from halo_tensor.calibration.layer_configs import calibrate
 from halo_tensor.checkpointing import keep_products
 from halo_tensor.config import (
     Balanced,

@@ -1,8 +1,11 @@
+import inspect
 import os
 
 import hypothesis
 import pytest
 import torch
+
+pytest.register_assert_rewrite("tests.helpers")
 
 # Reproducible by default; HYPOTHESIS_PROFILE=explore looks for new examples.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
@@ -13,10 +16,32 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items):
+    # First, and so side by side: pytest-xdist then gives them to one worker, which starts each process group once.
+    items.sort(key=lambda item: "ranks" not in item.fixturenames)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def ranks(world):
+    """A process group of the size that :func:`tests.helpers.ranks.on_ranks` asks for."""
+    from tests.helpers.ranks import Ranks
+
+    group = Ranks(world)
+    yield group
+    group.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Tests that have the fixture ``ranks`` are called in its processes."""
+    group = pyfuncitem.funcargs.get("ranks")
+    if group is None:
+        return None
+    group.run(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters})
+    return True
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import halo_config, hot_config, keep_products, quantize_
-from tests.util import OpLog, relative_error, saved_bytes
+from tests.helpers.errors import relative_error
+from tests.helpers.recording import OpLog, saved_bytes
 
 WIDTH, TOKENS = 512, 64
 CONFIGS = [halo_config(1, "fp8"), halo_config(2, "int8"), hot_config(rounding="nearest")]

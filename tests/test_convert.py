@@ -83,7 +83,7 @@ def test_layers_of_another_kind_are_left_alone_and_named():
 
 
 def test_a_layer_as_wide_as_the_vocabulary_is_no_head():
-    """tests/test_layers.py has more of this."""
+    """tests/layers/test_kinds.py has more of this."""
     model = nn.ModuleDict({"embed": nn.Embedding(512, 128), "up": nn.Linear(128, 512), "head": nn.Linear(128, 512)})
     report = quantize_(copy.deepcopy(model), halo_config(1, "int8"))
     assert report.converted == ["up"] and report.skipped == {"head": "it is the output embedding"}

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed._tools.common_utils import get_untyped_storages
 
 from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize_
-from tests.util import OpLog, relative_error
+from tests.helpers.errors import relative_error
+from tests.helpers.recording import OpLog
 
 transformers = pytest.importorskip("transformers")
 from safetensors import SafetensorError, safe_open  # noqa: E402

@@ -1,5 +1,6 @@
 """What a recipe costs and loses: counted from shapes, predicted for a GPU, and measured on batches."""
 
-from halo_tensor.analysis.cost import Saved, Shape, bit_operations, measure_saved, saved_bytes, shapes
+from halo_tensor.analysis.cost import Shape, bit_operations, saved_bytes, shapes
+from halo_tensor.analysis.saved_memory import Saved, measure_saved
 
 __all__ = ["Saved", "Shape", "bit_operations", "measure_saved", "saved_bytes", "shapes"]

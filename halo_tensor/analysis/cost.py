@@ -1,18 +1,16 @@
-"""What a recipe costs, counted from its definition, and what a model saves for backward, measured.
+"""What a recipe costs: bytes and bit operations, counted from its definition.
 
-Counts are of the method, not of a device: a GPU without int4 units multiplies int4 values as int8, which the bits counted here
-do not show.
+The counts describe the method, not a device. A GPU without int4 units multiplies int4 values as int8, for example.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2, prod
+from typing import Any
 
 import torch
 from torch import nn
 
-from halo_tensor.fences.pytorch import is_traceable_wrapper_subclass
 from halo_tensor.layers import kinds as layers
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
@@ -21,9 +19,16 @@ from halo_tensor.reference.ops import rotated
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer at work, one group of it if it is a convolution: its ``tokens`` are output positions, its ``in_features`` C·k·k.
-    ``saved`` is the matrix as which X is kept: [tokens, in_features], or [input positions, C] of a k×k convolution. ``first``
-    is False of a linear layer whose X another one before it has saved already."""
+    """The sizes of one call of a layer, or of one group of a convolution.
+
+    Attributes:
+        tokens: rows of X; for a convolution, output positions.
+        in_features: columns of X; for a convolution, C·k·k.
+        out_features: columns of the output.
+        groups: how many such products the layer computes; 1 for a linear layer.
+        saved: the matrix that is kept of X: [tokens, in_features], or [input positions, C] for a k×k convolution.
+        first: False for a linear layer whose X an earlier layer has saved already.
+    """
 
     tokens: int
     in_features: int
@@ -33,14 +38,17 @@ class Shape:
     first: bool = True
 
 
-def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
-    """The shape of every layer that some recipe can govern in ``model(*args, **kwargs)``, by name. Runs the forward
-    once, as it is (a BatchNorm in training mode takes note); of a layer that is called several times the last call counts."""
+def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
+    """Run ``model(*args, **kwargs)`` once and return the shape of every layer that a recipe can convert, by name.
+
+    The model runs in its own mode, so a BatchNorm in training mode updates its statistics. If a layer is called several
+    times, its last call counts.
+    """
     found: dict[str, Shape] = {}
     seen: dict[int, torch.Tensor] = {}
 
-    def record(name: str):
-        def hook(module, inputs, named, output):
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: torch.Tensor) -> None:
             sides, x = layers.features(module), layers.input_of(inputs, named)
             assert sides is not None
             if isinstance(module, nn.Conv2d):
@@ -67,12 +75,20 @@ def shapes(model: nn.Module, *args, **kwargs) -> dict[str, Shape]:
 
 
 def _width(dimension: str, size: int, operand: Operand) -> int:
+    """Return the size of a dimension after the operand's rotation, which may pad it or project it to a rank."""
     return rotated(size, carried(operand, dimension, size))
 
 
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
-    """Bytes of X that one call of a layer keeps for grad_weight: codes, a byte each whatever their bits, and scales.
-    ``high``: bits of high precision."""
+    """Return the bytes of X that one call of a layer keeps for grad_weight.
+
+    Each code takes a byte, whatever its bits, and each scale what its layout says.
+
+    Args:
+        recipe: the layer's recipe.
+        shape: the layer's shape.
+        high: bits of an element in high precision.
+    """
     operand, (rows, columns) = recipe.grad_weight.right, shape.saved
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
@@ -81,13 +97,21 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:
-    """Bit operations of each product and of all ``transforms`` of one call of a layer.
+    """Count the bit operations of one call of a layer.
 
-    A product of a- and b-bit operands over m, n and k costs m·n·k·a·b: one multiply-accumulate of a- and b-bit numbers is
-    a·b one-bit products (van Baalen et al. 2020, arXiv 2005.07093, section 3). A Hadamard block of b elements is log₂ b
-    additions per element by the fast transform, each of ``high`` one-bit adders; projecting to a rank needs the same butterfly
-    at most. Scaling to a format is one ``high``·``high`` product per element. Backward's transforms of X, W and E are counted
-    once per operand, the undoing of a rotation too.
+    A product of a-bit and b-bit operands over m, n and k costs m·n·k·a·b: a multiply-accumulate of an a-bit and a b-bit number
+    is a·b one-bit products (van Baalen et al. 2020, arXiv 2005.07093, section 3). The fast transform rotates a Hadamard block
+    of b elements with log₂ b additions per element, each of ``high`` one-bit adders; projecting to a rank needs no more.
+    Scaling to a format is one ``high``·``high`` product per element. Every operand of X, W and E is transformed once; undoing
+    the rotation of a result counts too.
+
+    Args:
+        recipe: the layer's recipe.
+        shape: the layer's shape.
+        high: bits of an element in high precision.
+
+    Returns:
+        "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
     sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
     counts, transforms = {}, 0
@@ -112,56 +136,5 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
 
 
 def _butterfly(rotation: Rotation | None) -> int:
+    """Return the additions per element of the fast transform."""
     return 0 if rotation is None else int(log2(rotation.edge))
-
-
-class Saved:
-    """Bytes that autograd saves, each storage once, parameters left out: of all, and of the layers that were named."""
-
-    total: int = 0
-    layers: int = 0
-
-
-@contextmanager
-def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved]:
-    """Measures what the forward in the block saves for backward, in ``model`` and inside of its layers ``names``; complete
-    when the block is left. A storage that a layer and something else save counts for both."""
-    saved, inside = Saved(), [0]
-    everywhere: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
-    within: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        everywhere[storage.data_ptr()] = storage
-        if inside[0]:
-            within[storage.data_ptr()] = storage
-        return t
-
-    def enter(*_):
-        inside[0] += 1
-
-    def leave(*_):
-        inside[0] -= 1
-
-    chosen = [model.get_submodule(name) for name in names]
-    hooks = [h for m in chosen for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            yield saved
-    finally:
-        for hook in hooks:
-            hook.remove()
-        parameters = {s.data_ptr() for p in model.parameters() for s in _storages(p)}  # of subclasses, the inner
-        for kept, counter in ((everywhere, "total"), (within, "layers")):
-            setattr(saved, counter, sum(s.nbytes() for at, s in kept.items() if at not in parameters))
-
-
-def _storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
-    """The storages of a tensor, or of all tensors that a subclass holds."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return {tensor.untyped_storage()}
-    names, _ = tensor.__tensor_flatten__()
-    return {storage for name in names for storage in _storages(getattr(tensor, name))}
-
-
-__all__ = ["Saved", "Shape", "bit_operations", "measure_saved", "saved_bytes", "shapes"]

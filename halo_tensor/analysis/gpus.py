@@ -1,7 +1,7 @@
-"""Which GPU is at hand, and its rates for the model of time in :mod:`halo_tensor.analysis.roofline`.
+"""The rates of GPUs for the model of time in :mod:`halo_tensor.analysis.roofline`.
 
-Only an H100 was measured. The rates of other GPUs are what NVIDIA publishes, dense, times the parts of them that kernels reach
-on an H100. Nothing here was measured on those GPUs.
+Only an H100 was measured. For other GPUs the rates are the dense rates that NVIDIA publishes, times the fraction of the
+published rate that kernels reach on an H100.
 """
 
 import re
@@ -12,10 +12,8 @@ import torch
 from halo_tensor.analysis.roofline import H100, Ceilings
 from halo_tensor.kernels.device import INTEGERS_ON_SM100
 
-#: of a published rate: a large product on an H100 reaches 66 % (fp8) to 72 % (bf16)
+#: The fraction of a published rate that a large product reaches. On an H100 it is 66 % in fp8 and 72 % in bf16.
 PRODUCTS_REACH = 0.7
-#: bytes/s that NVIDIA publishes for the H100 that was measured
-H100_BANDWIDTH = 3.35e12
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,14 @@ class Published:
 
     Attributes:
         capability: compute capability.
-        bf16, int8, fp8: TFLOP/s of products, accumulated in float32 and int32; None: the GPU has no such product.
+        bf16: TFLOP/s of products accumulated in float32.
+        int8: Top/s of products accumulated in int32.
+        fp8: TFLOP/s of products accumulated in float32; None if the GPU has no fp8 unit.
         bandwidth: of memory, TB/s.
-        sheet: where the rates are published.
-        halves: whether float32 accumulation halves the rate of bf16 and fp8, as on GeForce cards. The rates here are the half.
-        remark: a sentence on what others measured, where it contradicts.
+        sheet: the document that publishes the rates.
+        halves: True if accumulating in float32 halves the rate of bf16 and fp8, as on GeForce cards. ``bf16`` and ``fp8`` are
+            the halved rates.
+        remark: a sentence on measurements by others that contradict the published rates.
     """
 
     capability: tuple[int, int]
@@ -43,29 +44,47 @@ class Published:
 
 _BLACKWELL = "NVIDIA's Blackwell technical brief, as cloud vendors quote it"
 _FP8_ON_5090 = "Others measured 208 to 216 TFLOP/s in fp8 on an RTX 5090, half of what is published and modelled."
-#: By the words that a device's name has. Of several with one compute capability the first stands in for GPUs not listed.
+#: Words of a device's name -> its rates. If several GPUs have one compute capability, the first stands in for unlisted ones.
+#: Checked on 2026-11-29. Most of NVIDIA's sheets list rates with sparsity, which are twice these.
 GPUS = {
+    # nvidia-a100-datasheet-us-nvidia-1758950: BF16 312, INT8 624; 1,555 GB/s with 40 GB; with 80 GB 2,039 (SXM), 1,935 (PCIe).
     "A100": Published((8, 0), 312, 624, None, 2.039, "A100 80GB SXM data sheet"),
     "A100 40GB": Published((8, 0), 312, 624, None, 1.555, "A100 40GB data sheet"),
     "A100 PCIe": Published((8, 0), 312, 624, None, 1.935, "A100 80GB PCIe data sheet"),
     "A100 PCIe 40GB": Published((8, 0), 312, 624, None, 1.555, "A100 40GB data sheet"),
+    # nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2: 328 tensor cores × 1.695 GHz × 512 operations in INT8 = 284.7 Top/s;
+    # BF16 with float32 accumulation is a quarter of that; 936 GB/s.
     "RTX 3090": Published((8, 6), 71, 284, None, 0.936, "Ampere GA102 whitepaper", True),
+    # nvidia-ada-gpu-architecture whitepaper: BF16 165.2, FP8 with float32 accumulation 330.3, INT8 660.6; 1,008 GB/s.
     "RTX 4090": Published((8, 9), 165.2, 660.6, 330.3, 1.008, "Ada whitepaper", True),
+    # NVIDIA L40S datasheet: BF16 362.05, FP8 733, INT8 733; 864 GB/s. Float32 accumulation runs at the full rate.
     "L40S": Published((8, 9), 362, 733, 733, 0.864, "L40S data sheet"),
+    # NVIDIA H100 datasheet, SXM, with sparsity: BF16 1,979, FP8 and INT8 3,958; 3.35 TB/s.
     "H100": Published((9, 0), 989, 1979, 1979, 3.35, "H100 SXM data sheet"),
+    # NVIDIA H200 datasheet, SXM, with sparsity: BF16 1,979, FP8 and INT8 3,958; 4.8 TB/s.
     "H200": Published((9, 0), 989, 1979, 1979, 4.8, "H200 SXM data sheet"),
+    # HGX B200, 8 GPUs, with sparsity: BF16 36 PFLOP/s, FP8 72, INT8 72 Pop/s; 7.7 TB/s per GPU, where DGX B200 has 8.
     "B200": Published((10, 0), 2250, 4500, 4500, 7.7, _BLACKWELL),
+    # HGX B300, 8 GPUs, with sparsity: BF16 36 PFLOP/s, FP8 72; INT8 2 Pop/s, rounded, which is 94 to 156 dense Top/s per GPU;
+    # 8 TB/s per GPU.
     "B300": Published((10, 3), 2250, 150, 4500, 8.0, _BLACKWELL),
+    # nvidia-rtx-blackwell-gpu-architecture whitepaper: 680 tensor cores × 2.407 GHz × 512 operations in INT8 = 838 Top/s; with
+    # float32 accumulation FP8 is half and BF16 a quarter of that; 1,792 GB/s.
     "RTX 5090": Published((12, 0), 209.5, 838, 419, 1.792, "RTX Blackwell whitepaper", True, _FP8_ON_5090),
 }
-#: words of a device's name that do not make it another GPU, as "Ti", "Laptop", "PCIe", "NVL" or "MIG" do
+#: Words that a device's name may have besides. Others, such as "Ti", "Laptop", "PCIe", "NVL" or "MIG", make it another GPU.
 _NEUTRAL = re.compile(r"NVIDIA|GEFORCE|AC|SXM\d*|HBM\d\w*|\d+GB", re.IGNORECASE)
 
 
 def modelled(gpu: str | None, device: torch.device) -> Ceilings:
-    """Those of the GPU that is named; of ``device`` if none is; of this machine's GPU if that is a CPU.
+    """Return the ceilings of the GPU to model.
 
-    Raises ValueError if rates of the named GPU are not known.
+    Args:
+        gpu: a name in GPUS, or None.
+        device: what to model if ``gpu`` is None. If it is a CPU, this machine's GPU is modelled, or an H100 if there is none.
+
+    Raises:
+        ValueError: the rates of ``gpu`` are not known.
     """
     if gpu is not None:
         name = _listed(gpu)
@@ -89,11 +108,11 @@ def modelled(gpu: str | None, device: torch.device) -> Ceilings:
 
 
 def ceilings_of(name: str) -> Ceilings:
-    """Those of one of GPUS."""
+    """Return the ceilings of a GPU that is listed in GPUS."""
     published = GPUS[name]
     if name == "H100":
         return H100
-    memory = published.bandwidth * 1e12 / H100_BANDWIDTH
+    memory = published.bandwidth / GPUS["H100"].bandwidth
     passes = {key: getattr(H100, key) * memory for key in ("copy", "quantize", "rotate", "rotate_wide")}
     if name == "H200":  # the same chip with other memory
         source = f"products as measured on an H100; memory as published ({published.sheet}), used as an H100 uses its own"
@@ -126,7 +145,7 @@ def ceilings_of(name: str) -> Ceilings:
 
 
 def lacks_integer_products(capability: tuple[int, int]) -> bool:
-    """Whether such a GPU multiplies integers fast, and the Triton that is installed does not know how."""
+    """Whether the installed Triton is too old to use the fast int8 products of a GPU of this compute capability."""
     if capability != (10, 0):
         return False
     try:
@@ -137,12 +156,13 @@ def lacks_integer_products(capability: tuple[int, int]) -> bool:
 
 
 def _standing_in(name: str, why: str) -> Ceilings:
+    """Return the ceilings of a listed GPU, with a note on why it stands in for another one."""
     ceilings = ceilings_of(name)
     return replace(ceilings, notes=(why, *ceilings.notes))
 
 
 def _listed(device: str) -> str | None:
-    """Which of GPUS a device's name means, if any."""
+    """Return the name in GPUS that a device's name means, or None."""
     words = set(re.split(r"[ -]+", device.upper()))
     for name in sorted(GPUS, key=lambda name: -len(name.split())):
         own = set(name.upper().split())

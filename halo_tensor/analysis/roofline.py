@@ -1,8 +1,9 @@
-"""How long the products of a linear layer would take on a GPU: a model, not a measurement.
+"""A model of the time that the products of a linear layer take on a GPU. It predicts; it measures nothing.
 
-It adds up the three products, each at the rate of its matrix unit or of memory, whichever takes longer, and the passes that
-rotate and quantise, at the rates of :class:`Ceilings`: measured for an H100, published for others (``diagnostics/gpus.py``).
-Nothing overlaps and launches are free, as in CUDA graphs, so small layers are slower than this says.
+The time of a layer is the sum of its three products and of the passes that rotate and quantise. A product takes as long as its
+matrix unit or the memory needs, whichever is longer. :class:`Ceilings` holds the rates: measured for an H100, published by
+NVIDIA for other GPUs (:mod:`halo_tensor.analysis.gpus`). The model assumes that nothing overlaps and that launches are free,
+as in CUDA graphs. Small layers are slower than it predicts.
 """
 
 from collections.abc import Collection, Iterable
@@ -14,23 +15,27 @@ from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, W, X
 
 AnyConfig = TypeVar("AnyConfig", bound=LinearConfig)
 
-HP_BYTES, CODE_BYTES = 2, 1  # of an element in bf16, and of a code that a matrix unit reads, whatever its format
-DENSE_BLOCK = 256  # a wider rotation takes two passes of factors
-SQUARE = {"tokens": 8192, "in_features": 4096, "out_features": 4096}  # the layer that recipes are ordered by
+HP_BYTES = 2  # a bf16 element
+CODE_BYTES = 1  # a code as a matrix unit reads it, in every format
+DENSE_BLOCK = 256  # a rotation with a larger block is computed in two passes
+SQUARE = {"tokens": 8192, "in_features": 4096, "out_features": 4096}  # the layer whose time orders recipes
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What one GPU gives.
+    """The rates that one GPU reaches.
 
     Attributes:
-        products: "bf16", "int8", "fp8" -> operations/s of a large product, two per multiply-accumulate. A unit that the GPU
-            lacks is not there.
-        undo: the same -> the part of that rate which is left where one rotation of the result is undone.
-        copy: bytes/s, those read and those written together.
-        quantize, rotate, rotate_wide: bytes/s of a pass that quantises; that rotates too; and with a block above 256.
+        name: the GPU.
+        products: matrix unit ("bf16", "int8" or "fp8") -> operations/s of a large product; a multiply-accumulate is two
+            operations. Units that the GPU lacks are absent.
+        undo: matrix unit -> the fraction of that rate that is left when the product also undoes one rotation of its result.
+        copy: bytes/s of a copy, read and written bytes together.
+        quantize: bytes/s of a pass that quantises.
+        rotate: bytes/s of a pass that rotates in blocks of at most 256 and quantises.
+        rotate_wide: bytes/s of a pass that rotates in larger blocks and quantises.
         source: where the numbers come from.
-        notes: sentences, what a reader of the result should know of them besides.
+        notes: sentences that a reader of a prediction should know.
     """
 
     name: str
@@ -45,11 +50,11 @@ class Ceilings:
 
     @property
     def a_name(self) -> str:
-        """The name with its article."""
+        """The name with "a" or "an" before it."""
         return f"{'an' if self.name[:1] in tuple('AEFHILMNORSX8') else 'a'} {self.name}"
 
 
-#: Medians over bench/results/gemm.json and rotation.json ("both layouts"), from which a test recomputes them.
+#: Medians over bench/results/gemm.json and rotation.json ("both layouts"). A test recomputes them.
 H100 = Ceilings(
     name="H100 80GB HBM3",
     products={"bf16": 716e12, "int8": 1377e12, "fp8": 1315e12},
@@ -71,13 +76,19 @@ def seconds(
     sharing: int = 1,
     ceilings: Ceilings = H100,
 ) -> float:
-    """The modelled time of one linear layer in one step.
+    """Predict the time of one linear layer in one training step.
 
     Args:
-        sizes: of "tokens", "in_features" and "out_features".
-        products: those that are computed.
-        trained: the weight changes in every step, and is quantised anew; codes that never change exist in one layout.
-        sharing: how many layers read the same X, which is quantised once for all of them.
+        recipe: the recipe of the layer.
+        sizes: "tokens", "in_features" and "out_features" -> size.
+        products: the products that are computed.
+        trained: True if the weight changes in every step, so that it is quantised again. Codes of a frozen weight exist in one
+            layout, and are copied to another one if a product needs it.
+        sharing: how many layers read the same X. It is quantised once for all of them.
+        ceilings: the rates of the GPU.
+
+    Returns:
+        seconds.
     """
     time = sum(_product(recipe, name, sizes, ceilings) for name in products)
     for dims in (X, W, E):
@@ -96,18 +107,18 @@ def seconds(
 
 
 def lacking(recipe: Recipe, ceilings: Ceilings) -> set[str]:
-    """The units that a recipe multiplies with and a GPU has not."""
+    """Return the matrix units that a recipe needs and a GPU lacks."""
     return _units(recipe) - ceilings.products.keys()
 
 
 def gains(recipe: Recipe, ceilings: Ceilings) -> bool:
-    """Whether a GPU multiplies faster as the recipe says than in bf16."""
+    """Whether every quantised product of the recipe runs on a unit that is faster than bf16 on this GPU."""
     rates = ceilings.products
     return all(unit == "bf16" or rates.get(unit, 0) > rates["bf16"] for unit in _units(recipe))
 
 
 def fastest_first(configs: Iterable[AnyConfig], ceilings: Ceilings) -> list[AnyConfig]:
-    """Those of the configs that gain from low precision on a GPU, in the order of their time for one square layer."""
+    """Return the configs that :func:`gains` accepts, ordered by the predicted time of one square layer."""
     able = [config for config in configs if gains(config.recipe, ceilings)]
     return sorted(able, key=lambda config: seconds(config.recipe, SQUARE, ceilings=ceilings))
 
@@ -117,7 +128,7 @@ def _units(recipe: Recipe) -> set[str]:
 
 
 def _unit(sides: Product) -> str:
-    """The matrix unit of a product. Block scales have no kernel: they are dequantised and multiplied in high precision."""
+    """Return the matrix unit of a product. Codes with block scales have no kernel and are multiplied in high precision."""
     format = sides.left.format
     return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
 

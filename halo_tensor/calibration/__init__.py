@@ -1,1 +1,1 @@
-"""What is measured on batches before training: balances, and configs for each layer."""
+"""What is measured on batches before training: balances, and a config for each layer."""

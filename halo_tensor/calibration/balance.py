@@ -1,23 +1,24 @@
-"""``balance_``: share out between X and W what either would lose to rounding.
+"""``balance_``: scale columns of X and W against each other, so that neither loses much to rounding.
 
-X Wᵀ = (X / s)(W s)ᵀ for every s [in_features]. With x² and w² the mean squares of X's and W's columns, codes of X / s err by
-as much as Σ x²/s² says, in all columns alike, and codes of W s by Σ w² s². So of the squared relative errors that ``output``,
-``grad_input`` and ``grad_weight`` have by them, the sum is
+X Wᵀ = (X / s)(W s)ᵀ for every s [in_features]. Let x² and w² be the mean squares of the columns of X and W. All columns of
+X / s are rounded with errors of one size, which grows with Σ x²/s²; the errors of W s grow with Σ w² s². The squared relative
+errors that these cause in ``output``, ``grad_input`` and ``grad_weight`` add up to
 
     F (Σ x²/s²)(Σ w² s²) / Σ x² w²  +  (Σ 1/s²)(Σ w² s²) / Σ w²  +  (Σ x²/s²)(Σ s²) / Σ x²
 
-where F says how much more forward's counts. With a fourth term, (Σ 1/s²)(Σ s²)·Σ x² w² / (F Σ x² Σ w²), which is least without
-a balance, it is a product of two sums, and by Cauchy and Schwarz least at
+where F weights the error of the forward product. Add a fourth term, (Σ 1/s²)(Σ s²)·Σ x² w² / (F Σ x² Σ w²), which is smallest
+without a balance. The sum is then a product of two sums, and by the Cauchy-Schwarz inequality it is smallest at
 
     s⁴ = (x² + ⟨x² w²⟩ / (F ⟨w²⟩)) / (w² + ⟨x² w²⟩ / (F ⟨x²⟩))
 
-with ⟨⟩ the mean over columns. Of powers of two, to which s is rounded, products are exact.
+where ⟨⟩ is the mean over columns. s is rounded to powers of two, so that multiplying by it is exact.
 
-The layer divides and multiplies on its way to codes (:mod:`halo_tensor.operand.gains`). Weights, gradients, optimisers and
-state dicts never see s: what is trained stays the same model, where Adam would move SmoothQuant's rescaled weights otherwise.
+The layer divides and multiplies when it quantises (:mod:`halo_tensor.operand.gains`). Weights, gradients, optimisers and
+state dicts do not see s, so the model that is trained stays the same. SmoothQuant rescales the weights themselves, which
+changes what Adam does to them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,41 +26,52 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from halo_tensor.analysis.measure import untouched
+from halo_tensor.analysis.trial_run import untouched
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand import gains
 from halo_tensor.weight.fsdp import is_sharded
 from halo_tensor.weight.tensor import dense_value
 
-#: How much more an error of forward's product counts than one of backward's: all that follows is off by it. From 2 to 128
-#: gradients are as good within what draws of signs differ by (docs/notes/accuracy.md).
+#: The weight F of forward's error, which reaches all later layers. With values from 2 to 128 gradients differ no more than
+#: they differ between seeds of the rotation (docs/notes/accuracy.md).
 FORWARD = 8
-#: s is a power of two with an exponent of at most this size.
+#: The exponents of s are clamped to ± this value.
 LARGEST_EXPONENT = 8
 
 
-@torch.inference_mode(False)  # or the model could not be trained outside of it
+@torch.inference_mode(False)  # tensors made in inference mode could not be trained
 def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Run ``model(*args, **kwargs)`` once, without gradients and in evaluation mode, and balance every converted ``nn.Linear``
-    that it reaches and whose recipe quantises ``output``: in place, replacing an earlier balance.
+    """Balance every converted ``nn.Linear`` whose recipe quantises ``output``, in place. An earlier balance is replaced.
 
-    Layers that read the very same tensor (q, k and v; gate and up) get one s, so that X is still quantised once. Call it after
-    ``quantize_`` and before FSDP; before or after making the optimiser and ``torch.compile`` makes no difference. A weight
-    held as codes only is rounded a second time; to round it once, convert with ``frozen=False``, balance, and convert again
-    with ``frozen=True``: ``quantize_`` keeps a balance, and ``dequantize_`` removes it. State dicts of trained weights do not
-    hold it; copies and pickles of the model do. CUDA graphs are to be captured after it.
+    ``model(*args, **kwargs)`` runs once, without gradients and in evaluation mode; layers that it does not reach are left as
+    they are. Layers that read the same tensor (q, k and v; gate and up) get one s, so that X is still quantised once.
 
-    It is meant for int8: floating numbers keep small values beside large ones without it.
+    Call it after ``quantize_`` and before FSDP and before CUDA graphs are captured. It may come before or after the optimiser
+    is made and ``torch.compile`` is called. A weight that is held as codes only is rounded a second time. To round it once,
+    convert with ``frozen=False``, balance, and convert again with ``frozen=True``: ``quantize_`` keeps a balance, and
+    ``dequantize_`` removes it. State dicts of trained weights do not contain the balance; copies and pickles of the model do.
+
+    A balance helps int8. Floating-point formats keep small values beside large ones without it.
 
     Args:
-        model: converted. args, kwargs: what to run it on, some thousand tokens of training data.
+        model: a converted model.
+        *args: positional arguments for the model: some thousand tokens of training data.
+        **kwargs: keyword arguments for the model.
 
     Returns:
         the number of layers that were balanced.
 
     Raises:
-        ValueError: FSDP has sharded the model, it is on the meta device, or holds no codes (``keep_codes=False``); no layer
-            was reached that can be balanced; or an input or a weight of one has a NaN or Inf. No layer has been changed then.
+        ValueError: FSDP has sharded the model; it is on the meta device; it holds no codes (``keep_codes=False``); no layer
+            that can be balanced was reached; or an input or a weight of such a layer has a NaN or Inf. No layer is changed.
+
+    Example:
+        >>> import torch
+        >>> from halo_tensor import balance_, halo_config, quantize_
+        >>> model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128))
+        >>> conversion = quantize_(model, halo_config(level=1, dtype="int8"))
+        >>> balance_(model, torch.randn(64, 128))
+        2
     """
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_eligible(name, m)}
     with observed(chosen) as statistics, untouched(model), torch.no_grad():
@@ -72,19 +84,20 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     weights: dict[str, Any] = {name: chosen[name].weight for name in statistics.squares}
     pairs = gains_of(weights, statistics)
     for weight, pair in {id(weight): (weight, pairs[name]) for name, weight in weights.items()}.values():
-        give(weight, pair)
+        set_gains(weight, pair)
     return len(weights)
 
 
 @torch.no_grad()
-def give(weight: Any, pair: gains.Gains) -> None:
-    """Let the layer of a converted ``weight`` [out, in] use ``pair`` = (s, 1 / s), each [in], from now on."""
+def set_gains(weight: Any, pair: gains.Gains) -> None:
+    """Set the gains ``pair`` = (s, 1 / s), each [in], of a converted ``weight`` [out, in] and quantise it again."""
     dense = weight.dequantize()
-    weight.operand.gains = gains.moved(pair, weight.device)  # of the object, which the weight's aliases hold too
+    weight.operand.gains = gains.moved(pair, weight.device)  # set on the object that aliases of the weight share
     weight.requantize(dense)
 
 
 def _is_eligible(name: str, module: nn.Linear) -> bool:
+    """Whether a layer can be balanced. Raises ValueError if it is converted, but in a state that prevents it."""
     weight: Any = module.weight
     if is_sharded(weight):
         raise ValueError(f"{name} is sharded by FSDP; call balance_ before fully_shard, with the same batch on every rank")
@@ -93,22 +106,30 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
         raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")
     eligible = recipe is not None and recipe.output.left.format is not None
     if eligible and weight.operand is None:
-        raise ValueError(f"{name} holds no codes, whose s a balance is; convert it with keep_codes=True before balance_")
+        raise ValueError(f"{name} holds no codes, which a balance needs; convert it with keep_codes=True before balance_")
     return eligible
 
 
 class Statistics:
-    """What reaches layers: sums of squares and counts of rows of X, and which layers read the same X."""
+    """What the inputs of layers are like.
+
+    Attributes:
+        squares: name -> Σ x² over all rows, float32 [in].
+        rows: name -> number of rows.
+        same: pairs of names of layers that read the same X.
+    """
 
     def __init__(self) -> None:
-        self.squares: dict[str, torch.Tensor] = {}  # name -> float32 [in]
+        self.squares: dict[str, torch.Tensor] = {}
         self.rows: dict[str, int] = {}
         self.same: list[tuple[str, str]] = []
-        # X -> its version, the first layer that read it, and its squares. An entry dies with its X.
+        # X -> its version, the first layer that read it, and its sums of squares. An entry dies with its X.
         self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def hook(self, name: str):
-        def observe(module, args, kwargs):
+    def hook(self, name: str) -> Callable:
+        """Return a forward pre-hook that records the inputs of the layer ``name``."""
+
+        def observe(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = layers.input_of(args, kwargs)
             if x.numel() == 0:
                 return
@@ -127,7 +148,7 @@ class Statistics:
 
 @contextmanager
 def observed(modules: Mapping[str, nn.Linear]) -> Iterator[Statistics]:
-    """Yields what reaches ``modules`` in the forwards inside the block."""
+    """Yield statistics of the inputs that reach ``modules`` in the forwards inside the block."""
     statistics = Statistics()
     hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in modules.items()]
     try:
@@ -138,10 +159,11 @@ def observed(modules: Mapping[str, nn.Linear]) -> Iterator[Statistics]:
 
 
 def gains_of(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> dict[str, gains.Gains]:
-    """The pairs (s, 1 / s) of layers, by name: the same for those that read one X or hold one weight.
+    """Return the pair (s, 1 / s) of each layer, by name. Layers that read one X or hold one weight get the same pair.
 
     Args:
-        weights: name -> [out, in], dense or converted, of layers that are all in ``statistics``.
+        weights: name -> weight [out, in], dense or converted.
+        statistics: contains all of these layers.
 
     Raises:
         ValueError: an input or a weight has a NaN or Inf.
@@ -155,7 +177,7 @@ def gains_of(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> dic
 
 
 def _groups(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> list[list[str]]:
-    """Names of layers, together where they read one X or hold one weight."""
+    """Group the names of layers that read one X or hold one weight."""
     group = {name: [name] for name in statistics.squares}
     holder: dict[int, str] = {}
     tied = [(holder.setdefault(id(weight), name), name) for name, weight in weights.items()]
@@ -169,7 +191,7 @@ def _groups(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> list
 
 
 def _exponents(group: list[str], weights: Mapping[str, torch.Tensor], statistics: Statistics) -> torch.Tensor:
-    """log₂ s, whole numbers, float32 [in], of layers that have one s."""
+    """Return log₂ s of a group of layers, whole numbers in float32 [in]."""
     device = weights[group[0]].device
     x = torch.stack([statistics.squares[name].to(device) for name in group]).sum(0)
     x = x / sum(statistics.rows[name] for name in group)
@@ -183,12 +205,15 @@ def _exponents(group: list[str], weights: Mapping[str, torch.Tensor], statistics
     if not used.any():
         return torch.zeros_like(x)
     exponents = fourth_power(x.double(), w.double()).log2() / 4
-    # A common factor cancels; without one, scales of codes and gains stay near where they were.
+    # A common factor of s cancels. Dividing by it keeps scales and gains near their old size.
     exponents = (exponents - exponents[used].mean()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return exponents.where(used, 0.0).float()
 
 
 def fourth_power(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """s⁴ [in], up to a factor, from mean squares of X's columns and of W's, float [in]; some column has to be in both."""
+    """Return s⁴ [in], up to a factor, for mean squares of the columns of X and W, float [in].
+
+    Some column has to be nonzero in both.
+    """
     xw, x_mean, w_mean = (x * w).mean(), x.mean(), w.mean()
     return (x + xw / (FORWARD * w_mean)) / (w + xw / (FORWARD * x_mean))

@@ -1,14 +1,14 @@
-"""``python -m halo_tensor bench``: bf16 against the recipe that suits the GPU at hand, as a table to paste into an issue.
+"""``python -m halo_tensor bench``: compare bf16 with the recipe that suits this GPU, as a table to paste into an issue.
 
-Linear layers and a Llama-like block, forward and backward, eager and compiled, random weights and data. Weights are quantised
-anew in every step, as an optimiser's write would cause.
+It runs linear layers and a Llama-like block forward and backward, eagerly and compiled, with random weights and data. Weights
+are quantised again in every step, as they are after an optimiser's write.
 """
 
 import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halo_tensor.analysis import gpus, roofline
-from halo_tensor.calibration.choice import CANDIDATES
+from halo_tensor.analysis import gpus
+from halo_tensor.calibration.candidates import fastest_first
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import quantize_
-from halo_tensor.diagnostics.environment import environment, source_commit
-from halo_tensor.kernels.device import check_device, runs
+from halo_tensor.diagnostics.machine import environment, source_commit
+from halo_tensor.kernels.device import check_device
 from halo_tensor.weight.tensor import HaloWeight
 
-LINEARS = ((4096, 14336), (14336, 4096), (4096, 4096))  # Llama-3-8B's in×out
-#: A result that differs more from bf16's is wrong: a block's gradients differ by 4 % in int8, 7 in fp8 and 10 in fp6.
+LINEARS = ((4096, 14336), (14336, 4096), (4096, 4096))  # in×out of Llama-3-8B
+#: A larger relative error is a wrong result. The gradients of a block differ by 4 % in int8, 7 % in fp8 and 10 % in fp6.
 LARGEST_ERROR = 0.2
 NO_GPU = (
     "Speed is not measured on a CPU: `python -m halo_tensor bench` needs an NVIDIA GPU (report() measures accuracy anywhere)."
@@ -37,7 +37,14 @@ NOTES = (
 
 
 class Block(nn.Module):
-    """A Llama block without rotary embeddings: attention with grouped heads of 128, then SwiGLU."""
+    """A Llama block without rotary embeddings: attention with grouped heads of 128, then SwiGLU.
+
+    Args:
+        width: features of the input and the output.
+        hidden: features of the MLP.
+        heads: of queries.
+        kv_heads: of keys and values.
+    """
 
     def __init__(self, width: int = 4096, hidden: int = 14336, heads: int = 32, kv_heads: int = 8):
         super().__init__()
@@ -49,6 +56,7 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the block to x [batch, length, width]."""
         h = self.norm(x)
         q, k, v = (linear(h).unflatten(-1, (-1, self.head)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -59,7 +67,15 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a module made by ``make``, with input [batch, length, width] and gradients [batch, length, out]."""
+    """One row of the table.
+
+    Attributes:
+        name: what is measured.
+        make: makes the module.
+        width: features of its input.
+        out: features of its output.
+        compiled: whether ``torch.compile`` is used.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -69,7 +85,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Compiling takes longest, and is left for the end."""
+    """Yield all cases. Compiled ones take longest and come last."""
     for compiled in (False, True):
         yield Case("Llama-like block", Block, 4096, 4096, compiled)
         for n_in, n_out in LINEARS[:1] if compiled else LINEARS:
@@ -77,7 +93,7 @@ def cases() -> Iterator[Case]:
 
 
 def measure(case: Case, config: HaloConfig, batch: int, length: int, device: torch.device) -> tuple[float, float, float]:
-    """(ms in bf16, ms under the config, relative error)."""
+    """Return the ms of a step in bf16, the ms under the config, and the largest relative error of its results."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     with torch.device(device):
@@ -91,7 +107,9 @@ def measure(case: Case, config: HaloConfig, batch: int, length: int, device: tor
         f = torch.compile(module, dynamic=False) if case.compiled else module
         weights = [p for p in module.parameters() if isinstance(p, HaloWeight)]
 
-        def step(f=f, module=module, weights=weights) -> tuple[torch.Tensor, ...]:
+        def step(
+            f: Callable = f, module: nn.Module = module, weights: Sequence[HaloWeight] = weights
+        ) -> tuple[torch.Tensor, ...]:
             for weight in weights:
                 weight.requantize()
             y = f(x)
@@ -103,7 +121,7 @@ def measure(case: Case, config: HaloConfig, batch: int, length: int, device: tor
 
 
 def milliseconds(step: Callable) -> float:
-    """The median of half a second."""
+    """Return the median time of a step, over half a second of steps."""
     from triton.testing import do_bench
 
     return do_bench(step, warmup=100, rep=500, return_mode="median")
@@ -116,7 +134,7 @@ def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def header(device: torch.device, tokens: str) -> str:
-    """The machine, the versions and the size of the data in one line, and the fast paths that are off in another."""
+    """Return a line with the machine, the versions and the size of the data, and a line with the fast paths that are off."""
     found = environment()
     gpu = f"{torch.cuda.get_device_name(device)} (compute capability {_capability(device)}), driver {driver()}"
     commit = source_commit()
@@ -131,7 +149,7 @@ def _capability(device: torch.device) -> str:
 
 
 def driver() -> str:
-    """The version of the GPU's driver."""
+    """Return the version of the GPU's driver."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split()[0]
@@ -140,12 +158,12 @@ def driver() -> str:
 
 
 def recommended(device: torch.device) -> HaloConfig:
-    """The default candidate that the model of time has as the fastest; int8 HALO-1 if none of them gains."""
-    able = [config for config in CANDIDATES if runs(config.recipe.formats, device)]
-    return (*roofline.fastest_first(able, gpus.modelled(None, device)), halo_config(1, "int8"))[0]
+    """Return the default candidate with the shortest predicted time, or int8 HALO-1 if none is faster than bf16."""
+    return (*fastest_first(device, gpus.modelled(None, device)), halo_config(1, "int8"))[0]
 
 
 def table(name: str, rows: list[tuple[Case, float, float, float]]) -> str:
+    """Return a Markdown table. ``rows`` holds a case, the ms in bf16, the ms under the config ``name``, and the error."""
     lines = [f"| forward + backward | | bf16 ms | {name} ms | × bf16 | error |", "|---|---|---|---|---|---|"]
     for case, bf16, ours, error in rows:
         how = "compiled" if case.compiled else "eager"
@@ -155,15 +173,16 @@ def table(name: str, rows: list[tuple[Case, float, float, float]]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--level", type=int, choices=(0, 1, 2), help="of HALO, instead of the recommended recipe")
-    parser.add_argument("--dtype", choices=("int8", "fp8", "fp6"), help="of HALO, likewise")
+    """Add the command's options to its parser."""
+    parser.add_argument("--level", type=int, choices=(0, 1, 2), help="HALO level, instead of the recommended recipe")
+    parser.add_argument("--dtype", choices=("int8", "fp8", "fp6"), help="number format, instead of the recommended recipe")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--seconds", type=float, default=80, help="after which no other measurement begins")
+    parser.add_argument("--seconds", type=float, default=80, help="time after which no further measurement begins")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Returns its exit code: that of :func:`bench`, or 2 without a GPU that multiplies such formats."""
+    """Run the command. Return its exit code: that of :func:`bench`, or 2 if no GPU can multiply the formats."""
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
@@ -180,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def bench(config: HaloConfig, device: torch.device, args: argparse.Namespace, todo: Iterable[Case]) -> int:
-    """Measure, and print the table. Returns 0, or 1 if a result is wrong or nothing ran."""
+    """Measure the cases ``todo`` and print the table. Return 0, or 1 if a result is wrong or nothing ran."""
     name, start = f"{config.dtype} HALO-{config.level}", time.monotonic()
     rows, left_out = [], []
     for case in todo:

@@ -1,8 +1,9 @@
-"""``find_nonfinite``: where the first NaN or Inf of a training step comes from."""
+"""``find_nonfinite``: find where the first NaN or Inf of a training step comes from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +14,19 @@ from halo_tensor.weight.tensor import dense_value
 
 @dataclass(frozen=True)
 class Finding:
-    """A NaN or Inf that was seen.
+    """A tensor with a NaN or Inf.
 
     Attributes:
         layer: the qualified name of the module, "" for the model itself.
-        module: its class.
+        module: the name of its class.
         phase: "forward" or "backward".
-        product: "output", "grad_input" or "grad_weight" of a linear layer; for another module "output" or "grad_input".
-        operand: the operand of the product that had it: "X", "W", "E" or "bias", or "input" and "grad_output" of another
-            module; None if all were finite, and the product itself made it.
-        nan, inf: how many elements.
-        shape, dtype: of the tensor that has them.
+        product: "output", "grad_input" or "grad_weight" of a linear layer; "output" or "grad_input" of another module.
+        operand: the operand of the product that has the NaN or Inf: "X", "W", "E" or "bias" of a linear layer, "input",
+            "grad_output" or the name of a parameter of another module. None if the product made it from finite operands.
+        nan: how many elements are NaN.
+        inf: how many elements are infinite.
+        shape: of the tensor.
+        dtype: of the tensor.
     """
 
     layer: str
@@ -38,6 +41,7 @@ class Finding:
 
     @property
     def made_here(self) -> bool:
+        """Whether the product made the NaN or Inf from finite operands."""
         return self.operand is None
 
     def __str__(self) -> str:
@@ -56,12 +60,11 @@ class Finding:
 
 @dataclass
 class Findings:
-    """What :func:`find_nonfinite` saw so far, in the order of events. What a module returns is not listed if its operands
-    explain it.
+    """What :func:`find_nonfinite` has found so far.
 
     Attributes:
-        first: the first of ``all``, or None.
-        last_finite: what was last seen finite before it, e.g. "output of layers.3.mlp".
+        all: findings in the order of events. A result is not listed if an operand of its module was found.
+        last_finite: the last finite tensor before the first finding, for example "output of layers.3.mlp".
     """
 
     all: list[Finding] = field(default_factory=list)
@@ -69,6 +72,7 @@ class Findings:
 
     @property
     def first(self) -> Finding | None:
+        """The first finding, or None."""
         return self.all[0] if self.all else None
 
     def __bool__(self) -> bool:
@@ -83,7 +87,11 @@ class Findings:
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised by ``find_nonfinite(model, stop=True)``; ``finding`` says where."""
+    """Raised by ``find_nonfinite(model, stop=True)``.
+
+    Attributes:
+        finding: the first finding, which says where the NaN or Inf is.
+    """
 
     def __init__(self, findings: Findings):
         super().__init__(str(findings))
@@ -94,41 +102,58 @@ class NonFiniteError(ArithmeticError):
 def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings]:
     """Watch the forwards and backwards inside the block for NaN and Inf.
 
-        with halo_tensor.find_nonfinite(model) as found:
-            model(**batch).loss.backward()
-        print(found)  # forward, layers.3.mlp.down_proj (Linear): 2 Inf in output …, made by the product output out of …
+    For a linear layer, plain or converted, the operands X, W, E and the bias are checked, and the products output, grad_input
+    and grad_weight. For any other module without children, inputs, parameters, outputs and gradients are checked. The first
+    finding is therefore either a product that made the NaN or Inf from finite operands, or an operand that had it already;
+    ``last_finite`` then names the tensor after which it was made.
 
-    Of a linear layer, plain or converted, it looks at the operands X, W, E and the bias, and at the products output,
-    grad_input and grad_weight; of any other module without children, at inputs, parameters, outputs and gradients. So the
-    first finding is either a product that made it out of finite operands, or an operand that had it on arrival;
-    ``last_finite`` then says between which two modules it was made. Every look waits for the device: for debugging only.
-    Modules run eagerly inside.
+    Modules run eagerly inside the block, and every check waits for the device. Use it for debugging only.
 
     Args:
-        stop: raise :class:`NonFiniteError` at the first finding.
+        model: the model that runs inside the block.
+        stop: raise at the first finding.
+
+    Yields:
+        the findings, which grow while the model runs.
+
+    Raises:
+        NonFiniteError: a NaN or Inf was found and ``stop`` is True.
+
+    Example:
+        >>> import torch
+        >>> from halo_tensor import find_nonfinite
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 1))
+        >>> with find_nonfinite(model) as found:
+        ...     model(torch.full((4, 16), torch.inf)).sum().backward()
+        >>> found.first.layer, found.first.product, found.first.operand, found.first.inf
+        ('0', 'output', 'X', 64)
     """
     model = getattr(model, "_orig_mod", model)
-    watch = _Watch(Findings(), stop)
+    log = _Log(Findings(), stop)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) or not any(module.children()):
-                watch.layer(stack, name, module)
-        stack.callback(watch.close)
-        yield watch.found
+                for handle in _Watch(log, name, module).register():
+                    stack.callback(handle.remove)
+        stack.callback(log.close)
+        yield log.found
 
 
-class _Watch:
+class _Log:
+    """Checks tensors and keeps the findings."""
+
     def __init__(self, found: Findings, stop: bool):
         self.found, self.stop, self.open = found, stop, True
 
     def close(self) -> None:
-        self.open = False  # hooks on tensors of a graph that outlives the block
+        """Stop checking. Hooks on tensors of a graph may run after the block."""
+        self.open = False
 
     def is_finite(
         self, tensor: Any, layer: str, module: nn.Module, phase: str, product: str, operand: str | None = None
     ) -> bool:
-        """Whether a tensor is finite, which is noted either way. True of what is no floating tensor, and once closed."""
+        """Whether a tensor is finite; record it in either case. Anything that is no floating tensor counts as finite."""
         if not self.open or not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             return True
         dense = dense_value(tensor.detach())
@@ -143,53 +168,58 @@ class _Watch:
             raise NonFiniteError(self.found)
         return False
 
-    def layer(self, stack: ExitStack, name: str, module: nn.Module) -> None:
-        operand, gradient = ("X", "E") if isinstance(module, nn.Linear) else ("input", "grad_output")
-        finite = {"forward": True, "backward": True}  # the operands of the latest call
 
-        def arrives(tensor: Any, phase: str, product: str, operand: str) -> None:
-            finite[phase] &= self.is_finite(tensor, name, module, phase, product, operand)
+class _Watch:
+    """The hooks on one module."""
 
-        def results(tensor: Any, phase: str, product: str) -> None:
-            if finite["forward"] and finite[phase]:  # else it only follows from what was found
-                self.is_finite(tensor, name, module, phase, product)
+    def __init__(self, log: _Log, name: str, module: nn.Module):
+        self.log, self.name, self.module = log, name, module
+        self.input, self.gradient = ("X", "E") if isinstance(module, nn.Linear) else ("input", "grad_output")
+        self.finite = {"forward": True, "backward": True}  # whether all operands of the latest call are
 
-        def enter(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
-            arrives(x, "forward", "output", operand)
-            if not (x.requires_grad and torch.is_grad_enabled()):
-                return x
-            x = x.view_as(x)  # of its own, so that its gradient is this module's share
-            x.register_hook(lambda g: results(g, "backward", "grad_input"))
-            return x
-
-        def before(module, args, kwargs):
-            finite["forward"] = True
-            args, kwargs = tuple(enter(x) for x in args), {key: enter(x) for key, x in kwargs.items()}
-            for key, parameter in module.named_parameters(recurse=False):
-                arrives(parameter, "forward", "output", "W" if key == "weight" else key)
-            return args, kwargs
-
-        def leave(g):
-            finite["backward"] = True
-            arrives(g, "backward", "grad_input", gradient)
-
-        def after(module, args, kwargs, output):
-            for y in output if isinstance(output, (tuple, list)) else (output,):
-                results(y, "forward", "output")
-                if isinstance(y, torch.Tensor) and y.requires_grad:
-                    y.register_hook(leave)
-
-        def on_gradient(product: str) -> Callable:
-            return lambda g: results(g, "backward", product)
-
+    def register(self) -> list[Any]:
+        """Register the hooks and return their handles."""
         handles: list[Any] = [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.module.register_forward_hook(self._after, with_kwargs=True),
         ]
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in self.module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                handles.append(parameter.register_hook(on_gradient("grad_weight" if key == "weight" else f"grad_{key}")))
-        for handle in handles:
-            stack.callback(handle.remove)
+                product = "grad_weight" if key == "weight" else f"grad_{key}"
+                handles.append(parameter.register_hook(partial(self._check_result, "backward", product)))
+        return handles
+
+    def _check_operand(self, tensor: Any, phase: str, product: str, operand: str) -> None:
+        self.finite[phase] &= self.log.is_finite(tensor, self.name, self.module, phase, product, operand)
+
+    def _check_result(self, phase: str, product: str, tensor: Any) -> None:
+        if self.finite["forward"] and self.finite[phase]:  # otherwise an operand explains the result
+            self.log.is_finite(tensor, self.name, self.module, phase, product)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.finite["forward"] = True
+        args, kwargs = tuple(self._enter(x) for x in args), {key: self._enter(x) for key, x in kwargs.items()}
+        for key, parameter in module.named_parameters(recurse=False):
+            self._check_operand(parameter, "forward", "output", "W" if key == "weight" else key)
+        return args, kwargs
+
+    def _enter(self, x: Any) -> Any:
+        """Check an input, and return it or a view of it whose gradient is this module's share of the input's gradient."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        self._check_operand(x, "forward", "output", self.input)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        x = x.view_as(x)
+        x.register_hook(partial(self._check_result, "backward", "grad_input"))
+        return x
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        for y in output if isinstance(output, (tuple, list)) else (output,):
+            self._check_result("forward", "output", y)
+            if isinstance(y, torch.Tensor) and y.requires_grad:
+                y.register_hook(self._check_output_gradient)
+
+    def _check_output_gradient(self, gradient: torch.Tensor) -> None:
+        self.finite["backward"] = True
+        self._check_operand(gradient, "backward", "grad_input", self.gradient)

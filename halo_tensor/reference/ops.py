@@ -152,9 +152,7 @@ def _round_to_e4m3(scale: torch.Tensor, two_levels: bool) -> torch.Tensor:
     return round_to(scale / second, FP8_E4M3).to(torch.float32).clamp_min(SMALLEST_E4M3) * second
 
 
-def folds_across(
-    granularity: Scales | str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None
-) -> bool:
+def folds_across(granularity: Scales | str, fold_rows: torch.Tensor | None, fold_columns: torch.Tensor | None) -> bool:
     """Whether folds lie along rows where scales lie along columns, and the other way round, as recipes ask for."""
     granularity = Scales.of(granularity)
     return (fold_rows is None or granularity == COLUMN) and (fold_columns is None or granularity == ROW)

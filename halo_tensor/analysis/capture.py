@@ -1,0 +1,106 @@
+"""The operands that reach layers in one forward and backward."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from halo_tensor.layers.kinds import input_of
+
+
+@dataclass
+class _Call:
+    """The sampled rows of one call of a layer."""
+
+    x: torch.Tensor
+    tokens: int  # rows before sampling
+    e: torch.Tensor | None = None  # None until backward
+
+
+@dataclass
+class Operands:
+    """What reached one layer.
+
+    Attributes:
+        tokens: rows of X in all calls.
+        x: [t, in], evenly spaced rows of X.
+        e: [t, out], the same rows of E; None if no gradient arrived.
+        needs_grad_input: whether X requires a gradient.
+        x_group: a number. Layers that were called with the same tensor X have the same number.
+    """
+
+    tokens: int = 0
+    x: torch.Tensor | None = None
+    e: torch.Tensor | None = None
+    needs_grad_input: bool = False
+    x_group: int = -1
+    _calls: list[_Call] = field(default_factory=list)
+
+    def gather(self, limit: int) -> None:
+        """Join the rows of all calls and keep at most ``limit`` of them."""
+        calls = [call for call in self._calls if call.e is not None]
+        calls = calls or self._calls  # checkpointing calls a layer twice, and only the second call gets an E
+        self._calls = []
+        self.tokens = sum(call.tokens for call in calls)
+        rows = torch.cat([call.x for call in calls])
+        kept = evenly_spaced(len(rows), limit, rows.device)
+        self.x = rows[kept]
+        gradients = [call.e for call in calls if call.e is not None]
+        self.e = torch.cat(gradients)[kept] if gradients else None
+
+
+def evenly_spaced(n: int, limit: int, device: torch.device) -> torch.Tensor:
+    """Return the indices of ``limit`` evenly spaced rows out of ``n``, or of all rows if there are fewer."""
+    return torch.arange(min(n, limit), device=device) * n // max(min(n, limit), 1)
+
+
+@contextmanager
+def captured(layers: Mapping[str, nn.Module], limit: int) -> Iterator[dict[str, Operands]]:
+    """Record the operands that reach ``layers`` in the forwards and backwards inside the block.
+
+    Args:
+        layers: name -> linear layer.
+        limit: how many rows of X and E to keep for each layer, at most.
+
+    Yields:
+        name -> operands, for the layers that were called. It is complete when the block is left.
+    """
+    seen: dict[str, Operands] = {}
+    latest_x: torch.Tensor | None = None  # kept alive, so that no other tensor can be the same object
+    group = -1
+
+    def hook(name: str) -> Callable:
+        def forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: torch.Tensor) -> None:
+            nonlocal latest_x, group
+            x = input_of(args, kwargs)
+            if x.numel() == 0:
+                return
+            if x is not latest_x:
+                latest_x, group = x, group + 1
+            operands = seen.setdefault(name, Operands(x_group=group))
+            rows = x.detach().reshape(-1, x.shape[-1])
+            kept = evenly_spaced(len(rows), limit, rows.device)
+            call = _Call(rows[kept], len(rows))
+            operands.needs_grad_input |= x.requires_grad
+            operands._calls.append(call)
+
+            def backward(e: torch.Tensor) -> None:
+                call.e = e.detach().reshape(-1, e.shape[-1])[kept]
+
+            if y.requires_grad:
+                y.register_hook(backward)
+
+        return forward
+
+    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in layers.items()]
+    try:
+        yield seen
+    finally:
+        latest_x = None
+        for handle in handles:
+            handle.remove()
+    for operands in seen.values():
+        operands.gather(limit)

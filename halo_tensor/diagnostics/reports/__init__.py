@@ -1,0 +1,1 @@
+"""``report``: measure candidate recipes on a model, recommend one, and show why."""

@@ -1,0 +1,681 @@
+"""Every Triton kernel does what the reference says.
+
+Where there is no GPU the kernels run in Triton's interpreter. It must be chosen before Triton is imported, so there one test
+runs this module again, in a process of its own.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip("triton")
+from halo_tensor.kernels import rotate as rotating
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import cublas, tma
+from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.matmul.request import Request
+from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.ops import library
+from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference import packing
+from halo_tensor.reference.codes import from_bits
+from tests.helpers import interpreter
+from tests.helpers.errors import relative_error
+from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
+from tests.helpers.kernel_checks import (
+    DTYPES,
+    FORMAT,
+    LAYOUTS,
+    ROUNDING,
+    assert_layout,
+    assert_same_bytes,
+    assert_same_codes,
+    assert_same_scales,
+    check,
+    codes_of,
+    exact_product,
+    examples,
+    gain_of,
+    matrix,
+    ordinals,
+    scales_of,
+)
+
+in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=str)
+
+
+@interpreter.runs_the_others
+def test_in_the_interpreter():
+    interpreter.run(__file__, at_least=105)
+
+
+# What is compared, and how.
+
+
+# Quantisation.
+
+#: What may be asked of any matrix.
+REQUESTS = {
+    "format": FORMAT,
+    "fold": st.booleans(),
+    "gained": st.booleans(),
+    "layouts": st.sampled_from([(True, False), (False, True), (True, True)]),
+    "dtype": DTYPES,
+    "layout": st.sampled_from(list(LAYOUTS)),
+    "integers": st.booleans(),
+}
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 3, 5, 18]),
+    size=st.sampled_from(
+        [(1, None), (37, None), (200, None), (64, 16), (48, 16), (192, 64), (384, 128), (256, 256), (768, 256), (576, 576)]
+    ),
+    seed=st.sampled_from([None, 0, 7]),
+    **REQUESTS,
+)
+@examples
+def test_whole_rows(m, size, seed, format, fold, gained, layouts, dtype, layout, integers):
+    k, block = size
+    right = Rotation(block, seed) if block else None
+    x = matrix(m, k, dtype, layout, integers)
+    fold_columns = torch.rand(k, device=DEVICE) + 0.5 if fold else None
+    # A GPU keeps 16 bits of the sums over a full width.
+    rtol = 1e-5 if GPU and block == 576 else 1e-6
+    exact, gain = right is None or integers, gain_of(k, dtype) if gained else None
+    check(x, None, right, format, "row", None, fold_columns, *layouts, exact=exact, rtol=rtol, gain=gain)
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 37, 130]),
+    size=st.sampled_from([(1, None), (37, None), (200, None), (64, 16), (192, 64), (256, 128), (256, 256)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(32), Rotation(128), Rotation(16, None, 8)]),
+    scale=st.sampled_from(["row", "column", "tensor", "unit"]),
+    **REQUESTS,
+)
+@examples
+def test_tiles(m, size, left, scale, format, fold, gained, layouts, dtype, layout, integers):
+    k, block = size
+    right = Rotation(block, 5) if block else None
+    rotations = (left is not None) + (right is not None)
+    assume(rotations == 0 or (min(m, k) > 1 and layout != "expanded"))  # a sum that cancels, its own scale, is noise
+    integers = integers and rotations < 2  # two rotations are scaled in different order, which ends ties differently
+    x = matrix(m, k, dtype, layout, integers)
+    fold_rows = fold_columns = None
+    if fold and scale == "column":
+        fold_rows = torch.rand(reference.rotated(m, left), device=DEVICE) + 0.5
+    elif fold and (scale == "row" or layouts == (True, False)):
+        fold_columns = torch.rand(k, device=DEVICE) + 0.5
+    exact, gain = rotations == 0 or integers, gain_of(k, dtype) if gained else None
+    check(x, left, right, format, scale, fold_rows, fold_columns, *layouts, exact=exact, gain=gain)
+
+
+@runs_kernels
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
+@pytest.mark.parametrize("format", [FP8_E4M3, INT8], ids=str)
+@pytest.mark.parametrize("size", [(200, None), (192, 64), (768, 256), (576, 576)], ids=str)
+def test_a_layout_by_itself_is_the_same(size, format, scale, gained):
+    """Which compiled graphs rely on that make one in forward and one in backward."""
+    k, block = size
+    x, right = matrix(5, k, torch.bfloat16), Rotation(block, 3) if block else None
+    quantize = partial(
+        quantizer.rotate_quantize, x, None, right, format, scale, None, None, gain=gain_of(k) if gained else None
+    )
+    codes, codes_t, scales = quantize(True, True)
+    alone, _, scales_1 = quantize(True, False)
+    _, alone_t, scales_2 = quantize(False, True)
+    assert_same_bytes(alone, codes)
+    assert_same_bytes(alone_t, codes_t)
+    assert torch.equal(scales_1, scales) and torch.equal(scales_2, scales)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("scale", "folded", "layouts"),
+    [
+        ("row", "rows", (True, False)),
+        ("column", "columns", (False, True)),
+        ("tensor", "rows", (False, True)),
+        ("tensor", "rows", (True, False)),
+        ("tensor", "columns", (False, True)),
+        ("unit", "rows", (True, False)),
+        ("unit", "columns", (False, True)),
+    ],
+)
+def test_every_fold_reaches_every_layout(scale, folded, layouts):
+    x, fold = matrix(40, 40), torch.rand(40, device=DEVICE) + 2
+    folds = (fold, None) if folded == "rows" else (None, fold)
+    check(x, None, None, INT8, scale, *folds, *layouts, exact=True)
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([1, 37, 150]),
+    k=st.sampled_from([1, 48, 200]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256)]),
+    format=FORMAT,
+    folds=st.booleans(),
+    dtype=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+@examples
+def test_pair(m, k, left, format, folds, dtype, layout):
+    assume(left is None or (k > 1 and layout != "expanded"))  # as above
+    x = matrix(m, k, dtype, layout)
+    fold_columns, fold_rows = (torch.rand(n, device=DEVICE) + 0.5 if folds else None for n in (k, m))
+    codes, codes_t, row_scales, column_scales = quantizer.quantize_pair(x, left, format, fold_columns, fold_rows)
+    expected, expected_scales = reference.rotate_quantize(x, left, None, format, "row", None, fold_columns)
+    assert_layout(codes)
+    assert_same_codes(codes, expected, format, exact=left is None)
+    assert_same_scales(row_scales, expected_scales, exact=left is None)
+    expected, expected_scales = reference.rotate_quantize(x, None, None, format, "column", fold_rows, None)
+    assert_layout(codes_t)
+    assert_same_codes(codes_t.t(), expected, format, exact=True)
+    assert_same_scales(column_scales, expected_scales, exact=True)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("left", "right", "scale"),
+    [(None, Rotation(64), "row"), (None, Rotation(256), "row"), (Rotation(32), None, "row"), (None, Rotation(64), "tensor")],
+    ids=str,
+)
+def test_into(left, right, scale):
+    """A matrix like an earlier one is quantised to where that one's codes are."""
+    earlier, later = matrix(37, 256), matrix(37, 256)
+    codes, _, scales = quantizer.rotate_quantize(earlier, left, right, FP8_E4M3, scale, None, None, True, False)
+    expected, _, expected_scales = quantizer.rotate_quantize(later, left, right, FP8_E4M3, scale, None, None, True, False)
+    assert not torch.equal(codes.view(torch.int8), expected.view(torch.int8))
+    quantizer.rotate_quantize(later, left, right, FP8_E4M3, scale, None, None, True, False, (codes, scales))
+    assert_same_bytes(codes, expected)
+    assert torch.equal(scales, expected_scales)
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+@pytest.mark.parametrize(("width", "block"), [(256, None), (256, 64), (256, 256), (576, 576)])
+def test_into_with_a_gain(width, block, scale):
+    (earlier, later), gain, right = (matrix(37, width) for _ in range(2)), gain_of(width), block and Rotation(block, 3)
+    rtol = 1e-5 if GPU and block == 576 else 1e-6
+    codes, _, scales = library.rotate_quantize(earlier, None, right, INT8, scale)
+    library.rotate_quantize_(later, None, right, INT8, scale, codes, scales, gain)
+    expected, expected_scales = reference.rotate_quantize(later, None, right, INT8, scale, gain=gain)
+    assert_same_codes(codes, expected, INT8, right is None, rtol)
+    assert_same_scales(scales, expected_scales, rtol=rtol)
+
+
+@runs_kernels
+def test_into_codes_that_were_copied():
+    """A copy has rows without padding between them, and what follows them is another's memory."""
+    x = matrix(37, 100)
+    codes, _, scales = quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False)
+    memory = torch.full((37 * 100 + 1000,), 77, dtype=torch.int8, device=DEVICE)
+    copied = memory[: 37 * 100].view(37, 100)
+    quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False, (copied, scales))
+    assert torch.equal(copied, codes) and (memory[37 * 100 :] == 77).all()
+
+
+def requantized(xs, right, format, scale, gains):
+    """Codes and scales of 7 everywhere, then of these matrices."""
+    codes = [quantizer.code_matrix(x, x.shape[0], reference.rotated(x.shape[1], right), format) for x in xs]
+    scales = [x.new_full((x.shape[0],) if scale == "row" else (), 7, dtype=torch.float32) for x in xs]
+    for code in codes:
+        code.view(torch.int8).fill_(7)
+    library.requantize_(xs, None, right, format, scale, codes, scales, gains)
+    return codes, scales
+
+
+@runs_kernels
+@examples
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([64, 100, 128, 576])), min_size=1, max_size=6),
+    dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), min_size=1, max_size=2),
+    layouts=st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=2),
+    format=FORMAT, scale=st.sampled_from(["row", "row", "row", "tensor"]), block=st.sampled_from([None, 16, 64, 576]),
+    gained=st.booleans(),
+)  # fmt: skip
+def test_many_are_requantised_as_each(shapes, dtypes, layouts, format, scale, block, gained):
+    right = block and Rotation(block, 3)
+    shapes = [(m, k) for m, k in shapes if block != 576 or k == 576]
+    xs = [
+        matrix(m, k, dtypes[i % len(dtypes)], "contiguous" if m == 0 else layouts[i % len(layouts)])
+        for i, (m, k) in enumerate(shapes)
+    ]
+    gains = [gain_of(x.shape[1]) for x in xs] if gained else []
+    for codes, scales, x, gain in zip(
+        *requantized(xs, right, format, scale, gains), xs, gains or [None] * len(xs), strict=True
+    ):
+        expected, _, expected_scales = library.rotate_quantize(x, None, right, format, scale, gain=gain)
+        assert_same_bytes(codes, expected)
+        assert torch.equal(scales, expected_scales)
+
+
+@runs_kernels
+def test_many_alike_are_one_launch(monkeypatch):
+    launched = []
+    call = Launch.__call__
+
+    def noted(self, *tensors):
+        launched.append((self.kernel.fn.__name__, self.integers[0]))
+        call(self, *tensors)
+
+    def launches_of(xs, right, gains=()):
+        launched.clear()
+        requantized(xs, right, INT8, "row", [*gains])
+        return launched
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    narrow, wide = [matrix(m, 128) for m in (3, 70, 5)], [matrix(m, 256) for m in (9, 2)]
+    many = "whole_rows_of_many"
+    for right in (None, Rotation(64)):
+        assert launches_of([*narrow, *wide], right) == [(many, 3), (many, 2)]
+        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(many, 3), (many, 2)]
+    halves = [x.bfloat16() for x in narrow[:2]]
+    assert launches_of([*halves, *narrow], None) == [(many, 2), (many, 3)]
+    # Those that the kernel cannot take have launches of their own.
+    odd = [matrix(4, 128, layout="misaligned"), matrix(4, 128, torch.float64), matrix(4, 100)]
+    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(many, 3), *[("whole_rows", 4)] * 3]
+
+
+@runs_kernels
+def test_many_that_have_moved():
+    """What is remembered holds pointers."""
+    kept = []
+    for m in (37, 37, 5, 37):
+        xs = [matrix(m, 128), matrix(40 - m, 128)]
+        kept.append(xs)
+        for codes, scales, x in zip(*requantized(xs, None, INT8, "row", []), xs, strict=True):
+            expected, _, expected_scales = library.rotate_quantize(x, None, None, INT8, "row")
+            assert_same_bytes(codes, expected)
+            assert torch.equal(scales, expected_scales)
+
+
+@runs_kernels
+def test_vectors_of_any_stride():
+    """An expanded or sliced bias, scale or fold is read as what it is."""
+    x, fold = torch.randn(37, 64, device=DEVICE), torch.rand(2 * 64, device=DEVICE) + 0.5
+    actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2], True, False)
+    expected = quantizer.rotate_quantize(x, None, None, INT8, "row", None, fold[::2].contiguous(), True, False)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    actual = quantizer.rotate_quantize(x, None, None, INT8, "row", None, None, True, False, gain=fold[::2])
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2], expected[2])
+    a, ones = codes_of((37, 64), INT8), torch.ones(1, device=DEVICE)
+    options, sliced = (None, None, (37, 37), torch.float32), fold[:74:2]
+    y = product.scaled_mm(a, a, sliced, ones.expand(37), sliced, *options, sliced)
+    sliced = sliced.contiguous()
+    expected = product.scaled_mm(a, a, sliced, None, sliced, *options, sliced)
+    assert torch.equal(y, expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@in_every_format
+def test_nan_and_inf_show_in_the_result(format, bad):
+    """Where codes · scale is not finite; what the codes are there is of no concern. Other rows are as if nothing happened."""
+
+    def shown(codes, scales):
+        return ~(codes.float() * scales).isfinite()
+
+    x = matrix(5, 64)
+    x[3, 7] = bad
+    in_row, in_column = (torch.zeros(5, 64, dtype=torch.bool, device=DEVICE) for _ in range(2))
+    in_row[3], in_column[:, 7] = True, True
+    good = [0, 1, 2, 4]
+    for right in (None, Rotation(16), Rotation(64)):
+        codes, _, scales = quantizer.rotate_quantize(x, None, right, format, "row", None, None, True, False)
+        assert torch.equal(shown(codes, scales[:, None]), in_row)
+        expected, expected_scales = reference.rotate_quantize(x[good], None, right, format, "row")
+        assert_same_codes(codes[good], expected, format, exact=right is None)
+        assert_same_scales(scales[good], expected_scales)
+        codes, _, scales = quantizer.rotate_quantize(x, None, right, format, "tensor", None, None, True, False)
+        assert shown(codes, scales).all()
+    codes, _, scales = quantizer.rotate_quantize(x, None, None, format, "column", None, None, True, False)
+    assert torch.equal(shown(codes, scales), in_column)
+    codes, codes_t, row_scales, column_scales = quantizer.quantize_pair(x, None, format, None, None)
+    assert torch.equal(shown(codes, row_scales[:, None]), in_row)
+    assert torch.equal(shown(codes_t.t(), column_scales), in_column)
+    codes, _, scales = quantizer.rotate_quantize(x, Rotation(16), None, format, "row", None, None, True, False)
+    assert shown(codes, scales[:, None]).all(), "every row of its block"
+    if not format.uniform:  # a bare cast to integers hides it: they have neither NaN nor a scale
+        check(x, None, None, format, "unit")
+
+
+@runs_kernels
+@pytest.mark.parametrize("right", [None, Rotation(32, 5)], ids=str)
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_a_gain_beyond_float16(scale, right):
+    x, gain = matrix(37, 64, torch.float16), torch.ones(64, device=DEVICE)
+    x[0, 3], gain[3] = 300.0, 256.0
+    check(x, None, right, INT8, scale, rtol=1e-5, gain=gain)
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
+def test_nothing_is_quantised(scale):
+    for size in ((0, 64), (64, 0)):
+        x = torch.empty(size, device=DEVICE)
+        codes, codes_t, scales = quantizer.rotate_quantize(x, None, None, INT8, scale, None, None, True, True)
+        expected, expected_scales = reference.rotate_quantize(x, None, None, INT8, scale)
+        assert codes.shape == codes_t.t().shape == expected.shape and scales.shape == expected_scales.shape
+        assert scales.isfinite().all() and (scales > 0).all()
+
+
+# Rotation and transposition.
+
+
+@runs_kernels
+@given(
+    m=st.sampled_from([0, 1, 37, 150]),
+    size=st.sampled_from([(37, None), (48, 16), (192, 64), (256, 128), (512, 256), (576, 576)]),
+    left=st.sampled_from([None, Rotation(16, 3), Rotation(128), Rotation(256), Rotation(16, None, 8)]),
+    dtype=DTYPES,
+    out=DTYPES,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+@examples
+def test_rotate_and_unrotate(m, size, left, dtype, out, layout):
+    k, block = size
+    right = Rotation(block, 5) if block else None
+    assume(m > 0 or layout == "contiguous")
+    assume(block != 576 or layout != "transposed")  # see test_full_width_of_a_transposed_matrix
+    tolerance = {"rtol": torch.finfo(out).eps + 4e-6, "atol": 4e-6}
+    x = matrix(m, k, dtype, layout)
+    y = rotating.rotate(x, left, right, out)
+    torch.testing.assert_close(y, reference.rotate(x, left, right).to(out), **tolerance)
+    back = rotating.unrotate(y, left, right, (m, k), out)
+    torch.testing.assert_close(back, reference.unrotate(y, left, right, (m, k)).to(out), **tolerance)
+    assert y.is_contiguous() and back.is_contiguous()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 200), (130, 300), (0, 5)])
+def test_transposed(shape, dtype):
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE).view(dtype)
+    assert_layout(rotating.transposed(codes))
+    assert_same_bytes(rotating.transposed(codes), codes.t())
+    assert_same_bytes(rotating.transposed(codes[:, 1:]), codes[:, 1:].t())
+
+
+@runs_kernels
+@pytest.mark.parametrize("format", [FP6_E2M3, FP6_E3M2], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_packing(rows, format):
+    codes = from_bits(torch.randint(64, (rows, 192), dtype=torch.uint8), format)
+    codes[0, :64] = from_bits(torch.arange(64, dtype=torch.uint8), format)
+    packed = torch.empty(rows, 144, dtype=torch.uint8, device=DEVICE)
+    library.pack_rows_(codes.to(DEVICE), format, packed)
+    assert_same_bytes(packed, packing.pack_rows(codes, format).to(DEVICE))
+    assert_same_bytes(library.unpack_rows(packed, format), codes.to(DEVICE))
+    padded = nn.functional.pad(packed, (7, 0))[:, 7:]
+    assert_same_bytes(library.unpack_rows(padded, format), codes.to(DEVICE))
+    library.pack_rows_(codes.to(DEVICE), format, padded.zero_())
+    assert_same_bytes(padded, packed)
+
+
+@runs_kernels
+def test_widths_are_padded_to_whole_blocks():
+    x, right, gain = matrix(37, 100), Rotation(16), gain_of(100)
+    torch.testing.assert_close(rotating.rotate(x, None, right, torch.float32), reference.rotate(x, None, right))
+    for scale in ("row", "tensor"):
+        check(x, None, right, INT8, scale)
+        check(x, None, right, INT8, scale, gain=gain)
+
+
+@runs_kernels
+def test_full_width_of_a_transposed_matrix():
+    x, rotation = matrix(37, 576, layout="transposed"), Rotation(576)
+    expected = reference.rotate(x.contiguous(), None, rotation)
+    torch.testing.assert_close(rotating.rotate(x, None, rotation, torch.float32), expected)
+
+
+# Products.
+
+
+@runs_kernels
+@pytest.mark.parametrize("gained", [False, True])
+def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
+    """Where a pass of its own undoes the left one: columns of nearly one value, rotated along tokens, are √128 times as large."""
+    monkeypatch.setattr(product, "_left_in_epilogue", lambda *_: False)
+    left, right, (m, n, k) = Rotation(128, None), Rotation(128, 1), (128, 128, 256)
+    x, w = 1 + 0.05 * matrix(m, k), 0.1 * matrix(n, k) + 0.05
+    x = x * (2e4 / (x @ w.t()).abs().max())
+    a, a_scale = reference.rotate_quantize(x, left, None, INT8, "row")
+    b, b_scale = reference.rotate_quantize(w.t().contiguous(), None, right, INT8, "column")
+    args = (a, b.t().contiguous(), a_scale, b_scale, None, left, right, (m, n))
+    y = product.scaled_mm(*args, torch.float16, torch.ones(n, device=DEVICE) if gained else None)
+    assert y.dtype == torch.float16 and y.isfinite().all()
+    assert relative_error(y.float(), exact_product(*args)) < 2e-3
+
+
+def test_scales_of_one_are_float32():
+    """Whatever PyTorch makes by default, and keeps making after that."""
+    cublas._ones.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert cublas._ones(4, torch.device("cpu")).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@runs_kernels
+@given(
+    size=st.sampled_from([(1, 16, 1), (37, 48, 100), (70, 192, 200), (200, 576, 144), (300, 512, 64)]),
+    formats=st.sampled_from(
+        [(INT8, INT8), (FP8_E4M3, FP8_E4M3), (FP8_E5M2, FP8_E4M3), (FP6_E2M3, FP6_E2M3), (FP6_E3M2, FP6_E3M2)]
+    ),
+    left=st.sampled_from([None, None, Rotation(32, 5), Rotation(256)]),
+    right=st.sampled_from([None, 16, 64, 128, 256]),
+    scales=st.tuples(*[st.sampled_from([None, "one", "vector"])] * 2),
+    biased=st.booleans(),
+    gained=st.booleans(),
+    dtype=DTYPES,
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "misaligned", "transposed"])] * 2),
+)
+@examples
+def test_scaled_mm(size, formats, left, right, scales, biased, gained, dtype, layouts):
+    m, n, k = size
+    right = Rotation(right, 7) if right else None
+    rows, columns = reference.padded(m, left), reference.padded(n, right)
+    assume(dtype != torch.float16 or None not in scales)  # sums of codes are too large for it
+    assume(k > 1 or left is None)  # one product for a row may cancel
+    a, b_t = (codes_of((r, k), f, layout) for r, f, layout in zip((rows, columns), formats, layouts, strict=True))
+    a_scale, b_scale = scales_of(scales, (rows, columns), [format.max for format in formats])
+    bias = torch.randn(n, device=DEVICE, dtype=dtype) if biased else None
+    gain = gain_of(n) if gained else None
+    y = product.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (m, n), dtype, gain)
+    assert y.dtype == dtype and y.shape == (m, n) and y.is_contiguous()
+    error = relative_error(y, exact_product(a, b_t, a_scale, b_scale, bias, left, right, (m, n), gain))
+    # Up to three roundings to the result's dtype. Triton's interpreter truncates to bf16, which errs twice as much; a GPU
+    # rounds to bf16 before it undoes a rotation in the epilogue, and keeps about 14 bits of fp8 sums.
+    least, most = ROUNDING[dtype], 3 * ROUNDING[dtype] ** 2
+    if GPU:
+        most += 1.66e-3**2 * ((left is not None) + (right is not None)) + (2e-3**2 if a.dtype != torch.int8 else 0)
+    elif dtype == torch.bfloat16:
+        most *= 4
+    few = y.numel() < 1000  # a matter of chance
+    assert error < (3 if few else 1.2) * most**0.5 + 1e-6
+    assert error >= 0.8 * least or few
+
+
+@runs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned", "transposed"])
+@pytest.mark.parametrize("size", [(1, 1, 1), (37, 48, 100), (130, 300, 261), (300, 520, 256)])
+def test_integer_products_are_exact(size, layout):
+    m, n, k = size
+    a, b_t = codes_of((m, k), INT8, layout), codes_of((n, k), INT8, layout)
+    y = product.scaled_mm(a, b_t, None, None, None, None, None, (m, n), torch.float32)
+    assert torch.equal(y.double(), exact_product(a, b_t))
+    scale, bias = torch.tensor(0.5, device=DEVICE), torch.arange(n, device=DEVICE, dtype=torch.float32)
+    y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32)
+    assert torch.equal(y.double(), exact_product(a, b_t) / 4 + bias)
+    gain = gain_of(n)
+    y = product.scaled_mm(a, b_t, scale, scale, bias, None, None, (m, n), torch.float32, gain)
+    assert torch.equal(y.double(), exact_product(a, b_t) / 4 * gain + bias)
+
+
+@runs_kernels
+@pytest.mark.parametrize("rotations", [(None, None), (Rotation(16), Rotation(32, 5))], ids=str)
+def test_sums_that_an_integer_does_not_hold(monkeypatch, rotations):
+    """Are cut. In the interpreter shorter ones, of which each part is exact."""
+    assert reference.LONGEST_SUM * INT8.max**2 < 2**31
+    monkeypatch.setattr(product, "LONGEST_SUM", 256)
+    launches = []
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: (launches.append(self.kernel.fn), call(self, *tensors))[1])
+    m, n, k = 64, 96, 700
+    a, b_t = codes_of((m, k), INT8, "misaligned"), codes_of((n, k), INT8)
+    scale, bias, gain = torch.rand(m, device=DEVICE) + 0.5, torch.randn(n, device=DEVICE), gain_of(n)
+    y = product.scaled_mm(a, b_t, scale, None, bias, *rotations, (m, n), torch.float32, gain)
+    assert launches.count(tma.scaled_mm_kernel.fn) == 3
+    error = relative_error(y, exact_product(a, b_t, scale, None, bias, *rotations, (m, n), gain))
+    assert error < (5e-3 if GPU and rotations[0] else 1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("left", [None, Rotation(32, 5), Rotation(256)], ids=str)
+@pytest.mark.parametrize("block", [16, 128, 256])
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+def test_a_gain_comes_between_the_unrotation_and_the_bias(format, block, left):
+    """In the epilogue, and where all of a rotation or one of two is undone in a pass of its own."""
+    m, n, k, right = 256, 512, 64, Rotation(block, 7)
+    a, b_t = codes_of((m, k), format), codes_of((n, k), format)
+    a_scale = (torch.rand(m, device=DEVICE) + 0.5) / format.max
+    # Columns and a bias so unlike each other that no other order comes near.
+    gain, bias = 2.0 ** torch.randint(-6, 7, (n,), device=DEVICE), torch.randn(n, device=DEVICE) * 100
+    options = (left, right, (m, n), torch.float32)
+    y = product.scaled_mm(a, b_t, a_scale, None, bias, *options, gain) - bias
+    expected = exact_product(a, b_t, a_scale, None, None, left, right, (m, n))
+    assert relative_error(y / gain, expected) < (6e-3 if GPU else 1e-3)
+
+
+@runs_kernels
+def test_which_products_are_the_vendors(monkeypatch):
+    monkeypatch.setattr(cublas, "is_hopper", lambda device: True)
+    monkeypatch.setattr(cublas, "_multiplies", lambda device: True)
+    a = quantizer.Matrix(torch.Size((8192, 4096)), (4096, 1), torch.float8_e4m3fn, DEVICE)
+    served = Request(a, a, 8192, 2, 0, False, None, None, None, torch.bfloat16)
+    assert cublas.why_not(served) is None
+    codes = torch.float8_e5m2, torch.int8
+    for other in (
+        {"gain": True}, {"bias": torch.bfloat16}, {"left": Rotation(128)}, {"right": Rotation(128)}, {"a_scale": 1},
+        {"dtype": torch.float32}, {"a": a._replace(stride=(4112, 1))}, *({"b_t": a._replace(dtype=dtype)} for dtype in codes),
+        *({"a": a._replace(shape=torch.Size((8192, k)), stride=(k, 1))} for k in (512, 16384)),
+        {"a": a._replace(shape=torch.Size((512, 4096)))},
+    ):  # fmt: skip
+        request = served._replace(**other)
+        assert cublas.why_not(request._replace(b_t=other.get("b_t", request.b_t))) is not None, other
+
+
+@runs_kernels
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [(0, 16, 64), (5, 0, 64), (5, 16, 0)])
+def test_nothing_is_multiplied(size, biased):
+    m, n, k = size
+    a, b_t = codes_of((m, k), INT8), codes_of((n, k), INT8)
+    bias = torch.randn(n, device=DEVICE) if biased else None
+    y = product.scaled_mm(a, b_t, None, None, bias, None, None, (m, n), torch.float32)
+    assert torch.equal(y, bias.expand(m, n) if biased else torch.zeros(m, n, device=DEVICE))
+
+
+# Sizes that only a GPU has the time for, through the public ops.
+
+
+@pytest.mark.gpu
+@runs_kernels
+@in_every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((1000, 4096), 128), ((513, 14336), 128), ((513, 14336), 14336), ((200, 18944), 18944)]
+)
+def test_real_rows(shape, block, dtype, format):
+    x = matrix(*shape, dtype)
+    rtol = 1e-5 if block > 128 else 1e-6
+    for gain in (None, gain_of(shape[1], dtype)):
+        check(x, None, Rotation(block), format, "row", rtol=rtol, quantize=library.rotate_quantize, gain=gain)
+
+
+@pytest.mark.gpu
+@runs_kernels
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+@pytest.mark.parametrize("size", [(1000, 1024, 4096), (4096, 4096, 1024), (16, 4096, 4096), (8192, 4096, 1000)])
+def test_real_products(size, format):
+    m, n, k = size
+    a, b_t = codes_of((m, k), format), codes_of((n, k), format)
+    a_scale, b_scale = (torch.rand(length, device=DEVICE) + 0.5 for length in (m, n))
+    exact, gain = exact_product(a, b_t, a_scale, b_scale), gain_of(n)
+    for left, right in ((None, None), (None, Rotation(128)), (Rotation(128), Rotation(64)), (Rotation(16), None)):
+        if left is not None and m % left.edge:
+            continue
+        expected = reference.unrotate(exact, left, right, (m, n))
+        for dtype in (torch.float32, torch.bfloat16):
+            y = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype)
+            error = relative_error(y, expected)
+            assert error < 5e-3
+            if format is INT8 and dtype == torch.float32 and left is right is None:
+                assert error < 1e-6
+            gained = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype, gain)
+            torch.testing.assert_close(gained, (y * gain).to(dtype), rtol=0 if error < 1e-6 else 1e-2, atol=1e-4)
+
+
+# That these tests can fail.
+
+
+@runs_kernels
+def test_the_kernels_are_what_is_tested(monkeypatch):
+    launched, gained = set(), set()
+    call = Launch.__call__
+
+    def noted(self, *tensors):
+        (gained if self.constants.get("GAIN") else launched).add(self.kernel.fn.__name__)
+        call(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    check(matrix(3, 64), None, Rotation(64), INT8, "row")
+    check(matrix(3, 64), None, None, INT8, "column")
+    rotating.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
+    product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
+    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
+    assert launched == set(expected.split())
+    gain, like = gain_of(64), codes_of((64, 64), INT8)
+    for x, right in ((matrix(3, 64), Rotation(64)), (matrix(3, 64), None)):
+        launched.clear(), gained.clear()
+        quantizer.rotate_quantize(x, None, right, INT8, "row", None, None, True, False, gain=gain)
+        assert gained == {"whole_rows"} and not launched
+    product.scaled_mm(like, like, None, None, None, None, Rotation(64), (64, 64), torch.float32, gain)
+    assert gained == {"whole_rows", "scaled_mm_kernel"} and not launched
+
+
+@in_every_format
+def test_one_wrong_code_is_seen(format):
+    codes, scales = reference.rotate_quantize(torch.randn(10, 1000), None, None, format, "row")
+    number = ordinals(codes, format)
+    values, counts = number.unique(return_counts=True)
+    follows = values.diff() == 1
+    low = values[:-1][follows][counts[:-1][follows].argmax()]  # a common code, of which the next one up occurs as well
+
+    def changed(at, to):
+        """The codes with those numbered ``low`` at ``at`` replaced by a code of another number."""
+        other = codes.view(torch.int8).clone()
+        other.view(-1)[at] = other[number == to][0]
+        return other.view(codes.dtype)
+
+    at = (number.flatten() == low).nonzero().flatten()
+    assert_same_codes(codes, codes, format, exact=True)
+    assert_same_codes(changed(at[0], low + 1), codes, format, exact=False)
+    with pytest.raises(AssertionError, match="1 of 10000 codes differ"):
+        assert_same_codes(changed(at[0], low + 1), codes, format, exact=True)
+    with pytest.raises(AssertionError):
+        assert_same_codes(changed(at[0], values[0]), codes, format, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_codes(changed(at[:3], low + 1), codes, format, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_scales(scales * (1 + 3e-6), scales)

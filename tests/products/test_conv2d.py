@@ -1,0 +1,186 @@
+"""Convolutions and Conv1D by HOT's recipes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
+from halo_tensor.layers.conv2d import HaloConv2d
+from tests.helpers.errors import relative_error
+from tests.helpers.projections import project, rounded, walsh
+from tests.helpers.recording import OpLog, saved_bytes
+
+GEOMETRIES = [
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2, "bias": False},
+    {"kernel_size": 1, "padding": 1, "groups": 2},
+    {"kernel_size": 3, "padding": 1, "bias": False},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "groups": 2},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+]
+
+
+def converted(layer: nn.Module, name: str) -> nn.Module:
+    layer = copy.deepcopy(layer)
+    quantize_(layer, recipe_config(name), filter_fn=lambda module, name: isinstance(module, nn.Conv2d | Conv1D))
+    return layer
+
+
+def gradients(layer: nn.Module, x: torch.Tensor, e: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], e)]
+
+
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("hp", [torch.float32, torch.bfloat16])
+def test_any_geometry(options, hp):
+    """In int8 of the whole rank, what is left of the errors is int8's; the forward is nn.Conv2d's to the bit."""
+    plain = nn.Conv2d(32, 64, dtype=hp, **options)
+    layer = converted(plain, "hot_llm")
+    assert type(layer) is HaloConv2d and (layer.bias is None) == (plain.bias is None)
+    x = torch.randn(3, 32, 9, 10, dtype=hp)
+    e = torch.randn_like(plain(x))
+    with OpLog() as log:
+        actual = gradients(layer, x, e)
+    assert log.products() == [torch.int8] * (2 * plain.groups)
+    for i, (a, b) in enumerate(zip(actual, gradients(plain.double(), x.double(), e.double()), strict=True)):
+        assert a.dtype == hp and a.shape == b.shape
+        assert relative_error(a, b) < (0.02 if i in (1, 2) else 1e-6 if hp == torch.float32 else 0.01)
+    unbatched = gradients(layer, x[0], e[0])
+    assert unbatched[0].shape == e[0].shape and relative_error(unbatched[1], actual[1][0]) < 0.03
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 3}], ids=str)
+def test_an_empty_batch(options):
+    layer = nn.Sequential(nn.Conv2d(64, 64, **options))
+    quantize_(layer, hot_config())
+    x = torch.randn(0, 64, 8, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and layer[0].weight.grad.abs().max() == 0
+
+
+def test_a_pointwise_convolution_is_a_linear_layer():
+    """hot.md's two paths, in float64, on positions as tokens. Rounding to nearest, to be comparable."""
+    plain = nn.Conv2d(32, 64, 1)
+    layer = copy.deepcopy(plain)
+    quantize_(layer, hot_config(rounding="nearest", min_features=32))
+    x, e = torch.randn(2, 32, 7, 7), torch.randn(2, 64, 7, 7)
+    _, grad_x, grad_w, _ = gradients(layer, x, e)
+    x, e = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, e))
+    expected = rounded(project(e.t(), 16).t(), 7) @ rounded(project(plain.weight[..., 0, 0].detach(), 16), 7)
+    assert relative_error(grad_x, expected.view(2, 7, 7, 32).permute(0, 3, 1, 2)) < 2e-3
+    expected = rounded(project(e, 16, 8), 127).t() @ rounded(project(x, 16, 8), 127)
+    assert relative_error(grad_w[..., 0, 0], expected) < 2e-3
+
+
+def test_a_wider_convolution_is_that_of_what_was_saved():
+    """grad_weight is the exact one of X projected and rounded, but for int8's error in the product."""
+    plain = nn.Conv2d(32, 64, 3, padding=1)
+    layer = converted(plain, "hot")
+    x, e = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 8, 8)
+    grad_w = gradients(layer, x, e)[2]
+    tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
+    low = rounded(project(tokens, 16, 8), 127).view(-1, 8, 32)
+    saved = (walsh(16, 8) @ low).view(2, 8, 8, 32).permute(0, 3, 1, 2)
+    expected = torch.nn.grad.conv2d_weight(saved, plain.weight.shape, e.double(), padding=1)
+    assert 1e-3 < relative_error(grad_w, expected) < 0.03
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_only_compressed_codes_are_saved(kernel):
+    plain = nn.Conv2d(64, 64, kernel, padding=kernel // 2, dtype=torch.bfloat16)
+    x = torch.randn(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    bytes = {}
+    for layer in (plain, converted(plain, "hot")):
+        with saved_bytes() as saved:
+            out = layer(x)
+        bytes[type(layer)] = saved(layer)
+        del out
+    assert bytes[nn.Conv2d] == 4 * 64 * 64 * 2 and bytes[HaloConv2d] == 4 * 64 * 64 // 2 + 4
+    layer = converted(plain, "hot")
+    layer.weight.requires_grad_(False)
+    with saved_bytes() as saved:
+        layer(x).sum().backward()
+    assert saved(layer) == 0 and x.grad is not None
+
+
+def test_what_is_left_alone_says_why():
+    class Standardised(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 7), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, groups=64), Standardised(64, 64, 1),
+        nn.ConvTranspose2d(64, 64, 2), nn.Conv2d(64, 72, 1), nn.Conv2d(72, 64, 1), nn.Linear(64, 64),
+    )  # fmt: skip
+    report = quantize_(model, hot_config())
+    assert report.converted == ["1", "7"]
+    assert {name: reason.split(" (")[0] for name, reason in report.skipped.items()} == {
+        "0": "fewer than min_features=64 features on a side",
+        "2": "fewer than min_features=64 features on a side",
+        "3": "it is a Standardised, whose forward may be its own",
+        "4": "of convolutions, only nn.Conv2d is converted",
+        "5": "a width that is no multiple of 16",
+        "6": "a width that is no multiple of 16",
+    }
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Linear(128, 128))
+    with pytest.warns(UserWarning, match=r"0: a Conv2d follows .*hot_config\(\)'s \(69 % of the parameters\)"):
+        assert quantize_(model, halo_config()).converted == ["1"]
+    assert type(model[0]) is nn.Conv2d
+    with pytest.raises(ValueError, match="a Conv2d follows recipes with a plain forward only"):
+        quantize_(model, halo_config(), filter_fn=lambda module, name: isinstance(module, nn.Conv2d))
+
+
+def test_there_and_back():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), Conv1D(64, 64))
+    names = list(model.state_dict())
+    assert quantize_(model, hot_config()).converted == quantize_(model, hot_config(4)).converted == ["0", "1"]
+    assert model[0].recipe == hot_config(4).recipe
+    assert quantize_(model, hot_config(4)).converted == ["0", "1"], "the same config again"
+    again = pickle.loads(pickle.dumps(model))
+    assert again[0].recipe == model[0].recipe and list(model.state_dict()) == names
+    dequantize_(model)
+    assert [type(m) for m in model] == [nn.Conv2d, Conv1D] and not hasattr(model[0], "recipe")
+
+
+def test_conv1d_is_the_linear_layer_of_its_transpose():
+    plain = Conv1D(128, 64)
+    linear = nn.Linear(64, 128)
+    linear.load_state_dict({"weight": plain.weight.t(), "bias": plain.bias})
+    config = hot_config(rounding="nearest")
+    layer = copy.deepcopy(plain)
+    quantize_(layer, config)
+    quantize_(linear, config)
+    x, e = torch.randn(2, 13, 64), torch.randn(2, 13, 128)
+    for a, b in zip(gradients(layer, x, e), gradients(linear, x, e), strict=True):
+        torch.testing.assert_close(a if a.shape == b.shape else a.t(), b)
+
+
+def test_compiled_and_under_autocast():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1, stride=2), nn.Flatten(2), Conv1D(64, 16))
+    quantize_(model[:2], hot_config())
+    quantize_(model[3], hot_config(min_features=16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 64, 8, 8, requires_grad=True)
+
+    def grads(f):
+        torch.manual_seed(1)
+        return torch.autograd.grad(f(x).square().sum(), [x, *model.parameters()])
+
+    for a, b in zip(grads(compiled), grads(model), strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model[0](x)
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in torch.autograd.grad(y.sum(), [x, model[0].weight])] == [torch.float32] * 2
+    with pytest.raises(ValueError, match="conv2d: input torch.bfloat16, weight torch.float32"):
+        model[0](x.bfloat16())
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(F.relu(model[0](x)).sum(), x, create_graph=True)
