@@ -374,8 +374,8 @@ def _convert(module: torch.nn.Module, config: LinearConfig, *, parameter_name: s
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "
             "can be converted. Convert before any other quantisation or sharding"
         )
-    check_device(recipe.formats, weight.device)
     check_scales(recipe.granularities, weight.device)
+    check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)

@@ -185,7 +185,8 @@ class Scales(Constant):
             if length is None:
                 scale = scale.unsqueeze(dim)
             elif length > 1:
-                scale = scale.repeat_interleave(length, dim).narrow(dim, 0, size)
+                # Not repeat_interleave and narrow: Inductor's C++ (torch 2.13) leaves out the last block's part of the slice.
+                scale = scale.index_select(dim, torch.arange(size, device=scale.device) // length)
         return scale
 
     def cut(self, scale: torch.Tensor, axis: str, start: int, stop: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from halo_tensor import HadamardQuantTensor, halo_config, quantize_
 from halo_tensor.ops import library
-from halo_tensor.recipe import FORMATS, FP8_E4M3, INT8, ROW, Rotation
+from halo_tensor.recipe import FORMATS, FP4_E2M1, FP8_E4M3, INT8, ROW, Rotation, Scales
 from halo_tensor.reference.hadamard import fit
 from tests.helpers.errors import relative_error, rounding_bound, typical_error
 from tests.helpers.recording import OpLog
@@ -65,18 +65,55 @@ def test_products_with_matching_rotations(m, k, n, format, scale, block, tokens,
         assert typical / 3 < error / expected.norm() < 2 * typical
 
 
+BLOCKS = ["32x32", "1x32/e8m0", "32x1/e8m0", "1x16/fp8_e4m3/float32", "16x16/fp8_e4m3/float32", "4x8"]
+
+
+@given(
+    m=st.integers(1, 40),
+    k=st.sampled_from(WIDTHS),
+    n=st.integers(1, 40),
+    formats=st.sampled_from([(INT8, INT8), (FP8_E4M3, FP8_E4M3), (FP8_E4M3, FP4_E2M1), (FP4_E2M1, FP4_E2M1)]),
+    layouts=st.tuples(st.sampled_from(BLOCKS), st.sampled_from(BLOCKS)),
+    rotated=st.booleans(),
+    transposed=st.tuples(st.booleans(), st.booleans()),
+    bias=st.booleans(),
+)
+def test_products_of_blocks_are_those_of_what_the_codes_stand_for(m, k, n, formats, layouts, rotated, transposed, bias):
+    """torch.mm and addmm of any two block layouts, made in rows or in columns, are the products of the dequantised matrices."""
+    rotation = fit(Rotation(16), k) if rotated else None
+
+    def operand(x, format, layout, turned):
+        if turned:
+            return from_hp(x.t(), format, layout, row_rotation=rotation, rows=False, columns=True).t()
+        return from_hp(x, format, layout, column_rotation=rotation)
+
+    a, b = (operand(torch.randn(rows, k), *others) for rows, *others in zip((m, n), formats, layouts, transposed, strict=True))
+    expected = a.dequantize().double() @ b.dequantize().double().t()
+    with OpLog() as log:
+        y = torch.addmm(torch.ones(n), a, b.t()) - 1 if bias else torch.mm(a, b.t())
+    assert log.products() == [a.any_codes().dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * k**0.5)
+
+
 @given(
     m=st.integers(1, 40),
     k=st.sampled_from(WIDTHS),
     format=formats,
-    scale=st.sampled_from(["row", "column", "tensor", "32x32"]),
+    scale=st.sampled_from(["row", "column", "tensor", *BLOCKS]),
 )
 def test_transposition_commutes(m, k, format, scale):
     x = torch.randn(m, k)
     rotation = fit(Rotation(64), k)
     a = from_hp(x, format, scale, row_rotation=Rotation(16), column_rotation=rotation, rows=True, columns=True)
-    swapped = {"row": "column", "column": "row"}.get(scale, scale)
-    b = from_hp(x.t(), format, swapped, row_rotation=rotation, column_rotation=Rotation(16), rows=True, columns=True)
+    b = from_hp(
+        x.t(),
+        format,
+        Scales.of(scale).transposed,
+        row_rotation=rotation,
+        column_rotation=Rotation(16),
+        rows=True,
+        columns=True,
+    )
     assert torch.equal(a.codes.t().float(), a.codes_t.float()), "both layouts hold the same codes"
     t = a.t()
     assert (t.shape, t.row_rotation, t.column_rotation, t.granularity) == (
@@ -217,6 +254,27 @@ def test_save_and_load(tmp_path):
     loaded = torch.load(tmp_path / "q.pt", weights_only=True)
     assert repr(loaded) == repr(q)
     assert torch.equal(loaded.dequantize(), q.dequantize())
+
+
+def test_no_kernel_for_scales_other_than_float32():
+    """On a GPU from_hp and to() refuse them; nothing else runs in their place. Fake tensors are on a GPU without one."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(32, 64, device="cuda")
+        for layout in ("1x32/e8m0", "1x16/fp8_e4m3/float32"):
+            with pytest.raises(RuntimeError, match=f"no kernel computes with scales per {layout}.*on a CPU only"):
+                from_hp(x, FP8_E4M3, layout)
+        assert from_hp(x, FP8_E4M3, "32x32").codes.device.type == "cuda"
+    with pytest.raises(RuntimeError, match="no kernel computes with scales per 1x32/e8m0"):
+        torch.ops.aten._to_copy(from_hp(torch.randn(32, 64), FP8_E4M3, "1x32/e8m0"), device=torch.device("cuda"))
+
+
+def test_save_and_load_of_blocks(tmp_path):
+    q = from_hp(torch.randn(20, 64), FP4_E2M1, "1x16/fp8_e4m3/float32")
+    torch.save(q, tmp_path / "q.pt")
+    loaded = torch.load(tmp_path / "q.pt", weights_only=True)
+    assert loaded.granularity == q.granularity and torch.equal(loaded.dequantize(), q.dequantize())
 
 
 def test_repr():
