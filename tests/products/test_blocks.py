@@ -110,6 +110,17 @@ def test_a_gpu_is_refused_with_one_clear_error(name, monkeypatch):
         torch.ops.aten._to_copy(frozen.weight, device=torch.device("cuda"))
 
 
+def test_a_shard_of_rows_has_the_scales_of_its_blocks():
+    weight = converted(nn.Linear(128, 128), recipe_config("jetfire")).weight.detach()
+    for shard, rows in zip(weight.split(64), weight.master.split(64), strict=True):
+        fresh = HadamardQuantTensor.from_hp(rows, shard.operand.format, "32x32")
+        assert shard.operand.scale.shape == (2, 4) and torch.equal(shard.operand.scale, fresh.scale)
+        assert torch.equal(shard.operand.codes, fresh.codes)
+    assert weight.new_zeros((64, 128)).operand.scale.shape == (2, 4)
+    with pytest.raises(ValueError, match="48 rows per rank are not whole blocks of 32, each of which has one scale"):
+        weight.new_zeros((48, 128))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("nvfp4", "share one float32, on which all ranks would have to agree"), ("mxfp8", "recipe quantises it otherwise")],
