@@ -1,8 +1,10 @@
-"""How faithful is a recipe? The gradient of a real language model, all linears but lm_head converted, against high precision.
+"""Measure how faithful recipes are: the gradient of a real language model under each of them against high precision.
 
-python bench/accuracy.py                                           # Python's documentation
-python bench/accuracy.py --data chats.jsonl --tokens 4096 --name accuracy_sql
-python bench/accuracy.py --outliers --recipes "int8 HALO-1" "int8 HALO-1, balanced" --name accuracy_outliers
+All linear layers except lm_head are converted.
+
+    python bench/accuracy.py                                           # Python's documentation
+    python bench/accuracy.py --data chats.jsonl --tokens 4096 --name accuracy_sql
+    python bench/accuracy.py --outliers --recipes "int8 HALO-1" "int8 HALO-1, balanced" --name accuracy_outliers
 """
 
 import argparse
@@ -29,17 +31,19 @@ CONFIGS = {
     "switchback": recipe_config("switchback"),
     "jetfire": recipe_config("jetfire"),
     "hot": hot_config(),
-    "hot, E per token": hot_config(scale="tokens"),
-    "hot, whole rank, E per token": hot_config(None, scale="tokens"),
-    "hot, int8": hot_config(grad_input_bits=8, scale="tokens", rounding="nearest"),
+    "hot, E per token": hot_config(grad_output_granularity="row"),
+    "hot, whole rank, E per token": hot_config(None, grad_output_granularity="row"),
+    "hot, int8": hot_config(grad_input_bits=8, grad_output_granularity="row", rounding="nearest"),
     "hot_llm": recipe_config("hot_llm"),
     **{name: recipe_config(name) for name in NO_KERNEL},
 }
 
 
 def gradient(model, rows: torch.Tensor, batch: int) -> tuple[float, torch.Tensor, int]:
-    """Mean loss, the gradient of the converted layers' weights in one row (float64), and the bytes that they save for the
-    backward of one batch."""
+    """Return the mean loss, the gradient of the converted weights, and the bytes saved for the backward of one batch.
+
+    The gradient is one float64 vector. Only bytes that the converted layers save are counted.
+    """
     total = 0.0
     model.zero_grad()
     for ids in rows.split(batch):
@@ -60,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     able = [name for name in CONFIGS if name not in NO_KERNEL or not torch.cuda.is_available()]
     parser.add_argument("--recipes", nargs="+", default=able, choices=list(CONFIGS), metavar="RECIPE")
-    parser.add_argument("--outliers", action="store_true", help="in the model, as in bench/outliers.py")
+    parser.add_argument("--outliers", action="store_true", help="add outlier channels to the model, as bench/outliers.py does")
     results.add_arguments(parser, "accuracy")
     return parser.parse_args(argv)
 

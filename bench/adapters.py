@@ -1,4 +1,4 @@
-"""Llama with LoRA adapters on a frozen base: who is compared, and how each makes its base."""
+"""Llama with LoRA adapters on a frozen base, for several ways of storing the base."""
 
 import importlib.util
 import re
@@ -19,13 +19,13 @@ def is_base(module: nn.Module, name: str) -> bool:
 
 
 def convert(llama: nn.Module, name: str) -> None:
-    """Give ``llama``, which has its adapters (but for bitsandbytes), the base that ``name`` asks for."""
+    """Convert the base of ``llama`` as ``name`` says. It has its adapters already, except for bitsandbytes."""
     if name == "bf16":
         return
     if name == "torchao-int8":
         torchao_int8(llama, is_base)
         for module in [module for key, module in llama.named_modules() if is_base(module, key)]:
-            module.requires_grad_(False)  # the conversion makes new parameters
+            module.requires_grad_(False)  # the conversion makes new, trainable parameters
         return
     if name.startswith("torchao-"):
         return torchao_float8(name.removeprefix("torchao-"), llama, is_base)
@@ -40,7 +40,7 @@ def convert(llama: nn.Module, name: str) -> None:
 
 
 def to_bitsandbytes(llama: nn.Module) -> None:
-    """QLoRA's base: linear layers in NF4, before the adapters are put on them."""
+    """Store the linear layers in NF4, as QLoRA does, before adapters are added."""
     import bitsandbytes as bnb
 
     for module in list(llama.model.layers.modules()):
@@ -51,11 +51,11 @@ def to_bitsandbytes(llama: nn.Module) -> None:
                 )
                 new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
                 setattr(module, name, new.to(DEVICE))
-    llama.is_loaded_in_4bit = True  # PEFT looks for this
+    llama.is_loaded_in_4bit = True  # PEFT reads this attribute
 
 
 def make(name: str, shape: dict, recompute: str = "no") -> tuple[Llama, float]:
-    """The model with its adapters, and the seconds that converting its base took."""
+    """Return the model with its adapters, and the seconds that converting its base took."""
     if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
         raise RuntimeError("bitsandbytes is not installed")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")

@@ -1,9 +1,9 @@
-"""Two Llama-3-8B blocks, forward + backward, compiled: this library against bf16 and torchao's low-precision training.
+"""Time two Llama-3-8B blocks, forward + backward, compiled: this library against bf16 and torchao's low-precision training.
 
     python bench/block.py
     python bench/block.py --contenders bf16 halo1-int8 --memory-budget 0.5
 
-Random weights and data. The contenders take turns in one process; each compiles everything anew, from empty caches.
+Weights and data are random. The contenders run one after another in one process; each compiles from empty caches.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draws the table of a benchmark: "× bf16" of every contender, one panel per shape.
+"""Draw the table of a benchmark: "× bf16" of every contender, one panel per shape.
 
 python bench/chart.py linear block      # bench/results/linear.json -> linear.png, and so on
 """
@@ -14,7 +14,7 @@ PER_ROW = 4  # panels side by side
 
 
 def draw(name: str, folder: Path = results.FOLDER) -> None:
-    """``folder``/name.json -> name.png. The columns in "panels" tell the panels apart."""
+    """Draw ``folder``/name.json as name.png. The values of the columns in "panels" distinguish the panels."""
     try:
         import matplotlib
     except ImportError:
@@ -67,8 +67,8 @@ def _panel(row: dict, columns: list[str]) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["linear", "block"], metavar="NAME", help="of the result files")
-    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="of the result files")
+    parser.add_argument("names", nargs="*", default=["linear", "block"], metavar="NAME", help="names of the result files")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="folder of the result files")
     args = parser.parse_args(argv)
     for name in args.names:
         if not (args.folder / f"{name}.json").is_file():

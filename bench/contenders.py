@@ -1,4 +1,4 @@
-"""Who is compared: names, and how each converts a model in place."""
+"""The contenders of the benchmarks: their names, and how each converts a model in place."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,10 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor import fsdp, halo_config, quantize_, recipe_config
 from halo_tensor.calibration.balance import set_gains
 from halo_tensor.operand import gains
-from halo_tensor.weight import fsdp
 from halo_tensor.weight.tensor import HaloWeight
 
 
@@ -22,26 +21,33 @@ def _ours(config, model: nn.Module) -> None:
 
 
 def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gather: bool = False) -> None:
-    """``recipe``: "tensorwise" or "rowwise". ``all_gather``: FSDP2 gathers weights in fp8, which is tensorwise only."""
+    """Convert to torchao's float8 training.
+
+    Args:
+        recipe: "tensorwise" or "rowwise".
+        model: converted in place.
+        filter_fn: which modules to convert.
+        all_gather: let FSDP2 gather weights in fp8, which torchao offers for "tensorwise" only.
+    """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=all_gather)
     convert_to_float8_training(model, config=config, module_filter_fn=filter_fn)
 
 
-#: Milliseconds for which the tuner of torchao's int8 product runs a configuration: before it is timed, and while it is.
+#: Milliseconds for which the tuner of torchao's int8 product runs each configuration: as a warm-up, and while it is timed.
 TUNING = {"warmup": 10, "rep": 30}
 
 
 def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
-    """Its prototype of INT8 mixed-precision training, all three products in int8.
+    """Convert to torchao's prototype of INT8 mixed-precision training, which computes all three products in int8.
 
-    torchao 0.18 registers the function for F.linear where only ATen ops are looked up, so that products stay in bf16
-    without a word: it is registered anew. With module_swap=True they are in int8, but ``torch.compile`` does not take the
-    config that the module passes on.
+    torchao 0.18 registers the function for F.linear in a table of ATen ops, where it is never found, and products silently
+    stay in bf16. This function registers it again. With module_swap=True products are in int8, but ``torch.compile`` does not
+    accept the config that the module passes on.
 
-    On a GPU its product times 27 configurations for each size and keeps the fastest. All of them are tried here too, but each
-    is timed for TUNING milliseconds instead of Triton's 125: two Llama-3-8B blocks have nine sizes.
+    On a GPU, its product times 27 configurations for each size and keeps the fastest. Here all of them are tried too, but each
+    is timed for TUNING milliseconds instead of Triton's 125, because two Llama-3-8B blocks have nine sizes.
     """
     import torchao
     from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
@@ -53,7 +59,7 @@ def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
     def linear(func, types, args, kwargs):
         return product.apply(*args, **(kwargs or {}))
 
-    if torch.cuda.is_available():  # elsewhere the product is PyTorch's
+    if torch.cuda.is_available():  # on a CPU the product is PyTorch's
         from torchao.prototype.quantized_training.int8_mm import _scaled_int8_mm_kernel
         from triton.testing import do_bench
 
@@ -62,8 +68,8 @@ def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
 
 
 FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
-BALANCED = "-balanced"  #: at the end of a contender's name: balance_ follows, on data that its caller has
-DRAWN = "-drawn"  #: draw_gains follows
+BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balance_ after converting
+DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
 CONTENDERS = {
@@ -83,7 +89,7 @@ def rotated(name: str) -> bool:
 
 
 def convert(model: nn.Module, name: str, seed: int = 0) -> None:
-    """``seed``: of the random signs of a rotation, where there is one. To balance and to draw gains is the caller's."""
+    """Convert ``model`` to a contender. ``seed`` draws random signs. The caller balances the model or draws gains."""
     name = name.removesuffix(BALANCED).removesuffix(DRAWN)
     if rotated(name):
         _ours(replace(HALO[name], seed=seed), model)
@@ -92,7 +98,7 @@ def convert(model: nn.Module, name: str, seed: int = 0) -> None:
 
 
 def precompute_scales(name: str, model: nn.Module) -> None:
-    """What is to be called after each optimiser step under FSDP2: one reduction for the scales of all weights."""
+    """Compute the scales of all weights in one reduction, after an optimiser step under FSDP2."""
     if name == FP8_ALL_GATHER:
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -102,10 +108,11 @@ def precompute_scales(name: str, model: nn.Module) -> None:
 
 
 def draw_gains(model: nn.Module, seed: int) -> None:
-    """Let X and W of all converted layers, torchao's too, share random powers of two from ¼ to 4, one draw for each width.
+    """Let X and W of all converted layers share random powers of two from ¼ to 4, one draw for each width.
 
-    Floating codes keep their relative precision, but another element sets a row's scale, so that the whole row is rounded
-    otherwise: what random signs are to a recipe with a rotation. (Not where scales are powers of two, as torchao's by rows.)
+    It also applies to torchao's layers. Floating-point codes keep their relative precision, but another element determines the
+    scale of a row, so the whole row is rounded differently. Another draw of random signs has this effect on a recipe with a
+    rotation. There is no effect where scales are powers of two, as torchao's row-wise scales are.
     """
     generator, pairs = torch.Generator().manual_seed(seed), {}
     for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
@@ -137,7 +144,7 @@ def _give_float8(module: nn.Linear, pair: gains.Gains) -> None:
 
 @torch.no_grad()
 def requantize(model: nn.Module) -> None:
-    """What the optimiser's write to the weights causes, once a step: they are quantised anew. For steps timed without one."""
+    """Quantise all weights again, as they are after an optimiser's write, for steps that have no optimiser."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, HaloWeight):

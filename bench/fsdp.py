@@ -1,10 +1,10 @@
-"""FSDP2 training steps of Llama-3-8B-shaped blocks on the GPUs of a machine: bf16, torchao's fp8 all-gather, this library.
+"""Time FSDP2 training steps of Llama-3-8B-shaped blocks: bf16, torchao's fp8 all-gather, and this library.
 
     torchrun --standalone --nproc-per-node 2 bench/fsdp.py
     torchrun --standalone --nproc-per-node 2 bench/fsdp.py --contenders bf16 halo1-int8 --blocks 8
 
-Random weights and data, bf16 weights, fused AdamW, every block compiled and sharded by itself. The contenders take turns in
-one process.
+Weights (bf16) and data are random. The optimiser is fused AdamW, and every block is compiled and sharded by itself. The
+contenders run one after another in one process.
 """
 
 import argparse
@@ -47,7 +47,7 @@ NOTES = (
 
 
 class Blocks(nn.Module):
-    """``count`` decoder blocks of Llama-3-8B. x [batch, tokens, 4096] -> the same."""
+    """``count`` decoder blocks of Llama-3-8B. They map [batch, tokens, 4096] to the same shape."""
 
     def __init__(self, count: int, hidden: int, intermediate: int):
         super().__init__()
@@ -68,13 +68,13 @@ class Blocks(nn.Module):
 
 
 class Gathered(TorchDispatchMode):
-    """Counts the bytes that all-gathers bring to this rank."""
+    """Count the bytes that all-gathers bring to this rank."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(t is not torch.Tensor and t is not nn.Parameter for t in types):
-            return NotImplemented  # subclasses take themselves apart; their inner ops come here again
+            return NotImplemented  # the subclass runs ops on its inner tensors, which arrive here again
         if func.namespace == "c10d" and func._opname == "_allgather_base_":
             self.bytes += args[0].nbytes
         return func(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ def synchronize() -> None:
 
 
 def milliseconds(step: Callable[[], None], count: int) -> float:
-    """Median of ``count`` steps in a row."""
+    """Return the median time of ``count`` consecutive steps."""
     if not CUDA:
         return statistics.median(alone(step) for _ in range(count))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -99,7 +99,7 @@ def milliseconds(step: Callable[[], None], count: int) -> float:
 
 
 def alone(step: Callable[[], None]) -> float:
-    """Milliseconds until a step that starts on an idle device has been issued."""
+    """Return the milliseconds until a step that starts on an idle device has been issued."""
     synchronize()
     start = time.perf_counter()
     step()
@@ -107,7 +107,7 @@ def alone(step: Callable[[], None]) -> float:
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[float, float, float | None, float]:
-    """(ms per step, ms to issue one, GiB at the peak, GiB gathered per step)."""
+    """Return the ms of a step, the ms to issue one, the GiB at the peak, and the GiB gathered in a step."""
     torch.manual_seed(0)
     with device:
         model = Blocks(args.blocks, args.hidden, args.intermediate).bfloat16()
@@ -127,7 +127,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
 
     for _ in range(args.warmup):
         step()
-    with torch.compiler.set_stance("force_eager"), Gathered() as gathered:  # compiled code does not run under a mode
+    with torch.compiler.set_stance("force_eager"), Gathered() as gathered:  # compiled code ignores dispatch modes
         step()
     step()
     if CUDA:
@@ -143,7 +143,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
 
 
 def row_of(name: str, ms: float, issue: float, peak: float | None, gathered: float, rows: list[dict], tokens: int) -> dict:
-    """Beside the earlier ``rows``, of which bf16's is the reference."""
+    """Return the row of a contender. It is compared with the row of bf16 in ``rows``, if there is one."""
     bf16 = next((row for row in rows if row["contender"] == "bf16"), None)
     reference = bf16["ms"] if bf16 else ms if name == "bf16" else None
     return {
@@ -193,7 +193,7 @@ def main() -> None:
     for name in args.contenders:
         try:
             row = row_of(name, *measure(name, args, device), rows, world * args.batch * args.length)
-        except Exception as error:  # the ranks run alike, so it is everyone's
+        except Exception as error:  # all ranks run the same code, so all of them fail
             print(f"rank {dist.get_rank()}, {name}: {error!r:.500}", flush=True)
             why_not[(name,)] = results.reason(error)
         else:

@@ -1,4 +1,4 @@
-"""Products of quantised matrices: this library's scaled_mm against the vendor's kernels.
+"""Time products of quantised matrices: this library's scaled_mm against the vendor's kernels.
 
     python bench/gemm.py
     python bench/gemm.py --shapes 8192x4096x4096 8192x4096x14336
@@ -14,14 +14,14 @@ import results
 import torch
 from triton.testing import do_bench_cudagraph
 
-from halo_tensor.ops.library import rotate_quantize, scaled_mm
+from halo_tensor.ops import rotate_quantize, scaled_mm
 from halo_tensor.recipe import FP8_E4M3, Rotation
 
 DEVICE = "cuda"
 SHAPES = ["8192x4096x4096", "8192x14336x4096", "8192x4096x14336", "4096x14336x8192", "14336x4096x8192", "8192x6144x4096"]
 #: Dense TFLOP/s of an H100 or H200 (SXM), from the data sheet.
 PEAK = {"bf16": 989, "fp8": 1979, "int8": 1979}
-#: What ours are held against.
+#: Number format -> the vendor's product that ours are compared with.
 VENDOR = {"fp8": "fp8 _scaled_mm, row-wise", "int8": "int8 _int_mm"}
 NOTES = (
     "Results are bf16, those of `_int_mm` unscaled int32. `_scaled_mm` accumulates fast (`use_fast_accum`). "
@@ -33,7 +33,7 @@ NOTES = (
 
 
 def products(m: int, n: int, k: int) -> list[tuple[str, str, Callable[[], torch.Tensor]]]:
-    """(contender, number format, the product [m, k] × [k, n])."""
+    """Return (contender, number format, function that computes the product [m, k] × [k, n]) for each contender."""
     x, w = (torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16) for rows in (m, n))
     a, _, a_scale = rotate_quantize(x, None, None, FP8_E4M3, "row")
     b_t, _, b_scale = rotate_quantize(w, None, None, FP8_E4M3, "row")
@@ -64,10 +64,10 @@ def has_peak(device: str) -> bool:
 
 
 def measure(shape: str, reps: int, why_not: dict) -> list[dict]:
-    """Rows of the products that ran; why the others did not goes into ``why_not``."""
+    """Return a row for each product that runs, and add the reason to ``why_not`` for each one that does not."""
     m, n, k = map(int, shape.split("x"))
     contenders = products(m, n, k)
-    torch.cuda.synchronize()  # the data are there before another stream reads them
+    torch.cuda.synchronize()  # another stream reads the data
     peaks = PEAK if has_peak(torch.cuda.get_device_name()) else {}
     rows, times = [], {}
     for name, format, product in contenders:

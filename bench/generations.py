@@ -1,4 +1,4 @@
-"""The code that GPUs before Hopper get, run on the GPU that is there: this library's products and linear layers against bf16.
+"""Time the code for GPUs before Hopper on this GPU: this library's products and linear layers against bf16.
 
     python bench/generations.py
     python bench/generations.py --targets 80 --layers 4096x4096
@@ -24,7 +24,7 @@ from triton.testing import do_bench_cudagraph
 sys.path.insert(1, str(Path(__file__).parent.parent))
 from halo_tensor import halo_config
 from halo_tensor.operand import gains
-from halo_tensor.ops.library import rotate_quantize, scaled_mm
+from halo_tensor.ops import rotate_quantize, scaled_mm
 from halo_tensor.products.backward import multiply_backward
 from halo_tensor.products.operands import quantize_operands, reuses_operand, weight_operand
 from halo_tensor.recipe import FP8_E4M3, INT8, Format, Recipe, Rotation, X
@@ -58,7 +58,13 @@ LINEAR_NOTES = (
 
 
 class Contender(NamedTuple):
-    """A product, and the two matrices [m, k] and [n, k] that its codes stand for, with the gain of its columns."""
+    """A product and what it computes.
+
+    Attributes:
+        multiply: computes the product.
+        codes: the matrices [m, k] and [n, k] that its codes stand for.
+        gain: the gain of the result's columns.
+    """
 
     multiply: Callable[[], torch.Tensor]
     codes: tuple[torch.Tensor, torch.Tensor]
@@ -70,12 +76,12 @@ def formats(target: int) -> list[Format]:
 
 
 def has_a_time(format: Format | None, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability has the instruction that code for older ones multiplies with."""
+    """Whether a GPU of this compute capability has the instruction that the code for older GPUs multiplies with."""
     return format is not FP8_E4M3 or capability[0] in (8, 12)
 
 
 def product_contenders(x: torch.Tensor, w: torch.Tensor, format: Format) -> dict[str, Contender]:
-    """x [m, k] wᵀ in one format, for w [n, k]."""
+    """Return the contenders for x [m, k] wᵀ in one format, with w [n, k]."""
     (m, _), n, block = x.shape, len(w), Rotation(128)
     a, _, a_scale = rotate_quantize(x, None, None, format, "row")
     plain, _, plain_scale = rotate_quantize(w, None, None, format, "row")
@@ -102,7 +108,7 @@ def exact(a: torch.Tensor, b_t: torch.Tensor, gain: torch.Tensor | None = None) 
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, of a whole matrix."""
+    """Return the relative error of a whole matrix."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
@@ -111,7 +117,7 @@ def percent(fraction: float) -> float:
 
 
 def linear_step(recipe: Recipe, x: torch.Tensor, w: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Y, E_X and G of a layer whose weight an optimiser has just written."""
+    """Return Y, E_X and G of a layer whose weight has to be quantised again."""
     operand = weight_operand(w, recipe)
     assert operand is not None
     x_output, x_grad_weight = quantize_operands(x, X, recipe, ["output", "grad_weight"])
@@ -122,7 +128,7 @@ def linear_step(recipe: Recipe, x: torch.Tensor, w: torch.Tensor, e: torch.Tenso
 
 
 def operands_of_bf16(x: torch.Tensor, w: torch.Tensor, e: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Those of Y, E_X and G."""
+    """Return the operands of Y, E_X and G."""
     return [(x, w.t()), (e, w), (e.t(), x)]
 
 
@@ -134,7 +140,7 @@ def product_data(shape: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def layer_data(layer: str) -> tuple[torch.Tensor, ...]:
-    """X, W and E."""
+    """Return random X, W and E."""
     n_in, n_out = map(int, layer.split("x"))
     return normal(TOKENS, n_in), normal(n_out, n_in), normal(TOKENS, n_out)
 
@@ -148,7 +154,7 @@ def median(f: Callable, reps: int) -> float:
 
 
 def compile_all(target: int, shapes: list[str], layers: list[str]) -> None:
-    """Compile what will be measured, in threads, which Triton leaves the interpreter's lock for. Errors come again later."""
+    """Compile all kernels in threads. Triton releases the interpreter's lock. Errors are raised again when the kernels run."""
 
     def products(format: Format, number: int) -> None:
         for shape in shapes:
@@ -286,7 +292,7 @@ def main() -> None:
     for target in args.targets or [target for target in SHARED if divmod(target, 10) <= capability]:
         with running_as(target):
             compile_all(target, args.shapes, args.layers)
-            torch.cuda.synchronize()  # the data are there before another stream reads them
+            torch.cuda.synchronize()  # another stream reads the data
             for shape in args.shapes:
                 products += product_rows(target, shape, capability, args.reps, no_product)
             for layer in args.layers:

@@ -1,9 +1,9 @@
-"""How long does a training step with HOT's backward take? Against bf16 and HALO's recipes, layers and whole models.
+"""Time training steps with HOT's backward against bf16 and HALO's recipes, on layers and whole models.
 
     python bench/hot.py                             # a GPU
     python bench/hot.py --tiny --name hot_dry_run   # small shapes, on a CPU too
 
-INT4 values run as exact INT8: no GPU since Hopper multiplies int4. So INT4 buys no speed here beyond INT8's.
+INT4 values are multiplied as INT8, which is exact: no GPU since Hopper multiplies INT4. So INT4 is no faster than INT8 here.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NOTES = (
 CONTENDERS = {
     "bf16": None,
     "hot": hot_config(),
-    "hot per token": hot_config(scale="tokens"),
+    "hot per token": hot_config(grad_output_granularity="row"),
     "hot nearest": hot_config(rounding="nearest"),
     "hot_llm": recipe_config("hot_llm", min_features=64),
     "lbp_wht": recipe_config("lbp_wht", min_features=64),
@@ -47,7 +47,7 @@ TINY_LAYERS = {"197 tokens, 64 to 128": (197, 64, 128)}
 
 
 def milliseconds(step, reps: int) -> float:
-    """Median of ``reps`` milliseconds of repetitions, after a warm-up."""
+    """Return the median time of ``reps`` milliseconds of repetitions, after a warm-up."""
     if CUDA:
         from triton.testing import do_bench
 

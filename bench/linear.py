@@ -1,10 +1,10 @@
-"""One linear layer, forward and backward, compiled: this library against bf16 and torchao's low-precision training.
+"""Time one linear layer, forward and backward, compiled: this library against bf16 and torchao's low-precision training.
 
     python bench/linear.py                                   # 8192 tokens, the shapes of Llama-3-8B
     python bench/linear.py --shapes 4096x4096 --contenders bf16 halo1-int8
 
 All contenders run in one process on the same random data. Times are medians: of replays of a CUDA graph of the compiled
-forward and backward ("graph"), and of plain calls ("plain"), where launching counts.
+forward and backward ("graph"), and of plain calls ("plain"), which include launching.
 """
 
 import argparse
@@ -32,7 +32,7 @@ DEFAULT = [
 
 
 def measure(name: str, tokens: int, k: int, n: int, reps: int) -> tuple[float, float, float]:
-    """(ms as a CUDA graph, ms plain, MiB saved for backward)."""
+    """Return the ms of a replayed CUDA graph, the ms of a plain call, and the MiB saved for backward."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16))

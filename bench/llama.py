@@ -1,4 +1,4 @@
-"""Llama shapes with random weights, and how they are compiled."""
+"""Models of Llama's shapes with random weights."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ SHAPES = {
 }
 
 
-#: What backward computes again, and what checkpoint is told: nothing, whole layers, or all but products.
+#: What backward recomputes -> options of torch.utils.checkpoint: nothing, whole layers, or everything except products.
 RECOMPUTED: dict[str, dict | None] = {"no": None, "layers": {}, "products": {"context_fn": keep_products}}
 
 
 def split(name: str) -> tuple[str, str]:
-    """The contender and what it recomputes: NAME, NAME/layers or NAME/products."""
+    """Split NAME, NAME/layers or NAME/products into the contender and what it recomputes."""
     contender, _, recompute = name.partition("/")
     return contender, recompute or "no"
 
@@ -54,9 +54,14 @@ def _loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.
 
 
 class Llama(nn.Module):
-    """Llama called without a mask: LlamaModel.forward makes one under torch.compile, and attention misses its causal kernel.
-    Without labels ``x`` is what enters the first block; with them it is token ids, and the result the loss. ``recompute``:
-    one of RECOMPUTED (activation checkpointing)."""
+    """Llama called without an attention mask.
+
+    LlamaModel.forward makes a mask under torch.compile, and attention then does not use its causal kernel.
+
+    Args:
+        shape: arguments of LlamaConfig.
+        recompute: a key of RECOMPUTED (activation checkpointing).
+    """
 
     def __init__(self, shape: dict, recompute: str = "no"):
         super().__init__()
@@ -64,14 +69,19 @@ class Llama(nn.Module):
         self.recompute, self._block, self._loss = recompute, _block, _loss
 
     def compile_as(self, one: str, **options: Any) -> None:
-        """``one``: "model" for one graph, or "blocks": each layer by itself, and the loss; layers alike share what is
-        compiled."""
+        """Compile the model.
+
+        Args:
+            one: "model" compiles one graph. "blocks" compiles each layer and the loss separately; equal layers share code.
+            **options: of torch.compile.
+        """
         if one == "model":
             self.compile(**options)
         else:
             self._block, self._loss = torch.compile(_block, **options), torch.compile(_loss, **options)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the last hidden states of hidden states ``x``; with labels, the loss of token ids ``x``."""
         model = self.llama.model
         hidden = x if labels is None else model.embed_tokens(x)
         angles = model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=x.device).unsqueeze(0))

@@ -1,9 +1,9 @@
-"""LoRA on a frozen base, compiled: two Llama-3-8B blocks, PEFT rank 16 on every linear layer, forward + backward.
+"""Time LoRA on a frozen base, compiled: two Llama-3-8B blocks, PEFT rank 16 on every linear layer, forward + backward.
 
     python bench/lora.py
     python bench/lora.py --contenders bf16 halo1-int8 halo1-int8-A      # -A: the adapters' A matrices in 8 bits as well
 
-Random weights and data. The contenders take turns in one process; each compiles everything anew, from empty caches.
+Weights and data are random. The contenders run one after another in one process; each compiles from empty caches.
 """
 
 import argparse
@@ -43,14 +43,14 @@ NOTES = (
 
 def weight_bytes(model: Llama) -> int:
     tensors = list(model.llama.model.layers.parameters())
-    for state in [p.quant_state for p in tensors if hasattr(p, "quant_state")]:  # of bitsandbytes: scales of scales
+    for state in [p.quant_state for p in tensors if hasattr(p, "quant_state")]:  # bitsandbytes quantises its scales too
         tensors += [state.absmax, state.state2.absmax]
     storages = {s.data_ptr(): s for tensor in tensors for s in get_untyped_storages(tensor)}
     return sum(s.nbytes() for s in storages.values())
 
 
 def measure(name: str, args: argparse.Namespace) -> tuple[Measured, float, float]:
-    """(times and memory, GiB of weights, seconds of converting)."""
+    """Return times and memory, the GiB of weights, and the seconds that converting took."""
     torch.manual_seed(0)
     others = allocated()
     name, recompute = split(name)

@@ -1,11 +1,11 @@
-"""How much memory does HOT save? What converted layers save for backward, what the whole model saves, and the peak of a step.
+"""Measure the memory that HOT saves: what converted layers and the whole model save for backward, and the peak of a step.
 
     python bench/memory.py                        # ViT-B, ResNet-50 and a Llama-3-8B block in bf16, on a GPU if there is one
     python bench/memory.py --models vit --batch 2 --contenders bf16 hot
     python bench/memory.py --tiny --name dry_run  # small models
 
-All of it is measured, with hooks on what autograd saves and by counting the bytes of live tensors (on a GPU: its allocator's);
-beside it stands what halo_tensor.analysis.cost computes from shapes alone.
+Hooks measure what autograd saves. The peak is the bytes of live tensors, or what the allocator of a GPU reports. The table
+also has what halo_tensor.analysis.cost computes from shapes alone.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def text(model: nn.Module, batch: int) -> dict:
     return {"input_ids": torch.randint(128, (batch, 512))}
 
 
-#: name -> (how it is made, its inputs, what it is called)
+#: name -> (function that makes it, function that makes its inputs, title)
 MODELS = {
     "vit": (vit, images, "ViT-B/16"),
     "resnet": (resnet, images, "ResNet-50"),
@@ -67,7 +67,7 @@ MODELS = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors made in the block that were alive at once. What an op allocates for itself is not seen."""
+    """Record the peak of the bytes of live tensors made in the block. Memory that an op allocates internally is not seen."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not all(t is torch.Tensor or t is nn.Parameter for t in map(type, tree_leaves(out)) if issubclass(t, torch.Tensor)):
-            return out  # made of tensors that were seen already
+            return out  # a subclass, whose inner tensors were seen already
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 storage = t.untyped_storage()
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak(model: nn.Module, inputs: dict) -> int:
-    """Bytes of a forward and backward, the gradients of weights included, the weights not."""
+    """Return the bytes of a forward and backward, including the gradients of weights but not the weights."""
 
     def step():
         model(**inputs).logits.float().square().mean().backward()
@@ -117,7 +117,7 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     model = make(args.tiny).to(device, torch.bfloat16).train()
     inputs = {key: value.to(device) for key, value in inputs_of(model, args.batch).items()}
-    # The same layers for all: those that HOT converts.
+    # All contenders are measured on the layers that HOT converts.
     layers = quantize_(model, hot_config()).converted
     dequantize_(model)
     found = shapes(model, **inputs)
@@ -160,7 +160,7 @@ def main() -> None:
         for contender in tqdm(args.contenders, desc=model):
             try:
                 row = measure(model, contender, args)
-            except ValueError as error:  # HALO's recipes convert no convolution
+            except ValueError as error:  # HALO's recipes do not convert convolutions
                 print(f"{model} {contender}: {str(error).splitlines()[0]}")
                 why_not[title_of(model, args), contender] = results.reason(error)
                 continue

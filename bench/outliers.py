@@ -1,9 +1,9 @@
-"""A model with the outlier channels that large ones have, and what ``report`` says of it.
+"""Report on a model with outlier channels, as large models have them.
 
     python bench/outliers.py
 
-It computes the same function as before: 6 channels of what every norm gives out are × 32, and the columns of the linears that
-read them ÷ 32 (a power of two, so that bf16 weights lose nothing). bench/study.py trains the same one.
+6 output channels of every norm are multiplied by 32, and the columns of the layers that read them are divided by 32. The model
+computes the same function, and bf16 weights lose nothing, because 32 is a power of two. bench/study.py trains this model.
 """
 
 import argparse
@@ -22,7 +22,7 @@ OUTLIERS, FACTOR = 6, 32
 
 @torch.no_grad()
 def inject_outliers(model: nn.Module) -> None:
-    """Scale channels of what the norms of every block of a Llama give out, and undo it in the columns of what reads them."""
+    """Scale channels that the norms of every block of a Llama return, and divide the columns that read them."""
     width = model.config.hidden_size
     channels = torch.randperm(width, generator=torch.Generator().manual_seed(0))[:OUTLIERS].to(model.device)
     for layer in model.model.layers:

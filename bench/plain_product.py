@@ -1,4 +1,4 @@
-"""A plain bf16 matrix product in Triton, to compare with where cuBLAS has no code for the target that is measured."""
+"""A plain bf16 matrix product in Triton, for targets that cuBLAS has no code for."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: Those that a sweep tries: on an H200 the first was the best of eight for sm_80, at 441 TFLOP/s.
+#: The tiles that a sweep tries. On an H200 the first one was the best of eight for sm_80, at 441 TFLOP/s.
 TILES = (
     Tile(128, 128, 64, 4, 3),
     Tile(128, 128, 32, 4, 4),
@@ -32,7 +32,7 @@ def plain_kernel(
     a, b, out, M, N, K, a_row, a_k, b_k, b_column,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = a [M, K] b [K, N], of any strides. M, N and K are multiples of BM, BN and BK."""
+    """Compute out [M, N] = a [M, K] b [K, N] with any strides. M, N and K are multiples of BM, BN and BK."""
     tile, tiles_m, tiles_n = tl.program_id(0), M // BM, N // BN
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -50,7 +50,7 @@ def plain_kernel(
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """a [m, k] b [k, n], whose sizes are multiples of the tile's."""
+    """Multiply a [m, k] by b [k, n]. The sizes are multiples of the tile's."""
     (m, k), n = a.shape, b.shape[1]
     out, strides, constants = a.new_empty(m, n), (*a.stride(), *b.stride()), _constants(tile)
     plain_kernel[(m // tile.m * (n // tile.n),)](a, b, out, m, n, k, *strides, **constants)
@@ -58,7 +58,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, tile: Tile) -> torch.Tensor:
 
 
 def shared_memory(a: torch.Tensor, b: torch.Tensor, tile: Tile) -> int:
-    """Bytes of shared memory that a program takes with this tile. Compiles it."""
+    """Compile the kernel with this tile and return the bytes of shared memory that a program uses."""
     (m, k), n = a.shape, b.shape[1]
     out, strides, constants = a.new_empty(1), (*a.stride(), *b.stride()), _constants(tile)
     return plain_kernel.warmup(a, b, out, m, n, k, *strides, grid=(1,), **constants).metadata.shared
@@ -71,7 +71,7 @@ def _constants(tile: Tile) -> dict[str, int]:
 
 
 def fastest(a: torch.Tensor, b: torch.Tensor, available: int, reps: int) -> Tile:
-    """The tile with which ``multiply`` is the fastest, of those that fit into ``available`` bytes of shared memory."""
+    """Return the tile that makes ``multiply`` fastest, among those that fit into ``available`` bytes of shared memory."""
     fitting = [tile for tile in TILES if shared_memory(a, b, tile) <= available]
     times = {
         tile: do_bench_cudagraph(lambda tile=tile: multiply(a, b, tile), rep=reps, return_mode="median") for tile in fitting

@@ -1,4 +1,4 @@
-"""How every benchmark here reports: a Markdown table and the same as JSON. Every row says how it was made."""
+"""Write the results of benchmarks as a Markdown table and as JSON. Every row records how it was made."""
 
 import argparse
 import json
@@ -12,26 +12,28 @@ from pathlib import Path
 
 from halo_tensor import environment
 
-sys.path.insert(1, str(Path(__file__).parent.parent / "examples"))  # of whose modules some benchmarks are made
+sys.path.insert(1, str(Path(__file__).parent.parent / "examples"))  # some benchmarks import from there
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
 COMMIT = "HALO_TENSOR_COMMIT"  #: environment variable that names the commit of a copied tree
-#: Fields of a row's "made". "recorded in" is of records older than "commit": the commit that added the row.
+#: Fields of a row's "made". Records older than the field "commit" have "recorded in": the commit that added the row.
 FIELDS = ("date", "device", "halo_tensor", "commit", "recorded in", "torch", "triton", "torchao")
 NOT_ASKED = "not among the contenders of the command"
 ENDED = "the run was ended before it"
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument("--name", default=name, help="of the result files")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the result files")
+    parser.add_argument("--name", default=name, help="name of the result files")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the result files")
 
 
 @cache
 def commit() -> str | None:
-    """The commit that the environment names, or that of this checkout, with "-dirty" after it if tracked files but results
-    differ from it; None if unknown."""
+    """Return the commit that the environment variable names, or that of this checkout; None if it is unknown.
+
+    "-dirty" follows if tracked files other than results differ from the commit.
+    """
     if named := os.environ.get(COMMIT):
         return named
     try:
@@ -49,12 +51,12 @@ def _git(*arguments: str) -> str:
 
 
 def made() -> dict:
-    """How a row that is measured now is made: date, device, versions, commit and command."""
+    """Return how a row that is measured now is made: date, device, versions, commit and command."""
     return environment().facts() | {"commit": commit(), "command": command(sys.argv)}
 
 
 def line(made: dict) -> str:
-    """The same for a reader, without the command."""
+    """Return how a row was made in one line, without the command."""
     source = f"commit {made['commit']}" if made.get("commit") else "commit unknown"
     source = f"recorded in commit {made['recorded in']}" if "recorded in" in made else source
     versions = [f"halo_tensor {made['halo_tensor']} ({source})"]
@@ -62,12 +64,12 @@ def line(made: dict) -> str:
     return ", ".join([made["date"], made["device"], *versions])
 
 
-#: What stands between several values of a field; a device's name may hold a comma.
+#: The separator between several values of a field. The name of a device may contain a comma.
 _BETWEEN = {"date": " to ", "command": "\n", "device": " and "}
 
 
 def together(many: Iterable[dict]) -> dict:
-    """One "made" of rows that were not all made alike: every field lists its values, a date the first and the last."""
+    """Merge the "made" of several rows. Every field lists its values, and the date has the first and the last."""
     values: dict[str, dict[str, None]] = {}
     for made in many:
         for field, value in made.items():
@@ -79,12 +81,12 @@ def together(many: Iterable[dict]) -> dict:
 
 
 def comparable(one: dict, other: dict) -> bool:
-    """Whether rows made so may stand in one table: on the same kind of device, with the same versions."""
+    """Whether two rows may be in one table: they come from the same kind of device and the same versions."""
     return all(one.get(field) == other.get(field) for field in ("device", "halo_tensor", "torch", "triton", "torchao"))
 
 
 def earlier(name: str, folder: Path = FOLDER) -> list[dict]:
-    """The rows that ``folder``/name.json holds, if they may stand in one table with those of this call; else none."""
+    """Return the rows of ``folder``/name.json if they may be in one table with the rows of this call, or else none."""
     path = folder / f"{name}.json"
     if not path.exists():
         return []
@@ -110,11 +112,16 @@ def write(
     """Print a table unless ``quiet``, and write it to ``folder``/name.md and .json.
 
     Args:
-        rows: each with the same keys, the table's columns. A row without "made" is given that of this call.
-        panels: columns that rows have in common which are compared with each other.
-        expected: contenders of which each panel should have a row, by default. A note names those that it lacks, and why.
-        why_not: (value of each column of ``panels``, contender) -> why it has no row, if it has none: of what was asked for.
-        more: goes into the .json.
+        name: of the files.
+        title: of the table.
+        rows: all have the same keys, which are the columns. A row without "made" gets that of this call.
+        notes: text below the table.
+        folder: of the files.
+        quiet: print nothing.
+        panels: columns whose values say which rows are compared with each other.
+        expected: contenders of which each panel should have a row. A note names the missing ones, with reasons.
+        why_not: (value of each column of ``panels``, contender) -> why this contender, which was asked for, has no row.
+        **more: further entries of the JSON file.
     """
     for row in rows:
         row.setdefault("made", made())
@@ -133,7 +140,7 @@ def write(
 
 
 def missing(rows: list[dict], panels: Sequence[str], expected: Iterable[str], why_not: dict) -> dict[str, str]:
-    """Which contender has no row, with the panels if it has one in others, and why."""
+    """Return contender -> why it has no row. If it has rows in some panels, the others are named after it."""
     have = {(*(row[column] for column in panels), row["contender"]) for row in rows if "contender" in row}
     groups = sorted({at[:-1] for at in have | set(why_not)})
     absent: dict[str, str] = {}
@@ -148,7 +155,7 @@ def missing(rows: list[dict], panels: Sequence[str], expected: Iterable[str], wh
 
 
 def save(path: Path, record: dict) -> None:
-    """Write ``path``.md and ``path``.json, in the latter every row on a line of its own."""
+    """Write ``path``.md and ``path``.json. In the JSON file every row is on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name(f"{path.name}.md").write_text(markdown(record))
     path.with_name(f"{path.name}.json").write_text(dumps(record))
@@ -164,7 +171,7 @@ def dumps(record: dict) -> str:
 
 
 def markdown(record: dict) -> str:
-    """Rows that were not all made alike say how each was, in columns of their own."""
+    """Return the record as Markdown. If rows were made differently, extra columns say how each was made."""
     rows = record["rows"]
     differ = [field for field in FIELDS if _differs(field, rows)]
     columns = [column for column in rows[0] if column != "made"]
@@ -191,7 +198,7 @@ def _differs(field: str, rows: list[dict]) -> bool:
 
 
 def command(argv: list[str]) -> str:
-    """As it is to be typed, apart from --folder: where results went is nobody's business."""
+    """Return the command as a user would type it, without --folder."""
     script, options = Path(argv[0]).resolve(), [option for option in argv[1:] if not option.startswith("--folder=")]
     if "--folder" in options:
         del options[(at := options.index("--folder")) : at + 2]
@@ -202,12 +209,12 @@ def command(argv: list[str]) -> str:
 
 
 def speedup(reference: float | None, ms: float | None) -> str | None:
-    """How many times as fast as ``reference`` a contender is that takes ``ms``; more is faster."""
+    """Return how many times faster than ``reference`` a contender is that takes ``ms``."""
     return f"{reference / ms:.2f}" if reference and ms else None
 
 
 def reason(error: Exception) -> str:
-    """Why a contender has no row."""
+    """Return a line that says why a contender has no row."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
 
 

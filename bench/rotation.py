@@ -1,4 +1,4 @@
-"""Rotating and quantising a matrix: this library's kernels against what Inductor makes of a plain quantisation.
+"""Time rotating and quantising a matrix: this library's kernels against what Inductor compiles from a plain quantisation.
 
     python bench/rotation.py
     python bench/rotation.py --shapes 8192x4096 --formats int8
@@ -15,14 +15,14 @@ import results
 import torch
 from triton.testing import do_bench_cudagraph
 
-from halo_tensor.ops.library import quantize_pair, rotate_quantize
+from halo_tensor.ops import quantize_pair, rotate_quantize
 from halo_tensor.recipe import FP8_E4M3, INT8, Format, Rotation
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.hadamard import fit
 
 DEVICE = "cuda"
 FORMATS = {"fp8": FP8_E4M3, "int8": INT8}
-TURNS = 4  # matrices in turn, so that none is found in L2
+TURNS = 4  # matrices used in turn, so that none stays in L2
 INDUCTOR = "Inductor, not rotated"
 NOTES = (
     "bf16 in, codes and a float32 scale a row out. × Inductor's: the contender's time divided by that of Inductor's compiled "
@@ -35,7 +35,7 @@ NOTES = (
 
 
 def inductor(format: Format) -> Callable:
-    """Quantisation as one would write it in PyTorch, compiled."""
+    """Return quantisation as one would write it in PyTorch, compiled."""
 
     def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = (x.abs().amax(1).to(torch.float32) * (1.0 / format.max)).clamp_min(1e-30)
@@ -46,7 +46,7 @@ def inductor(format: Format) -> Callable:
 
 
 def contenders(format: Format, m: int, k: int) -> dict[str, Callable]:
-    """By name, functions of the matrix that return all that they write."""
+    """Return name -> function of the matrix. It returns everything that it writes."""
     block, full = Rotation(128), fit(Rotation(None), k)
     folds = torch.rand(k, device=DEVICE) + 0.5, torch.rand(m, device=DEVICE) + 0.5
 
@@ -67,7 +67,7 @@ def contenders(format: Format, m: int, k: int) -> dict[str, Callable]:
 
 
 def size(*tensors: torch.Tensor | None) -> int:
-    """In bytes."""
+    """Return the size in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -77,13 +77,13 @@ def in_turn(f: Callable, xs: list[torch.Tensor]) -> None:
 
 
 def measure(shape: str, formats: list[str], reps: int, why_not: dict) -> list[dict]:
-    """Rows of what ran; why the others did not goes into ``why_not``."""
+    """Return a row for each contender that runs, and add the reason to ``why_not`` for each one that does not."""
     m, k = map(int, shape.split("x"))
     xs = [torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(TURNS)]
-    candidates: dict[tuple[str, str], Callable] = {("bf16", "copy"): lambda x: (x.clone(),)}  # by format and name
+    candidates: dict[tuple[str, str], Callable] = {("bf16", "copy"): lambda x: (x.clone(),)}  # (format, name) -> function
     for format in formats:
         candidates |= {(format, name): f for name, f in contenders(FORMATS[format], m, k).items()}
-    torch.cuda.synchronize()  # the data are there before another stream reads them
+    torch.cuda.synchronize()  # another stream reads the data
     rows, times, ceiling = [], {}, None
     for (format, name), f in candidates.items():
         try:

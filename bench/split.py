@@ -1,7 +1,7 @@
-"""Three parts of a file of chats: to train on, to choose between variants by, and one that is only looked at for a release.
+"""Split a file of chats into three parts: training, validation for every run, and one that is evaluated only for a release.
 
-No prompt is in two of them. Which chats are reserved depends on their prompts alone, so that neither the order of a file nor
-more chats at its beginning move one from part to part.
+No prompt is in two parts. A hash of the prompt decides which chats are reserved for a release. So neither the order of the
+file nor additional chats at its beginning move a chat to another part.
 """
 
 import hashlib
@@ -12,27 +12,33 @@ from dataclasses import dataclass
 from common import fail
 from data import Chat
 
-#: The part of all chats but the held-out ones that is reserved.
+#: The fraction of the chats that are not held out which is reserved for releases.
 RESERVED = 1 / 8
 
 
 @dataclass(frozen=True)
 class Parts:
-    """``train``: what weights are trained on. ``held_out``: for every run. ``reserved``: for a release, once."""
+    """The three parts.
+
+    Attributes:
+        train: what weights are trained on.
+        held_out: evaluated in every run.
+        reserved: evaluated once for a release.
+    """
 
     train: list[Chat]
     held_out: list[Chat]
     reserved: list[Chat]
 
     def described(self) -> dict:
-        """For a record: how many chats, and a fingerprint of those that are evaluated."""
+        """Return what a record needs: how many chats there are, and a fingerprint of those that are evaluated."""
         evaluated = hashlib.sha256("".join(map(digest, [*self.held_out, *self.reserved])).encode()).hexdigest()
         sizes = {"train": len(self.train), "held out": len(self.held_out), "reserved": len(self.reserved)}
         return sizes | {"fingerprint": evaluated[:16]}
 
 
 def digest(chat: Chat) -> str:
-    """A hash of the prompt, that is of all turns but the answer, whatever their case and spacing."""
+    """Return a hash of the prompt, which is all turns but the last, without case and spacing."""
     turns = [(turn["role"], " ".join(turn["content"].split()).lower()) for turn in chat[:-1]]
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()
 
@@ -42,7 +48,7 @@ def is_reserved(chat: Chat) -> bool:
 
 
 def split(chats: list[Chat], held_out: int) -> Parts:
-    """The last ``held_out`` chats are held out; of the others, those with a prompt of these are left out.
+    """Hold out the last ``held_out`` chats and split the others. Of these, chats with a held-out prompt are dropped.
 
     Raises:
         SystemExit: a part would be empty.

@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: every contender compiles from empty caches and is forgotten after its turn."""
+"""Shared code of the benchmarks of training steps. Every contender compiles from empty caches and is freed after its turn."""
 
 import functools
 import gc
@@ -18,14 +18,21 @@ from triton.testing import do_bench, do_bench_cudagraph
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-#: A CPU only shows that a benchmark runs, so it is spared the wait for a C++ compiler.
+#: A run on a CPU only shows that a benchmark works, so it does not wait for a C++ compiler.
 BACKEND = "inductor" if CUDA else "aot_eager"
 
 
 @dataclass
 class Measured:
-    """What the steps of one contender took: medians of plain calls and of replays of a CUDA graph, in ms; GiB saved for
-    backward and at the peak; seconds of the first two steps."""
+    """What the steps of one contender took.
+
+    Attributes:
+        ms: median of plain calls.
+        graph_ms: median of replays of a CUDA graph.
+        saved: GiB saved for backward.
+        peak: GiB at the peak of a step.
+        first: seconds of the first two steps.
+    """
 
     ms: float
     graph_ms: float | None
@@ -34,7 +41,7 @@ class Measured:
     first: float
 
     def columns(self, reference: "Measured | None", tokens: int) -> dict:
-        """Of a table that times both plain calls and graphs."""
+        """Return the columns of a table with times of both plain calls and graphs."""
         return {
             "ms": round(self.ms, 2),
             "× bf16": results.speedup(reference and reference.ms, self.ms),
@@ -53,14 +60,14 @@ def need_cuda(script: str) -> None:
 
 
 def warm_up() -> None:
-    """What the first compilation of a process pays once is no contender's."""
+    """Compile something, so that no contender pays for what the first compilation of a process sets up."""
     torch.compile(nn.Linear(64, 64, device=DEVICE), backend=BACKEND)(torch.ones(64, 64, device=DEVICE)).sum().backward()
     if CUDA:
         AsyncCompile.wait_pool_ready()
 
 
 def take_turn(name: str, measure: Callable, *args) -> tuple[Any, str]:
-    """What ``measure(name, *args)`` returns from empty caches, and ""; or None and why it failed."""
+    """Return the result of ``measure(name, *args)`` from empty caches and "", or None and why it failed."""
     with fresh_cache():
         try:
             return measure(name, *args), ""
@@ -72,7 +79,10 @@ def take_turn(name: str, measure: Callable, *args) -> tuple[Any, str]:
 
 
 def forget() -> None:
-    """Free what a contender held, and the kernels that this library compiled for it; Inductor's go with ``fresh_cache``."""
+    """Free the memory of a contender, and the kernels that this library compiled for it.
+
+    ``fresh_cache`` frees the kernels of Inductor.
+    """
     torch._dynamo.reset()
     for module in [module for name, module in sys.modules.items() if name.startswith("halo_tensor")]:
         for value in vars(module).values():
@@ -97,8 +107,15 @@ def check_gradients(model: nn.Module) -> None:
 def measure_steps(
     step: Callable[[], None], forward: Callable[[], torch.Tensor], others: int, reps: int, graph: bool
 ) -> Measured:
-    """``forward``: of ``step``, to see what it saves for backward. ``others``: bytes allocated before the contender came.
-    ``reps``: milliseconds of repetitions. On a CPU times only."""
+    """Measure steps of one contender. On a CPU only times are measured.
+
+    Args:
+        step: a whole step.
+        forward: the forward of ``step``, which shows what it saves for backward.
+        others: bytes that were allocated before the contender was made.
+        reps: milliseconds of repetitions.
+        graph: also time replays of a CUDA graph.
+    """
     start = time.perf_counter()
     for _ in range(2):
         step()

@@ -1,14 +1,15 @@
-"""Does fine-tuning with a recipe give as good a model? Text-to-SQL, several seeds, on a model as shipped and with outliers.
+"""Fine-tune with each recipe and compare the models: text-to-SQL, several seeds, a model as shipped and one with outliers.
 
     python bench/study.py                                              # 800 chats to train on from the Hugging Face hub
-    python bench/study.py --data chats.jsonl --budget-seconds 520      # repeated, it goes on where it stopped
+    python bench/study.py --data chats.jsonl --budget-seconds 520      # call it again to continue where it stopped
     python bench/study.py --data chats.jsonl --part 0/8                # one of 8 processes that share a GPU
-    python bench/study.py --join                                       # what they wrote
+    python bench/study.py --join                                       # merge what they wrote
     python bench/study.py --data chats.jsonl --smoke                   # every code path, on any machine
     python bench/study.py --data chats.jsonl --final 0.2.0             # on the reserved part, once for a release
 
-The model with outliers, of bench/outliers.py, computes the same function; large models have such channels by themselves.
-A seed of a run is an order of the data and a draw of the rotation's random signs. Results are written after every run.
+The model with outliers is that of bench/outliers.py. It computes the same function; large models have such channels by
+themselves. The seed of a run determines the order of the data and the random signs of the rotation. Results are written after
+every run.
 """
 
 import argparse
@@ -36,9 +37,9 @@ from torch import nn
 from halo_tensor import balance_
 from halo_tensor.weight.tensor import dense_value
 
-HUB_CHATS = 800  # to train on or to reserve, of a data set of the hub
-MOST_RUNS = 8  # of a group that go to one of several processes
-#: What the runs of one record have in common. A final record is one release's: other settings, or another commit, are refused.
+HUB_CHATS = 800  # from a data set of the hub, for training and the reserved part
+MOST_RUNS = 8  # runs of a group in one piece, if several processes share the work
+#: Options that the runs of one record share. A record of --final belongs to one release, and refuses another commit as well.
 SETTINGS = (
     "model",
     "data",
@@ -57,7 +58,7 @@ SETTINGS = (
 
 
 class Study:
-    """The models, the data, and what has been measured on them so far."""
+    """The models, the data, and the exact gradients that have been computed."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.runs, self.started = args, [], time.perf_counter()
@@ -77,14 +78,14 @@ class Study:
         self.valid_rows = pack([encode(self.tokenizer, chat) for chat in self.valid], args.length, self.pad)
         self.probe = self._on_device(next(batches(self.train, args.batch, args.length, self.pad, seed=0)))
         self.group: tuple | None = None
-        self.converted: nn.Module | None = None  # the model of the group
+        self.converted: nn.Module | None = None  # the model of that group
         self.exact: dict[str, dict[str, torch.Tensor]] = {}
 
     def _on_device(self, rows: dict) -> dict:
         return {name: values.to(self.device) for name, values in rows.items()}
 
     def model(self, recipe: str, seed: int) -> nn.Module:
-        """Kept until another group's turn, so that it is compiled once: runs load their weights into it."""
+        """Return the converted model of a group of runs. It is compiled once and kept until another group's turn."""
         if self.group != group_of(recipe, seed):
             self.group = self.converted = None
             gc.collect()  # a compiled module refers to itself
@@ -107,7 +108,7 @@ class Study:
         if which not in self.exact:
             self.plain.load_state_dict(self.states[which])
             exact = deepcopy(self.plain).float().requires_grad_(True).train()
-            exact.gradient_checkpointing_enable({"use_reentrant": False})  # else this would be the peak of memory
+            exact.gradient_checkpointing_enable({"use_reentrant": False})  # it would need the most memory
             self.exact[which] = self.gradient(exact)
         pairs = [(g.double(), self.exact[which][name].double()) for name, g in self.gradient(model).items()]
         dots = [sum((a * b).sum() for a, b in [(pair[i], pair[j]) for pair in pairs]) for i, j in ((0, 1), (0, 0), (1, 1))]
@@ -127,11 +128,11 @@ class Study:
         run["by recipe"] = self.loss_by_recipe(model)
         run |= self.evaluate(model.state_dict())
         if self.args.part and self.device == "cuda":
-            torch.cuda.empty_cache()  # other parts may be at their peak
+            torch.cuda.empty_cache()  # other processes may need the memory
         return run | {"seconds": time.perf_counter() - start}
 
     def balance(self, model: nn.Module, seed: int) -> None:
-        """On a batch of training data, but neither the one of the cosine nor the first that it is trained on."""
+        """Balance on a batch of training data that is neither the batch of the cosine nor the first training batch."""
         args = self.args
         rows = next(batches(self.train, args.batch, args.length, self.pad, seed + 1000))
         balance_(model, **self._on_device(rows), use_cache=False)
@@ -162,7 +163,7 @@ class Study:
         curve = torch.stack(losses).tolist()  # waits for the device
         seconds = statistics.median(_elapsed(a, b) for a, b in pairwise(stamps))
         last = curve[-max(args.steps // 10, 1) :]
-        speed = None if args.part else args.batch * args.length / seconds  # others slow a part down
+        speed = None if args.part else args.batch * args.length / seconds  # several processes on one GPU slow each other down
         return {"train": sum(last) / len(last), "tokens/s": speed}
 
     def _stamp(self):
@@ -173,7 +174,7 @@ class Study:
         return event
 
     def loss_by_recipe(self, model: nn.Module) -> float:
-        """With gradients on, and as many rows at once as in training: the graph that is compiled already."""
+        """Return the validation loss of the converted model. It runs the graph that training has compiled."""
         rows, total, count = self.valid_rows, 0.0, 0
         for i in range(0, len(rows["input_ids"]), self.args.batch):
             part = {name: values[i : i + self.args.batch] for name, values in rows.items()}
@@ -195,17 +196,20 @@ class Study:
 
 
 def _elapsed(a, b) -> float:
-    """Seconds."""
+    """Return the seconds between two stamps."""
     return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
 
 
 def group_of(recipe: str, seed: int) -> tuple[str, int | None]:
-    """What shares a compiled model: signs are constants of its code."""
+    """Return what identifies a compiled model. Random signs are constants of its code."""
     return recipe, seed if rotated(recipe) else None
 
 
 def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, str, int]]:
-    """(model, recipe, seed), group by group: what matters most, then the rest, of rotated recipes one seed after the other."""
+    """Return (model, recipe, seed) of all runs in order, group by group.
+
+    The main recipes come first. Runs of the other rotated recipes are ordered by seed.
+    """
     first = [(which, recipe, seed) for recipe in MAIN for seed in range(seeds) for which in MODELS]
     rest = [(which, recipe, seed) for recipe in OTHERS for seed in range(other_seeds) for which in MODELS]
     rest.sort(key=lambda task: group_of(*task[1:])[1] or 0)
@@ -213,8 +217,11 @@ def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, s
 
 
 def share(tasks: list[tuple], part: int, parts: int) -> list[tuple]:
-    """Those of ``tasks`` that one of ``parts`` processes does: the longest group goes to who has least to do, what matters
-    most before the rest. Groups of many runs are worth being compiled twice."""
+    """Return the tasks that one of ``parts`` processes does.
+
+    The longest group goes to the process with the least work, main recipes before the others. Groups of many runs are cut into
+    pieces, each of which compiles by itself.
+    """
     whole = [list(group) for _, group in groupby(tasks, lambda task: group_of(*task[1:]))]
     groups = [group[i : i + MOST_RUNS] for group in whole for i in range(0, len(group), MOST_RUNS)]
     loads, mine = [0] * parts, []
@@ -226,7 +233,7 @@ def share(tasks: list[tuple], part: int, parts: int) -> list[tuple]:
 
 
 def _cost(group: list[tuple]) -> int:
-    """About what they take on an H100, in runs of bf16: compiling takes 2, a run of another recipe 2."""
+    """Estimate the time of a group on an H100, in runs of bf16. Compiling takes 2, and a run of another recipe takes 2."""
     return 2 + len(group) * (1 if group[0][1] in ("bf16", EAGER) else 2)
 
 
@@ -242,17 +249,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sources = f"one of {', '.join(SOURCES)} (from the hub), or a .jsonl with messages in every line, the last for validation"
     parser.add_argument("--data", default="sql", help=sources)
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="of the weights")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", help="dtype of the weights")
     parser.add_argument("--only", nargs="+", default=[*MAIN, *OTHERS], choices=[*MAIN, *OTHERS], metavar="RECIPE")
-    parser.add_argument("--seeds", type=int, default=8, help=f"of {', '.join(MAIN)}")
-    parser.add_argument("--other-seeds", type=int, default=3, help="of the other recipes")
+    parser.add_argument("--seeds", type=int, default=8, help=f"seeds of {', '.join(MAIN)}")
+    parser.add_argument("--other-seeds", type=int, default=3, help="seeds of the other recipes")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="rows of packed conversations")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--prompts", type=int, default=100, help="conversations for validation: the last ones are held out")
     parser.add_argument("--final", metavar="RELEASE", help="evaluate on the reserved part instead, for this release and once")
-    parser.add_argument("--new-tokens", type=int, default=64, help="that an answer may have")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens that an answer may have")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no run that may end after this")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--smoke", action="store_true", help="tiny: 2 steps, 1 seed, 3 blocks; results go to outputs/")
@@ -273,7 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def chats_of(data: str, held_out: int) -> list[Chat]:
-    """Those to train on or to reserve, then as many as are ``held_out``."""
+    """Return the chats for training and for the reserved part, followed by ``held_out`` chats."""
     if data not in SOURCES:
         return read_chats(data)
     train, valid = load_chats(data, max(HUB_CHATS, held_out))
@@ -281,7 +288,7 @@ def chats_of(data: str, held_out: int) -> list[Chat]:
 
 
 def read(path: Path, settings: dict) -> list[dict]:
-    """The runs in ``path``, if it is there."""
+    """Return the runs in ``path``, or none if the file does not exist."""
     return load(path, settings)["runs"] if path.exists() else []
 
 
@@ -300,12 +307,12 @@ def main() -> None:
             old.unlink(missing_ok=True)
     done = {key(run) for run in read(whole, settings)}
     tasks = [task for task in queue(args.only, args.seeds, args.other_seeds) if task not in done]
-    if args.part:  # shared out by the whole record, which no part writes to, so that all of them agree
+    if args.part:  # no part writes to the whole record, so all parts compute the same shares
         tasks = share(tasks, *args.part)
     runs = read(path, settings)
     done |= {key(run) for run in runs}
 
-    # Every group compiles the same code anew.
+    # Every group compiles the same code again.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     study = Study(args)
     notes = NOTES.format(
@@ -318,7 +325,7 @@ def main() -> None:
     print(f"ready after {time.perf_counter() - study.started:.0f} s", flush=True)
 
     made = results.made()
-    made["command"] = re.sub(r"(--part[ =])\d+/", r"\g<1>0/", made["command"])  # the parts' commands are one to a reader
+    made["command"] = re.sub(r"(--part[ =])\d+/", r"\g<1>0/", made["command"])  # all parts are recorded with one command
 
     def record(run: dict) -> None:
         runs.append(run | {"made": made})
@@ -333,7 +340,7 @@ def main() -> None:
         if (which, "untrained", 0) not in done:
             first = {"model": which, "recipe": "untrained", "seed": 0, "rotation seed": None}
             record(first | study.evaluate(study.states[which]))
-    longest = {True: 25.0, False: 8.0}  # seconds of a run, the first of its group or not
+    longest = {True: 25.0, False: 8.0}  # first run of its group? -> seconds of a run
     for task in (task for task in tasks if task not in done):
         new = study.group != group_of(*task[1:])
         if time.perf_counter() - study.started + longest[new] > args.budget_seconds:

@@ -1,4 +1,4 @@
-"""What bench/study.py found: its table, its drawing, and one record out of those of several processes."""
+"""The results of bench/study.py: the table, the drawing, and merging the records of several processes."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def key(run: dict) -> tuple[str, str, int]:
 
 
 def load(path: Path, settings: dict) -> dict:
-    """The record in ``path``, which must have been made with the same settings."""
+    """Return the record in ``path``. It must have been made with the same settings."""
     record = json.loads(path.read_text())
     if record["settings"] != settings:
         fail(f"{path} has other settings, {record['settings']}, than {settings}: remove it, or pass another --name")
@@ -66,7 +66,7 @@ def load(path: Path, settings: dict) -> dict:
 
 
 def spread(values: list[float], format: str, of_mean: bool = False) -> str:
-    """Mean ± standard deviation, or (``of_mean``) ± the standard error of the mean."""
+    """Return the mean ± the standard deviation, or ± the standard error of the mean if ``of_mean``."""
     mean = format.format(statistics.mean(values))
     if len(values) == 1:
         return mean
@@ -106,13 +106,13 @@ def table(runs: list[dict]) -> list[dict]:
 
 
 def write(name: str, title: str, runs: list[dict], notes: str, folder: Path, **about) -> None:
-    """``about``: "settings", and which "parts" the data have."""
+    """Write the table. ``about`` has the "settings", and the "parts" of the data."""
     options = {"panels": ["model"], "expected": [*MAIN, *OTHERS], **about, "runs": runs}
     results.write(name, title, table(runs), notes, folder, quiet=True, **options)
 
 
 def draw(name: str, runs: list[dict], folder: Path) -> None:
-    """One row of panels per model: a dot is a seed, a line their mean, and the dashed one that of bf16."""
+    """Draw one row of panels for each model. A dot is a seed, a line is the mean, and the dashed line is the mean of bf16."""
     try:
         import matplotlib
     except ImportError:
@@ -156,7 +156,7 @@ def draw(name: str, runs: list[dict], folder: Path) -> None:
 
 
 def join(name: str, folder: Path) -> None:
-    """Merge what processes with --part wrote into the record, the table and the drawing; their files go."""
+    """Merge the files that processes with --part wrote into the record, the table and the drawing, and delete them."""
     parts = sorted(path for path in folder.glob(f"{name}_part*.json") if re.fullmatch(r"\d+", path.stem[len(name) + 5 :]))
     if not parts:
         fail(f"there is no {folder / name}_part*.json to join: run with --part first")

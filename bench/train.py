@@ -1,11 +1,11 @@
-"""Whole training steps of Llama shapes, compiled, with loss and fused AdamW: this library against bf16 and torchao.
+"""Time whole training steps of Llama shapes, compiled, with loss and fused AdamW: this library against bf16 and torchao.
 
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
-Random weights and data. The contenders take turns in one process; each compiles everything anew, from empty caches. The table
-is written after every row, and goes on where an earlier one of the same environment ended: rows measured again are replaced.
+Weights and data are random. The contenders run one after another in one process; each compiles from empty caches. The table is
+written after every row. Rows of an earlier call in the same environment are kept, unless they are measured again.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from llama import RECOMPUTED, SHAPES, Llama
 from steps import BACKEND, DEVICE, Measured, allocated, check_gradients, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
 
-#: name -> (shape, adapters only, how it is compiled unless told)
+#: name -> (shape, whether only adapters are trained, how it is compiled by default)
 MODELS = {"1b": ("1b", False, "model"), "3b": ("3b", False, "blocks"), "8b-lora": ("8b", True, "blocks")}
 TINY_MODELS = {"tiny": ("tiny", False, "blocks"), "tiny-lora": ("tiny", True, "blocks")}
 DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "halo0-fp8", "halo1-fp8", "halo1-int8"]
-PANEL = ("model", "sequences", "recomputed", "compiled")  # what rows have in common that are compared
+PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
     "Llama-3.2-1B and -3B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on every linear "
     "are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
@@ -42,7 +42,7 @@ RECOMPUTED_AS = {"no": [], "layers": ["layers"], "products": ["all but products"
 def make(name: str, place: dict, args: argparse.Namespace) -> Llama:
     shape, lora, _ = args.known[place["model"]]
     if lora:
-        import adapters  # needs peft, which the others do not
+        import adapters  # imports peft, which the other models do not need
 
         return adapters.make(name, SHAPES[shape], recompute=place["checkpointing"])[0]
     with torch.device(DEVICE):
@@ -73,7 +73,7 @@ def measure(name: str, place: dict, args: argparse.Namespace) -> Measured:
 
 
 def places(args: argparse.Namespace):
-    """Where the contenders meet: what is measured, and how the table names it."""
+    """Yield each combination of model, length and checkpointing, as the table names it and as it is measured."""
     for model, length, checkpointing in itertools.product(args.models, args.lengths, args.checkpointing):
         compiled = args.compile or args.known[model][2]
         recomputed = RECOMPUTED_AS[checkpointing] + [f"budget {args.memory_budget:g}"] * (args.memory_budget < 1)
@@ -92,7 +92,7 @@ def key(row: dict) -> tuple:
 
 
 def compared(rows: dict[tuple, dict]) -> list[dict]:
-    """In the order of their panels, each against its panel's bf16."""
+    """Compare each row with bf16 in its panel, and sort the rows by panel."""
     panels = list(dict.fromkeys(k[:-1] for k in rows))
     for k, row in rows.items():
         reference = rows.get((*k[:-1], "bf16"))
@@ -103,8 +103,8 @@ def compared(rows: dict[tuple, dict]) -> list[dict]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
-    parser.add_argument("--lengths", nargs="+", type=int, help="of sequences (default: 2048)")
-    parser.add_argument("--tokens", type=int, help="in a step (default: 8192)")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens in a sequence (default: 2048)")
+    parser.add_argument("--tokens", type=int, help="tokens in a step (default: 8192)")
     parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=list(RECOMPUTED), help="what to recompute")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="as in contenders.py and adapters.py")

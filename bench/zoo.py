@@ -1,6 +1,7 @@
-"""What becomes of small random models of transformers' architectures: converted, trained three steps, exported.
+"""Convert small random models of transformers' architectures, train them for three steps, and export them.
 
-The models and what is expected of them are in ``tests/helpers/zoo.py``; no downloads, a minute on a CPU.
+The models and what is expected of them are in ``tests/helpers/architectures.py``. Nothing is downloaded, and it takes a minute
+on a CPU.
 """
 
 import argparse
@@ -15,7 +16,8 @@ sys.path.insert(2, str(Path(__file__).parent.parent))
 import torch
 import transformers
 
-from tests.helpers.zoo import CASES, CONFIG, STEPS, Case, Outcome, examine
+from tests.helpers.architectures import CASES
+from tests.helpers.zoo import CONFIG, STEPS, Case, Outcome, examine
 
 NOTES = (
     "Random weights, 64 wide, 2 layers where the architecture allows; {config}. share converted: of the parameters that "
@@ -45,7 +47,7 @@ def row(case: Case, found: Outcome) -> dict:
 
 
 def left_alone(found: Outcome) -> str | None:
-    """What stays in high precision and why, of what counts; or what the error says."""
+    """Return which layers stay in high precision, and why; or what the error says."""
     if found.report is None:
         lines = [line.strip() for line in found.refused.splitlines() if "left alone:" in line]
         return "; ".join(line.removeprefix("left alone: ") for line in lines)
@@ -70,7 +72,7 @@ def main() -> None:
     args = parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # at these sizes two wait for each other
+    torch.set_num_threads(1)  # with layers this small two threads are slower than one
     rows = [row(case, examine(case)) for case in CASES if not args.only or case.model in args.only]
     held, refused = sum("held" in r["outcome"] for r in rows), sum(r["outcome"] == "refused" for r in rows)
     title = f"{len(rows)} architectures of transformers {transformers.__version__}: {held} held, {refused} refused"

@@ -1,4 +1,4 @@
-"""mkdocstrings: the roles of docstrings, :func:`~halo_tensor.report` for example, as code."""
+"""mkdocstrings: docstrings as Markdown. Roles, :func:`~halo_tensor.report` for example, become code, and so do examples."""
 
 import re
 
@@ -12,9 +12,14 @@ def plain(text: str) -> str:
     return ROLE.sub(lambda match: f"`{match[1].rpartition('.')[2]}`", text)
 
 
+def example(text: str) -> str:
+    """``text`` with a section ``Example:`` named as mkdocstrings knows it, which then shows doctests as code."""
+    return re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+
+
 class Roles(griffe.Extension):
-    """Replaces roles in every docstring that mkdocstrings loads."""
+    """Rewrites every docstring that mkdocstrings loads."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = plain(obj.docstring.value)
+            obj.docstring.value = example(plain(obj.docstring.value))

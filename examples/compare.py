@@ -28,8 +28,8 @@ from halo_tensor import dequantize_, quantize_
 class Run:
     name: str
     losses: list[float] = field(default_factory=list)
-    validation: float = float("nan")  # of the fine-tuned weights, exported plain
-    quantised: float = float("nan")  # the same, run by the recipe
+    validation: float = float("nan")  # loss of the fine-tuned weights in high precision
+    quantised: float = float("nan")  # loss of the same weights under the recipe
     seconds: float = float("nan")
     saved: int = 0
 
@@ -52,8 +52,11 @@ def finetune(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, args) 
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown. "Validation" is the loss of the fine-tuned weights in high precision, "by recipe" that of the same weights
-    run by the recipe; changes are against the first run."""
+    """Return the runs as Markdown.
+
+    "Validation" is the loss of the fine-tuned weights in high precision. "By recipe" is the loss of the same weights under the
+    recipe. Changes are relative to the first run.
+    """
     lines = [
         "| recipe | train loss | validation loss | change | by recipe | s/step | saved by linears for backward |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Chats to fine-tune on: where they come from, what of them is learnt, and how they are packed into rows."""
+"""Chats for fine-tuning: loading them, choosing which tokens are learnt, and packing them into rows."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,9 +10,9 @@ from common import fail, messages_of, one_line, rows_of
 
 Chat = list[dict[str, str]]  # of {"role": "user", "content": "…"}; the answer to learn comes last
 Rows = dict[str, torch.Tensor]  # input_ids, labels and position_ids, each [rows, length] of int64
-IGNORED = -100  # the label of a token that is not learnt
+IGNORED = -100  # label of a token that is not learnt
 
-# For tokenizers that have none.
+# The chat template for tokenizers that have none.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token | default('') + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
@@ -21,8 +21,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the Hugging Face hub: arguments of ``load_dataset``, a row as a prompt and its answer, and the paper's
-    learning rate for it."""
+    """A data set of the Hugging Face hub.
+
+    It has arguments of ``load_dataset``, a function that makes a prompt and its answer from a row, and the paper's learning
+    rate.
+    """
 
     name: tuple[str, ...]
     train: str
@@ -55,7 +58,7 @@ SOURCES = {
         ),
         lambda row: row["meaning_representation"],
         lr=4e-5,
-        revision="refs/convert/parquet",  # the main branch is a loading script, which datasets no longer runs
+        revision="refs/convert/parquet",  # the main branch has a loading script, which datasets does not run any more
     ),
     "gsm8k": Source(
         ("openai/gsm8k", "main"), "train", "test", lambda row: row["question"], lambda row: row["answer"], lr=6e-6
@@ -64,8 +67,11 @@ SOURCES = {
 
 
 def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Chat]]:
-    """Chats to train on and to validate with, at most ``limit`` of either: of one of ``SOURCES``, or of a JSONL file with
-    "messages" in every line, the last tenth of which (at most 1000) is for validation."""
+    """Return chats to train on and chats to validate with, at most ``limit`` of each.
+
+    ``name`` is one of ``SOURCES``, or a JSONL file with "messages" in every line. The last tenth of a file, at most 1000
+    chats, is for validation.
+    """
     if name not in SOURCES:
         chats = read_chats(name)
         if len(chats) < 2:
@@ -77,7 +83,7 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
         from datasets import load_dataset
 
         splits = [load_dataset(*source.name, split=s, revision=source.revision) for s in (source.train, source.valid)]
-    except Exception as error:  # every layer below has its own
+    except Exception as error:  # every library below raises its own errors
         fail(
             f"cannot load {source.name[0]} from the hub ({one_line(error)}): pip install datasets and be online, or pass "
             "--dataset with a .jsonl that has messages in every line"
@@ -92,7 +98,7 @@ def load_chats(name: str, limit: int | None = None) -> tuple[list[Chat], list[Ch
 
 
 def read_chats(path: str) -> list[Chat]:
-    """The "messages" of every line of a JSONL file."""
+    """Return the "messages" of every line of a JSONL file."""
     if not Path(path).is_file():
         fail(f"there is no file {path!r}: pass one of {', '.join(SOURCES)}, or a .jsonl with messages in every line")
     chats = []
@@ -110,19 +116,22 @@ def render(tokenizer, chat: Chat, **options) -> str:
     template = tokenizer.chat_template or CHAT_TEMPLATE
     try:
         return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
-    except Exception as error:  # the template's own, for roles or an order of them that it does not know
+    except Exception as error:  # raised by the template for roles or an order that it does not know
         begin = chat[0]["content"][:60] if chat else ""
         fail(f"the tokenizer's chat template does not take the chat {begin!r}… ({one_line(error)})")
 
 
 def prompt_of(tokenizer, chat: Chat) -> str:
-    """What the model sees before it writes the last answer."""
+    """Return what the model sees before it writes the last answer."""
     return render(tokenizer, chat[:-1], add_generation_prompt=True)
 
 
 def encode(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a chat: what the assistant says, its end of turn included, is learnt, and the rest is given.
-    Prompts and answers are tokenised apart, as in generation."""
+    """Return the token ids and labels of a chat.
+
+    The assistant's turns, with their end of turn, are learnt; the rest is given. Prompts and answers are tokenised
+    separately, as in generation.
+    """
     ids: list[int] = []
     labels: list[int] = []
     done = ""
@@ -140,7 +149,10 @@ def encode(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
 
 
 def learnable(examples: list[tuple[list[int], list[int]]], length: int) -> list[tuple[list[int], list[int]]]:
-    """Those of which something is learnt within the first ``length`` tokens: of others, :func:`pack` would cut the answer."""
+    """Return the examples of which something is learnt within the first ``length`` tokens.
+
+    :func:`pack` would cut the answers of the others.
+    """
     kept = [(ids, labels) for ids, labels in examples if any(label != IGNORED for label in labels[:length])]
     if not kept:
         fail(f"no answer of {len(examples)} chats begins within {length} tokens: pass a larger --length")
@@ -148,16 +160,16 @@ def learnable(examples: list[tuple[list[int], list[int]]], length: int) -> list[
 
 
 def pack(examples: list[tuple[list[int], list[int]]], length: int, pad: int) -> Rows:
-    """Examples, each whole, in rows of ``length`` tokens; what is longer is cut.
+    """Pack examples into rows of ``length`` tokens. An example is never split, and one that is too long is cut.
 
-    Positions start from 0 in every example. Called with them and without a cache, transformers keeps the attention of each
-    example to itself, so that the loss is what it would be without packing.
+    Positions start from 0 in every example. If they are passed and there is no cache, transformers restricts attention to each
+    example, so that the loss is the same as without packing.
     """
     rows: list[list[tuple[list[int], list[int]]]] = []
     room: list[int] = []
     for ids, labels in examples:
         size = min(len(ids), length)
-        first = max(len(rows) - 32, 0)  # older rows are full, or nearly
+        first = max(len(rows) - 32, 0)  # older rows are nearly full
         row = next((i for i in range(first, len(rows)) if room[i] >= size), len(rows))
         if row == len(rows):
             rows.append([])
@@ -174,8 +186,10 @@ def pack(examples: list[tuple[list[int], list[int]]], length: int, pad: int) -> 
 
 
 def batches(examples: list, batch: int, length: int, pad: int, seed: int, start: int = 0) -> Iterator[Rows]:
-    """Endless batches of ``batch`` rows from the ``start``-th on. Every epoch shuffles the examples and packs them anew, by
-    ``seed``, so that the same call always gives the same batches."""
+    """Yield batches of ``batch`` rows without end, beginning with the batch ``start``.
+
+    Every epoch shuffles and packs the examples again. ``seed`` determines the order, so the same call yields the same batches.
+    """
     step = 0
     for epoch in range(2**31):
         order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
@@ -190,5 +204,5 @@ def batches(examples: list, batch: int, length: int, pad: int, seed: int, start:
 
 
 def steps_per_epoch(examples: list, batch: int, length: int) -> int:
-    """Of :func:`batches`, nearly: every epoch packs a little differently."""
+    """Return about how many batches :func:`batches` yields in an epoch. Every epoch packs a little differently."""
     return max(len(pack(examples, length, 0)["input_ids"]) // batch, 1)

@@ -1,4 +1,4 @@
-"""What a fine-tuned model is worth: its loss on chats it has not seen, and how often its greedy answer is the right one."""
+"""Evaluation of a fine-tuned model: its loss on held-out chats, and how many of its greedy answers are exact."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from data import IGNORED, Chat, Rows, prompt_of
 
 @torch.no_grad()
 def mean_loss(model, rows: Rows, batch: int) -> float:
-    """Cross-entropy per learnt token of packed rows, in nats."""
+    """Return the cross-entropy per learnt token of packed rows, in nats."""
     total, count = 0.0, 0
     for i in range(0, len(rows["input_ids"]), batch):
         part = {name: values[i : i + batch].to(model.device) for name, values in rows.items()}
@@ -22,7 +22,7 @@ def mean_loss(model, rows: Rows, batch: int) -> float:
 
 @torch.no_grad()
 def answers(model, tokenizer, chats: list[Chat], batch: int, limit: int) -> list[str]:
-    """The model's own last turn of every chat: greedy, at most ``limit`` tokens."""
+    """Return the model's own last turn of every chat, generated greedily with at most ``limit`` tokens."""
     written: list[str] = []
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     if tokenizer.pad_token is None:
@@ -47,29 +47,29 @@ def answers(model, tokenizer, chats: list[Chat], batch: int, limit: int) -> list
 
 
 def sql(text: str) -> str:
-    """A query but for its case, spacing, kind of quotes and closing semicolon."""
+    """Normalise case, spacing, quotes and the closing semicolon of a query."""
     return " ".join(text.replace('"', "'").rstrip("; \n").split()).lower()
 
 
 def number(text: str) -> str | None:
-    """What follows ####, without thousands separators and trailing zeros."""
+    """Return what follows ####, without thousands separators and trailing zeros."""
     found = re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
     return None if found is None else f"{float(found[1].replace(',', '')):.15g}"
 
 
 def meaning(text: str) -> tuple[str, list[tuple[str, str]]] | None:
-    """Function and attributes, in any order, of name(attribute[value], …)."""
+    """Return the function and the attributes of name(attribute[value], …), in any order."""
     found = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text, re.DOTALL)
     if found is None:
         return None
     return found[1].lower(), sorted((k, v.strip().lower()) for k, v in re.findall(r"(\w+)\s*\[(.*?)\]", found[2]))
 
 
-#: data set -> (what of an answer must be the same, how many tokens an answer may have)
+#: data set -> (function whose value must be the same for an exact answer, how many tokens an answer may have)
 EXACT: dict[str, tuple[Callable, int]] = {"sql": (sql, 128), "viggo": (meaning, 192), "gsm8k": (number, 384)}
 
 
 def exact_match(written: list[str], chats: list[Chat], key: Callable) -> float:
-    """The share of answers whose ``key`` is that of the chat's own last turn."""
+    """Return the fraction of answers whose ``key`` is that of the chat's own last turn."""
     right = [key(answer) == key(chat[-1]["content"]) is not None for answer, chat in zip(written, chats, strict=True)]
     return sum(right) / len(right)

@@ -1,13 +1,14 @@
-"""Fine-tune a causal LM under HALO, with the settings of the paper, and see what it has learnt.
+"""Fine-tune a causal LM under HALO, with the settings of the paper, and evaluate it.
 
     python examples/finetune.py                                         # text-to-SQL from the hub, HALO-2 int8
     python examples/finetune.py --dataset chats.jsonl --model meta-llama/Llama-3.2-1B-Instruct --level 1 --balance
     torchrun --nproc-per-node 8 examples/finetune.py --model meta-llama/Llama-3.1-8B-Instruct --checkpointing    # FSDP2
     python examples/finetune.py --dataset gsm8k --lora 16               # adapters on a frozen base of 8-bit codes
 
-Conversations are packed into rows, each with its own attention and positions, and answers only are learnt. The trained model
-is exported plain, read back, and asked. A run that was cut off goes on with --resume, exactly as it would have: with the same
-options, save those that decide nothing but speed and memory (--micro, --checkpointing, --compile, the number of ranks).
+Conversations are packed into rows, each with its own attention and positions, and only answers are learnt. The trained model
+is exported in high precision, read back and evaluated. --resume continues a run that was stopped, with the same results as if
+it had not been. It needs the same options, except those that only affect speed and memory (--micro, --checkpointing,
+--compile and the number of ranks).
 """
 
 import argparse
@@ -35,19 +36,21 @@ from halo_tensor import balance_, dequantize_, environment, halo_config, quantiz
 
 
 def prepare(model, examples: list, pad: int, args: argparse.Namespace):
-    """Convert, balance, adapt, compile and shard: in this order. A resumed run does the same to the same weights, and so has
-    the same balance, which checkpoints do not hold."""
+    """Convert, balance, add adapters, compile and shard, in this order.
+
+    A resumed run repeats this on the same weights. It gets the same balance, which checkpoints do not contain.
+    """
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
-        model.requires_grad_(False)  # what is frozen is held as codes only
+        model.requires_grad_(False)  # frozen weights are held as codes only
     config = halo_config(args.level, args.dtype, granularity=args.granularity)
     if args.balance:
-        quantize_(model, replace(config, frozen=False))  # codes only would be rounded a second time
+        quantize_(model, replace(config, frozen=False))  # codes without a master would be rounded a second time
         first = next(batches(examples, args.batch, args.length, pad, args.seed))
         rows = {name: first[name][: args.micro].to(args.device) for name in ("input_ids", "position_ids")}
-        balance_(model.base_model, **rows, use_cache=False)  # without the head: no logits of a whole batch
-    report = quantize_(model, config)  # which keeps the balance
+        balance_(model.base_model, **rows, use_cache=False)  # without the head, which would compute logits of the batch
+    report = quantize_(model, config)  # keeps the balance
     if args.main:
         print(report)
     if args.lora:
@@ -58,7 +61,7 @@ def prepare(model, examples: list, pad: int, args: argparse.Namespace):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for block in blocks if args.compile else []:
-        block.compile()  # one graph serves all blocks
+        block.compile()  # all blocks share one graph
     if args.world > 1:
         for block in blocks:
             fully_shard(block)
@@ -67,7 +70,7 @@ def prepare(model, examples: list, pad: int, args: argparse.Namespace):
 
 
 def train(model, examples: list, pad: int, run: checkpoints.Run, args: argparse.Namespace) -> None:
-    """AdamW with a linear warm-up and decay; logs every step, and saves what a resumed run needs."""
+    """Train with AdamW and a linear warm-up and decay. Log every step, and save what a resumed run needs."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     if run.checkpoint:
@@ -82,7 +85,7 @@ def train(model, examples: list, pad: int, run: checkpoints.Run, args: argparse.
         lr = args.lr * min((step + 1) / args.warmup, decayed) if args.warmup else args.lr * decayed
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(hash((args.seed, step, args.rank)) % 2**63)  # dropout's, in a resumed run too
+        torch.manual_seed(hash((args.seed, step, args.rank)) % 2**63)  # seeds dropout, in a resumed run too
         loss = accumulate(model, next(data), args)
         optimizer.step()
         optimizer.zero_grad()
@@ -97,23 +100,25 @@ def train(model, examples: list, pad: int, run: checkpoints.Run, args: argparse.
 
 
 def accumulate(model, rows: Rows, args: argparse.Namespace) -> torch.Tensor:
-    """Backward of the mean loss over all learnt tokens of ``rows`` [batch, length], however they are spread over ranks and
-    micro-batches. Returns this rank's share of it."""
+    """Compute gradients of the mean loss over all learnt tokens of ``rows`` [batch, length].
+
+    The loss does not depend on how the tokens are spread over ranks and micro-batches. Returns this rank's part of it.
+    """
     learnt = int((rows["labels"] != IGNORED).sum())
     mine = {name: values.chunk(args.world)[args.rank].to(args.device) for name, values in rows.items()}
     total = torch.zeros((), device=args.device)
     for i in range(0, len(mine["labels"]), args.micro):
         micro = {name: values[i : i + args.micro] for name, values in mine.items()}
         loss = model(**micro, use_cache=False, num_items_in_batch=learnt).loss
-        (loss * args.world).backward()  # FSDP takes the mean over ranks
+        (loss * args.world).backward()  # FSDP averages over ranks
         total += loss.detach()
     return total
 
 
 def identity(model, examples: list, args: argparse.Namespace) -> dict[str, object]:
-    """What decides what is learnt: a run is resumed with the same. Of files the content counts, not the name."""
+    """Return what determines what is learnt. A run is resumed with the same values. A file counts by content, not by name."""
     names = ["level", "dtype", "granularity", "balance", "weights", "lora", "batch", "length", "lr", "warmup"]
-    names += ["weight_decay", "seed", *(["micro"] if args.balance else [])]  # --balance looks at the first --micro rows
+    names += ["weight_decay", "seed", *(["micro"] if args.balance else [])]  # --balance uses the first --micro rows
     options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     options["--steps"] = args.steps
     if args.steps is None:
@@ -125,8 +130,10 @@ def identity(model, examples: list, args: argparse.Namespace) -> dict[str, objec
 
 
 def export(model, tokenizer, run: checkpoints.Run, args: argparse.Namespace) -> Path | None:
-    """Write what everybody can read: a plain checkpoint, or PEFT's adapter. Where the output folder has no room for it, it
-    goes to the folder for temporary files, or the user's. Returns where it is, None in other ranks than the main one."""
+    """Write a plain checkpoint, or PEFT's adapter. Return its folder; None in ranks other than the main one.
+
+    If the output folder has no room, it is written to the folder for temporary files or to the user's folder.
+    """
     name = "adapter" if args.lora else "model"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {} if args.world == 1 else {"state_dict": get_model_state_dict(model, options=options)}
@@ -148,7 +155,7 @@ def export(model, tokenizer, run: checkpoints.Run, args: argparse.Namespace) -> 
 
 
 def evaluate(model, tokenizer, chats: list, pad: int, args: argparse.Namespace) -> dict:
-    """Validation loss, and the share of exact answers where it is known what makes one exact."""
+    """Return the validation loss, and the fraction of exact answers if the data set defines what is exact."""
     model.eval()
     examples = learnable([encode(tokenizer, c) for c in chats], args.length)
     result = {"validation loss": mean_loss(model, pack(examples, args.length, pad), args.micro)}
@@ -168,9 +175,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--level", type=integer(0), default=2)
     parser.add_argument("--dtype", default="int8", help="int8, fp8, fp6, …, or bf16: no quantisation")
     parser.add_argument("--granularity", default="row", help="row, or tensor as in the paper")
-    parser.add_argument(
-        "--balance", action="store_true", help="share out the rounding of X and W, on the first rows: for int8"
-    )
+    parser.add_argument("--balance", action="store_true", help="call balance_ on the first rows, for int8")
     dtypes = ["bfloat16", "float16", "float32"]
     parser.add_argument(
         "--weights", choices=dtypes, help="dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
@@ -184,13 +189,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=number(above=0), help="default: the paper's for the data set, else 3e-5")
     parser.add_argument("--warmup", type=integer(0), default=20, help="steps")
     parser.add_argument("--weight-decay", type=number(least=0), default=0.0)
-    parser.add_argument("--seed", type=integer(0), default=0, help="of the order of the data, and of adapters")
+    parser.add_argument("--seed", type=integer(0), default=0, help="seed of the order of the data, and of adapters")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--metric", choices=list(EXACT), help="what makes an answer exact (default: the data set's)")
     parser.add_argument("--answers", type=integer(0), default=200, help="validation prompts to answer, at most")
     parser.add_argument("--save-every", type=integer(1), help="steps between checkpoints to resume from")
-    parser.add_argument("--resume", type=Path, help="such a checkpoint (a folder step-N), or a run's --output: its last one")
+    parser.add_argument("--resume", type=Path, help="a checkpoint (step-N), or the --output of a run: its last one")
     parser.add_argument("--output", type=folder, default="outputs/finetune")
     args = parser.parse_args()
     known = SOURCES.get(args.dataset)
@@ -203,7 +208,7 @@ def parse_args() -> argparse.Namespace:
     if args.batch % args.world:
         fail(f"--batch {args.batch} rows cannot be shared out among {args.world} ranks")
     if args.balance and args.dtype == "bf16":
-        fail("--balance shares out what X and W lose to rounding, and --dtype bf16 rounds neither: leave one of them out")
+        fail("--balance reduces the rounding errors of X and W, and --dtype bf16 rounds neither: leave one of them out")
     if args.lora and args.world > 1:
         fail("--lora trains in one process: the base is codes, half of its bf16 size or less")
     try:

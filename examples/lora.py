@@ -3,7 +3,7 @@
     python examples/lora.py                                        # SmolLM2-135M on Python's documentation, on this machine
     python examples/lora.py --model meta-llama/Llama-3.1-8B --data chats.jsonl --recipes high halo0-fp8 --rank 16
 
-PEFT is used as it is. Prints a table, and keeps it in a file.
+PEFT is used without changes. The table is printed and written to a file.
 """
 
 from copy import deepcopy
@@ -31,8 +31,8 @@ from halo_tensor import dequantize_, quantize_
 class Run:
     name: str
     losses: list[float] = field(default_factory=list)
-    validation: float = float("nan")  # of the base and the adapter as they were trained
-    merged: float = float("nan")  # of the plain model that they were merged into
+    validation: float = float("nan")  # loss of the base with the adapter, as trained
+    merged: float = float("nan")  # loss of the plain model after merging
     seconds: float = float("nan")
     weights: int = 0
     saved: int = 0
@@ -60,13 +60,13 @@ def train_adapters(model, name: str, tokens: torch.Tensor, valid: torch.Tensor, 
 
 
 def base_bytes(model) -> int:
-    """Of the weights of the linear layers that adapters sit on."""
+    """Return the bytes of the weights of the linear layers that have adapters."""
     layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.endswith("base_layer")]
     return sum(s.nbytes() for m in layers for s in get_untyped_storages(m.weight))
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown; changes and shares are against the first run."""
+    """Return the runs as Markdown. Changes and fractions are relative to the first run."""
     first = runs[0]
     lines = [
         "| recipe | train loss | validation loss | change | merged, plain | s/step | base weights | saved for backward |",
@@ -87,7 +87,7 @@ def table(runs: list[Run]) -> str:
 
 
 def rows(runs: list[Run]) -> list[dict]:
-    """The same as numbers, for a record."""
+    """Return the runs as numbers, for a record."""
     return [
         {
             "recipe": run.name,

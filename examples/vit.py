@@ -4,9 +4,9 @@
     python examples/vit.py --models vit --recipes high hot hot_llm --seeds 0
     python examples/vit.py --data path/to/folder --image-size 64 --patch 8  # one folder of images per class
 
-Recipes: "hot", "hot_lqs" (a quantiser chosen for each layer), "hot_int4" (INT4 for grad_weight too, which HOT's authors found
-to fail), or any other name for ``recipe_config``. The models are transformers' own, randomly initialised. Prints a table, and
-keeps it in a file.
+Recipes are "hot", "hot_lqs" (a quantiser chosen for each layer), "hot_int4" (INT4 for grad_weight too, which HOT's authors
+found to fail), and any other name for ``recipe_config``. The models are transformers' own, randomly initialised. The table is
+printed and written to a file.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from halo_tensor.recipe import RECIPES
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-learn's 1797 handwritten digits: images [n, 1, 8, 8] in [0, 1], labels [n]."""
+    """Return scikit-learn's 1797 handwritten digits: images [n, 1, 8, 8] in [0, 1], and labels [n]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -37,7 +37,7 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load_folder(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of ``path``/<class>/* as [n, 3, size, size] in [0, 1], and labels in the order of the folders' names."""
+    """Return the images of ``path``/<class>/* as [n, 3, size, size] in [0, 1], and labels in the order of the folder names."""
     import numpy as np
     from PIL import Image
 
@@ -73,7 +73,7 @@ MODELS = {"vit": make_vit, "resnet": make_resnet}
 
 
 def train(model: nn.Module, data: tuple, args: argparse.Namespace, title: str) -> tuple[float, float]:
-    """Accuracy on held-out images in percent, and the seconds of a step (median)."""
+    """Return the accuracy on held-out images in percent, and the median seconds of a step."""
     images, labels, test_images, test_labels = data
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
     steps = args.epochs * (len(images) // args.batch)
@@ -100,7 +100,7 @@ def train(model: nn.Module, data: tuple, args: argparse.Namespace, title: str) -
 
 
 def config_of(recipe: str, model: nn.Module, data: tuple, batch: int):
-    """ "hot_lqs": HOT with a quantiser for each layer, chosen on four training batches; else a recipe's name."""
+    """Return HOT with a quantiser for each layer, chosen on four training batches, for "hot_lqs"; or else a recipe by name."""
     if recipe != "hot_lqs":
         return recipe_config(recipe, min_features=64)
     batches = [{"pixel_values": x, "labels": y} for x, y in zip(data[0].split(batch)[:4], data[1].split(batch), strict=False)]
@@ -108,12 +108,12 @@ def config_of(recipe: str, model: nn.Module, data: tuple, batch: int):
 
 
 def run(name: str, recipe: str, data: tuple, args: argparse.Namespace) -> dict:
-    """One line of the table: means over the seeds."""
+    """Return one line of the table, with means over the seeds."""
     accuracies, seconds = [], []
     for seed in args.seeds:
         torch.manual_seed(seed)
         model = MODELS[name](data[0].shape[1], int(data[1].max()) + 1, args.image_size, args.patch).to(data[0].device)
-        # What the backward of converted layers saves is counted on the same layers in high precision.
+        # In high precision, what the same layers save for backward is counted.
         report = quantize_(model, config_of("hot" if recipe == "high" else recipe, model, data, args.batch))
         if recipe == "high":
             dequantize_(model)

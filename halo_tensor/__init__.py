@@ -1,8 +1,44 @@
-"""Low-precision training of LLMs with Hadamard rotations: fast and accurate.
+"""Low-precision training of LLMs in PyTorch with Hadamard rotations.
 
-from halo_tensor import halo_config, quantize_
-quantize_(model, halo_config(level=1, dtype="int8"))
-model = torch.compile(model)
+``quantize_`` makes the linear layers of a model compute all three products, forward and backward, in int8, fp8 or fp6.
+Rotations keep outliers from spoiling the precision (HALO, arXiv 2501.02625). Everything else stays as it is: the training
+loop, optimisers, ``torch.compile``, FSDP2, PEFT and state dicts.
+
+Example:
+    >>> import torch
+    >>> from halo_tensor import halo_config, quantize_
+    >>> model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128))
+    >>> quantize_(model, halo_config(level=1, dtype="int8")).converted  # before the optimiser, compile and FSDP
+    ['0', '2']
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> model(torch.randn(16, 128)).square().mean().backward()
+    >>> optimizer.step()
+
+Convert a model:
+    ``quantize_``, and ``dequantize_``, which undoes it. ``Conversion`` is the result: which layers were converted, and why
+    others were not. ``layer_filter`` is the default choice of layers.
+
+Configs:
+    ``halo_config`` (``HaloConfig``) is for training LLMs. ``hot_config`` (``HotConfig``) is a low-precision backward for
+    vision models. ``recipe_config`` (``RecipeConfig``) finds other published methods by name. Their common fields are those
+    of ``LinearConfig``. ``LayerConfigs`` is a config for each layer.
+
+Choose a config by measurement:
+    ``report`` measures candidates on one batch and returns a ``Report``; ``Balanced`` is a candidate with a balance.
+    ``calibrate`` chooses a config for each layer.
+
+Improve accuracy, save memory:
+    ``balance_`` scales columns so that int8 loses less. ``keep_products`` is a policy of activation checkpointing.
+
+Find errors:
+    ``environment`` lists versions, devices and fast paths. ``find_nonfinite`` finds the first operand that is not finite
+    (``NonFiniteError``).
+
+Tensors:
+    ``HaloWeight`` is the parameter of a converted layer, ``HadamardQuantTensor`` a rotated and quantised matrix.
+
+``halo_tensor.transformers`` loads and saves quantised checkpoints; ``halo_tensor.fsdp`` has what users of FSDP2 call.
+``python -m halo_tensor`` prints the environment for a bug report, and ``python -m halo_tensor bench`` measures this GPU.
 """
 
 from halo_tensor import compiler  # noqa: F401  torch.compile learns the ops

@@ -1,5 +1,7 @@
-"""``python -m halo_tensor``: the environment, for a bug report; ``--json`` prints it as JSON. ``python -m halo_tensor bench``:
-how fast linear layers are on this GPU."""
+"""Print the environment, for a bug report: ``python -m halo_tensor [--json]``.
+
+``python -m halo_tensor bench`` measures how fast linear layers are on this GPU.
+"""
 
 import argparse
 import json
@@ -10,6 +12,7 @@ from halo_tensor.diagnostics import bench
 
 
 def main() -> None:
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m halo_tensor", description="Versions and devices, for a bug report.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     commands = parser.add_subparsers(dest="command", metavar="bench")

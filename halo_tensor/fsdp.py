@@ -1,5 +1,5 @@
-"""For users of FSDP2; see docs/fsdp.md."""
+"""Functions for users of FSDP2."""
 
-from halo_tensor.weight.fsdp import precompute_scales
+from halo_tensor.weight.common_scales import precompute_scales
 
 __all__ = ["precompute_scales"]

@@ -1,9 +1,9 @@
-"""Reference models of TRL's trainers, which are to be quantised as the model in training is.
+"""A warning of trainers of TRL whose reference model is not quantised as the model in training is.
 
-``DPOTrainer``, ``GRPOTrainer``, ``KTOTrainer`` and ``RLOOTrainer`` that are given no reference model load one from the path
-that ``model.config`` names, and so in high precision, whatever ``quantize_`` made of the model (TRL 1.16; a neighbour of this:
-https://github.com/huggingface/trl/pull/6312). They offer no hook between this and the training, so ``Trainer.train``, which
-all of them inherit, is wrapped once a model has been converted.
+Without a reference model, ``DPOTrainer``, ``GRPOTrainer``, ``KTOTrainer`` and ``RLOOTrainer`` load one from the path in
+``model.config``, in high precision, even if ``quantize_`` has converted the model (TRL 1.16; a related change is
+https://github.com/huggingface/trl/pull/6312). They have no hook between this and the training, so ``Trainer.train``, which all
+of them inherit, is wrapped when a model is converted.
 """
 
 import sys
@@ -13,19 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import HaloWeight
 
 
 def watch_trainers() -> None:
-    """Let transformers' ``Trainer``, if it has been imported, warn of a reference model in high precision."""
+    """Make transformers' ``Trainer``, if it has been imported, warn of a reference model in high precision."""
     trainer: Any = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if trainer is None or getattr(trainer.train, "warns_of_references", False):
         return
     train = trainer.train
 
     @wraps(train)
-    def watched(self, *args, **kwargs):
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         _warn_of_reference(self.model, getattr(self, "ref_model", None))
         return train(self, *args, **kwargs)
 
@@ -44,5 +44,5 @@ def _warn_of_reference(model: nn.Module, reference: nn.Module | None) -> None:
 
 
 def _count(model: nn.Module) -> int:
-    """How many converted weights a model has."""
+    """Return how many converted weights a model has."""
     return sum(isinstance(parameter, HaloWeight) or is_sharded(parameter) for parameter in model.parameters())

@@ -9,6 +9,6 @@ __version__ = "0.1.0"
 
 @cache
 def fingerprint() -> str:
-    """Of the library's sources: what was compiled with others must not be taken from a cache."""
+    """Return a hash of the library's sources. It is part of the keys of compiled code: other sources must not reuse that."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]

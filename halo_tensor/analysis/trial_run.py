@@ -14,7 +14,7 @@ from torch import nn
 
 from halo_tensor.layers import kinds
 from halo_tensor.layers.linear import stand_in
-from halo_tensor.layers.subclasses import follow_linear
+from halo_tensor.layers.linear_subclasses import follow_linear
 from halo_tensor.operand.gains import Gains
 from halo_tensor.recipe import Recipe
 from halo_tensor.weight.tensor import HaloWeight

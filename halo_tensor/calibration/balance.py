@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.analysis.trial_run import untouched
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand import gains
-from halo_tensor.weight.fsdp import is_sharded
+from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import dense_value
 
 #: The weight F of forward's error, which reaches all later layers. With values from 2 to 128 gradients differ no more than

@@ -41,7 +41,7 @@ def calibrate(
     Args:
         model: a model in high precision, in training mode if that is how it will be trained.
         batches: a few training batches.
-        config: HOT's config. Its ``scale`` is chosen for each layer (default: ``hot_config()``).
+        config: HOT's config. Its ``grad_output_granularity`` is chosen for each layer (default: ``hot_config()``).
         level: None for HOT. "auto" chooses from ``candidates``: each layer gets the first config under which output, E_X and G
             all have a cosine of at least ``target`` with those in high precision, or else the config with the best one.
         target: the least cosine for ``level="auto"``. It is measured on each layer alone. The errors of layers add up, so the

@@ -69,9 +69,9 @@ class QuantizerSelection:
         return measured
 
     def choose(self, measured: Measurement) -> HotConfig:
-        """Select the scale and, if asked to, the rank."""
+        """Select the granularity of E and, if asked to, the rank."""
         halves = measured[_error_with("tokens")] < measured[_error_with("tensor")] / 2
-        config = replace(self.config, scale="tokens" if halves else "tensor")
+        config = replace(self.config, grad_output_granularity="row" if halves else "tensor")
         if self.energy is not None:
             enough = (rank for rank in self.ranks if measured[_energy_of(rank)] >= self.energy)
             config = replace(config, rank=next(enough, None))

@@ -1,18 +1,24 @@
-"""What torch.compile does with the ops. Everything here is written against private names of PyTorch, and is a fast path that
-can be switched off (:mod:`halo_tensor.fences.fast_paths`)."""
+"""What ``torch.compile`` does with the ops.
+
+Everything here uses private names of PyTorch. Each module is a fast path that can be switched off, and falls back if it cannot
+be prepared (:mod:`halo_tensor.fences.fast_paths`).
+"""
 
 import torch
 
 from halo_tensor.fences.fast_paths import INDUCTOR, JOINT_GRAPH, disabled
 from halo_tensor.fences.pytorch import is_compiled
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops import implementations
+from halo_tensor.ops.register import WHEN_TRACED
 from halo_tensor.version import fingerprint
 
 
 def prepare(device: torch.device) -> None:
-    """Teach Inductor the ops, and install the passes over graphs. It is called when an op is traced, and not before: importing
-    Inductor takes seconds."""
+    """Register the lowerings of the ops with Inductor and install the passes over graphs.
+
+    It is called whenever an op is traced, and not on import: importing Inductor takes seconds. The thread that compiles calls
+    it, for every graph, since torch's configuration belongs to a thread and may have been replaced.
+    """
     if runs_kernels(device):
         _tag_caches()
         INDUCTOR.load("halo_tensor.compiler.inductor")
@@ -21,11 +27,14 @@ def prepare(device: torch.device) -> None:
 
 
 def _tag_caches() -> None:
-    """Graphs are cached on disk, with the launches of these sources. To be called in the thread that compiles: torch's
-    configuration is each thread's own."""
+    """Add the sources of this library, and the paths that are off, to the key of graphs that are cached on disk.
+
+    Generated code contains launches of kernels, but the key has only names of custom ops:
+    https://github.com/pytorch/pytorch/issues/144344 (torch 2.11 to 2.15).
+    """
     tag = " ".join(("", f"halo_tensor:{fingerprint()}", *disabled()))
     if tag not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += tag
 
 
-implementations.WHEN_TRACED.append(prepare)
+WHEN_TRACED.append(prepare)

@@ -1,14 +1,16 @@
-"""What is done to a compiled graph of forward and backward, before it is cut in two.
+"""Two passes over a compiled graph of forward and backward, before it is partitioned.
 
-Nothing of X is saved beside X itself. Forward makes X's codes for its own product, and their transpose for grad_weight, which
-is saved instead of X. But some X is saved in any case: attention's backward wants its result, which is what o_proj reads.
-There the transpose is made in backward, from X again. That costs one more pass over X, and saves a byte an element.
+1. Where X is saved in any case, its codes are not. Forward quantises X for its own product, and saves the transposed codes for
+   grad_weight instead of X. But attention's backward saves attention's result, which is the X of o_proj. There the transposed
+   codes are computed in backward, from X. That costs one more pass over X and saves a byte per element.
+2. Two gradients E that elementwise operations compute from the same matrices, as in the backward of a gated MLP, are quantised
+   by one op. Its kernels compute both, so that neither is written to memory
+   (:mod:`halo_tensor.kernels.quantize.two_gradients`).
 
-Two E that elementwise operations make from the same matrices, as a gated MLP's backward does, are quantised by one op, so that
-neither need be written: see two_gradients.
-
-This is written against AOTAutograd's partitioner and Inductor's joint passes as of torch 2.11–2.15
-(:data:`halo_tensor.fences.fast_paths.JOINT_GRAPH`). A graph that they cannot be run on stays as it is.
+Private API: ``torch._inductor.config.joint_custom_post_pass``, ``custom_graph_pass.CustomGraphPass`` and
+``pattern_matcher.stable_topological_sort``; ``torch._functorch.partitioners`` (get_default_op_list, must_recompute); the names
+"tangents" of AOTAutograd's placeholders; ``recompute`` and ``eager_input_vals`` in a node's ``meta``. Tested with torch 2.11
+to 2.15 (:data:`halo_tensor.fences.fast_paths.JOINT_GRAPH`). A graph on which a pass fails stays as it is.
 """
 
 import operator
@@ -28,27 +30,26 @@ from halo_tensor.fences.fast_paths import JOINT_GRAPH, disabled
 from halo_tensor.kernels.device import PRODUCER_INPUTS, runs_kernels
 from halo_tensor.version import fingerprint
 
-#: For comparison: without them, the transpose is always saved, and each E quantised alone. They are part of the key of cached
-#: graphs, but not of AOTAutograd's where a pass comes through torch.compile's ``options``, which take effect after that key is
-#: made.
+#: Switches of the two passes, for comparisons. They are part of the key of cached graphs. But AOTAutograd's key is made before
+#: ``options`` of torch.compile take effect, so it lacks them if a pass is set there.
 REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
-_CODES_T = 1  # of its outputs
+_CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
-    """Split each quantisation in two, one for forward and one for backward, where backward has X and can repeat it exactly."""
+    """Split each quantisation into one for forward and one for backward, if backward has X and gets exactly the same codes."""
     if not (_tangents(graph) and graph.find_nodes(op="call_function", target=_QUANTIZE)):
         return
-    graph.eliminate_dead_code()  # as the partitioner will: what it drops keeps nothing
-    backward = _after(graph, _tangents(graph))  # what cannot be run before there is a gradient
+    graph.eliminate_dead_code()  # the partitioner does it too, and dead nodes save nothing
+    backward = _after(graph, _tangents(graph))
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
-        x, left, *_, fold_rows, fold_columns, rows, columns, seed, _ = arguments
-        # A left rotation may run on other tiles where no rows are wanted, and then a code may differ.
-        repeatable = not left and fold_rows is None and fold_columns is None and seed is None
-        tagged = "recompute" in node.meta  # by someone's checkpointing
+        x, row_rotation, *_, fold_rows, fold_columns, rows, columns, seed, _ = arguments
+        # With a rotation of rows, kernels may take other tiles if only the transpose is wanted, and a code may differ.
+        repeatable = not row_rotation and fold_rows is None and fold_columns is None and seed is None
+        tagged = "recompute" in node.meta  # by activation checkpointing
         if rows and columns and repeatable and not tagged and node not in backward and _keeps(x, backward):
             transposed = [user for user in node.users if user.args[1] == _CODES_T]
             if transposed and all(reader in backward for codes_t in transposed for reader in _readers(codes_t, backward)):
@@ -56,12 +57,12 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
 
 
 def _tangents(graph: fx.Graph) -> list[fx.Node]:
-    """The gradients that enter, as AOTAutograd names them."""
+    """Return the placeholders for the gradients of the graph's results, by AOTAutograd's names."""
     return [node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
 
 
 def _after(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:
-    """These nodes, and what cannot be run before them."""
+    """Return these nodes and all nodes that depend on them."""
     after = set(nodes)
     for node in graph.nodes:
         if node.op != "output" and any(used in after for used in node.all_input_nodes):
@@ -70,16 +71,15 @@ def _after(graph: fx.Graph, nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _keeps(x: fx.Node, backward: set[fx.Node]) -> bool:
-    """Whether the memory of x is saved in any case: something in backward reads it as it is, and it is the result of an op
-    that the partitioner does not run twice."""
+    """Whether the partitioner saves x in any case: backward reads it, and an op that is not recomputed made it."""
     base: Any = x
     while _is_view(base):
         base = base.args[0]
     made_by = base.args[0] if base.target is operator.getitem else base
     if made_by.op != "call_function" or _dtype(base) != _dtype(x):
         return False
-    runs_twice = get_default_op_list().is_recomputable(made_by) or must_recompute(made_by) or must_recompute(base)
-    return not runs_twice and any(reader in backward for reader in _readers(base, backward))
+    recomputed = get_default_op_list().is_recomputable(made_by) or must_recompute(made_by) or must_recompute(base)
+    return not recomputed and any(reader in backward for reader in _readers(base, backward))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -92,7 +92,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
-    """What reads a node's memory, looked at through forward's views of it."""
+    """Yield the nodes that read a node's memory, directly or through views of it in forward."""
     for user in node.users:
         if _is_view(user) and user not in backward:
             yield from _readers(user, backward)
@@ -101,6 +101,7 @@ def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
+    """Let a copy of a quantisation, which the partitioner puts into backward, make the transposed codes."""
     arguments: Any = node.args
     *same, _, _, seed, gain = arguments
     codes, codes_t, scales = node.meta["val"]
@@ -109,13 +110,13 @@ def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
         again = node.graph.node_copy(node)
     node.args, node.meta["val"] = (*same, True, False, seed, gain), (codes, nothing, scales)
     again.args, again.meta["val"] = (*same, False, True, seed, gain), (nothing, codes_t, scales)
-    again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # the partitioner neither saves it nor runs it in forward
+    again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # neither saved nor computed in forward
     for codes_t in transposed:
         codes_t.replace_input_with(node, again)
 
 
 def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
-    """Merge quantisations of two E that are made elementwise of as many matrices as a kernel takes, one of them in common."""
+    """Merge the quantisations of two gradients E that elementwise operations compute from common matrices."""
     if len(graph.find_nodes(op="call_function", target=_PAIR)) < 2:
         return
     alone: list[fx.Node] = []
@@ -128,15 +129,15 @@ def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
         else:
             alone.remove(other)
             _merge(other, node)
-            stable_topological_sort(graph)  # what reads the first of them may stand before both
+            stable_topological_sort(graph)  # readers of the first may stand before the merged op
 
 
 def _is_computed(pair: fx.Node) -> bool:
-    """Whether E is the result of elementwise operations that nothing else reads, and is quantised as it is."""
+    """Whether E is the result of elementwise operations, read by nothing else, and is not rotated."""
     arguments: Any = pair.args
-    e, left, _, *folds = arguments
+    e, row_rotation, _, *folds = arguments
     known = all("val" in used.meta for used in pair.all_input_nodes)
-    if left or None in folds or not known or not runs_kernels(e.meta["val"].device):
+    if row_rotation or None in folds or not known or not runs_kernels(e.meta["val"].device):
         return False
     while _is_view(e) and len(e.users) == 1:
         e = e.args[0]
@@ -148,12 +149,12 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
-    """Whether the quantisations a and, later in the graph, b can be one."""
+    """Whether one op can do the quantisations a and b, of which b is later in the graph."""
     sources = [_sources(node.args[0]) for node in (a, b)]
     if not sources[0] & sources[1] or len(sources[0] | sources[1]) > PRODUCER_INPUTS:
         return False
     one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
-    # Without a guard: of symbols, and of sizes that depend on data.
+    # Sizes may be symbols; these functions add no guards.
     alike = one.dtype == other.dtype and statically_known_true(sym_eq(one.shape, other.shape))
     if a.args[2] != b.args[2] or not alike:
         return False
@@ -162,7 +163,7 @@ def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
 
 
 def _sources(e: Any) -> set[fx.Node]:
-    """What e is made of by elementwise operations."""
+    """Return the nodes from which elementwise operations and views compute e."""
     sources, met, waiting = set(), {e}, [e]
     while waiting:
         node = waiting.pop()
@@ -176,11 +177,13 @@ def _sources(e: Any) -> set[fx.Node]:
 
 
 def _merge(a: fx.Node, b: fx.Node) -> None:
+    """Replace the quantisations a and b by one op in the place of b."""
     e_a, _, format, *folds_a = a.args
     e_b, _, _, *folds_b = b.args
     with b.graph.inserting_before(b):
         both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b))
-    inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)  # whose strides Inductor keeps
+    # Inductor keeps the strides of these values for an op that needs exact strides.
+    inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)
     both.meta = b.meta | {"val": (*a.meta["val"], *b.meta["val"]), "eager_input_vals": (inputs, {})}
     for pair, first in ((a, 0), (b, len(a.meta["val"]))):
         for made in list(pair.users):
@@ -189,8 +192,8 @@ def _merge(a: fx.Node, b: fx.Node) -> None:
 
 
 def _rewrite(graph: fx.Graph) -> None:
-    """Run the passes, first on a copy: where they fail, ``graph`` is not left half rewritten."""
-    stable_topological_sort(graph)  # passes before these put nodes where they can, and Inductor sorts after them
+    """Run the passes, on a copy first: if one of them fails there, ``graph`` is still whole."""
+    stable_topological_sort(graph)  # earlier passes leave nodes unsorted
     trial = fx.Graph(graph.owning_module)
     trial.output(trial.graph_copy(graph, {}))
     for each in (trial, graph):
@@ -201,7 +204,10 @@ def _rewrite(graph: fx.Graph) -> None:
 
 
 class _Pass(CustomGraphPass):
-    """And before it the passes that were there: not every version of Inductor takes a list."""
+    """The passes of this module, after ``others``.
+
+    Only later versions of Inductor accept a list of passes: https://github.com/pytorch/pytorch/pull/184108.
+    """
 
     def __init__(self, others: Sequence):
         self.others = others
@@ -213,16 +219,18 @@ class _Pass(CustomGraphPass):
             JOINT_GRAPH.attempt(_rewrite, graph)
 
     def uuid(self) -> tuple | None:
-        """None, and then graphs are not cached, if one of the others has none."""
+        """Return the part of the key of cached graphs; None, and graphs are not cached, if one of the others has none."""
         others = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
         state = fingerprint(), *disabled(), REPEAT_FOR_BACKWARD, QUANTIZE_TWO_AT_ONCE
         return ("halo_tensor", *state, *others) if all(others) else None
 
 
 def install() -> None:
-    """Last of Inductor's joint passes: earlier ones find attention in products, and put a kernel in its place. To be called in
-    the thread that compiles, for every graph: torch's configuration is each thread's own, and may have been set anew. Models
-    compiled later in this thread, converted or not, have it in their keys, and are otherwise left alone."""
+    """Add the passes to Inductor's configuration, after its other joint passes, one of which recognises attention.
+
+    The thread that compiles calls this for every graph, since the configuration belongs to a thread and may be replaced.
+    In graphs without ops of this library, the passes do nothing; they are part of the cache key there too.
+    """
     current = config.joint_custom_post_pass
     others = () if current is None else current if isinstance(current, list | tuple) else (current,)
     if not any(isinstance(other, _Pass) for other in others):

@@ -1,12 +1,17 @@
-"""What would write the quantiser's input, as a Triton function that the quantiser calls instead of reading it.
+"""Producers: Triton functions that compute the elements of a quantiser's input, so that it is never written to memory.
 
-In a compiled graph, X is often the result of elementwise operations (SwiGLU) that nothing else reads, and so are the two E
-that its backward makes. Inductor would write them in one kernel for ours to read in the next. Its description of that kernel,
-run once with names for values, gives the source of a function of row and column, and no matrix is written. Values are computed
-in float32 and rounded to the dtype of the matrix, as in Inductor's own kernel. But our kernels do without fused multiply-adds
-and with a faster exp (``fast_math``): what lies near the middle of two numbers of that dtype may be rounded to the other one.
+In a compiled graph, X is often the result of elementwise operations (SwiGLU) that nothing else reads, and so are the two
+gradients E of its backward. Inductor would write them in one kernel, and the quantiser would read them in the next. Instead,
+Inductor's description of its kernel is run once with names in place of values. That gives the source of a function of row and
+column, which the quantiser calls.
 
-This is written against Inductor's internals as of torch 2.11–2.15 (:data:`halo_tensor.fences.fast_paths.PRODUCERS`).
+A producer computes in float32 and rounds to the dtype of the matrix, as Inductor's kernel does. But quantisers have no fused
+multiply-adds and a faster exp (:mod:`halo_tensor.kernels.quantize.fast_math`), so a value near the middle between two numbers
+of that dtype may be rounded to the other one.
+
+Private API: ``torch._inductor.ir`` (ComputedBuffer, Pointwise, TensorBox, StorageBox), ``ops_handler.DefaultHandler`` and the
+names of its operations, ``virtualized.V`` (set_ops_handler, graph.sizevars, graph.operations, graph.try_get_buffer). Tested
+with torch 2.11 to 2.15 (:data:`halo_tensor.fences.fast_paths.PRODUCERS`).
 """
 
 from collections.abc import Sequence
@@ -24,9 +29,9 @@ from halo_tensor.kernels.device import INTERPRETED, PRODUCER_INPUTS
 
 _ROW, _COLUMN = sympy.symbols("row column", integer=True, nonnegative=True)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: What one or two matrices may be made of for it to pay. Of one, a pass that writes it and a pass that reads it are saved; of
-#: two, the passes that write them, and two that read each. In exchange, every pass reads what they are made of; where the
-#: kernel that made them is not gone, since it makes something else as well, these reads come on top of its own.
+#: How many matrices a producer of one or two matrices may read for it to pay. A producer of one saves writing the matrix once
+#: and reading it once; a producer of two saves writing both, and reading each twice. In exchange, every pass of the quantiser
+#: reads what the producer reads. Inductor's kernel may read it too, if it computes something else as well.
 _MOST_MATRICES = {1: 2, 2: 3}
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.squeeze.dim, _aten.unsqueeze.default)
@@ -39,7 +44,7 @@ _OPERATIONS = {
 
 @dataclass(frozen=True)
 class Function:
-    """A Triton function, of which generated code holds the source and a launch's constants the name."""
+    """A Triton function. Generated code contains its definition, and the constants of a launch its name."""
 
     source: str
 
@@ -55,17 +60,24 @@ class Function:
 
 
 class _Unknown(Exception):
-    """An operation, an index or a dtype that :class:`_Writer` has no words for."""
+    """:class:`_Writer` cannot express an operation, an index or a dtype."""
 
 
 class _Writer(DefaultHandler):
-    """Inductor's handler of operations that writes them down. Values are names of variables."""
+    """A handler of Inductor's operations that writes source code. Values are names of variables.
+
+    Attributes:
+        ranges: the symbols for row and column, with the number of rows and of columns.
+        lines: expression -> the variable that holds it.
+        tensors: names of the tensors that the function reads.
+        matrices: those of which it reads every element.
+    """
 
     def __init__(self, rows: int, columns: int):
         self.ranges = {_ROW: rows, _COLUMN: columns}
-        self.lines: dict[str, str] = {}  # expression -> the variable that holds it
+        self.lines: dict[str, str] = {}
         self.tensors: list[str] = []
-        self.matrices: set[str] = set()  # tensors of which every element is read
+        self.matrices: set[str] = set()
 
     def _default(self, name: str, args: tuple, kwargs: dict) -> str:
         if name not in _OPERATIONS or kwargs:
@@ -85,11 +97,13 @@ class _Writer(DefaultHandler):
         return self.truediv("1.0", x)
 
     def mul(self, a: str, b: str) -> str:
-        return a if b == "1.0" else self._default("mul", (a, b), {})  # as some versions of Inductor end a sigmoid
+        return a if b == "1.0" else self._default("mul", (a, b), {})  # some versions of Inductor end a sigmoid like this
 
     def truediv(self, a: str, b: str) -> str:
-        """With a reciprocal if b is 1 + exp(…), so that a sigmoid in silu and in its derivative is one. The reciprocal of any
-        other b may be too small for a float32."""
+        """Divide, by a reciprocal if b is 1 + exp(…), so that silu and its derivative share one sigmoid.
+
+        The reciprocal of any other b may be too small for float32.
+        """
         expressions = {name: expression for expression, name in self.lines.items()}
         exp, _, one = expressions.get(b, "").partition(" + ")
         if one != "1.0" or not expressions.get(exp, "").startswith("fast_exp("):
@@ -123,8 +137,8 @@ class _Writer(DefaultHandler):
         if index != by_row * _ROW + by_column * _COLUMN + start or not all(n.is_Integer for n in (by_row, by_column, start)):
             raise _Unknown(index)
         if by_column != 1:
-            # Columns that do not lie side by side: whole rows are the wrong way to read them. Or a value per row, as in the
-            # last step of a norm: what makes its statistics reads x as well, so there is next to nothing to gain.
+            # Either columns are not adjacent, and reading whole rows is slow. Or there is a value per row, as in the last step
+            # of a norm: the kernel that computes the norm's statistics reads x as well, so there is little to gain.
             raise _Unknown(index)
         if name not in self.tensors:
             self.tensors.append(name)
@@ -138,15 +152,18 @@ class _Writer(DefaultHandler):
     def function(self, results: list[str], dtype: torch.dtype) -> Function:
         tensors = ", ".join(f"x{i}" for i in range(PRODUCER_INPUTS))
         lines = [f"{name} = {expression}" for expression, name in self.lines.items()]
-        # What lies beyond the matrix must be zero, and an operation on zeros need not be.
+        # Elements outside of the matrix must be zero, and operations on zeros may give something else.
         lines += [f"y{i} = tl.where(inside, {result}, 0.0)" for i, result in enumerate(results)]
         lines += [f"return {', '.join(_rounded(f'y{i}', dtype) for i in range(len(results)))}"]
         return Function(f"({tensors}, row, column, inside):\n    " + "\n    ".join(lines))
 
 
 def _rounded(x: str, dtype: torch.dtype) -> str:
-    """Triton's interpreter cuts a float32 off where bfloat16 ends (and denormals somewhere else), so there it is rounded
-    first."""
+    """Return the source that rounds a float32 to ``dtype``.
+
+    Triton's interpreter does not support bfloat16 (https://github.com/triton-lang/triton/issues/4972, Triton 3.6 to 3.9): it
+    truncates float32, and treats denormals in another way. So there the value is rounded to bfloat16's grid first.
+    """
     if INTERPRETED and dtype == torch.bfloat16:
         bits = f"{x}.to(tl.int32, bitcast=True)"
         x = f"(({bits} + 0x7FFF + (({bits} >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)"
@@ -154,8 +171,15 @@ def _rounded(x: str, dtype: torch.dtype) -> str:
 
 
 def producer(boxes: Sequence[Any]) -> tuple[Function, list[Any]] | None:
-    """The function that gives the elements of ``boxes``, one matrix or two alike, the first arguments of the op that is being
-    lowered, and the buffers that it reads; None if there is no such function or it does not pay."""
+    """Return a function that computes the elements of matrices.
+
+    Args:
+        boxes: Inductor's values of the matrices, the first arguments of the op that is being lowered: one, or two of one shape
+            and dtype.
+
+    Returns:
+        The function and the buffers that it reads; None if there is no such function, or if it does not pay.
+    """
     buffers = [box.data for box in boxes if isinstance(getattr(box, "data", None), ir.ComputedBuffer)]
     if len(buffers) < len(boxes) or not all(map(_is_alone, V.graph.current_node.args[: len(boxes)])):
         return None
@@ -166,7 +190,7 @@ def producer(boxes: Sequence[Any]) -> tuple[Function, list[Any]] | None:
         alike = [*buffer.get_size()] == sizes and buffer.get_dtype() == dtype
         if not alike or not isinstance(buffer.data, ir.Pointwise) or [*buffer.data.get_size()] != sizes:
             return None
-    # Nothing may have been written since to what they read. Inductor realises a buffer before that happens.
+    # What they read must not have been written to since. Inductor realises a buffer before that happens.
     if any(output.get_mutation_names() for output in _outputs_since(buffers)):
         return None
     writer = _Writer(*map(int, sizes))
@@ -179,27 +203,27 @@ def producer(boxes: Sequence[Any]) -> tuple[Function, list[Any]] | None:
     if len(writer.matrices) > _MOST_MATRICES[len(boxes)]:
         return None
     inputs = [read[name] for name in writer.tensors]
-    # A scalar may live on the CPU, whose memory Inductor's launches look into beforehand, and ours do not.
+    # A scalar may be on the CPU. Inductor's launches read it there and pass its value; ours pass pointers.
     if not 0 < len(inputs) <= PRODUCER_INPUTS or any(box.get_device() != device for box in inputs):
         return None
     return writer.function(results, dtype), inputs
 
 
 def _outputs_since(buffers: list[ir.ComputedBuffer]) -> list[Any]:
-    """Of the operations from the first one that makes one of ``buffers`` on."""
+    """Return the outputs of the operations from the first one on that makes one of ``buffers``."""
     start = next(i for i, operation in enumerate(V.graph.operations) if any(operation is buffer for buffer in buffers))
     return [output for operation in V.graph.operations[start:] for output in operation.get_outputs()]
 
 
 def _is_alone(x: Any) -> bool:
-    """Whether only one node reads this one: what others read is written anyway."""
+    """Whether only one node reads x. If others read it, it is written anyway."""
     while isinstance(x, torch.fx.Node) and x.target in _VIEWS and len(x.users) == 1:
         x = x.args[0]
     return isinstance(x, torch.fx.Node) and len(x.users) == 1
 
 
 def _frozen(name: str) -> Any:
-    """What generated code calls ``name``, its strides settled."""
+    """Return the buffer called ``name``, with its strides settled."""
     box = V.graph.try_get_buffer(name)
     if box is None:
         raise _Unknown(name)

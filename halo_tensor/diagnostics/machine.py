@@ -78,7 +78,7 @@ def environment() -> Environment:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     found["fast paths"] = _fast_paths(devices)
-    found["devices"] = [_device(device, {}) for device in devices]
+    found["devices"] = [_device(device, _backends(device)) for device in devices]
     return found
 
 
@@ -90,12 +90,21 @@ def _fast_paths(devices: list[torch.device]) -> dict[str, str]:
     if not any(map(is_hopper, devices)):
         reasons |= dict.fromkeys(("gluon", "cublas"), "no GPU of compute capability 9.0")
     if not any(map(runs_kernels, devices)):
-        reasons |= dict.fromkeys(("inductor", "producers"), "no device that runs kernels")
+        reasons |= dict.fromkeys(("inductor", "producers", "tma", "sm80"), "no device that runs kernels")
     for path in (INDUCTOR, PRODUCERS, JOINT_GRAPH):
         if path.name not in reasons:
             path.load(f"halo_tensor.compiler.{path.name}")  # its state then says whether it can be imported
     states = {name: path.state() for name, path in FAST_PATHS.items()}
     return {name: f"off: {reasons[name]}" if name in reasons and state == "on" else state for name, state in states.items()}
+
+
+def _backends(device: torch.device) -> dict[str, str | None]:
+    """Return what each product backend answers on a device, if kernels run there."""
+    if not runs_kernels(device) or _version("triton") == "not installed":
+        return {}
+    from halo_tensor.kernels.matmul.backends import answers
+
+    return answers(device)
 
 
 def _version(package: str) -> str:

@@ -1,1 +1,1 @@
-"""What is written against private names of PyTorch and Triton: fast paths with their switches, and the names themselves."""
+"""Private names of PyTorch, torchao and Triton, and the switches of the fast paths that use them."""

@@ -1,11 +1,13 @@
-"""Fast paths that are written against internals of PyTorch and Triton, and what runs where one of them cannot.
+"""Fast paths, their switches, and what happens when one fails.
 
-Internals change between versions. Each fast path has a slower twin whose results are as accurate. If anything goes wrong while
-a path is prepared, its twin runs instead, and one warning names the path. Nothing has been computed by then, so a path never
-fails half-way. ``halo_tensor.environment()`` lists the paths, and for each that is off the reason.
+Most fast paths use internals of PyTorch or Triton, which change between versions. For each path there is slower code whose
+results are as accurate. If anything goes wrong while a path is prepared, the slower code runs and one warning names the path.
+Nothing has been computed by then, so a path never fails half-way.
 
-``HALO_DISABLE``, an environment variable, switches paths off: names of :data:`FAST_PATHS`, separated by commas, for example
-``HALO_DISABLE=gluon,launcher``. It is read once, when the library is imported.
+The environment variable ``HALO_DISABLE`` switches paths off. It holds names of :data:`FAST_PATHS`, separated by commas, for
+example ``HALO_DISABLE=gluon,launcher``, and is read once, when the library is imported. The backends of products are among
+these names: ``HALO_DISABLE=cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()`` lists the
+paths, with the reason for each that is off.
 """
 
 import os
@@ -24,28 +26,32 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: The first and the last version that the tests ran with.
+#: The first and the last version of each package that the tests ran with.
 TESTED = {"torch": ("2.11", "2.15"), "triton": ("3.6", "3.9"), "torchao": ("0.17", "0.18")}
 
 
 class Refusal(RuntimeError):
-    """An error that says what the user should change. The twin of a fast path would raise it as well, so no path hides it."""
+    """An error that says what the user should change. The slower code would raise it too, so no fast path hides it."""
 
 
-#: Not the fault of a fast path: the device is out of memory, or an earlier kernel failed.
-_SURFACES = (Refusal, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", Refusal))
+#: Errors that are not a fast path's fault: a refusal, too little memory, or an earlier kernel that failed.
+_NOT_OF_A_PATH = (Refusal, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", Refusal))
 
 
 class FastPath:
     """A fast path and its state.
 
     Args:
-        name: for ``HALO_DISABLE``.
-        what: the path, in words.
-        cost: what runs instead, and what that costs.
-        package: whose internals it is written against.
-        only_tested: whether it is off under versions that it was not tested with, because a change could crash the process or
-            give wrong numbers instead of an error.
+        name: its name in ``HALO_DISABLE``.
+        what: what the path does, for messages.
+        cost: what it costs to be without it, for messages.
+        package: the package whose internals it uses.
+        only_tested: whether it is off under untested versions of that package, because a change there could crash the process
+            or give wrong numbers instead of an error.
+
+    Attributes:
+        disabled: whether ``HALO_DISABLE`` names it.
+        failure: the last error while it was prepared, or None.
     """
 
     def __init__(self, name: str, what: str, cost: str, package: str, only_tested: bool = False):
@@ -55,7 +61,7 @@ class FastPath:
         self._modules: dict[str, ModuleType | None] = {}
 
     def why_off(self) -> str | None:
-        """Why the path is never taken in this process; None if it may be taken."""
+        """Return why the path is not used in this process; None if it may be used."""
         if self.disabled:
             return "HALO_DISABLE names it"
         if installed(self.package) is None:
@@ -65,31 +71,31 @@ class FastPath:
         return None
 
     def attempt(self, prepare: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """``prepare(*args, **kwargs)``; None if the path is off, or if ``prepare`` raises, which is warned of once.
+        """Return ``prepare(*args, **kwargs)``; None if the path is off or ``prepare`` raises an error.
 
-        ``prepare`` must leave nothing behind that its twin would be wrong with.
+        The first error gives a warning. ``prepare`` must leave nothing behind that would make the slower code wrong.
 
         Raises:
-            Refusal, torch.OutOfMemoryError, torch.AcceleratorError: as ``prepare`` does.
+            Refusal, torch.OutOfMemoryError, torch.AcceleratorError: if ``prepare`` does.
         """
         if self.why_off() is not None:
             return None
         try:
             return prepare(*args, **kwargs)
-        except _SURFACES:
+        except _NOT_OF_A_PATH:
             raise
         except Exception as error:
             self.fail(error)
             return None
 
     def load(self, module: str) -> ModuleType | None:
-        """A module of the path, imported when it is first wanted; None if that fails, and then it is not tried again."""
+        """Return a module of the path, imported at the first call; None if that failed, and then it is not tried again."""
         if module not in self._modules:
             self._modules[module] = self.attempt(import_module, module)
         return self._modules[module]
 
     def fail(self, error: Exception) -> None:
-        """Note that the path could not be prepared, and warn of the first time."""
+        """Note that the path could not be prepared, and warn if it is the first time."""
         known, self.failure = self.failure, f"{type(error).__name__}: {error}".splitlines()[0]
         if known is None:
             warnings.warn(
@@ -100,7 +106,7 @@ class FastPath:
             )
 
     def state(self) -> str:
-        """Either "on", or "off: " and the reason, without paths of files."""
+        """Return "on", or "off: " and the reason, in which names of files are left out."""
         if (reason := self.why_off()) is not None:
             return f"off: {reason}"
         if self.failure is not None:
@@ -117,7 +123,7 @@ GLUON = FastPath(
 )
 PRECOMPILED = FastPath(
     "precompiled",
-    "kernels compiled once for each shape, and launched without Triton's dispatch",
+    "kernels compiled once for each class of shapes, and launched without Triton's dispatch",
     "a launch costs the CPU some 200 µs instead of 10",
     "triton",
 )
@@ -152,13 +158,25 @@ CUBLAS = FastPath(
     "these products take 3 to 15 % longer",
     "torch",
 )
+TMA = FastPath(
+    "tma",
+    "matrix products in Triton on GPUs with TMA, of compute capability 9.0 and newer",
+    "they run as on older GPUs, and slower",
+    "triton",
+)
+SM80 = FastPath(
+    "sm80",
+    "matrix products in Triton on GPUs of compute capability 8.0 to 8.9, and on newer ones without 'tma'",
+    "they run in plain PyTorch, several times slower",
+    "triton",
+)
 DERIVED = FastPath(
     "derived",
     "a search of compiled graphs for products with values computed from converted weights",
     "such a product runs in high precision without a warning",
     "torch",
 )
-_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, DERIVED)
+_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, TMA, SM80, DERIVED)
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 
@@ -173,12 +191,12 @@ _disable(os.environ.get("HALO_DISABLE", ""))
 
 
 def disabled() -> list[str]:
-    """The names of the paths that are switched off."""
+    """Return the names of the paths that are switched off."""
     return [path.name for path in FAST_PATHS.values() if path.disabled]
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, or None."""
+    """Return the version of a package; None if it is not installed."""
     module = sys.modules.get(package)
     if isinstance(found := getattr(module, "__version__", None), str):
         return str(found)
@@ -189,11 +207,12 @@ def installed(package: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor."""
+    """Return the major and the minor number of a version."""
     return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
 
 
 def is_tested(package: str) -> bool:
+    """Whether the installed version of a package is one that the tests ran with."""
     first, last = TESTED[package]
     found = installed(package)
     return found is not None and _numbers(first) <= _numbers(found) <= _numbers(last)
@@ -205,7 +224,7 @@ def _tested(package: str) -> str:
 
 @cache
 def warn_of_untested_versions() -> None:
-    """Warn, once, of packages that this library was not tested with, and of the fast paths that are off for that reason."""
+    """Give one warning that names the packages in untested versions and the fast paths that are off because of them."""
     untested = [package for package in TESTED if installed(package) is not None and not is_tested(package)]
     if not untested:
         return

@@ -1,7 +1,8 @@
-"""The names of Triton's Gluon that :mod:`halo_tensor.kernels.matmul.sm90` uses. Tested with Triton 3.6 to 3.9.
+"""The names of Gluon that :mod:`halo_tensor.kernels.matmul.sm90` uses. Tested with Triton 3.6 to 3.9.
 
-Gluon is experimental, and renames things: ``tma.async_copy_global_to_shared`` became ``async_load`` in Triton 3.8, and in 3.9
-the old name is an error.
+Gluon is experimental, and names change. ``tma.async_copy_global_to_shared`` became ``async_load`` in Triton 3.8
+(https://github.com/triton-lang/triton/pull/10083), and in 3.9 the old name is an error
+(https://github.com/triton-lang/triton/pull/11112).
 """
 
 from functools import lru_cache
@@ -28,11 +29,11 @@ def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([*block], _CODES[dtype])
 
 
-def descriptor(
-    base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int], block: tuple[int, int]
-) -> TensorDescriptor:
-    """A descriptor for Gluon's kernels, which also says how a tile lies in shared memory."""
-    return TensorDescriptor(base, [*shape], [*strides], [*block], _layout(block, base.dtype))
+def descriptor(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int, int]) -> TensorDescriptor:
+    """Return a descriptor for Gluon's kernels, which also has the layout of a tile in shared memory. ``extent``: rows, columns
+    and row stride."""
+    rows, columns, stride = extent
+    return TensorDescriptor(base, [rows, columns], [stride, 1], [*block], _layout(block, base.dtype))
 
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""Private names of PyTorch and torchao that have no public twin. Tested with torch 2.11 to 2.15 and torchao 0.17 and 0.18.
+"""Private names of PyTorch and torchao for which there is no public name.
 
-Unlike the fast paths (:mod:`halo_tensor.fences.fast_paths`), the library cannot do without most of these.
+The library needs most of them, unlike the fast paths (:mod:`halo_tensor.fences.fast_paths`). Tested with torch 2.11 to 2.15,
+torchao 0.17 and 0.18.
 """
 
 import logging
@@ -13,19 +14,20 @@ from torch.utils._python_dispatch import _disable_current_modes as hidden_from_m
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-#: Messages that ``import torchao`` logs: (logger, how they begin, what else they contain). None of them concerns this library,
-#: which calls none of torchao's C++ extensions and never exports its enums.
+#: Messages that ``import torchao`` logs: (logger, beginning, another part). They do not concern this library, which neither
+#: calls torchao's C++ extensions nor exports its enums.
 _MESSAGES = (
-    # torchao 0.17 and 0.18, where an extension was built for another Python or CUDA, or the machine has no GPU
+    # torchao 0.17 and 0.18, if an extension was built for another version of torch or CUDA, or there is no GPU:
+    # https://github.com/pytorch/ao/issues/2919
     ("torchao", "Failed to load ", "_C"),
-    # torch 2.13 and later, about an enum that torchao 0.18 registers
+    # torch 2.13 and later, for enums that torchao 0.18 registers: https://github.com/pytorch/ao/issues/4848
     ("torch.utils._pytree", "", "is an Enum subclass and is now natively supported by torch.compile"),
 )
 
 
 @contextmanager
 def _without_messages() -> Iterator[None]:
-    """Drops the known messages, and only these, while the block runs. Nobody's warning filters or log levels are touched."""
+    """Drop these messages and no others while the block runs. Warning filters and log levels stay as they are."""
 
     def filter_of(begin: str, contained: str) -> Callable[[logging.LogRecord], bool]:
         def keep(record: logging.LogRecord) -> bool:
@@ -48,50 +50,65 @@ with _without_messages():
     from torchao.core.config import ALLOWED_AO_MODULES
     from torchao.utils import TorchAOBaseTensor
 
-#: Both take less than a microsecond; the public functions take several, in every launch.
+#: Every launch calls these two. Each takes less than a microsecond, and its public twin several.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
-_KEYS = torch._C._TorchDispatchModeKey  # private, as of torch 2.11–2.15
+_KEYS = torch._C._TorchDispatchModeKey
 _TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
 
 
 def is_symbolic() -> bool:
-    """Whether ops are traced: values do not exist, or stand for those of a later run. Code must not depend on them, nor keep
-    the tensors. True in FakeTensorMode and make_fx and while torch.compile traces; false in modes that only watch ops run."""
+    """Whether ops are traced, so that tensors have no values, or values that stand for those of later runs.
+
+    Code must then neither depend on values nor keep tensors. It is true in FakeTensorMode and make_fx and while torch.compile
+    traces, and false in modes that only observe ops.
+    """
     return is_recorded() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
 
 
 def is_recorded() -> bool:
-    """Whether any dispatch mode is active: it may count ops, or match them with those of another run (FLOP counters, selective
-    checkpointing, tracing), so every call must issue all of its ops, and take no result from another call."""
+    """Whether any dispatch mode is active: a FLOP counter, selective checkpointing, tracing.
+
+    A mode may count ops or match them with those of another run. So every call must issue all of its ops, and use no result of
+    an earlier call.
+    """
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def multiply_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b of two int8 matrices on a CPU, exact in int32."""
-    if hasattr(torch, "_int_mm"):
-        return torch._int_mm(a, b)
-    return (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
+    """Return a b in int32, exactly, of int8 matrices a [m, k] and b [k, n]."""
+    if not hasattr(torch, "_int_mm"):
+        return (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
+    return _multiply_padded(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
+
+
+def _multiply_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply with zeros around a and b, since on a GPU ``_int_mm`` takes m > 16 and multiples of 8 as k and n only."""
+    (m, k), n = a.shape, b.shape[1]
+    a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
+    b_t = torch.nn.functional.pad(b.t(), (0, -k % 8, 0, -n % 8))
+    return torch._int_mm(a, b_t.t())[:m, :n]
 
 
 def is_compiled() -> bool:
-    """Whether AOTAutograd traces a graph, not only somebody's fake tensor mode."""
+    """Whether AOTAutograd traces a graph. It is false if ops only run in a fake tensor mode."""
     return torch._guards.TracingContext.try_get() is not None
 
 
 def local_tensor(tensor: DTensor) -> torch.Tensor:
-    """The shard itself; ``to_local`` gives a view of it."""
+    """Return the shard itself, where ``to_local`` returns a view of it."""
     return tensor._local_tensor
 
 
 def set_local_tensor(tensor: DTensor, shard: torch.Tensor) -> None:
+    """Replace the shard of a DTensor."""
     tensor._local_tensor = shard
 
 
 def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> AbstractContextManager:
-    """Writes to ``tensors`` in this context are unseen by autograd."""
+    """Return a context in which writes to ``tensors`` do not change their versions, so that autograd does not see them."""
     return torch.autograd._unsafe_preserve_version_counter(tensors)
 
 

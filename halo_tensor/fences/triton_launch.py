@@ -1,8 +1,8 @@
 """Private names of Triton that launches use. Tested with Triton 3.6 to 3.9, on CUDA.
 
-The most important one is the C function with which Triton launches a kernel, without the Python around it. It takes its
-arguments by position, so it is called only under these versions (:data:`halo_tensor.fences.fast_paths.LAUNCHER`). Under
-others, Triton's own launcher is called.
+The most important one is the C function by which Triton launches a kernel. Calling it directly leaves out the Python around
+it. Its arguments are positional and differ between versions, so under untested versions Triton's own launcher is called
+(:data:`halo_tensor.fences.fast_paths.LAUNCHER`).
 """
 
 import inspect
@@ -13,38 +13,41 @@ from typing import Any
 import torch
 import triton
 
-# As many encoded descriptors as a launch remembers; a model meets few pointers, since allocations recur.
+# How many encoded descriptors a launch remembers. A model uses few pointers, since allocations recur.
 _REMEMBERED = 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
-Run = Callable[[tuple, list[int], int], None]
+#: Of the sizes (see halo_tensor.kernels.launch), the tensors, their pointers and a stream.
+Run = Callable[[Any, tuple, list[int], int], None]
 
 
 def shared_memory(index: int) -> int:
-    """The bytes of shared memory that a program may have on a device."""
+    """Return how many bytes of shared memory a program may have on a device."""
     from triton.compiler.compiler import max_shared_mem
 
     return max_shared_mem(index)
 
 
-def through_triton(compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
-    """A function of tensors, their pointers and a stream that launches ``compiled`` on the current device.
+def through_triton(compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
+    """A function that launches ``compiled`` on the current device.
 
     Args:
-        descriptors: of tensors, the descriptors of the first ``described`` of them.
-        rest: the arguments behind the tensors, constants included.
+        descriptors: of sizes and tensors, the descriptors of the first ``described`` of them.
+        constants: the arguments behind the integers.
     """
-    launcher = compiled[grid]
 
-    def launch(tensors, pointers, stream):
-        launcher(*descriptors(tensors), *pointers[described:], *rest, stream=stream)
+    def launch(sizes, tensors, pointers, stream):
+        arguments = *descriptors(sizes, tensors), *pointers[described:], *sizes.integers, *constants
+        compiled[sizes.grid](*arguments, stream=stream)
 
     return launch
 
 
-def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
-    """A launch by the C function beneath Triton's launcher. Where that function would not be enough, ``launch`` runs, which
-    :func:`through_triton` made of the same arguments."""
+def bare(launch: Run, compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
+    """Return a launch by the C function beneath Triton's launcher.
+
+    If that function is not enough, ``launch`` is returned, which :func:`through_triton` made of the same arguments.
+    """
     from triton import knobs
 
     if not _is_enough(compiled):
@@ -56,28 +59,28 @@ def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callabl
     spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
     remembered: dict[tuple, tuple] = {}
 
-    def launch_bare(tensors, pointers, stream):
+    def launch_bare(sizes, tensors, pointers, stream):
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            return launch(tensors, pointers, stream)
+            return launch(sizes, tensors, pointers, stream)
         encoded: Any = ()
         if described:
-            key = tuple(pointers[:described])
+            key = (*pointers[:described], sizes.extents)
             encoded = remembered.get(key)
             if encoded is None:
                 if len(remembered) >= _REMEMBERED:
                     remembered.clear()
-                encoded = remembered[key] = encode(descriptors(tensors))
-        arguments = (*encoded, *pointers[described:], *rest)
+                encoded = remembered[key] = encode(descriptors(sizes, tensors))
+        arguments = (*encoded, *pointers[described:], *sizes.integers, *constants)
         if spread:
-            function(*grid, stream, *head, *arguments)
+            function(*sizes.grid, stream, *head, *arguments)
         else:
-            function(*grid, stream, *head, arguments)
+            function(*sizes.grid, stream, *head, arguments)
 
     return launch_bare
 
 
 def _is_enough(compiled: Any) -> bool:
-    """Whether the kernel runs on CUDA and wants no memory for each launch."""
+    """Whether the C function can launch the kernel: it runs on CUDA, and needs no memory for each launch."""
     if compiled.metadata.target.backend != "cuda":
         return False
     launcher = compiled.run
@@ -85,34 +88,34 @@ def _is_enough(compiled: Any) -> bool:
 
 
 def _bare(compiled: Any, described: int) -> tuple[Callable, tuple]:
-    """Triton's C function, and its arguments between the stream and the kernel's own."""
+    """Return Triton's C function and its arguments between the stream and the kernel's own."""
     launcher = compiled.run
     how = compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl
     no_hooks, no_scratch = (None, None, None), (None, None)
     head: tuple
     if _VERSION == "3.6":
         function = launcher.launch
-        if described:  # behind a function that encodes descriptors anew for every launch
+        if described:  # it is wrapped by a function that encodes descriptors anew for every launch
             function = inspect.getclosurevars(function).nonlocals["launcher"]
         head = (*how, *no_scratch, compiled.packed_metadata, *no_hooks)
     else:
         function = triton.runtime.driver.active.utils.launch
         head = (*how, compiled.packed_metadata, *no_hooks, *no_scratch, launcher.arg_annotations, launcher.kernel_signature)
     if not isinstance(function, BuiltinFunctionType):
-        raise TypeError("what Triton launches with is not a function of C")
+        raise TypeError("Triton's launcher is not a C function")
     return function, head
 
 
 def _encoder(compiled: Any, described: int) -> Callable[[list], tuple]:
-    """How descriptors become arguments of the C function, with which no tensor is kept alive."""
+    """Return a function that turns descriptors into arguments of the C function. These keep no tensor alive."""
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    metas = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * described  # none where there is no TMA
+    metas = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * described  # there is none without TMA
     unused = () if _VERSION in ("3.6", "3.7") else (None,)
 
     def encode(descriptors):
         encoded = [a for d, meta in zip(descriptors, metas, strict=True) for a in make_tensordesc_arg(d, meta, *unused)]
-        # Without TMA a descriptor is its tensor: its address will do.
+        # Without TMA the argument is the tensor, whose address is passed.
         return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
 
     return encode

@@ -1,9 +1,10 @@
-"""``nn.Conv2d`` by a recipe."""
+"""``nn.Conv2d`` that follows a recipe."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from halo_tensor.layers.printing import describe_recipe
 from halo_tensor.products.conv2d import Geometry, conv2d
 from halo_tensor.recipe import Recipe
 
@@ -16,7 +17,7 @@ class HaloConv2d(nn.Conv2d):
 
     recipe: Recipe
 
-    def _conv_forward(self, input, weight, bias):
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -25,3 +26,7 @@ class HaloConv2d(nn.Conv2d):
         if input.ndim == 3:
             return _conv2d_in_graph(input.unsqueeze(0), weight, bias, self.recipe, geometry).squeeze(0)
         return _conv2d_in_graph(input, weight, bias, self.recipe, geometry)
+
+    def extra_repr(self) -> str:
+        """Describe the convolution and its recipe."""
+        return f"{super().extra_repr()}, {describe_recipe(self.recipe)}"

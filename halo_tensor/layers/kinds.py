@@ -1,9 +1,9 @@
-"""The kinds of layer that can follow a recipe, and how each is made to.
+"""The kinds of layers that can follow a recipe, and how each is converted and restored.
 
-``nn.Linear`` follows any: its weight becomes a :class:`~halo_tensor.weight.tensor.HaloWeight`. So does transformers'
-``Conv1D``, and ``nn.Conv2d`` follows recipes with a plain forward: their weights stay as they are, and a subclass takes over.
-A Conv1D under a recipe with a quantised forward quantises its weight in every forward, as an nn.Linear with
-``keep_codes=False`` does.
+``nn.Linear`` follows any recipe: its weight becomes a :class:`~halo_tensor.weight.tensor.HaloWeight`. transformers' ``Conv1D``
+also follows any, and ``nn.Conv2d`` follows recipes with a plain forward. Their weights stay as they are, and the class of the
+module becomes a subclass. A Conv1D under a recipe with a quantised forward quantises its weight in every forward, as an
+nn.Linear with ``keep_codes=False`` does.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from halo_tensor.layers import subclasses
+from halo_tensor.layers import linear_subclasses
 from halo_tensor.layers.conv2d import HaloConv2d
 from halo_tensor.layers.linear import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
@@ -20,12 +20,14 @@ from halo_tensor.weight.tensor import HaloWeight
 
 
 def _conv1d() -> Any:
-    """transformers' Conv1D, or if it has not been imported, what no layer is an instance of."""
+    """Return transformers' Conv1D. If it has not been imported, return a class of which no layer is an instance."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", type(None))
 
 
 def features(module: Any) -> tuple[int, int] | None:
-    """(in, out) features of a layer that some recipe can govern, of a group if it is a convolution; None of other modules."""
+    """Return the (in, out) features of a layer that some recipe can govern: of one group if it is a convolution. None for
+    any other module.
+    """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Conv2d):
@@ -36,17 +38,17 @@ def features(module: Any) -> tuple[int, int] | None:
 
 
 def is_empty(module: Any) -> bool:
-    """Whether a layer has no features on a side, as ``Linear(0, n)``: there is nothing to multiply."""
+    """Whether a layer has no in or out features, as ``Linear(0, n)``: there is nothing to multiply."""
     return 0 in (features(module) or ()) and not nn.parameter.is_lazy(module._parameters.get("weight"))
 
 
-def input_of(args: tuple, kwargs: dict) -> Any:
-    """The input of a layer that was called with these."""
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return the input of a layer that was called with these arguments."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def misfit(module: nn.Module, recipe: Recipe) -> str | None:
-    """Why a layer cannot follow ``recipe``, if it cannot."""
+    """Return why a layer cannot follow ``recipe``; None if it can."""
     if features(module) is None:
         return "of convolutions, only nn.Conv2d is converted"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -61,18 +63,25 @@ def misfit(module: nn.Module, recipe: Recipe) -> str | None:
 
 
 def recipe_of(module: nn.Module) -> Recipe | None:
-    """What a converted layer follows; None of any other module."""
+    """Return the recipe that a converted layer follows; None for any other module."""
     if isinstance(module, nn.Linear):
-        weight = module._parameters.get("weight")  # its own: a subclass may lend another's
+        weight = module._parameters.get("weight")  # not module.weight: a subclass may return another module's
         return weight.recipe if isinstance(weight, HaloWeight) else None
     return module.__dict__.get("recipe") if features(module) else None
 
 
 def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) -> None:
-    """Make a layer follow ``recipe``, in place. ``frozen``, ``keep_codes``: see :class:`~halo_tensor.config.LinearConfig`."""
+    """Make a layer follow ``recipe``, in place.
+
+    Args:
+        module: a layer that :func:`misfit` accepts.
+        recipe: of its three products.
+        frozen: of an nn.Linear; see :class:`~halo_tensor.config.LinearConfig`.
+        keep_codes: of an nn.Linear; see there.
+    """
     if isinstance(module, nn.Linear):
         convert_weight(module, recipe, frozen, keep_codes)
-        subclasses.follow_linear(module)
+        linear_subclasses.follow_linear(module)
         return
     if isinstance(module, nn.Conv2d):
         module.__class__ = HaloConv2d
@@ -80,14 +89,14 @@ def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) 
         from halo_tensor.layers.conv1d import HaloConv1D
 
         module.__class__ = HaloConv1D
-    module.recipe = replace(recipe)  # a new object each time: it tells that the layer was converted
+    module.recipe = replace(recipe)  # a new object each time, which shows that the layer was converted
 
 
 def restore(module: Any) -> None:
-    """The inverse of :func:`convert`."""
+    """Undo :func:`convert`, in place."""
     if isinstance(module, nn.Linear):
         restore_weight(module)
-        subclasses.own_class(module)
+        linear_subclasses.own_class(module)
     else:
         del module.recipe
         module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else _conv1d()

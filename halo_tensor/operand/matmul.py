@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.operand.gains import are_inverse
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.ops import library as ops
 
 aten = torch.ops.aten
 

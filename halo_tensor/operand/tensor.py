@@ -9,14 +9,15 @@ from typing import Any, Self, cast
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic
 from halo_tensor.kernels.device import check_scales
+from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
-from halo_tensor.ops import library as ops
+from halo_tensor.operand.old_pickles import present_state
 from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
-from halo_tensor.reference.hadamard import factors
 from halo_tensor.reference.packing import can_pack, pack_rows, unpack_columns, unpack_rows
 
 
@@ -65,9 +66,6 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     gain: torch.Tensor | None = None
     undo_gain: torch.Tensor | None = None
     gain_axis: str | None = None
-
-    version: tuple | None = None  #: of the matrix that the codes were made of, if a HaloWeight keeps them up to date
-    lent: bool = False  #: whether a state dict was given that matrix since then
 
     @staticmethod
     def __new__(
@@ -124,11 +122,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             RuntimeError: x is on a CUDA device and no kernel computes with such scales.
         """
         granularity = UNIT if format is None else Scales.of(granularity)
-        _check_matrix(x, rows or columns, row_rotation, column_rotation)
-        if gains is not None and (format is None or gains[0].shape != x.shape[1:]):
-            raise ValueError(f"gains {list(gains[0].shape)} do not fit the columns of {list(x.shape)}, or there is no format")
-        if gains is not None and not x.is_meta and gains[0].device != x.device:
-            raise ValueError(f"gains on {gains[0].device} for a matrix on {x.device}: take gains.moved(gains, x.device)")
+        check_matrix(x, rows or columns, row_rotation, column_rotation)
+        check_gains(gains, x, format)
         if format is None:
             rotated = ops.rotate(x, row_rotation, column_rotation)
             codes, codes_t, scale = rotated if rows else None, rotated.t().contiguous() if columns else None, None
@@ -321,6 +316,11 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             f"device='{self.device}')"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle of this version, or of 0.1.0, whose attributes had other names."""
+        state = present_state(state)
+        self.__dict__.update({name: state.get(name) for name in (*self._tensors, *self._attributes)})
+
     # TorchAOBaseTensor's own methods know no optional inner tensors, and no dtype other than theirs.
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names = [name for name in self._tensors if getattr(self, name) is not None]
@@ -339,19 +339,3 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             new.gain, new.undo_gain = moved(self.gains, new.device) or (None, None)
             new.gain_axis = None if new.gain is None else self.gain_axis
         return new
-
-
-def _check_matrix(x: torch.Tensor, holds_codes: bool, row_rotation: Rotation | None, column_rotation: Rotation | None) -> None:
-    """Raise if x cannot be made an operand; see :meth:`HadamardQuantTensor.from_hp`."""
-    if not x.is_floating_point():
-        raise TypeError(f"only floating tensors can be quantised; got {x.dtype}")
-    if x.ndim != 2:
-        raise ValueError(f"an operand is a matrix; got shape {list(x.shape)}. Flatten the leading dimensions first")
-    if not holds_codes:
-        raise ValueError("ask for rows, columns or both: an operand with no codes is none")
-    for name, rotation in (("row_rotation", row_rotation), ("column_rotation", column_rotation)):
-        if rotation is not None and (rotation.block is None or factors(rotation.block) is None):
-            raise ValueError(f"{name} {rotation} has no Hadamard matrix of its block; take hadamard.fit(rotation, width)")
-
-
-torch.serialization.add_safe_globals([HadamardQuantTensor, Rotation, Format, Scales])

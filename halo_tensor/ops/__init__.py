@@ -1,0 +1,25 @@
+"""The ops, ``torch.ops.halo.*``, as typed functions: ``from halo_tensor import ops; ops.scaled_mm(…)``.
+
+A compiler sees each as one node. Kernels run on a GPU (:mod:`halo_tensor.kernels`), and the reference on every other device
+(:mod:`halo_tensor.reference`), as each op's body says. Each family of ops is a file; :mod:`halo_tensor.ops.register` has the
+mechanism.
+"""
+
+from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
+from halo_tensor.ops.packing import pack_rows_, unpack_rows
+from halo_tensor.ops.products import scaled_mm
+from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quantize_
+from halo_tensor.ops.rotations import rotate, unrotate
+
+__all__ = [
+    "pack_rows_",
+    "quantize_pair",
+    "quantize_pairs",
+    "requantize_",
+    "rotate",
+    "rotate_quantize",
+    "rotate_quantize_",
+    "scaled_mm",
+    "unpack_rows",
+    "unrotate",
+]

@@ -132,7 +132,7 @@ def linear(
 
 def _check_trainable(weight: Any) -> None:
     """Raise ValueError if a weight is to be trained but is held as codes only."""
-    if weight.master is not None or not weight.requires_grad or weight.fsdp == "gathered":
+    if weight.master is not None or not weight.requires_grad or weight.is_gathered:
         return
     if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
         raise ValueError(

@@ -25,6 +25,7 @@ operands before they are multiplied, as matrix units for MXFP8 and NVFP4 do.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from halo_tensor.recipe.formats import Constant, Format
 from halo_tensor.recipe.scales import AXES, TENSOR, Scales
@@ -118,6 +119,14 @@ class Operand:
             raise ValueError(
                 f"an operand's scales lie along {', '.join(DIMENSIONS)}, not along rows or columns; got {self.granularity!r}"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle of this version, or of 0.1.0, where the granularity was a string, ``scale``."""
+        state = dict(state)
+        if "scale" in state:
+            scale = state.pop("scale")
+            state["granularity"] = Scales.of("32x32" if scale == "block" else scale)
+        self.__dict__.update(state)
 
     def rotation(self, dimension: str) -> Rotation | None:
         """Return the rotation of a dimension."""

@@ -1,24 +1,26 @@
 """Values computed from converted weights, watched until a product reads them.
 
-``w * 0.5`` and ``torch.cat([w, w])`` are ordinary dense tensors, and so is what ``F.linear`` makes of them: in high precision.
-Most such values never meet a product (penalties, norms, decay), so a warning where they are computed would be a false alarm.
-They are therefore given a class that behaves as ``torch.Tensor`` does and reports the product. Only values computed with
-gradients enabled are: optimisers, averages and state dicts compute without.
+``w * 0.5`` and ``torch.cat([w, w])`` are ordinary dense tensors, and ``F.linear`` multiplies with them in high precision. Most
+such values never meet a product (penalties, norms, decay), so a warning where they are computed would be a false alarm.
+Instead they get a class that behaves as ``torch.Tensor`` does and warns of a product. Only values computed with gradients
+enabled get it: optimisers, averages and state dicts compute without.
 
 :mod:`halo_tensor.weight.derived_graph` does the same in code that is compiled.
 """
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
-from halo_tensor.weight.fsdp import Shardable
-from halo_tensor.weight.write_through import PRODUCTS, _tensors, name_of, warn_of_product, watch_graph
+from halo_tensor.weight.handlers import RESULT_HOOKS
+from halo_tensor.weight.product_warnings import PRODUCTS, name_of, warn_of_product, watch_graph
+from halo_tensor.weight.tensor import HaloWeight
+from halo_tensor.weight.write_through import tensors_in
 
-#: Functions whose result is a weight still, though its shape is another.
+#: Functions that rearrange a weight: their result is still one, with another shape.
 _REARRANGE = {
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "row_stack", "column_stack", "dstack", "block_diag"),
     *("pad", "constant_pad_nd", "index_select", "getitem", "repeat", "repeat_interleave", "tile", "roll", "flip"),
@@ -28,13 +30,16 @@ _DETACH = torch.Tensor.detach
 
 
 class Derived(torch.Tensor):
-    """A dense value computed from a converted weight. It has memory of its own and is a plain tensor to every op; copies and
-    pickles of it are plain tensors, and ``nn.Parameter`` of it a plain parameter."""
+    """A dense value computed from a converted weight. It has memory of its own and is a plain tensor to every op. Copies and
+    pickles of it are plain tensors, and ``nn.Parameter(value)`` is a plain parameter.
+    """
 
-    source: str  #: the shape of the weight that it was computed from, for the message
+    source: str  #: describes the weight, with its shape, for the message
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if not all(issubclass(cls, t) for t in types):
             return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
@@ -54,31 +59,31 @@ class Derived(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(torch.Tensor)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return copy.deepcopy(self._plain(), memo)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return self._plain().__reduce_ex__(protocol)
 
 
 def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     if name_of(func) in PRODUCTS:
-        value = next(t for t in _tensors((*args, *kwargs.values())) if isinstance(t, Derived))
+        value = next(t for t in tensors_in((*args, *kwargs.values())) if isinstance(t, Derived))
         warn_of_product(func.__name__, f"a value {list(value.shape)} computed from {value.source}", stacklevel=3)
     return watch(func, args, kwargs, func(*args, **kwargs))
 
 
-_watch_graph = torch.compiler.assume_constant_result(watch_graph)  # Dynamo calls it while it traces, and traces nothing of it
+_watch_graph = torch.compiler.assume_constant_result(watch_graph)  # Dynamo calls it while it traces, and does not trace it
 
 
-@torch.compiler.substitute_in_graph(_run)  # as in halo_tensor.weight.tensor
+@torch.compiler.substitute_in_graph(_run)  # as in halo_tensor.weight.handlers
 def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
     _watch_graph()
     return func(*args, **kwargs)
 
 
 def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
-    """``out``, which ``func`` made of the arguments; as a :class:`Derived` if it is a weight still."""
+    """Return ``out``, the result of ``func``, as a :class:`Derived` if it is still a weight."""
     if func is _DETACH and args and isinstance(args[0], Derived):
         return _as_derived(out, args[0].source)
     if not torch.is_grad_enabled():
@@ -87,20 +92,24 @@ def watch(func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
         return type(out)(watch(func, args, kwargs, o) for o in out) if type(out) in (list, tuple) else out
     if type(out) is not torch.Tensor:
         return out
-    given = [(tensor, source_of(tensor)) for tensor in _tensors((*args, *kwargs.values()))]
+    given = [(tensor, source_of(tensor)) for tensor in tensors_in((*args, *kwargs.values()))]
     source = source_of_result(name_of(func), given, out)
     return out if source is None else _as_derived(out, source)
 
 
+RESULT_HOOKS.append(watch)
+
+
 def source_of(tensor: Any) -> str | None:
-    """The weight that a tensor is or was computed from; None of another tensor, or of a detached one, as averages read."""
+    """Describe the weight that a tensor is or was computed from. None for any other tensor, and for a detached weight, which
+    averages read.
+    """
     if isinstance(tensor, Derived):
         return tensor.source
-    if not isinstance(tensor, Shardable):
+    if not isinstance(tensor, HaloWeight):
         return None
-    view: Any = tensor
-    whole = view if view.base is None else view.base
-    if whole.recipe.is_identity or not (view.requires_grad or isinstance(whole, torch.nn.Parameter)):
+    whole = tensor.whole
+    if whole.recipe.is_identity or not (tensor.requires_grad or isinstance(whole, torch.nn.Parameter)):
         return None
     return f"a converted weight {list(whole.shape)}"
 
@@ -111,25 +120,26 @@ def source_of_result(
     out: torch.Tensor,
     are_equal: Callable[[torch.Size, torch.Size], bool] = operator.eq,
 ) -> str | None:
-    """The weight that ``out`` is computed from, if it is a weight still.
+    """Describe the weight that ``out`` is computed from; None if ``out`` is not still a weight.
 
     Args:
         name: of the function, without underscores at its ends.
-        given: its arguments, each with the weight that it is or was computed from, or None.
+        given: its tensors, each with the description of the weight that it is or was computed from, or None.
+        out: its result.
         are_equal: compares shapes, which may be symbolic.
     """
     if out.ndim < 2 or not out.is_floating_point():
         return None
     if name in PRODUCTS or name == "embedding" or name.startswith("new_") or name.endswith("_like"):
         return None
-    if any(out is tensor for tensor, _ in given):  # written in place: it stays what it was
+    if any(out is tensor for tensor, _ in given):  # an in-place op returns its argument
         return None
     return next((source for tensor, source in given if source and _is_weight_still(name, tensor, out, are_equal)), None)
 
 
 def _is_weight_still(name: str, tensor: torch.Tensor, out: torch.Tensor, are_equal: Callable) -> bool:
-    """Whether ``out`` is a matrix as ``tensor`` is, and no sum over it, lookup in it, or its gradient."""
-    is_view = not isinstance(tensor, Shardable) and out._is_view()
+    """Whether ``out`` can be multiplied with as ``tensor`` can. A sum over it, a lookup in it and its gradient cannot."""
+    is_view = not isinstance(tensor, HaloWeight) and out._is_view()
     if name == "get":  # an attribute, such as grad
         return is_view
     if name == "getitem":  # w[ids] with ids of two dimensions is an embedding

@@ -2,9 +2,9 @@
 
 Compiled code keeps no class such as :class:`~halo_tensor.weight.derived.Derived`. Dynamo's graph is read instead, before it is
 compiled: it holds the calls of forward under the names that eager code uses, and no backward. The rules are those of
-:mod:`halo_tensor.weight.derived`. Because Dynamo makes its graph in every process, a warning does not depend on caches.
+:mod:`halo_tensor.weight.derived`. Dynamo makes its graph in every process, so a warning does not depend on caches.
 
-This is written against internals of Dynamo (:data:`halo_tensor.fences.fast_paths.DERIVED`), and tested with torch 2.11 to
+This module relies on internals of Dynamo (:data:`halo_tensor.fences.fast_paths.DERIVED`). It was tested with torch 2.11 to
 2.15.
 """
 
@@ -26,21 +26,21 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from halo_tensor.fences.fast_paths import DERIVED
 from halo_tensor.weight import derived
-from halo_tensor.weight import write_through as dispatch
-from halo_tensor.weight.fsdp import Shardable
+from halo_tensor.weight.product_warnings import PRODUCTS, message_of_product, name_of
+from halo_tensor.weight.tensor import HaloWeight
 
 #: The tracing contexts of those graphs of Dynamo that are or will be read.
-_read: WeakSet = WeakSet()
-#: The warnings that were shown: Python's default filter shows one of each line of code.
-_registry: dict = {}
-#: The directory of this library, whose lines of code a warning does not point to.
-_HERE = str(Path(__file__).parent)
+_read: WeakSet[Any] = WeakSet()
+#: The warnings that were shown: Python's default filter shows a warning once for each line of code.
+_registry: dict[Any, Any] = {}
+#: The directory of this library: a warning points to a line of the user's code.
+_HERE = str(Path(__file__).parents[1])
 #: Operators whose graphs run without gradients enabled, as an autograd function does in eager code.
 _WITHOUT_GRADIENTS = {"autograd_function_apply"}
 
 
 class _Product(NamedTuple):
-    """A product in high precision: what to say of it, and where it stands in the user's code."""
+    """A product in high precision: its name, its operand, and its line in the user's code."""
 
     name: str
     what: str
@@ -49,36 +49,41 @@ class _Product(NamedTuple):
 
 
 def install() -> None:
-    """Have the graph read that Dynamo is making in this thread, if it is making one. It is read once."""
+    """If Dynamo is making a graph in this thread, have it read when it is complete, once."""
     translator = getattr(symbolic_convert.tls, "current_tx", None)
     output = getattr(translator, "output", None)
     if output is None or output.tracing_context in _read:
         return
     _read.add(output.tracing_context)
     grad_enabled = output.tracing_context.global_context.global_state["grad_enabled"][1]  # where the graph begins
-    # Dynamo calls it before it hands the graph to a backend; also where it starts again from before a graph break, and then
+    # Dynamo calls it before it hands the graph to a backend. It also calls it where it restarts before a graph break; then
     # there is no module yet.
     output.add_cleanup_hook(lambda: _warn_of_products(output, grad_enabled))
 
 
 def _warn_of_products(output: Any, grad_enabled: bool) -> None:
-    # The warnings are not given inside of the fence: a user's filter may make them errors.
+    # Warnings are raised outside of the fence, since a user's filter may make them errors.
     for name, what, file, line in DERIVED.attempt(_products_of, output, grad_enabled) or ():
-        message = dispatch.message_of_product(name, what)
+        message = message_of_product(name, what)
         warnings.warn_explicit(message, UserWarning, file, line, registry=_registry)
 
 
 def _products_of(output: Any, grad_enabled: bool) -> list[_Product]:
-    """The products in the graph of one frame, each once."""
+    """Return the products in the graph of one frame, each once."""
     if output.graph.owning_module is None:
         return []
     return sorted(set(_products(output.graph, grad_enabled, {})))
 
 
 def _products(graph: fx.Graph, grad_enabled: bool, sources: dict[fx.Node, Any]) -> Iterator[_Product]:
-    """The products that ``graph`` makes with values computed from weights. ``sources``: which of its nodes are such values,
-    and of which weight; of a node with several results, a list."""
-    modes = [grad_enabled]  # of the inference modes around, the innermost last
+    """Yield the products that ``graph`` makes with values computed from weights.
+
+    Args:
+        graph: read in order.
+        grad_enabled: whether gradients are enabled where it begins.
+        sources: node -> the weight that its value was computed from; a list for a node with several results. It is filled in.
+    """
+    modes = [grad_enabled]  # one for each nested inference mode, the innermost last
     for node in graph.nodes:
         if node.target is torch._C._set_grad_enabled:
             modes[-1] = bool(node.args[0])
@@ -97,7 +102,7 @@ def _products(graph: fx.Graph, grad_enabled: bool, sources: dict[fx.Node, Any]) 
 
 
 def _products_inside(node: fx.Node, grad_enabled: bool, sources: dict[fx.Node, Any]) -> Iterator[_Product]:
-    """The products in the graphs that a higher-order operator runs, such as activation checkpointing."""
+    """Yield the products in the graphs that a higher-order operator runs, such as activation checkpointing."""
     if _name(node) in _WITHOUT_GRADIENTS:
         return
     arguments: list[fx.Node] = []
@@ -108,24 +113,24 @@ def _products_inside(node: fx.Node, grad_enabled: bool, sources: dict[fx.Node, A
     for module in modules.values():
         if isinstance(module, fx.GraphModule):
             inputs = module.graph.find_nodes(op="placeholder")
-            # Operands come last: before them may come what the operator reads itself, such as a condition.
+            # Operands come last: arguments that the operator reads itself, such as a condition, come before them.
             given = dict(zip(reversed(inputs), (sources.get(o) for o in reversed(operands)), strict=False))
             inner = {i: source for i, source in given.items() if source}
             yield from _products(module.graph, grad_enabled, inner)
 
 
 def _source_of_input(node: fx.Node) -> str | None:
-    """The weight that an input of the graph was computed from in eager code."""
+    """Describe the weight that an input of the graph was computed from in eager code."""
     argument = node.meta.get("grapharg")
     example = None if argument is None else argument.example
     return example.source if isinstance(example, derived.Derived) else None
 
 
 def _product(node: fx.Node, sources: dict[fx.Node, Any]) -> _Product | None:
-    if _name(node) not in dispatch.PRODUCTS or str(getattr(node.target, "__module__", "")).startswith("halo_tensor."):
+    if _name(node) not in PRODUCTS or str(getattr(node.target, "__module__", "")).startswith("halo_tensor."):
         return None
     operands = node.all_input_nodes
-    if any(isinstance(_value(o), Shardable) for o in operands):  # quantised, or warned of where it is traced
+    if any(isinstance(_value(o), HaloWeight) for o in operands):  # quantised, or warned of where it is traced
         return None
     operand = next((o for o in operands if isinstance(sources.get(o), str)), None)
     if operand is None:
@@ -135,14 +140,14 @@ def _product(node: fx.Node, sources: dict[fx.Node, Any]) -> _Product | None:
 
 
 def _place(node: fx.Node) -> tuple[str, int]:
-    """The file and the line of the user's code that makes a call."""
+    """Return the file and the line of the user's code that makes a call."""
     places = re.findall(r'File "(.*)", line (\d+)', node.stack_trace or "")
     places = [(file, int(line)) for file, line in places if not file.startswith(_HERE)]
     return places[-1] if places else ("<compiled code>", 1)
 
 
 def _source_of_result(node: fx.Node, grad_enabled: bool, sources: dict[fx.Node, Any]) -> Any:
-    """The weight that the result of a call is computed from, if it is a weight still; a list of several results."""
+    """Describe the weight that the result of a call is computed from, if it is still a weight; a list for several results."""
     name, value = _name(node), _value(node)
     arguments: Any = node.args
     if node.target is operator.getitem:
@@ -152,15 +157,15 @@ def _source_of_result(node: fx.Node, grad_enabled: bool, sources: dict[fx.Node, 
     given: list[tuple[Any, str | None]] = []
     for operand in node.all_input_nodes:
         tensor = _value(operand)
-        if isinstance(tensor, Shardable):
+        if isinstance(tensor, HaloWeight):
             given.append((tensor, derived.source_of(tensor)))
         elif isinstance(tensor, torch.Tensor):
             given.append((tensor, sources.get(operand)))
     for tensor, source in given:
-        is_detached = name == "detach" and not isinstance(tensor, Shardable)
-        if tensor is value or is_detached:  # what is written in place stays what it was
+        is_detached = name == "detach" and not isinstance(tensor, HaloWeight)
+        if tensor is value or is_detached:  # an in-place op returns its argument
             return source
-    if not grad_enabled or name == "dequantize":  # which the warning advises
+    if not grad_enabled or name == "dequantize":  # the warning advises it
         return None
     if isinstance(value, list | tuple):
         return [_source(name, given, each) for each in value]
@@ -172,13 +177,13 @@ def _source(name: str, given: list, value: Any) -> str | None:
 
 
 def _are_equal(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes are known to be equal. The answer makes no graph depend on symbolic sizes."""
+    """Whether two shapes are known to be equal. To ask adds no guard on symbolic sizes."""
     return statically_known_true(sym_eq(tuple(one), tuple(other)))
 
 
 def _name(node: fx.Node) -> str:
-    """The name under which :mod:`halo_tensor.weight.derived` knows a call."""
-    name = node.target.strip("_") if isinstance(node.target, str) else dispatch.name_of(node.target)
+    """Return the name under which :mod:`halo_tensor.weight.derived` knows a call."""
+    name = node.target.strip("_") if isinstance(node.target, str) else name_of(node.target)
     return "get" if name == "getattr" else name
 
 

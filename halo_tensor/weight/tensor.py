@@ -1,114 +1,106 @@
 """HaloWeight: the parameter of a converted linear layer.
 
-A weight subclass alone never sees the grad_weight product, since F.linear decomposes into aten ops whose backward does not
-touch the weight. So this wrapper catches ``F.linear`` itself and hands it to :mod:`halo_tensor.products.linear`; to everything
-else, optimisers and checkpoints above all, it is the dense high-precision weight it stands for
-(:mod:`halo_tensor.weight.write_through`).
+A weight subclass that acts on aten ops alone never sees the grad_weight product: F.linear decomposes into ops whose backward
+does not touch the weight. So :class:`HaloWeight` catches ``F.linear`` itself and calls :mod:`halo_tensor.products.linear`. To
+every other op, optimisers and checkpoints above all, it is the dense high-precision weight that it stands for.
 
-It also holds what the weight brings to its products, as codes that every write to it brings up to date. So a compiled graph
-reads codes, and a weight is quantised once per optimiser step however many micro-batches there are.
+It also holds the codes with which its products multiply. Every write to the weight brings them up to date, so a weight is
+quantised once per optimiser step, however many micro-batches there are, and a compiled graph only reads codes.
+
+Modules that import the class define what ops do with a weight, in the table of :mod:`halo_tensor.weight.handlers`.
 """
 
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from halo_tensor.fences.pytorch import hidden_from_modes, preserved_version, return_and_correct_aliasing, tree_map_only
+from halo_tensor.fences.pytorch import hidden_from_modes, is_symbolic, preserved_version
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products.linear import linear
 from halo_tensor.products.operands import reuses_operand, weight_operand
-from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
-from halo_tensor.weight import derived, fsdp, sharding
-from halo_tensor.weight import write_through as dispatch
+from halo_tensor.weight import gradients, refusals
+from halo_tensor.weight.handlers import run_function, run_op
+from halo_tensor.weight.roles import ShardRole
+from halo_tensor.weight.state import CodesState
 
-aten = torch.ops.aten
-_STAYS_A_WEIGHT = {
-    aten.clone.default,
-    aten.empty_like.default,  # Module.to_empty
-    aten._to_copy.default,
-    aten._pin_memory.default,
-}
-
-#: Attributes of a weight that are its own; others are tags that users hang on parameters.
-_OWN = {"master", "operand", "recipe", "base", "fsdp", "rows", "sent", "_is_param"}
-#: The functions by which ``Module._apply`` converts a parameter (see ``_keep_hooks``).
-_CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
-#: Types of a master whose writes can be followed: a fake or functional one has no values.
+#: Types of a master whose writes can be followed: a fake or functional tensor has no values.
 _HAVE_VALUES = (torch.Tensor, torch.nn.Parameter)
-#: Names of the functions that read or set an attribute of a tensor, as FSDP does often. What they return is a view, which is a
-#: HaloWeight, or not computed from the weight.
-_ATTRIBUTES = ("__get__", "__set__")
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _linear_in_graph = torch.compiler.allow_in_graph(linear)
 
 
-def _version(weight: "HaloWeight") -> tuple | None:
-    """What changes when the master is written, or is another tensor."""
-    master = weight.master
-    if master is None:
-        return None
-    lent = fsdp.lent_version(weight) if weight.fsdp == "shard" else None
-    return id(master), None if master.is_inference() else master._version, lent
+class HaloWeight(torch.Tensor):
+    """A weight [out_features, in_features] whose ``F.linear`` follows a recipe; to any other op it is the dense weight.
 
+    ``quantize_`` makes them from parameters. ``shard_role`` says what a weight is to FSDP2::
 
-def _of_operand(name: str) -> Any:
-    """The operand's attribute as the weight's own; None without an operand."""
-    return property(lambda weight: None if weight.operand is None else getattr(weight.operand, name))
+        nn.Parameter
+          │  ▲
+          │  │ dequantize_
+          ▼  │        torch.chunk              copied into          without padding
+         WHOLE ──────────────────────▶ CHUNK ──────────────▶ PADDED ─────────────────▶ SHARD
+                                                                                        │ ▲
+                                                            all-gather of codes, scales │ │ reshard
+                                                                                        ▼ │
+                                                                                      GATHERED
 
-
-def _codes(weight: "HaloWeight") -> torch.Tensor | None:
-    """The operand's codes, in step with the master. A compiled forward reads them here in every call, before it runs its
-    graph: so it sees writes to the master as an eager one does."""
-    operand = weight.operand
-    if operand is None:
-        return None
-    if weight.master is not None and not is_compiling():
-        weight.follow()
-    return operand.codes
-
-
-class HaloWeight(fsdp.Shardable, torch.Tensor):
-    """A weight [out_features, in_features] whose ``F.linear`` follows a recipe.
+    A frozen weight that is gathered is WHOLE again. An optimiser updates WHOLE and SHARD; ``F.linear`` takes WHOLE and
+    GATHERED.
 
     Attributes:
-        master: the high-precision weight, what optimisers update; its gradient is an ordinary dense tensor. None if the
-            weight is frozen: then the codes are all there is; and None of a weight gathered by FSDP, whose master is sharded.
-        operand: the codes that ``output`` multiplies with, in step with the master; None if the recipe has it plain, or if
-            the weight holds none and is quantised in every forward.
-        recipe: how the three products of its layer are computed.
-        gain: float32 [in_features], powers of two that the operand's columns were multiplied with before they were rotated,
-            and X's are divided by; or None. Neither the master nor its gradient knows of it. See ``balance_``.
+        master: the dense high-precision weight [out, in], which optimisers update; its gradient is an ordinary dense tensor.
+            None if the weight is frozen, so that only its codes are held, or gathered.
+        operand: the codes and scales with which ``output`` multiplies. None if the recipe keeps the weight in high precision
+            there, or if the weight holds no codes and is quantised in every forward.
+        recipe: how the three products of the layer are computed.
+        shard_role: see above.
+        base: of a view or a chunk, the weight that it belongs to. A view has the identity recipe, and writes through it reach
+            the codes of its base.
+        codes_state: what is known of the codes; see :class:`~halo_tensor.weight.state.CodesState`.
+        unpadded: of a padded weight, its rows without padding.
 
-    A view of it is a HaloWeight with the identity recipe and a ``base``, so that writes through the view reach the codes.
+    Example:
+        >>> import torch
+        >>> from halo_tensor import HaloWeight, halo_config, quantize_
+        >>> layer = torch.nn.Linear(128, 128)
+        >>> report = quantize_(layer, halo_config(level=1, dtype="int8"))
+        >>> isinstance(layer.weight, HaloWeight), layer.weight.codes.dtype
+        (True, torch.int8)
     """
 
     master: torch.Tensor | None
     operand: HadamardQuantTensor | None
     recipe: Recipe
+    codes_state: CodesState
+    shard_role: ShardRole = ShardRole.WHOLE
     base: "HaloWeight | None" = None
-    fsdp: str | None = None
+    unpadded: "HaloWeight | None" = None
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type["HaloWeight"],
         master: torch.Tensor | None,
         operand: HadamardQuantTensor | None = None,
         recipe: Recipe | None = None,
         *,
         requires_grad: bool | None = None,
-    ):
-        if recipe is None:
-            return _moved_by_accelerate(master, bool(requires_grad))
+    ) -> Any:
+        """Make a weight of the master's shape and dtype, or of the operand's without a master."""
+        if recipe is None:  # accelerate (tested with 1.15) calls cls(moved, requires_grad=…)
+            if not isinstance(master, HaloWeight) or master.is_meta:
+                refusals.refuse_accelerate()
+            return torch.nn.Parameter(master, requires_grad=bool(requires_grad))
         like = operand if master is None else master
         assert like is not None
-        with _of_the_kind_of(like):
-            return torch.Tensor._make_wrapper_subclass(
+        with inference_mode_of(like):
+            weight = torch.Tensor._make_wrapper_subclass(
                 cls,
                 like.shape,
                 strides=like.stride(),
@@ -117,17 +109,8 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
                 device=like.device,
                 requires_grad=like.requires_grad,
             )
-
-    def __init__(
-        self,
-        master: torch.Tensor | None,
-        operand: HadamardQuantTensor | None = None,
-        recipe: Recipe | None = None,
-        *,
-        requires_grad: bool | None = None,
-    ):
-        if recipe is not None:
-            self.master, self.operand, self.recipe = master, operand, recipe
+        weight.master, weight.operand, weight.recipe, weight.codes_state = master, operand, recipe, CodesState()
+        return weight
 
     @classmethod
     def from_hp(
@@ -138,306 +121,229 @@ class HaloWeight(fsdp.Shardable, torch.Tensor):
         gains: Gains | None = None,
         keep_codes: bool = True,
     ) -> "HaloWeight":
-        """A weight that follows ``recipe``. ``frozen`` keeps only the codes, if they serve both products with W; any other
-        weight keeps the master, and its codes beside it if ``keep_codes``."""
+        """Convert a dense weight.
+
+        Args:
+            master: [out, in], of a floating dtype.
+            recipe: what the weight follows.
+            frozen: hold only codes, if the recipe uses the same codes in both products with W. Any other weight keeps the
+                master.
+            gains: the balance of the columns, float32 [in] and its inverse, or None.
+            keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
+
+        Returns:
+            A whole weight, whose codes are up to date.
+        """
         if not (frozen or keep_codes):
             return cls(master, None, recipe)
         operand = weight_operand(master, recipe, moved(gains, master.device))
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
         weight = cls(master, operand, recipe)
-        weight.in_step()
+        weight.mark_in_step()
         return weight
 
+    @property
+    def whole(self) -> "HaloWeight":
+        """The weight that this one is a view or a chunk of, or itself."""
+        return self if self.base is None else self.base
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether FSDP2 has gathered it from shards, which have the master."""
+        return self.shard_role is ShardRole.GATHERED
+
+    @property
+    def needs_common_scale(self) -> bool:
+        """Whether its scale depends on the shards of other ranks, so that no rank may quantise it without a write."""
+        return self.shard_role is ShardRole.SHARD and self.operand is not None and self.operand.granularity == TENSOR
+
+    @property
+    def codes(self) -> torch.Tensor | None:
+        """The operand's codes, in step with the master; None without an operand. A compiled forward reads them here in every
+        call, before it runs its graph: so it sees writes to the master as an eager one does.
+        """
+        if self.operand is None:
+            return None
+        if self.master is not None and not is_compiling():
+            self.follow()
+        return self.operand.codes
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """The float32 scales of the codes, or None."""
+        return None if self.operand is None else self.operand.scale
+
+    @property
+    def gain(self) -> torch.Tensor | None:
+        """Powers of two, float32 [in], by which ``balance_`` has multiplied columns before they were quantised; or None."""
+        return None if self.operand is None else self.operand.gain
+
+    @property
+    def undo_gain(self) -> torch.Tensor | None:
+        """The inverse of ``gain``, with which columns of X are multiplied."""
+        return None if self.operand is None else self.operand.undo_gain
+
+    @property
+    def gains(self) -> Gains | None:
+        """The pair (gain, undo_gain), or None."""
+        return None if self.operand is None else self.operand.gains
+
     def dequantize(self) -> torch.Tensor:
-        """The dense weight: the master, or what the codes of a frozen weight stand for."""
+        """Return the dense weight [out, in]: the master itself, or the values of a frozen weight's codes."""
         if self.master is not None:
             return self.master
         assert self.operand is not None
         return self.operand.dequantize()
 
     def requantize(self, dense: torch.Tensor | None = None) -> None:
-        """Bring the codes up to date with the master; to be called after writing to ``weight.master`` itself, where no forward
-        follows, eager or compiled, which does it by itself: before the replay of a CUDA graph that was captured by hand.
-        ``dense`` is the new value of a frozen weight."""
+        """Bring the codes up to date with the master.
+
+        A forward does so by itself, eager or compiled. Call this after a write to ``weight.master`` itself if no forward
+        follows, for example before the replay of a CUDA graph that was captured by hand.
+
+        Args:
+            dense: the new value of a frozen weight, [out, in].
+        """
         if self.base is not None:
             self.base.requantize()
         elif self.operand is not None:
             self.operand.requantize_(self.dequantize() if dense is None else dense)
-            self.in_step()
+            self.mark_in_step()
 
-    def in_step(self) -> None:
-        """The codes are those of the master as it is now."""
-        if self.operand is not None:
-            self.operand.version, self.operand.lent = _version(self), False
+    def mark_in_step(self) -> None:
+        """Note that the codes are those of the master as it is now."""
+        state = self.codes_state
+        state.version, state.lent = state.master_version(self.master), False
 
     def follow(self) -> None:
-        """Bring the codes up to date if the master itself was written to, as code that averages the tensors of state dicts
-        does. To be called before the codes are used or handed on."""
-        operand = self.operand
+        """Bring the codes up to date if the master itself was written to, as by averages of state dicts, before their use."""
+        operand, state = self.operand, self.codes_state
         if operand is None or type(self.master) not in _HAVE_VALUES:
             return
-        counted = operand.version != _version(self)
-        if not (counted or operand.lent):
+        counted = state.version != state.master_version(self.master)
+        if not (counted or state.lent):
             return
-        # Autograd counts no writes through .data of a plain weight, and so none of what follows from them.
+        # Autograd counts no writes through .data of a plain weight, and so must not count the writes to codes that follow.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
-        # Hidden from modes: it belongs to the write. Selective checkpointing,
-        # which matches the ops of two runs, would find it in one of them, and make_fx would put it into its graph.
+        # Hidden from modes, since these ops belong to the write. Selective checkpointing matches the ops of two runs and would
+        # find them in one of them; make_fx would put them into its graph.
         with torch.no_grad(), hidden_from_modes(), preserved_version(parts):
             self.requantize()
 
     def lend(self) -> torch.Tensor:
-        """The dense weight for a state dict. Writes that change no version (through ``.data`` or NumPy, in inference mode) may
-        come before the next forward, so that one quantises the master in any case."""
-        if self.operand is not None and self.master is not None and not fsdp.needs_common_scale(self):
-            self.operand.lent = True
+        """Return the dense weight for a state dict. Writes to it may change no version (through ``.data`` or NumPy, or in
+        inference mode), so the next forward quantises the master in any case.
+        """
+        if self.operand is not None and self.master is not None and not self.needs_common_scale:
+            self.codes_state.lent = True
         return self.dequantize()
 
-    def share_memory_(self) -> "HaloWeight":
-        for tensor in [self.master] if self.operand is None else [self.master, *self.operand.parts]:
-            if tensor is not None:
-                tensor.share_memory_()
-        _keep_hooks(torch.Tensor.share_memory_, self, self)
-        return self
+    def check_whole(self) -> None:
+        """Raise ValueError if this is a part of a weight, since no recipe describes a product with a part.
 
-    def numpy(self, *, force: bool = False):
-        """A copy, of which no write would be noticed."""
-        return self.dequantize().detach().clone().requires_grad_(self.requires_grad).numpy(force=force)
-
-    def tolist(self) -> list:
-        return self.dequantize().tolist()
-
-    def __dlpack__(self, **options):
-        raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
-
-    def storage(self):  # and safetensors, which asks for it
-        raise RuntimeError("a converted weight has no memory of its own: save model.state_dict(), or weight.dequantize()")
-
-    def __repr__(self):
-        of = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
-        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" * self.requires_grad
-        return f"{of}HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe}{grad})"
+        Tensor parallelism multiplies with a part through DTensor, which cuts the detached weight. A chunk of the parameter
+        itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is traced, since
+        shards were cut before and enter a graph without their base.
+        """
+        base = self.base
+        if base is not None and self.shard_role is ShardRole.CHUNK and (isinstance(base, torch.nn.Parameter) or is_symbolic()):
+            return
+        if self.shard_role.is_part:
+            refusals.refuse_part(self.shape)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
-                sharding.check_whole(weight)
-            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.fsdp != "chunk":
+                weight.check_whole()
+            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.shard_role is not ShardRole.CHUNK:
                 if torch.compiler.is_exporting():
-                    raise RuntimeError("torch.export knows no converted weights: call dequantize_(model) first")
+                    refusals.refuse_export()
                 if weight.master is not None and not is_compiling():
                     weight.follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
-        elif func == _SET_DATA:
-            return args[0]._set_data(args[1])
         elif func is torch.autograd.grad:
-            return _grad(*args, **kwargs)
+            return gradients.grad(cls, *args, **kwargs)
         elif func is torch.autograd.backward:
-            return _backward(*args, **kwargs)
+            return gradients.backward(cls, *args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
-            return _watched(func, args, kwargs)
+            return run_function(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args, kwargs=None):
-        kwargs = kwargs or {}
-        if func in (aten.detach.default, aten.alias.default):
-            # The very same master, not a view of it: its version then tells of every write, also through .data.
-            return return_and_correct_aliasing(func, args, kwargs, args[0]._alias())
-        if func is aten.copy_.default and dispatch.are_alike(*args[:2]):
-            return dispatch.copy(*args[:2])
-        if func in sharding.OPS:
-            out = sharding.OPS[func](*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        if func in _STAYS_A_WEIGHT and (kwargs.get("dtype") or args[0].dtype).is_floating_point:
-            return return_and_correct_aliasing(func, args, kwargs, args[0]._copied(func, args[1:], kwargs))
-        out = dispatch.run(func, args, kwargs)
-        if func.is_view:
-            return tree_map_only(torch.Tensor, args[0]._view, out)
-        return out
+    def __torch_dispatch__(
+        cls, func: Any, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return run_op(func, args, kwargs or {})
 
-    def _alias(self) -> "HaloWeight":
-        with _of_the_kind_of(self):
-            alias = HaloWeight(self.master, self.operand, self.recipe)
-        alias.base, alias.fsdp = self.base, self.fsdp
-        return alias._tagged(self)
+    def __repr__(self, **options: Any) -> str:
+        of = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn else ", requires_grad=True" * self.requires_grad
+        return f"{of}HaloWeight({self.operand if self.master is None else self.master}, recipe={self.recipe}{grad})"
 
-    def _tagged(self, like: torch.Tensor) -> "HaloWeight":
-        """This weight with the attributes that users have set on another, as for optimisers. A plain parameter keeps its own
-        in ``module.to``; a converted one is replaced there."""
-        if not like.__dict__.keys() <= _OWN:
-            self.__dict__.update(tags(like))
-        return self
-
-    def _view(self, view: torch.Tensor) -> "HaloWeight":
-        with _of_the_kind_of(self):
-            weight = HaloWeight(view, None, Recipe())
-        weight.base = self if self.base is None else self.base
-        weight.fsdp = None if self.fsdp == "gathered" else self.fsdp
-        return weight
-
-    def _copied(self, func, args, kwargs) -> "HaloWeight":
-        """What ``func``, which copies a tensor, makes of this weight."""
-        if self.master is not None:
-            return self.renewed(func(self.master, *args, **kwargs))
-        weight = HaloWeight(None, func(self.operand, *args, **kwargs), self.recipe)  # codes are copied as they are
-        weight.fsdp = self.fsdp
-        return weight._tagged(self)
-
-    def renewed(self, dense: torch.Tensor) -> "HaloWeight":
-        """A weight like this one, of another dense value."""
-        weight = HaloWeight.from_hp(
-            dense, self.recipe, frozen=self.master is None, gains=self.gains, keep_codes=self.operand is not None
-        )
-        if self.operand is not None and self.operand.is_packed:
-            weight.operand = cast(HadamardQuantTensor, weight.operand).packed()
-        weight.fsdp = self.fsdp
-        return weight._tagged(self)
-
-    def _set_data(self, value: torch.Tensor) -> None:
-        """``weight.data = value``."""
-        if isinstance(value, HaloWeight) and value.operand is self.operand and value.master is self.master:
-            return  # the end of ``weight.data += …``, which has written already
-        value = dense_value(value)
-        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
-            raise ValueError(
-                f"a converted weight's data can only be replaced by a tensor like it, {list(self.shape)} {self.dtype} on "
-                f"{self.device}; got {list(value.shape)} {value.dtype} on {value.device}. Use module.to(...) to convert it, "
-                "and dequantize_(model) before changing its shape"
-            )
-        if self.master is not None:
-            self.master = value.detach()
-        self.requantize(value.detach())
-
-    # The operand's tensors as this weight's own, not as those of a subclass inside: compiled code looks at each level, in
-    # every call.
-    def __tensor_flatten__(self):
+    # The operand's tensors are flattened as this weight's own, not as those of a subclass inside: compiled code looks at each
+    # level in every call.
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names, attributes = ([], None) if self.operand is None else self.operand.__tensor_flatten__()
         names = names if self.master is None else ["master", *names]
-        return names, {"recipe": self.recipe, "fsdp": self.fsdp, "operand": attributes}
+        return names, {"recipe": self.recipe, "shard_role": self.shard_role, "operand": attributes}
 
     @classmethod
-    def __tensor_unflatten__(cls, tensors, attributes, size, stride):
+    def __tensor_unflatten__(
+        cls, tensors: dict[str, torch.Tensor], attributes: dict[str, Any], size: torch.Size, stride: tuple[int, ...]
+    ) -> "HaloWeight":
         operand = attributes["operand"] and HadamardQuantTensor.__tensor_unflatten__(
             tensors, attributes["operand"], size, stride
         )
         weight = cls(tensors.get("master"), operand, attributes["recipe"])
-        weight.fsdp = attributes["fsdp"]
+        weight.shard_role = attributes["shard_role"]
         return weight
 
-    codes = property(_codes)
-    scale, gain, undo_gain, gains = map(_of_operand, ("scale", "gain", "undo_gain", "gains"))
-
     def _stable_hash_for_caching(self) -> str:
-        """Lets a compiled graph be cached across processes. The graph holds what ``linear`` was traced to, which the compiler
-        does not know to depend on this library's sources."""
+        """Return the key of graphs compiled for it in caches across processes; they depend on this library's sources."""
         names, attributes = self.__tensor_flatten__()
         inner = [(name, t.dtype, tuple(t.shape), t.stride()) for name in names for t in (getattr(self, name),)]
         outer = tuple(self.shape), self.stride(), self.dtype, self.requires_grad
         return repr((fingerprint(), outer, inner, attributes))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HaloWeight":
         self.follow()
         copied = super().__deepcopy__(memo)
-        copied.in_step()  # versions of another master say nothing of its own
+        copied.mark_in_step()  # its master is another tensor
         return copied
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         self.follow()
-        return {name: value for name, value in self.__dict__.items() if name not in ("sent", "rows")}  # FSDP's, on this run
+        state = {name: value for name, value in self.__dict__.items() if name not in ("codes_state", "unpadded")}
+        return state | {"shard_role": self.shard_role.value}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a state of this version, or of 0.1.0, where ``shard_role`` was "fsdp" and None was a whole weight."""
+        state = {"shard_role": "whole"} | state
+        role = state.pop("fsdp", None) or state["shard_role"]
+        self.__dict__.update(state, shard_role=ShardRole(role), codes_state=CodesState())
 
 
-def _of_the_kind_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """In inference mode a view of a plain tensor is a plain one. What holds it must be, or PyTorch refuses the view. A weight
-    may be plain although its master is not: of a layer made in inference mode."""
+def dense_value(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the dense weight of a converted one; any other tensor is returned as it is."""
+    return tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor
+
+
+def inference_mode_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Return a context in which a wrapper of ``tensor`` is an inference tensor only if ``tensor`` is one.
+
+    In inference mode a view of a plain tensor is a plain one, and PyTorch refuses it if its wrapper is an inference tensor.
+    """
     plain = torch.is_inference_mode_enabled() and not tensor.is_inference()
     return torch.inference_mode(False) if plain else nullcontext()
 
 
-def _grad(outputs, inputs, *args, **kwargs):
-    return torch.autograd.grad(_edges(outputs), _edges(inputs), *args, **kwargs)
-
-
-def _backward(tensors, grad_tensors=None, retain_graph=None, create_graph=False, inputs=None):
-    inputs = None if inputs is None else _edges(inputs)
-    return torch.autograd.backward(_edges(tensors), grad_tensors, retain_graph, create_graph, inputs=inputs)
-
-
-def _edges(tensors) -> list:
-    """Weights as edges of the graph. Run with __torch_function__ disabled, which they ask for as they are, a backward that
-    recomputes (activation checkpointing) would recompute in high precision."""
-    tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
-    return [torch.autograd.graph.get_gradient_edge(t) if isinstance(t, HaloWeight) else t for t in tensors]
-
-
-def _moved_by_accelerate(moved: Any, requires_grad: bool) -> torch.nn.Parameter:
-    """What accelerate (tested with 1.15) calls the class of a parameter for: ``cls(moved, requires_grad=…)``."""
-    if not isinstance(moved, HaloWeight) or moved.is_meta:
-        raise TypeError(
-            'accelerate\'s offloading (cpu_offload, disk_offload, a device_map with "cpu" or "disk") and its loading of '
-            "checkpoints (load_checkpoint_and_dispatch) put plain tensors in place of converted weights: keep every converted "
-            "layer on a GPU, and load a checkpoint before quantize_ or with model.load_state_dict"
-        )
-    return torch.nn.Parameter(moved, requires_grad=requires_grad)
-
-
-def tags(tensor: torch.Tensor) -> dict[str, Any]:
-    """The attributes that users have set on a parameter.
-
-    Raises ValueError if one has the name of an attribute of converted weights.
-    """
-    if not isinstance(tensor, HaloWeight) and (taken := _OWN & tensor.__dict__.keys()):
-        raise ValueError(
-            f"a parameter to convert has an attribute {min(taken)!r}, a name that converted weights need: rename it"
-        )
-    return {name: value for name, value in tensor.__dict__.items() if name not in _OWN}
-
-
-def _watched(func: Any, args: tuple, kwargs: dict) -> Any:
-    """What an ordinary function makes of weights, run eagerly with ``__torch_function__`` disabled."""
-    out = func(*args, **kwargs)
-    if not isinstance(out, torch.Tensor) and type(out) not in (list, tuple):
-        return out
-    if isinstance(out, HaloWeight):
-        _keep_hooks(func, args[0] if args else None, out)
-    elif getattr(func, "__name__", "") in _ATTRIBUTES:
-        return out
-    return derived.watch(func, args, kwargs, out)
-
-
-# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes
-# between two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
-@torch.compiler.substitute_in_graph(_watched)
-def _not_watched(func: Any, args: tuple, kwargs: dict) -> Any:
-    return func(*args, **kwargs)
-
-
-def _keep_hooks(func: Any, weight: Any, out: HaloWeight) -> None:
-    """Let hooks on a parameter outlive ``Module._apply``, which puts ``nn.Parameter(converted)`` in its place, that is,
-    ``converted.detach().requires_grad_()``."""
-    name = dispatch.name_of(func)
-    if name in _CONVERSIONS and not torch.is_grad_enabled() and isinstance(weight, torch.nn.Parameter):
-        with torch._C.DisableTorchFunctionSubclass():
-            hooks = weight._backward_hooks, weight._post_accumulate_grad_hooks
-        if any(hooks):
-            out.__dict__["_hooks"] = hooks
-    elif name == "requires_grad" and "_hooks" in out.__dict__:
-        with torch._C.DisableTorchFunctionSubclass():
-            out._backward_hooks, out._post_accumulate_grad_hooks = out.__dict__.pop("_hooks")
-
-
-def dense_value(tensor: torch.Tensor) -> torch.Tensor:
-    """What a converted weight stands for, in high precision; any other tensor is itself."""
-    return tensor.dequantize() if isinstance(tensor, HaloWeight) else tensor
-
-
-def _linear_arguments(input, weight, bias=None):
+def _linear_arguments(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     return input, weight, bias
-
-
-torch.serialization.add_safe_globals([HaloWeight, Recipe, Product, Operand, Rotation, Format])

@@ -1,4 +1,4 @@
-"""``balance_``: the same function, less of it lost to rounding, and nothing of it to be seen outside of the layer."""
+"""``balance_``: it changes rounding errors only, and nothing outside of the layer sees it."""
 
 import copy
 import io
@@ -16,7 +16,6 @@ from halo_tensor import HadamardQuantTensor, balance_, dequantize_, halo_config,
 from halo_tensor.calibration.balance import FORWARD, Statistics, _exponents, _groups, fourth_power, observed
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.operand import gains
-from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.weight.tensor import HaloWeight
 from tests.helpers.errors import relative_error
@@ -24,6 +23,7 @@ from tests.helpers.graphs import graphs
 from tests.helpers.linear_layers import converted, everything, exact, gradients
 from tests.helpers.recording import OpLog, saved_bytes
 from tests.helpers.training import Mlp, step_alike, train
+from tests.helpers.weights import in_step
 
 OUTLIERS = slice(None, None, 29)
 
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 def with_outliers(plain: nn.Linear, *shape: int, factor: float = 32.0):
-    """X with outlier channels, and the layer that makes up for them, as a norm's large weights do."""
+    """Return X with outlier channels, and divide the layer's columns by the same factor."""
     x = torch.randn(*shape, plain.in_features)
     x[..., OUTLIERS] *= factor
     with torch.no_grad():
@@ -46,13 +46,8 @@ def with_outliers(plain: nn.Linear, *shape: int, factor: float = 32.0):
     return x.to(plain.weight.dtype)
 
 
-def in_step(weight: HaloWeight) -> bool:
-    fresh = weight_operand(weight.master, weight.recipe, weight.gains)
-    return torch.equal(fresh.codes, weight.operand.codes) and torch.equal(fresh.scale, weight.operand.scale)
-
-
 def balanced(config=None, width: int = 128):
-    """A converted model, what it was balanced on, and the plain one."""
+    """Return a balanced model, the input it was balanced on, and the plain model."""
     plain = Attention(width)
     x = torch.randn(32, width)
     x[:, OUTLIERS] *= 32
@@ -62,14 +57,16 @@ def balanced(config=None, width: int = 128):
     return model, x, plain
 
 
-# What it is for.
+# Its purpose.
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_outlier_channels_cost_an_int8_layer_nothing_any_more(level, granularity):
-    """Output and both gradients have the error that int8 has of data without outliers: no more, and no less, which high
-    precision would have. Unbalanced, output is off by 3 times that."""
+def test_outlier_channels_do_not_increase_the_error_of_int8(level, granularity):
+    """Output and both gradients have the error that int8 has on data without outliers.
+
+    The error is also no smaller, as it would be in high precision. Without a balance the output's error is 3 times as large.
+    """
     plain = nn.Linear(256, 192)
     x, e = with_outliers(plain, 2, 64), torch.randn(2, 64, 192)
     layer = converted(plain, halo_config(level, "int8", granularity=granularity))
@@ -89,7 +86,7 @@ def test_outlier_channels_cost_an_int8_layer_nothing_any_more(level, granularity
 
 
 def test_small_channels_of_the_gradient_become_more_exact():
-    """A gain on a surviving dimension shapes the error like s: G's columns where X is small gain what X lost to outliers."""
+    """Columns of G where X is small are more exact, as they are not rounded together with outliers."""
     plain = nn.Linear(256, 192, bias=False)
     x, e = with_outliers(plain, 512), torch.randn(512, 192)
     layer = converted(plain, halo_config(1, "int8"))
@@ -102,8 +99,8 @@ def test_small_channels_of_the_gradient_become_more_exact():
     assert 0.004 < after < 0.03 and after < before / 2.5
 
 
-def test_the_formulas_with_a_gain():
-    """In float64, with dense rotations: Y, E_X and G of HALO-1 with X divided and W multiplied by s."""
+def test_products_with_gains_follow_the_formulas():
+    """Compare Y, E_X and G of HALO-1 with float64 and dense rotations, where X is divided and W multiplied by s."""
     from tests.helpers.linear_layers import rotation_matrix
 
     m, k, n = 128, 192, 256
@@ -130,7 +127,7 @@ def test_the_formulas_with_a_gain():
         assert relative_error(a, b) < 1e-3  # float32 and float64 round a few ties differently
 
 
-# That it cancels.
+# Gains cancel.
 
 
 @given(
@@ -144,7 +141,7 @@ def test_the_formulas_with_a_gain():
     bias=st.booleans(),
     frozen=st.booleans(),
 )
-def test_any_shape_and_format(lead, k, n, level, dtype, granularity, hp, bias, frozen):
+def test_balanced_products_are_right_for_any_shape_and_format(lead, k, n, level, dtype, granularity, hp, bias, frozen):
     plain = nn.Linear(k, n, bias=bias).to(hp)
     layer = converted(plain, halo_config(level, dtype, granularity=granularity, frozen=frozen))
     x, e = torch.randn(*lead, k).to(hp), torch.randn(*lead, n).to(hp)
@@ -175,7 +172,7 @@ def test_a_gain_of_ones_changes_no_bit():
 
 
 def test_a_common_factor_of_the_gain_changes_no_bit():
-    """It moves into the scales, exactly: the balance itself is what counts."""
+    """A common factor moves into the scales exactly."""
     layer = converted(nn.Linear(128, 64), halo_config(1, "int8"))
     x, e = torch.randn(32, 128), torch.randn(32, 64)
     balance_(layer, x * torch.logspace(-1, 1, 128))
@@ -187,8 +184,8 @@ def test_a_common_factor_of_the_gain_changes_no_bit():
         assert torch.equal(a, b)
 
 
-def test_recipes_of_ones_own():
-    """With another operand of X and W in each product, and with a grad_weight that is plain."""
+def test_gains_cancel_under_custom_recipes():
+    """X and W have another operand in each product, and one grad_weight is plain."""
     r = Rotation()
     x, w = Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r), Operand(INT8, Scales.per(out_features=1), in_features=r)
     own = Recipe(
@@ -207,12 +204,14 @@ def test_recipes_of_ones_own():
             assert relative_error(a, b) < 0.02
 
 
-# What s is.
+# The choice of s.
 
 
 def errors(x, w, s):
-    """What s is to make least, as the module's docstring has it: of mean squares [in], the terms of each product, and the one
-    that pulls s towards 1."""
+    """Return the sum that s minimises, as the module's docstring states it.
+
+    ``x`` and ``w`` are mean squares [in]. The terms are those of the three products, and the fourth one.
+    """
     forward = FORWARD * (x / s**2).sum() * (w * s**2).sum() / (x * w).sum()
     grad_input = (1 / s**2).sum() * (w * s**2).sum() / w.sum()
     grad_weight = (x / s**2).sum() * (s**2).sum() / x.sum()
@@ -231,7 +230,7 @@ def test_no_other_s_has_smaller_errors(spread, size, scale):
     assert torch.allclose(errors(x, w, 2 * s), least), "a common factor cancels"
 
 
-def test_s_of_columns():
+def test_s_of_columns_is_rounded_and_clamped():
     layer = nn.Linear(64, 32, bias=False)
     x = torch.ones(16, 64)
     with torch.no_grad():
@@ -277,7 +276,7 @@ def test_layers_that_read_one_tensor_have_one_s_and_one_x():
 
 
 class _counted:
-    """The shapes of what is quantised anew: eager sharing is off inside of a dispatch mode."""
+    """Record the shapes of tensors that are quantised. A dispatch mode would switch eager sharing off."""
 
     def __enter__(self):
         self.shapes, self.original = [], HadamardQuantTensor.from_hp.__func__
@@ -326,7 +325,7 @@ def test_the_model_is_left_as_it_was():
     assert [dict(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
-# In the life of a training script.
+# In a training script.
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_fused", "sgd_foreach"])
@@ -373,7 +372,7 @@ def test_training_follows_high_precision_and_state_dicts_are_plain():
         assert model[0].up.weight.gain is not None and in_step(model[0].up.weight)
 
 
-def test_copies_pickles_and_moves():
+def test_copies_pickles_and_moved_models_keep_the_balance():
     model, x, _ = balanced()
     expected, e = model(x), torch.randn(32, 128)
     buffer = io.BytesIO()
@@ -394,7 +393,7 @@ def test_copies_pickles_and_moves():
 @pytest.mark.parametrize("dtype", ["int8", "fp6"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_balance_waits_for_a_weight_that_goes_to_meta(frozen, dtype, assign):
-    """The meta device has no values, and state dicts do not hold it: it stays where it is, and is there when they come back."""
+    """The meta device has no values and state dicts have no balance. It is kept until values return."""
     model, x, _ = balanced(halo_config(1, dtype, frozen=False))
     quantize_(model, halo_config(1, dtype, frozen=frozen))
     plain = model.state_dict()
@@ -437,8 +436,8 @@ def test_converting_again_keeps_it_and_dequantize_removes_it():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp6"])
-def test_frozen_weights(dtype):
-    """Balanced and then frozen, they are rounded once; frozen and then balanced, twice."""
+def test_frozen_weights_can_be_balanced_before_or_after_freezing(dtype):
+    """Weights that are balanced and then frozen are rounded once; frozen and then balanced, twice."""
     torch.manual_seed(0)
     model, x, plain = balanced(halo_config(1, dtype, frozen=False))
     once, twice = copy.deepcopy(model), copy.deepcopy(plain)
@@ -459,8 +458,8 @@ def test_frozen_weights(dtype):
         assert relative_error(model(x), plain(x)) < 0.8 * relative_error(expected, plain(x))
 
 
-def test_checkpointing_and_what_is_saved():
-    """Gains are saved by reference to the weight's own."""
+def test_checkpointing_works_and_gains_are_saved_without_a_copy():
+    """Gains that are saved for backward share memory with the weight's gains."""
     model, x, plain = balanced()
     unbalanced = copy.deepcopy(plain)
     quantize_(unbalanced, halo_config(1, "int8"))
@@ -478,7 +477,7 @@ def test_checkpointing_and_what_is_saved():
             assert torch.equal(a, b)
 
 
-def test_autocast():
+def test_a_balanced_layer_under_autocast():
     plain = nn.Linear(128, 192)
     x = with_outliers(plain, 64).requires_grad_()
     layer = converted(plain, halo_config(1, "int8"))
@@ -502,7 +501,7 @@ def _fresh():
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_compiled_it_is_one_graph_with_one_x():
+def test_a_compiled_model_is_one_graph_that_quantises_x_once():
     model, x, _ = balanced()
     x.requires_grad_()
     forward, backward = graphs(model, x).split("backward:")
@@ -520,8 +519,8 @@ def _all_gradients(f, x, model):
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_compiled_before_it_was_balanced_and_balanced_twice():
-    """The second balance needs no compilation, nor do further blocks."""
+def test_balancing_after_compilation_and_twice():
+    """The second balance and further blocks need no compilation."""
     blocks = nn.ModuleList(Mlp() for _ in range(3))
     quantize_(blocks, halo_config(1, "int8"))
     blocks.forward = lambda x: blocks[2](blocks[1](blocks[0](x)))
@@ -600,7 +599,7 @@ def test_the_weight_of_a_recipe_without_codes_takes_no_gain():
 
 
 def test_statistics_of_balance_are_means_over_rows():
-    """Of several calls, and of layers that share an s, all rows count the same."""
+    """All rows of several calls, and of layers that share an s, count the same."""
     a, b, c = (nn.Linear(4, 2, bias=False) for _ in range(3))
     x, y = torch.randn(8, 4), 3 * torch.randn(2, 4)
     layers = {"a": a, "b": b, "c": c}

@@ -48,8 +48,8 @@ def test_layer_wise_quantiser_selection_as_published():
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items()), "BatchNorm's averages among them"
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
-    assert {name: config.scale for name, config in chosen.layers.items()} == {
-        "even": "tensor", "outliers": "tokens", "conv": "tensor",
+    assert {name: config.grad_output_granularity for name, config in chosen.layers.items()} == {
+        "even": "tensor", "outliers": "row", "conv": "tensor",
     }  # fmt: skip
     turned = project(batches[0][1][1].flatten(0, 1).t(), 16).t()
     for scale, dim in (("tensor", None), ("tokens", 1)):
@@ -65,7 +65,7 @@ def test_configs_are_saved_loaded_and_used(tmp_path):
     assert loaded == chosen and "configs of 3 layers" in str(loaded)
     report = quantize_(model, loaded)
     assert report.converted == ["even", "outliers", "conv"]
-    assert model.outliers.weight.recipe == hot_config(scale="tokens").recipe
+    assert model.outliers.weight.recipe == hot_config(grad_output_granularity="row").recipe
     with pytest.raises(ValueError, match="even is converted: dequantize_ first"):
         calibrate(model, [batch(1.0)], loss=loss)
     dequantize_(model)

@@ -15,7 +15,8 @@ def test_a_scale_per_token_needs_less_than_half_the_error():
     def chosen(tensor, tokens, **more):
         return choice.choose({"error with scale=tensor": tensor, "error with scale=tokens": tokens} | errors | more)
 
-    assert chosen(1.0, 0.49).scale == "tokens" and chosen(1.0, 0.5).scale == "tensor" and chosen(1.0, 2.0).scale == "tensor"
+    of_e = [chosen(1.0, error).grad_output_granularity for error in (0.49, 0.5, 2.0)]
+    assert of_e == ["row", "tensor", "tensor"]
     assert list(choice.ranks) == list(range(2, hot_config().block_size, 2)) and chosen(1.0, 1.0).rank is None
     errors["energy of rank 6"] = 0.9
     assert chosen(1.0, 1.0).rank == 6, "equal to the wanted energy is enough"

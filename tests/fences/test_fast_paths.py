@@ -124,7 +124,8 @@ def test_environment_says_why_a_path_is_off(monkeypatch):
     assert set(states) == set(FAST_PATHS) and states["joint_graph"] == "on"
     if not torch.cuda.is_available():
         assert states["gluon"] == "off: no GPU of compute capability 9.0" and states["launcher"] == "off: no CUDA device"
-        assert states["inductor"] == ("on" if INTERPRETED else "off: no device that runs kernels")
+        for name in ("inductor", "tma", "sm80"):
+            assert states[name] == ("on" if INTERPRETED else "off: no device that runs kernels")
     monkeypatch.setattr(JOINT_GRAPH, "_modules", {})
     monkeypatch.setitem(sys.modules, "halo_tensor.compiler.joint_graph", None)
     with warned():
@@ -258,7 +259,7 @@ def module(name: str):
 
 LOWERINGS = {
     "the import": (INDUCTOR, no_lowerings, AttributeError),
-    "a tensor": (INDUCTOR, attribute("halo_tensor.compiler.inductor._StandIn.of"), TypeError),
+    "a tensor": (INDUCTOR, attribute("halo_tensor.compiler.stand_ins.StandIn.of"), TypeError),
     "the result": (INDUCTOR, attribute("torch._inductor.ir.MutationOutput"), RuntimeError),
     "a launch among others": (INDUCTOR, every_fifth, AttributeError),
     "the producers' import": (PRODUCERS, module("halo_tensor.compiler.producers"), TypeError),

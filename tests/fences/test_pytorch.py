@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from halo_tensor.fences import pytorch as internals
@@ -46,3 +47,17 @@ def test_integers_are_multiplied_without_int_mm(monkeypatch):
     monkeypatch.delattr(torch, "_int_mm")
     found = internals.multiply_integers(a, b)
     assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (16, 24, 32), (17, 9, 8), (40, 100, 33)])
+def test_integers_are_multiplied_with_padding(monkeypatch, size):
+    """On a GPU ``_int_mm`` refuses other sizes."""
+    m, k, n = size
+    a, b = torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8).t()
+    sizes = []
+    multiply = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: sizes.append((*a.shape, b.shape[1])) or multiply(a, b))
+    found = internals._multiply_padded(a, b)
+    assert found.dtype == torch.int32 and torch.equal(found.double(), a.double() @ b.double())
+    ((rows, depth, columns),) = sizes
+    assert rows > 16 and depth % 8 == columns % 8 == 0 and (rows, depth, columns) <= (max(m, 17), k + 7, n + 7)

@@ -8,13 +8,16 @@ from halo_tensor.recipe import Format
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖ in float64."""
     expected = expected.double()
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def rounding_bound(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
-    """The largest possible |x − codes·scale| of a matrix whose elements are at most format.max·scale, elementwise. ``scale``
-    broadcasts against x."""
+    """Return the largest possible |x − codes·scale| for each element of a matrix that is at most format.max·scale everywhere.
+
+    ``scale`` broadcasts against ``x``.
+    """
     if format.uniform:
         return (scale / 2).expand_as(x)
     smallest_step = scale * 2.0 ** (format.min_exponent - format.mantissa_bits)
@@ -22,7 +25,7 @@ def rounding_bound(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torc
 
 
 def typical_error(format: Format) -> float:
-    """Of a product of two Gaussian matrices with row scales, relative (Frobenius)."""
+    """Return the relative error (Frobenius norm) of a product of two Gaussian matrices that have row scales."""
     one = {"int8": 0.0076, "int4": 0.14, "fp4_e1m2": 0.14, "fp4_e3m0": 0.2}.get(format.name) or 2.0 ** -(
         format.mantissa_bits + 1
     ) * 0.42

@@ -1,4 +1,4 @@
-"""The code that Inductor generates, and what it does."""
+"""The code that Inductor generates: its buffers and its launches."""
 
 import re
 
@@ -8,7 +8,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 
 def compiled(f, *args, off: str | None = None) -> tuple[list[torch.Tensor], str]:
-    """What a function gives, and the code of its graph; with a switch, by its qualified name, ``off``."""
+    """Return the results of a compiled function and the generated code. ``off`` is the qualified name of a switch to set to False."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch, fresh_cache():  # a cached graph would not be lowered again
         if off is not None:
@@ -18,7 +18,7 @@ def compiled(f, *args, off: str | None = None) -> tuple[list[torch.Tensor], str]
 
 
 def work(code: str) -> tuple[list[str], list[str]]:
-    """What generated code allocates, and what it launches."""
+    """Return the buffers that generated code allocates and the names of the kernels that it launches."""
     kernels = dict(re.findall(r"^(halo_\w+) = Launch\([\w.]*\.(\w+),", code, re.MULTILINE))
     pattern = r"empty_strided_\w+\(\((.*?),? ?\), .*, torch\.(\w+)\)|^\s+((?:cpp_fused|triton|halo)_\w+)(?:\.run)?\("
     body = code[code.index("def call(") : code.index("return (", code.index("def call("))]

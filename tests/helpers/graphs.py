@@ -7,7 +7,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 
 def graphs(model: nn.Module, x: torch.Tensor) -> str:
-    """The ops of the forward and backward graph of a compiled model."""
+    """Return the names of the ops in the forward and backward graphs of a compiled model."""
     seen = []
 
     def compiler(name):

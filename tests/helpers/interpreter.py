@@ -1,5 +1,7 @@
-"""Triton's interpreter, which runs kernels on a CPU. It must be chosen before Triton is imported, so tests that want it run
-in a process of their own."""
+"""Triton's interpreter, which runs kernels on a CPU.
+
+The environment variable that chooses it is read when Triton is imported, so tests that need it run in a separate process.
+"""
 
 import os
 import re
@@ -18,12 +20,13 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 runs_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="see test_in_the_interpreter")
 
-#: Of the test that starts the interpreter. On a GPU the kernels themselves run.
+#: For the test that starts this process. On a GPU the module runs the compiled kernels instead.
 runs_the_others = pytest.mark.skipif(GPU or INTERPRETED, reason="the others run")
 
 
 def reduce_by_halves(self, tensors):
-    """The interpreter reduces element by element, a second for each launch. Whole halves at once is what a GPU does."""
+    """Reduce halves of a tensor at once, as a GPU does. The interpreter reduces one element after the other, which takes a second
+    for each launch."""
     (x,) = tensors
     y = np.moveaxis(x.handle.data, self.axis, 0)
     while len(y) > 1:
@@ -39,7 +42,7 @@ if INTERPRETED:
 
 
 def run(module: str, at_least: int) -> None:
-    """Run the tests of a module in the interpreter; ``at_least`` so many must pass."""
+    """Run the tests of a module in the interpreter. All must pass, and at least ``at_least`` must run."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", module, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from tests.helpers.interpreter import DEVICE, GPU
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 FORMAT = st.sampled_from(list(FORMATS.values()))
-# On a GPU almost every example compiles a kernel. Neither place has the time for shrinking.
+# On a GPU almost every example compiles a kernel. Shrinking takes too long there and in the interpreter.
 examples = settings(max_examples=25 if GPU else 60, phases=[Phase.explicit, Phase.generate])
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -25,7 +25,7 @@ LAYOUTS = {
 
 
 def matrix(rows, columns, dtype=torch.float32, layout="contiguous", integers=False):
-    """``integers``: small ones, of which every sum is exact in any order."""
+    """Return a random matrix. With ``integers`` its elements are small integers, whose sums are exact in any order."""
     x = torch.randint(-8, 9, (rows, columns)) if integers else torch.randn(rows, columns)
     if rows > 2:
         x[2] = 0
@@ -33,7 +33,7 @@ def matrix(rows, columns, dtype=torch.float32, layout="contiguous", integers=Fal
 
 
 def ordinals(codes, format):
-    """The codes numbered in order of their values, NaN apart."""
+    """Return the position of each code among all codes of the format, sorted by value. NaN has no meaningful position."""
     if format.uniform:
         return codes.int()
     bits = to_bits(codes, format).int()
@@ -42,9 +42,11 @@ def ordinals(codes, format):
 
 
 def assert_same_codes(codes, expected, format, exact, rtol=1e-6):
-    """``exact``: the arithmetic has one answer. Otherwise a sum may end on the other side of a boundary between two codes,
-    which one of ten thousand may; and codes near zero, where they lie closer than an error of ``rtol`` times the largest, may
-    be any within that."""
+    """Compare codes.
+
+    With ``exact`` all codes must be equal. Otherwise the sums before rounding may differ by ``rtol`` times the largest element:
+    one code in ten thousand may be the next one, and codes near zero may differ by as much as that error.
+    """
     assert codes.dtype == expected.dtype == code_dtype(format) and codes.shape == expected.shape
     nan = expected.float().isnan()
     if GPU or codes.dtype != torch.float8_e4m3fn:  # Triton's interpreter makes 384 of NaN
@@ -67,12 +69,12 @@ def assert_same_bytes(codes, expected):
 
 
 def assert_layout(codes):
-    """Rows that begin at multiples of 16 bytes, for TMA."""
+    """Rows must begin at multiples of 16 bytes, as TMA requires."""
     assert codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0
 
 
 def gain_of(n, dtype=torch.float32):
-    """Powers of two; none below 1 for float16, where subnormal numbers would be rounded."""
+    """Return powers of two. For float16 none is below 1, because a smaller one could make subnormal numbers, which are rounded."""
     return 2.0 ** torch.randint(0 if dtype == torch.float16 else -2, 3, (n,), device=DEVICE)
 
 
@@ -80,7 +82,7 @@ def check(
     x, left, right, format, scale, fold_rows=None, fold_columns=None, rows=True, columns=True, exact=False, rtol=1e-6,
     quantize=quantizer.rotate_quantize, gain=None,
 ):  # fmt: skip
-    """rotate_quantize of ``x``, in the layouts asked for, against the reference."""
+    """Compare ``quantize`` of ``x``, in the requested layouts, with the reference."""
     folds = {"fold_rows": fold_rows, "fold_columns": fold_columns, "gain": gain}
     codes, codes_t, scales = quantize(x, left, right, format, scale, **folds, rows=rows, columns=columns)
     expected, expected_scales = reference.rotate_quantize(x.contiguous(), left, right, format, scale, **folds)
@@ -97,6 +99,7 @@ def check(
 
 
 def codes_of(shape, format, layout="contiguous"):
+    """Return random codes."""
     if format is INT8:
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
     else:
@@ -105,6 +108,7 @@ def codes_of(shape, format, layout="contiguous"):
 
 
 def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, right=None, shape=None, gain=None):
+    """Return in float64 what ``scaled_mm`` computes."""
     y = a.double() @ b_t.double().t()
     for scale, dim in ((a_scale, 1), (b_scale, 0)):
         if scale is not None:
@@ -115,12 +119,12 @@ def exact_product(a, b_t, a_scale=None, b_scale=None, bias=None, left=None, righ
 
 
 def scales_of(kinds, lengths, largest):
-    """One for each operand, for codes up to ``largest``: None, a number or a vector."""
+    """Return a scale for each operand: None, a number or a vector. ``largest`` are the largest codes of the operands."""
     return [
         None if kind is None else (torch.rand((length,) if kind == "vector" else (), device=DEVICE) + 0.5) / most
         for kind, length, most in zip(kinds, lengths, largest, strict=True)
     ]
 
 
-#: Root mean square of the relative error of rounding to a dtype.
+#: Root mean square of the relative error that rounding to a dtype makes.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.07e-4, torch.bfloat16: 1.66e-3}

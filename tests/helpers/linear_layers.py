@@ -1,4 +1,4 @@
-"""Linear layers: converted ones, and what they and float64 give."""
+"""Converted linear layers, their outputs and gradients, and the same in float64."""
 
 import copy
 
@@ -16,6 +16,7 @@ def everything(module, name):
 
 
 def converted(layer: nn.Linear, config) -> nn.Linear:
+    """Return a converted copy of a layer. ``config`` is a config or a recipe."""
     layer = copy.deepcopy(layer)
     if isinstance(config, Recipe):
         convert_weight(layer, config)
@@ -25,7 +26,7 @@ def converted(layer: nn.Linear, config) -> nn.Linear:
 
 
 def gradients(layer, x, e):
-    """Y, E_X, G and the bias's gradient (None without one)."""
+    """Return the output and the gradients of input, weight and bias. Without a bias there are three tensors."""
     x = x.detach().requires_grad_()
     y = layer(x)
     wanted = [x, layer.weight] + ([] if layer.bias is None else [layer.bias])
@@ -33,7 +34,7 @@ def gradients(layer, x, e):
 
 
 def exact(layer, x, e):
-    """The same in float64, by the formulas."""
+    """Return what :func:`gradients` returns, computed in float64."""
     x, e, w = x.double().reshape(-1, x.shape[-1]), e.double().reshape(-1, e.shape[-1]), layer.weight.double()
     y = x @ w.t() + (0 if layer.bias is None else layer.bias.double())
     return [y, e @ w, e.t() @ x] + ([] if layer.bias is None else [e.sum(0)])

@@ -12,22 +12,23 @@ from tests.helpers.errors import relative_error
 RECIPES = [(0, "int8", 0.0102), (1, "int8", 0.0102), (2, "int8", 0.0102), (0, "fp8", 0.0375), (1, "fp8", 0.0372),
            (2, "fp8", 0.0372), (0, "fp6_e3m2", 0.0735), (1, "fp6_e2m3", 0.0387), (2, "fp6_e2m3", 0.0387)]  # fmt: skip
 in_every_recipe = pytest.mark.parametrize(("level", "dtype", "usual"), RECIPES)
-#: Largest elements of operands and results that are served.
+#: The supported range of the largest elements of operands and results.
 SERVED = 1e-37, 9e36
-#: Below this, the terms of the sums of grad_input and grad_weight have fewer bits.
+#: Below this size, the terms that grad_input and grad_weight sum up have fewer bits.
 SMALL_TERMS = 1e-36
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 
 def operands(exponents, tokens=64, width=128, dtype=torch.float32):
-    """X [tokens, width], W [width, width], E [tokens, width]: Gaussian, their largest elements 10 to ``exponents``."""
+    """Return Gaussian X [tokens, width], W [width, width] and E [tokens, width], whose largest elements are 10 to the
+    ``exponents``."""
     torch.manual_seed(1)
     made = [torch.randn(rows, width, dtype=torch.float64) for rows in (tokens, width, tokens)]
     return [(t / t.abs().max() * 10.0**exponent).to(dtype) for t, exponent in zip(made, exponents, strict=True)]
 
 
 def results(x, w, e, f):
-    """Y, the gradient of X and that of W, of f(x, w)."""
+    """Return f(x, w) and the gradients of x and w."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = f(x, w)
     y.backward(e)
@@ -46,7 +47,8 @@ def converted(level, dtype, x, w, e):
 
 
 def check_layer(level, dtype, usual, exponents, tensors):
-    """Of one layer, all products that are served, and that no others are wrong without a sign. Returns which are served."""
+    """Check the products of one layer: those within the supported range are accurate, and all others are accurate, negligible or
+    visibly not finite. Return the names of the former."""
     true = results(*(t.double() for t in tensors), F.linear)
     actual = converted(level, dtype, *tensors)
     x, w, e = exponents

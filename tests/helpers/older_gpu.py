@@ -1,7 +1,7 @@
-"""Runs the library on the GPU that is there as on an older one.
+"""Runs the library on the present GPU as it would run on an older one.
 
-PTX for an older target runs on any newer NVIDIA GPU: its driver assembles it. So the kernels that an A100 (8.0), an RTX 3090
-(8.6) or an RTX 4090 (8.9) would get can be tested for correctness, and compared with other code for the same target, on an H100.
+The driver of a newer NVIDIA GPU assembles PTX for an older target. So the kernels of an A100 (8.0), an RTX 3090 (8.6) or an
+RTX 4090 (8.9) can be tested for correctness, and compared with other code for the same target, on an H100.
 """
 
 import gc
@@ -21,12 +21,12 @@ from triton.runtime.jit import JITFunction
 
 from halo_tensor.fences import triton_launch
 
-#: compute capability -> bytes of shared memory that a program may have
+#: compute capability -> bytes of shared memory that a program may use
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
 
 
 def forget_plans() -> None:
-    """Drop what was planned and compiled for another GPU."""
+    """Drop plans and kernels that were made for another GPU."""
     modules = [module for name, module in [*sys.modules.items()] if name.startswith("halo_tensor.kernels")]
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, _lru_cache_wrapper):
@@ -38,11 +38,12 @@ def forget_plans() -> None:
 
 @contextmanager
 def running_as(capability: int) -> Iterator[None]:
-    """Within it, kernels are compiled for ``capability`` (80, 86 or 89), and plans are those of such a GPU with as many
-    multiprocessors as this one has. Tested with Triton 3.6 to 3.8.
+    """Compile kernels for ``capability`` (80, 86 or 89), and plan as for such a GPU with this one's number of multiprocessors.
+
+    Tested with Triton 3.6 to 3.8.
 
     Raises:
-        RuntimeError: the GPU that is there is older than that.
+        RuntimeError: the present GPU is older than that.
     """
     if torch.cuda.get_device_capability() < divmod(capability, 10):
         raise RuntimeError(f"{torch.cuda.get_device_name()} does not run code for sm_{capability}")
@@ -51,7 +52,7 @@ def running_as(capability: int) -> Iterator[None]:
         return src.encode() + b"\0"  # the driver takes PTX where it takes a cubin
 
     with ExitStack() as stack:
-        # A cache of its own: what it keeps as cubin is PTX.
+        # In a separate cache, because its cubin files hold PTX.
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         patch = stack.enter_context
         patch(triton.knobs.cache.scope())

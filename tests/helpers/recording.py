@@ -10,7 +10,7 @@ from halo_tensor import HadamardQuantTensor, HaloWeight
 
 
 class OpLog(TorchDispatchMode):
-    """Records the calls of this library's ops: which product ran, and on what codes."""
+    """Records the names of this library's ops that run, each with the dtype of its codes or the name of its format."""
 
     def __init__(self):
         super().__init__()
@@ -18,7 +18,7 @@ class OpLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, (HadamardQuantTensor, HaloWeight)) for t in types):
-            return NotImplemented  # let the subclass take it apart; its inner ops come here again
+            return NotImplemented  # the subclass handles the op, and calls others on its inner tensors
         if func.namespace == "halo":
             dtype = args[0].dtype if "mm" in func._opname else args[3] if "quantize" in func._opname else None
             self.calls.append((func._opname, dtype))
@@ -30,7 +30,8 @@ class OpLog(TorchDispatchMode):
 
 @contextmanager
 def saved_bytes():
-    """Counts what autograd saves: yields a function that returns the bytes so far, each storage once, parameters left out."""
+    """Yield a function that returns how many bytes autograd has saved so far. Each storage counts once; those of the model's
+    parameters do not count."""
     storages = {}
 
     def pack(t):
@@ -39,7 +40,9 @@ def saved_bytes():
         return t
 
     def total(model: torch.nn.Module) -> int:
-        parameters = {s._cdata for p in model.parameters() for s in get_untyped_storages(p)}  # of subclasses, the inner
+        parameters = {
+            s._cdata for p in model.parameters() for s in get_untyped_storages(p)
+        }  # with subclasses, those of the inner tensors
         return sum(s.nbytes() for key, s in storages.items() if key not in parameters)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

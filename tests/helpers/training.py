@@ -1,4 +1,4 @@
-"""A small model, and steps of training of it."""
+"""A small model, and functions that train it."""
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ OPTIMIZERS = {
 
 
 def step_alike(name: str, plain: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
-    """Three steps of both with the same gradients; ``model``'s optimiser."""
+    """Take three steps of both models with the same gradients. Return the optimiser of ``model``."""
     kind, options = OPTIMIZERS[name]
     optimizers = [kind(m.parameters(), lr=1e-2, **options) for m in (plain, model)]
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Converted weights, and whether their codes follow their masters."""
+"""Converted weights, and whether their codes are those of their masters."""
 
 import torch
 from torch import nn
@@ -8,8 +8,9 @@ from halo_tensor.products.operands import weight_operand
 
 
 def in_step(weight: HaloWeight) -> bool:
-    fresh = weight_operand(weight.master, weight.recipe)
-    return torch.equal(fresh.codes, weight.operand.codes) and torch.equal(fresh.scale, weight.operand.scale)
+    """Return whether the codes and scales are those of the master. ``weight.codes`` would bring them up to date."""
+    fresh = weight_operand(weight.master, weight.recipe, weight.gains)
+    return all(torch.equal(a, b) for a, b in zip(fresh.parts, weight.operand.parts, strict=True))
 
 
 def converted(config, **kwargs) -> nn.Linear:

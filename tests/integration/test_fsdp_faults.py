@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, halo_config
-from halo_tensor.weight.fsdp import precompute_scales
+from halo_tensor.fsdp import precompute_scales
 from tests.helpers.ranks import context
 from tests.helpers.sharded import EVEN, UNEVEN, make, shard
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import HaloWeight, balance_, halo_config, hot_config, quantize_
+from halo_tensor import HaloWeight, balance_, halo_config, hot_config, ops, quantize_
 from halo_tensor.fences import triton_launch
-from halo_tensor.fences.fast_paths import GLUON, LAUNCHER, PRECOMPILED
+from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON, LAUNCHER, PRECOMPILED
 from halo_tensor.kernels.device import is_hopper
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.quantize import plan as quantizer
-from halo_tensor.ops import library
 from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
@@ -32,7 +31,7 @@ def test_codes_are_the_references(rows, columns, format):
     x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
     folds = torch.rand(columns, device="cuda") + 0.5, torch.rand(rows, device="cuda") + 0.5
     for right in (None, Rotation(128), Rotation(columns)):
-        codes, codes_t, scales = library.rotate_quantize(x, None, right, format, "row", columns=True)
+        codes, codes_t, scales = ops.rotate_quantize(x, None, right, format, "row", columns=True)
         expected, expected_scales = reference.rotate_quantize(x, None, right, format, "row")
         differing = (codes.float() != expected.float()).float().mean()
         # Full width multiplies twice, in other orders; the more codes lie near zero, the more of them that moves.
@@ -40,7 +39,7 @@ def test_codes_are_the_references(rows, columns, format):
         assert torch.equal(codes.view(torch.int8).t(), codes_t.view(torch.int8)), "the trap of transposed stores"
         torch.testing.assert_close(scales, expected_scales, rtol=1e-5, atol=0)
     for left in (None, Rotation(128)):
-        codes, codes_t, _, _ = library.quantize_pair(x, left, format, *folds)
+        codes, codes_t, _, _ = ops.quantize_pair(x, left, format, *folds)
         by_row, _ = reference.rotate_quantize(x, left, None, format, "row", None, folds[0])
         by_column, _ = reference.rotate_quantize(x, None, None, format, "column", folds[1], None)
         assert (codes.float() != by_row.float()).float().mean() < 1e-6
@@ -50,10 +49,26 @@ def test_codes_are_the_references(rows, columns, format):
 def test_fp8_accumulation_costs_less_than_half_a_decibel():
     x, w = torch.randn(2, 512, 16384, device="cuda")
     a, b = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-    y = library.scaled_mm(a, b, None, None, None, None, None, (512, 512), torch.float32)
+    y = ops.scaled_mm(a, b, None, None, None, None, None, (512, 512), torch.float32)
     true = x.double() @ w.double().t()
     exact = relative_error(a.double() @ b.double().t(), true)
     assert 0.02 < exact < 0.06 and relative_error(y, true) < exact * 10 ** (0.5 / 20)
+
+
+@pytest.mark.parametrize("size", [(5, 33, 7), (300, 1000, 520)])
+@pytest.mark.parametrize("off", [("gluon", "cublas", "tma"), ("gluon", "cublas", "tma", "sm80")])
+def test_products_without_backends(monkeypatch, off, size):
+    """Other backends serve what ``HALO_DISABLE`` takes from one; codes are small integers, and so all sums are exact."""
+    for name in off:
+        monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
+    product.plan.cache_clear()
+    (m, k, n), scale = size, torch.rand(size[0], device="cuda")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        a, b_t = (torch.randint(-4, 5, (rows, k), device="cuda").float().to(dtype) for rows in (m, n))
+        y = ops.scaled_mm(a, b_t, scale, None, None, None, None, (m, n), torch.float32)
+        expected = a.double() @ b_t.double().t() * scale[:, None]
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0)
+    product.plan.cache_clear()
 
 
 @pytest.fixture
@@ -76,7 +91,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", asked_for)
     monkeypatch.setattr(triton_launch, "_bare", prepared)
-    plans = quantizer.plan_whole_rows, product._plan
+    plans = quantizer.plan_whole_rows, product.plan
     for plan in plans:
         plan.cache_clear()
     yield asked, launched
@@ -91,8 +106,8 @@ def test_every_launch_is_by_the_c_function(launches, recwarn):
     rows, right = 4096, Rotation(128)
     x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
     for m in (rows, 64, rows, 64):
-        codes, _, scale = library.rotate_quantize(x, None, right, INT8, "row")
-        y = library.scaled_mm(codes[:m], codes, scale[:m], scale, None, None, right, (m, rows), torch.bfloat16)
+        codes, _, scale = ops.rotate_quantize(x, None, right, INT8, "row")
+        y = ops.scaled_mm(codes[:m], codes, scale[:m], scale, None, None, right, (m, rows), torch.bfloat16)
         expected = (codes[:m].double() @ codes.double().t()) * scale[:m, None] * scale
         assert relative_error(y, reference.unrotate(expected, None, right, (m, rows))) < 5e-3
     assert len(asked) == 8 and launched == asked
@@ -210,7 +225,7 @@ def test_cuda_graphs():
 def test_tokens_are_the_references(left, scale, dtype):
     """Of 63 images of 197 tokens, in both layouts."""
     x = torch.randn(63 * 197, 768, device="cuda").to(dtype)
-    codes, codes_t, scales = library.rotate_quantize(x, left, None, INT8, scale, columns=True)
+    codes, codes_t, scales = ops.rotate_quantize(x, left, None, INT8, scale, columns=True)
     expected, expected_scales = reference.rotate_quantize(x, left, None, INT8, scale)
     differing = (codes != expected).float().mean()
     assert differing < (1e-6 if dtype == torch.bfloat16 else 1e-4), "float32 goes in three tf32 products"

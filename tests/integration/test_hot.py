@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import dequantize_, hot_config, quantize_, recipe_config
+from halo_tensor import dequantize_, hot_config, ops, quantize_, recipe_config
 from halo_tensor.analysis import Shape, bit_operations, measure_saved, shapes
 from halo_tensor.analysis import cost as analysis
-from halo_tensor.ops import library
 from halo_tensor.recipe import FORMATS, FP4_E3M0, INT4, INT8, RECIPES, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import round_to
@@ -38,30 +37,31 @@ def test_a_rank_is_a_projection(block, rank, m, n, side):
     rank = min(rank, block)
     r, x = Rotation(block, None, rank), torch.randn(m, n)
     left, right = (r, None) if side else (None, r)
-    there = library.rotate(x if side else x.t(), left, right)
+    there = ops.rotate(x if side else x.t(), left, right)
     assert there.shape == ((reference.rotated(m, r), n) if side else (n, reference.rotated(m, r)))
     torch.testing.assert_close((there if side else there.t()).double(), project(x, block, rank), atol=1e-5, rtol=1e-5)
-    back = library.unrotate(there, left, right, (m, n) if side else (n, m))
+    back = ops.unrotate(there, left, right, (m, n) if side else (n, m))
     if m % block == 0:
-        torch.testing.assert_close(library.rotate(back, left, right), there, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ops.rotate(back, left, right), there, atol=1e-5, rtol=1e-5)
     if rank == block:
         torch.testing.assert_close(back, x if side else x.t(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("scale", ["tensor", "tokens"])
+@pytest.mark.parametrize("of_e", ["tensor", "row"])
 @pytest.mark.parametrize("rank", [8, 3, None])
-def test_hot_is_what_its_formulas_say(rank, scale, granularity):
+def test_hot_is_what_its_formulas_say(rank, of_e, granularity):
     """With rounding to nearest, to be comparable: hot.md's two paths, 197 tokens padded to 208."""
     plain = nn.Linear(128, 192)
     x, e = torch.randn(197, 128), torch.randn(197, 192)
-    layer = converted(plain, hot_config(rank, scale=scale, granularity=granularity, rounding="nearest"))
+    config = hot_config(rank, grad_output_granularity=of_e, granularity=granularity, rounding="nearest")
+    layer = converted(plain, config)
     y, grad_x, grad_w, grad_bias = gradients(layer, x, e)
 
     e_turned = project(e.t(), 16).t()
     w_turned = project(plain.weight.detach(), 16)
     rows = None if granularity == "tensor" else 0  # the contracted dimension of W and, in grad_weight, of E and X
-    expected_x = rounded(e_turned, 7, 1 if scale == "tokens" else None) @ rounded(w_turned, 7, rows)
+    expected_x = rounded(e_turned, 7, 1 if of_e == "row" else None) @ rounded(w_turned, 7, rows)
     e_low, x_low = project(e, 16, rank), project(x, 16, rank)
     assert len(x_low) == 208 * (rank or 16) // 16
     expected_w = rounded(e_low, 127, rows).t() @ rounded(x_low, 127, rows)
@@ -120,7 +120,7 @@ def test_stochastic_rounding_is_unbiased_and_reproducible():
 
 def test_the_mean_is_exact_of_rotated_bfloat16_too():
     x, rotation = torch.randn(64, 64, dtype=torch.bfloat16), Rotation(16, None)
-    draws = [library.rotate_quantize(x, None, rotation, INT8, "row", rounding="stochastic") for _ in range(400)]
+    draws = [ops.rotate_quantize(x, None, rotation, INT8, "row", rounding="stochastic") for _ in range(400)]
     mean = sum(codes.double() for codes, _, _ in draws) / 400
     bias = mean - reference.rotate(x, None, rotation) / draws[0][2][:, None]
     # Half a step is the most that one draw can be off; rounded to bfloat16 first, the bias would be 0.06 steps.
@@ -222,14 +222,14 @@ def test_inductor_runs_it():
 def test_what_means_nothing_is_refused():
     with pytest.raises(ValueError, match="takes a power-of-two block from 2 to 256, seed=None and a rank"):
         Rotation(16, 0, 8)
-    with pytest.raises(ValueError, match="rank from 1 to the block; got block 16, seed None, rank 17"):
+    with pytest.raises(ValueError, match="rank must be from 1 to block_size=16, or None for all; got 17"):
         hot_config(17)
-    with pytest.raises(ValueError, match="rounding must be nearest or stochastic"):
+    with pytest.raises(ValueError, match="rounding must be one of 'stochastic', 'nearest'; got 'up'"):
         hot_config(rounding="up")
     with pytest.raises(ValueError, match="grad_input_bits must be one of 4, 8; got 6"):
         hot_config(grad_input_bits=6)
-    with pytest.raises(ValueError, match="scale must be one of 'tensor', 'tokens'"):
-        hot_config(scale="row")
+    with pytest.raises(ValueError, match="grad_output_granularity must be one of 'row', 'tensor'; got 'tokens'"):
+        hot_config(grad_output_granularity="tokens")
     with pytest.raises(ValueError, match="seed signs whole blocks"):
         hot_config(8, seed=1)
     with pytest.raises(ValueError, match="codes of a weight are kept in step"):

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
-from halo_tensor import hot_config
+from halo_tensor import hot_config, ops
 from halo_tensor.kernels.quantize import plan as quantizer
-from halo_tensor.ops import library
 from halo_tensor.recipe import FP4_E3M0, FP6_E2M3, FP8_E4M3, INT4, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
@@ -113,7 +112,7 @@ STOCHASTIC = {
 
 
 def drawn(x, left, right, format, scale, layouts=(True, False)):
-    codes, codes_t, scales = library.rotate_quantize(
+    codes, codes_t, scales = ops.rotate_quantize(
         x, left, right, format, scale, rows=layouts[0], columns=layouts[1], rounding="stochastic"
     )
     if codes is not None and codes_t is not None:

@@ -38,7 +38,9 @@ def test_int4_is_for_grad_input_not_for_grad_weight():
 
     exact = gradient()
     error = {
-        name: relative_error(gradient(hot_config(None, scale="tokens", grad_input_bits=x, grad_weight_bits=w)), exact)
+        name: relative_error(
+            gradient(hot_config(None, grad_output_granularity="row", grad_input_bits=x, grad_weight_bits=w)), exact
+        )
         for name, x, w in (("neither", 8, 8), ("grad_input", 4, 8), ("grad_weight", 8, 4))
     }
     assert error["neither"] < 0.03
@@ -105,7 +107,11 @@ def test_a_vit_learns():
             losses.append(loss.item())
         return losses
 
-    exact, usable, hot = train(), train(recipe_config("hot_llm", min_features=64)), train(hot_config(scale="tokens"))
+    exact, usable, hot = (
+        train(),
+        train(recipe_config("hot_llm", min_features=64)),
+        train(hot_config(grad_output_granularity="row")),
+    )
     assert usable[-1] == pytest.approx(exact[-1], abs=0.05) and exact[-1] < exact[0] - 0.1
     assert sum(hot[-4:]) < sum(hot[:4]) - 0.2
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from halo_tensor.ops import library
+from halo_tensor import ops
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
@@ -48,15 +48,15 @@ def test_kernels_quantise(exponent):
     for format, right, scale in product((INT8, FP8_E4M3, FP6_E2M3), (None, Rotation(64)), ("row", "tensor")):
         for dtype in (torch.float32, torch.bfloat16):
             x = whole_numbers(20, 128, exponent, dtype)
-            codes, _, scales = library.rotate_quantize(x, None, right, format, scale)
+            codes, _, scales = ops.rotate_quantize(x, None, right, format, scale)
             assert_matches(codes, scales, *reference.rotate_quantize(x, None, right, format, scale))
     x = whole_numbers(20, 128, exponent)
     codes, scales = torch.zeros(20, 128, dtype=torch.int8, device=DEVICE), torch.zeros(20, device=DEVICE)
-    library.requantize_([x, x], None, Rotation(64), INT8, "row", [codes, codes.clone()], [scales, scales.clone()], [])
+    ops.requantize_([x, x], None, Rotation(64), INT8, "row", [codes, codes.clone()], [scales, scales.clone()], [])
     assert_matches(codes, scales, *reference.rotate_quantize(x, None, Rotation(64), INT8, "row"))
-    y = library.rotate(x, None, Rotation(64))
+    y = ops.rotate(x, None, Rotation(64))
     assert torch.equal(y, reference.rotate(x, None, Rotation(64))) and y.isfinite().all()
-    assert torch.equal(library.unrotate(y, None, Rotation(64), x.shape), x)
+    assert torch.equal(ops.unrotate(y, None, Rotation(64), x.shape), x)
 
 
 @runs_kernels
@@ -68,11 +68,11 @@ def test_kernels_fold(exponents):
     by_row, by_column = (2.0**fold * torch.randint(1, 3, (n,), device=DEVICE) for n in x.shape)
     for format in (INT8, FP8_E4M3):
         for left in (None, Rotation(64)):
-            codes, codes_t, row_scales, column_scales = library.quantize_pair(x, left, format, by_column, by_row)
+            codes, codes_t, row_scales, column_scales = ops.quantize_pair(x, left, format, by_column, by_row)
             assert_matches(codes, row_scales, *reference.rotate_quantize(x, left, None, format, "row", None, by_column))
             by_columns = reference.rotate_quantize(x, None, None, format, "column", by_row)
             assert_matches(codes_t.t(), column_scales, *by_columns)
-        codes, _, scales = library.rotate_quantize(x, None, None, format, "row", fold_columns=by_column)
+        codes, _, scales = ops.rotate_quantize(x, None, None, format, "row", fold_columns=by_column)
         assert_matches(codes, scales, *reference.rotate_quantize(x, None, None, format, "row", None, by_column))
 
 
@@ -85,7 +85,7 @@ def test_kernels_multiply(exponents, format):
     a, b = (reference.rotate_quantize(torch.randn(n, 64), None, None, format, "row")[0].to(DEVICE) for n in (20, 128))
     a_scale, b_scale = ((torch.rand(n) + 1).to(DEVICE) * 2.0**e for n, e in zip((20, 128), exponents, strict=True))
     for right in (None, Rotation(64)):
-        y = library.scaled_mm(a, b, a_scale, b_scale, None, None, right, (20, 128), torch.float32)
+        y = ops.scaled_mm(a, b, a_scale, b_scale, None, None, right, (20, 128), torch.float32)
         columns = reference.unrotate(a.double() @ b.double().t() * b_scale * 2.0 ** -exponents[1], None, right, y.shape)
         true = columns.double() * a_scale.double()[:, None] * 2.0 ** exponents[1]
         # A fp8 unit of a GPU sums products to some 13 bits before it adds them to a float32.

@@ -16,12 +16,10 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, ops, quantize_
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as scaled_mm
 from halo_tensor.kernels.matmul import sm80
-from halo_tensor.kernels.matmul.request import Request
-from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers.errors import relative_error, typical_error
@@ -64,7 +62,7 @@ def test_products(launched, capability, size, kind):
     for formats in [(a, b)] if format is INT8 else [(a, b), (a.to(torch.float8_e5m2), b)]:
         arguments = (*formats, *scales, bias, None, right, (m, n), dtype, gain)
         with running_as(capability):
-            y = library.scaled_mm(*arguments)
+            y = ops.scaled_mm(*arguments)
         assert launched[-1] == "mma_kernel"
         # On a CPU, where the reference takes any width.
         on_cpu = (t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments)
@@ -86,7 +84,7 @@ def test_codes(capability, dtype, width, block):
     gain = torch.exp2(torch.randint(-3, 4, (width,), device="cuda").float())
     for by in (None, gain):
         with running_as(capability):
-            made, made_t, scales = library.rotate_quantize(x, None, right, format, "row", columns=True, gain=by)
+            made, made_t, scales = ops.rotate_quantize(x, None, right, format, "row", columns=True, gain=by)
         expected, expected_scales = reference.rotate_quantize(x if by is None else x.float() * by, None, right, format, "row")
         assert torch.equal(made.view(torch.int8).t(), made_t.view(torch.int8))
         torch.testing.assert_close(scales, expected_scales, rtol=2e-3 if by is not None else 1e-5, atol=0)
@@ -102,7 +100,7 @@ def test_pairs(capability, rotated):
     x = torch.randn(1000, 1040, device="cuda", dtype=torch.bfloat16)
     folds = torch.rand(1040, device="cuda") + 0.5, torch.rand(1000, device="cuda") + 0.5
     with running_as(capability):
-        by_row, by_column, *_ = library.quantize_pair(x, left, format, *folds)
+        by_row, by_column, *_ = ops.quantize_pair(x, left, format, *folds)
     rows, _ = reference.rotate_quantize(x, left, None, format, "row", None, folds[0])
     columns, _ = reference.rotate_quantize(x, None, None, format, "column", folds[1], None)
     assert (by_row.float() != rows.float()).float().mean() < 1e-5
@@ -132,11 +130,10 @@ def test_a_layer(launched, capability, dtype, config):
 
 def test_the_kernel_is_what_these_gpus_get():
     """On the GPU itself, another kernel runs."""
-    a = scaled_mm.Matrix.of(codes(256, 256, INT8))
-    request = Request(a, a, 256, 0, 0, False, None, None, None, torch.bfloat16)
     with running_as(80):
-        launch, _ = scaled_mm._plan(request)
-    assert launch.kernel is sm80.mma_kernel
+        int8 = torch.int8
+        planned = scaled_mm.plan(torch.device("cuda", 0), int8, int8, 256, 0, 0, False, None, None, None, torch.bfloat16)
+        assert planned.variant((256, 256, 256, 256, 256)).launch.kernel is sm80.mma_kernel
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every architecture of ``tests/helpers/zoo.py``: what is converted, that it trains as its twin does, and that what it exports is plain.
+"""Every architecture of ``tests/helpers/architectures.py``: what is converted, that it trains like its unconverted twin, and that
+it exports plain weights.
 
 ``python -m pytest tests/integration/test_zoo.py -k Llama`` runs one.
 """
@@ -11,7 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.helpers.zoo import BOUNDS, CASES, LEFT, Case, examine, expected_share, main_reason
+from tests.helpers.architectures import BOUNDS, CASES, LEFT, expected_share
+from tests.helpers.zoo import Case, examine, main_reason, multiplied
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,6 @@ def test_the_table_is_of_this_zoo():
 
 def test_what_a_forward_multiplies_is_found():
     """The measure of the share itself: of a layer, of a parameter that is no layer's, and of one that is not used."""
-    from tests.helpers.zoo import multiplied
 
     class Model(torch.nn.Module):
         def __init__(self):

@@ -4,8 +4,7 @@ from expecttest import assert_expected_inline
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from halo_tensor import HadamardQuantTensor, halo_config, quantize_
-from halo_tensor.ops import library
+from halo_tensor import HadamardQuantTensor, halo_config, ops, quantize_
 from halo_tensor.recipe import FORMATS, FP4_E2M1, FP8_E4M3, INT8, ROW, Rotation, Scales
 from halo_tensor.reference.hadamard import fit
 from tests.helpers.errors import relative_error, rounding_bound, typical_error
@@ -327,11 +326,11 @@ def test_rotations_have_gradients():
         ((5, 5), Rotation(8), None),
     ):
         x = torch.randn(shape, requires_grad=True)
-        y = library.rotate(x, left, right)
+        y = ops.rotate(x, left, right)
         e = torch.randn_like(y)
         (gradient,) = torch.autograd.grad(y, x, e)
         torch.testing.assert_close((e * y).sum(), (gradient * x).sum())
-        z = library.unrotate(y.detach().requires_grad_(), left, right, shape)
+        z = ops.unrotate(y.detach().requires_grad_(), left, right, shape)
         torch.testing.assert_close(z, x)
         assert z.requires_grad
 
@@ -349,5 +348,5 @@ def test_flops_are_counted_as_for_a_plain_layer():
         counts.append(counter.get_total_flops())
     a, b = torch.ones(4, 32, dtype=torch.int8), torch.ones(8, 32, dtype=torch.int8)
     with FlopCounterMode(display=False) as counter:
-        library.scaled_mm(a, b, None, None, None, None, None, (4, 8), torch.float32)
+        ops.scaled_mm(a, b, None, None, None, None, None, (4, 8), torch.float32)
     assert counts == [3 * 2 * 10 * 128 * 256] * 2 and counter.get_total_flops() == 2 * 4 * 8 * 32

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import HadamardQuantTensor, config, quantize_, recipe_config
+from halo_tensor import HadamardQuantTensor, quantize_, recipe_config
+from halo_tensor.config import handler
 from halo_tensor.kernels.device import check_scales
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import FP4_E2M1, FP8_E4M3, PRODUCTS, RECIPES, E, Scales, W, X
@@ -101,7 +102,7 @@ def test_compiled_is_eager(name):
 def test_a_gpu_is_refused_with_one_clear_error(name, monkeypatch):
     """When a layer on a GPU is converted, and when a converted one is moved there."""
     on_a_gpu = functools.partial(check_scales, device=torch.device("cuda"))
-    monkeypatch.setattr(config, "check_scales", lambda granularities, device: on_a_gpu(granularities))
+    monkeypatch.setattr(handler, "check_scales", lambda granularities, device: on_a_gpu(granularities))
     with pytest.raises(RuntimeError, match="no kernel computes with scales per .*CPU only, for accuracy studies.*'int8'"):
         quantize_(nn.Linear(128, 128), recipe_config(name))
     monkeypatch.undo()

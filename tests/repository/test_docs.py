@@ -157,8 +157,17 @@ def test_the_tables_of_performance_have_rows():
 
 def test_roles_become_code():
     pytest.importorskip("griffe")
-    plain = module("rst_roles").plain
-    assert plain("see :func:`~halo_tensor.report` and :class:`LinearConfig`.") == "see `report` and `LinearConfig`."
+    roles = module("rst_roles")
+    assert roles.plain("see :func:`~halo_tensor.report` and :class:`LinearConfig`.") == "see `report` and `LinearConfig`."
+    assert roles.example("Add.\n\nExample:\n    >>> 1") == "Add.\n\nExamples:\n    >>> 1"
+
+
+def test_templates_ask_for_the_environment():
+    folder = ROOT / ".github"
+    for name in ("ISSUE_TEMPLATE/bug.yml", "ISSUE_TEMPLATE/speed.yml", "pull_request_template.md"):
+        assert "Output of `python -m halo_tensor`" in (folder / name).read_text()
+    disabled = re.search(r"HALO_DISABLE=([\w,]+)", (folder / "ISSUE_TEMPLATE/bug.yml").read_text())[1]
+    assert set(disabled.split(",")) <= fences.FAST_PATHS.keys()
 
 
 def test_no_file_that_an_editor_or_a_merge_left_is_tracked():

@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, halo_config, quantize_, recipe_config
+from halo_tensor.fsdp import precompute_scales
 from halo_tensor.recipe import FP6_E2M3
 from halo_tensor.reference.packing import pack_rows
-from halo_tensor.weight import fsdp
-from halo_tensor.weight.fsdp import local, precompute_scales
+from halo_tensor.weight import ShardRole, fsdp_hooks
+from halo_tensor.weight.sharded_parameters import shard_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
 from tests.helpers.sharded import EVEN, MIXED, UNEVEN, make, shard
@@ -209,8 +210,8 @@ def test_a_shard_holds_codes_in_step(world):
     together(model, world, 2)
     for layer in (model[0].up, model[1]):
         assert isinstance(layer.weight, DTensor)
-        rows = local(layer.weight)
-        assert rows.fsdp == "shard" and rows.shape[0] < layer.weight.shape[0]
+        rows = shard_of(layer.weight)
+        assert rows.shard_role is ShardRole.SHARD and rows.shape[0] < layer.weight.shape[0]
         fresh = HaloWeight.from_hp(rows.master, rows.recipe).operand
         assert torch.equal(fresh.codes, rows.operand.codes) and torch.equal(fresh.scale, rows.operand.scale)
     state = torch.optim.AdamW(model.parameters()).state
@@ -267,7 +268,7 @@ def test_loading_with_assign(world):
             with OpLog() as log:
                 assert torch.equal(other(x), expected)
             assert log.calls, "in high precision"
-            assert all(local(layer.weight).operand is not None for layer in (other[0].up, other[1]))
+            assert all(shard_of(layer.weight).operand is not None for layer in (other[0].up, other[1]))
 
 
 @on_ranks(2, 3)
@@ -301,9 +302,9 @@ def test_writes_to_state_dicts(world):
             assert torch.equal(model(x), expected(x)), (dtype, granularity)
         if dist.get_rank() == 0:
             model.state_dict()  # reads, and the other ranks do not
-        versions = [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
+        versions = [shard_of(p).codes._version for p in model.parameters() if isinstance(shard_of(p), HaloWeight)]
         model(x)
-        assert versions == [local(p).codes._version for p in model.parameters() if isinstance(local(p), HaloWeight)]
+        assert versions == [shard_of(p).codes._version for p in model.parameters() if isinstance(shard_of(p), HaloWeight)]
 
 
 @on_ranks(2, 3)
@@ -368,7 +369,7 @@ def test_frozen_weights(world):
         quantize_(model, halo_config(1, dtype, granularity=granularity), filter_fn=lambda m, _: isinstance(m, nn.Linear))
         single = copy.deepcopy(model)
         shard(model)
-        assert local(model[0].up.weight).master is None
+        assert shard_of(model[0].up.weight).master is None
         outputs = []
         for m in (single, model):
             x = torch.randn(16, size[0], generator=torch.Generator().manual_seed(4), requires_grad=True)
@@ -418,7 +419,7 @@ def test_balanced_weights(world):
         for model in models[:2]:
             assert balance_(model, x[:, : size[0]]) == 3
         single, sharded = models[0], shard(models[1])
-        assert torch.equal(local(sharded[1].weight).gain, single[1].weight.gain)
+        assert torch.equal(shard_of(sharded[1].weight).gain, single[1].weight.gain)
         for model in (sharded, shard(models[2])):
             with Traffic() as traffic:
                 model(x[:, : size[0]])
@@ -427,7 +428,7 @@ def test_balanced_weights(world):
         if size is EVEN:
             sharded[0].compile(fullgraph=True, backend="aot_eager")
         assert_same(world, together(sharded, world, 4), alone(single, world, 4), sharded, single)
-        rows = local(sharded[1].weight)
+        rows = shard_of(sharded[1].weight)
         fresh = HaloWeight.from_hp(rows.master, rows.recipe, gains=single[1].weight.gains).operand
         if config.granularity == "row":
             assert torch.equal(fresh.packed().codes, rows.operand.packed().codes)
@@ -635,7 +636,7 @@ def test_what_is_sent_is_made_once_and_is_up_to_date(dtype):
     linear = nn.Linear(64, 32, bias=False)
     quantize_(linear, halo_config(1, dtype, min_features=0))
     linear.weight.operand = linear.weight.operand.packed()  # as a shard holds it
-    fsdp._agreed.add(linear)  # there is no other rank to ask
+    fsdp_hooks._agreed.add(linear)  # there is no other rank to ask
 
     def send(weight):
         return weight.fsdp_pre_all_gather(SimpleNamespace(size=lambda: 1), weight.shape, (64, 1), linear, None)[0][0]
@@ -650,7 +651,7 @@ def test_what_is_sent_is_made_once_and_is_up_to_date(dtype):
     torch.save(linear.weight, file := io.BytesIO())
     file.seek(0)
     loaded = torch.load(file)
-    assert torch.equal(loaded.operand.codes, linear.weight.operand.codes) and loaded.sent is None
+    assert torch.equal(loaded.operand.codes, linear.weight.operand.codes) and loaded.codes_state.sent is None
 
 
 def test_fsdp_reads_the_signature_of_the_hook():

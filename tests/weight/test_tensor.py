@@ -13,8 +13,8 @@ from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import HaloWeight, dequantize_, halo_config, quantize_
-from halo_tensor.ops import library
+from halo_tensor import HaloWeight, dequantize_, halo_config, ops, quantize_
+from halo_tensor.weight import ShardRole
 from tests.helpers.recording import OpLog, saved_bytes
 from tests.helpers.training import OPTIMIZERS, make, step_alike, train
 from tests.helpers.weights import converted, in_step
@@ -170,7 +170,7 @@ def test_compiled_graphs_are_cached_for_weights_like_the_one_they_were_compiled_
 
     def gathered(weight):
         weight = HaloWeight(None, weight.operand.packed(), weight.recipe)
-        weight.fsdp = "gathered"
+        weight.shard_role = ShardRole.GATHERED
         return weight
 
     frozen = nn.Linear(128, 64).requires_grad_(False)
@@ -364,7 +364,7 @@ def test_weights_are_quantised_in_the_order_of_the_arguments(monkeypatch):
     """So that what is planned for them in one step of an optimiser is found in the next, also where it meets aliases."""
     weights = [converted(halo_config(1, "int8")).weight for _ in range(12)]
     kept, given = [], []
-    monkeypatch.setattr(library, "requantize_", lambda xs, *rest: given.append([x.data_ptr() for x in xs]))
+    monkeypatch.setattr(ops, "requantize_", lambda xs, *rest: given.append([x.data_ptr() for x in xs]))
     for step in range(5):
         kept.append([object() for _ in range(7 * step)])  # aliases with other addresses
         torch._foreach_mul_([w.data for w in weights], 0.5)
@@ -391,7 +391,7 @@ def test_a_weight_is_quantised_once_per_step():
     names = [name for name, _ in log.calls]
     assert names.count("requantize_") == 1 and "rotate_quantize_" not in names, "one for all weights"
     assert names.count("rotate_quantize") == 3 * 4, "of X alone"
-    assert all(p.operand.version[1] == p.master._version for p in model.parameters() if isinstance(p, HaloWeight))
+    assert all(p.codes_state.version[1] == p.master._version for p in model.parameters() if isinstance(p, HaloWeight))
 
 
 # Frozen weights.

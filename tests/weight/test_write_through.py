@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halo_tensor import HaloWeight, halo_config, quantize_
 from halo_tensor.fences.pytorch import is_recorded, is_symbolic
-from halo_tensor.products.operands import weight_operand
+from halo_tensor.weight import ShardRole
 from tests.helpers.recording import OpLog
+from tests.helpers.weights import in_step
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
 
@@ -30,12 +31,6 @@ def converted(config=None, **kwargs) -> nn.Linear:
     layer = nn.Linear(64, 32, bias=False)
     quantize_(layer, config or halo_config(1, "int8", min_features=0, **kwargs), filter_fn=lambda *_: True)
     return layer
-
-
-def in_step(weight: HaloWeight) -> bool:
-    """Asked of the operand itself: ``weight.codes`` brings itself up to date."""
-    fresh = weight_operand(weight.master, weight.recipe)
-    return all(torch.equal(a, b) for a, b in zip(fresh.parts, weight.operand.parts, strict=True))
 
 
 class Passing(TorchDispatchMode):
@@ -227,7 +222,7 @@ def test_fake_weights_are_chunked_and_viewed_as_real_ones_are():
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(layer.weight)
         chunks = fake.chunk(2)
-        assert all(isinstance(chunk, HaloWeight) and chunk.fsdp == "chunk" for chunk in chunks)
+        assert all(isinstance(chunk, HaloWeight) and chunk.shard_role is ShardRole.CHUNK for chunk in chunks)
         assert chunks[0].operand.codes.shape == (16, 64) and isinstance(fake[3:], HaloWeight)
         with torch.no_grad():
             fake[3:].zero_()

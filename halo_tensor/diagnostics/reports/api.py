@@ -146,8 +146,8 @@ def report(
     Example:
         >>> import torch
         >>> from halo_tensor import report
-        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512))
-        >>> found = report(model, torch.randn(64, 512), loss_fn=lambda model, x: model(x).square().mean(), gpu="H100")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128))
+        >>> found = report(model, torch.randn(64, 128), loss_fn=lambda model, x: model(x).square().mean(), gpu="H100")
         >>> len(found.layers)
         2
     """

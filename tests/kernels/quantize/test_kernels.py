@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
+from halo_tensor import ops
 from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import cublas, tma
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.matmul.request import Request
+from halo_tensor.kernels.matmul.request import Request, size_class
 from halo_tensor.kernels.quantize import plan as quantizer
-from halo_tensor.ops import library
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference import packing
@@ -205,8 +205,8 @@ def test_into(left, right, scale):
 def test_into_with_a_gain(width, block, scale):
     (earlier, later), gain, right = (matrix(37, width) for _ in range(2)), gain_of(width), block and Rotation(block, 3)
     rtol = 1e-5 if GPU and block == 576 else 1e-6
-    codes, _, scales = library.rotate_quantize(earlier, None, right, INT8, scale)
-    library.rotate_quantize_(later, None, right, INT8, scale, codes, scales, gain)
+    codes, _, scales = ops.rotate_quantize(earlier, None, right, INT8, scale)
+    ops.rotate_quantize_(later, None, right, INT8, scale, codes, scales, gain)
     expected, expected_scales = reference.rotate_quantize(later, None, right, INT8, scale, gain=gain)
     assert_same_codes(codes, expected, INT8, right is None, rtol)
     assert_same_scales(scales, expected_scales, rtol=rtol)
@@ -229,7 +229,7 @@ def requantized(xs, right, format, scale, gains):
     scales = [x.new_full((x.shape[0],) if scale == "row" else (), 7, dtype=torch.float32) for x in xs]
     for code in codes:
         code.view(torch.int8).fill_(7)
-    library.requantize_(xs, None, right, format, scale, codes, scales, gains)
+    ops.requantize_(xs, None, right, format, scale, codes, scales, gains)
     return codes, scales
 
 
@@ -253,7 +253,7 @@ def test_many_are_requantised_as_each(shapes, dtypes, layouts, format, scale, bl
     for codes, scales, x, gain in zip(
         *requantized(xs, right, format, scale, gains), xs, gains or [None] * len(xs), strict=True
     ):
-        expected, _, expected_scales = library.rotate_quantize(x, None, right, format, scale, gain=gain)
+        expected, _, expected_scales = ops.rotate_quantize(x, None, right, format, scale, gain=gain)
         assert_same_bytes(codes, expected)
         assert torch.equal(scales, expected_scales)
 
@@ -263,9 +263,9 @@ def test_many_alike_are_one_launch(monkeypatch):
     launched = []
     call = Launch.__call__
 
-    def noted(self, *tensors):
-        launched.append((self.kernel.fn.__name__, self.integers[0]))
-        call(self, *tensors)
+    def noted(self, sizes, *tensors):
+        launched.append((self.kernel.fn.__name__, sizes.integers[0]))
+        call(self, sizes, *tensors)
 
     def launches_of(xs, right, gains=()):
         launched.clear()
@@ -293,7 +293,7 @@ def test_many_that_have_moved():
         xs = [matrix(m, 128), matrix(40 - m, 128)]
         kept.append(xs)
         for codes, scales, x in zip(*requantized(xs, None, INT8, "row", []), xs, strict=True):
-            expected, _, expected_scales = library.rotate_quantize(x, None, None, INT8, "row")
+            expected, _, expected_scales = ops.rotate_quantize(x, None, None, INT8, "row")
             assert_same_bytes(codes, expected)
             assert torch.equal(scales, expected_scales)
 
@@ -412,12 +412,12 @@ def test_packing(rows, format):
     codes = from_bits(torch.randint(64, (rows, 192), dtype=torch.uint8), format)
     codes[0, :64] = from_bits(torch.arange(64, dtype=torch.uint8), format)
     packed = torch.empty(rows, 144, dtype=torch.uint8, device=DEVICE)
-    library.pack_rows_(codes.to(DEVICE), format, packed)
+    ops.pack_rows_(codes.to(DEVICE), format, packed)
     assert_same_bytes(packed, packing.pack_rows(codes, format).to(DEVICE))
-    assert_same_bytes(library.unpack_rows(packed, format), codes.to(DEVICE))
+    assert_same_bytes(ops.unpack_rows(packed, format), codes.to(DEVICE))
     padded = nn.functional.pad(packed, (7, 0))[:, 7:]
-    assert_same_bytes(library.unpack_rows(padded, format), codes.to(DEVICE))
-    library.pack_rows_(codes.to(DEVICE), format, padded.zero_())
+    assert_same_bytes(ops.unpack_rows(padded, format), codes.to(DEVICE))
+    ops.pack_rows_(codes.to(DEVICE), format, padded.zero_())
     assert_same_bytes(padded, packed)
 
 
@@ -458,7 +458,7 @@ def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
 
 def test_scales_of_one_are_float32():
     """Whatever PyTorch makes by default, and keeps making after that."""
-    cublas._ones.cache_clear()
+    cublas._so_many_ones.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert cublas._ones(4, torch.device("cpu")).dtype == torch.float32
@@ -561,18 +561,19 @@ def test_a_gain_comes_between_the_unrotation_and_the_bias(format, block, left):
 def test_which_products_are_the_vendors(monkeypatch):
     monkeypatch.setattr(cublas, "is_hopper", lambda device: True)
     monkeypatch.setattr(cublas, "_multiplies", lambda device: True)
-    a = quantizer.Matrix(torch.Size((8192, 4096)), (4096, 1), torch.float8_e4m3fn, DEVICE)
-    served = Request(a, a, 8192, 2, 0, False, None, None, None, torch.bfloat16)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    size = size_class(8192, 8192, 132)
+    served = Request(DEVICE, e4m3, e4m3, 8192, 2, 0, False, None, None, None, torch.bfloat16, size._replace(vendor=True))
     assert cublas.why_not(served) is None
-    codes = torch.float8_e5m2, torch.int8
     for other in (
         {"gain": True}, {"bias": torch.bfloat16}, {"left": Rotation(128)}, {"right": Rotation(128)}, {"a_scale": 1},
-        {"dtype": torch.float32}, {"a": a._replace(stride=(4112, 1))}, *({"b_t": a._replace(dtype=dtype)} for dtype in codes),
-        *({"a": a._replace(shape=torch.Size((8192, k)), stride=(k, 1))} for k in (512, 16384)),
-        {"a": a._replace(shape=torch.Size((512, 4096)))},
+        {"dtype": torch.float32}, {"a": e5m2}, {"b": e5m2}, {"b": torch.int8}, {"n": 8200}, {"size": size},
     ):  # fmt: skip
-        request = served._replace(**other)
-        assert cublas.why_not(request._replace(b_t=other.get("b_t", request.b_t))) is not None, other
+        assert cublas.why_not(served._replace(**other)) is not None, other
+    assert cublas.is_faster(8192, 8192, 4096, 4096, 4096)
+    for m, k, *strides in ((8192, 4096, 4112, 4096), (8192, 4096, 4096, 4112), (512, 4096), (8192, 4104)):
+        assert not cublas.is_faster(m, 8192, k, *(strides or (k, k)))
+    assert not any(cublas.is_faster(8192, 8192, k, k, k) for k in (512, 16384))
 
 
 @runs_kernels
@@ -600,7 +601,7 @@ def test_real_rows(shape, block, dtype, format):
     x = matrix(*shape, dtype)
     rtol = 1e-5 if block > 128 else 1e-6
     for gain in (None, gain_of(shape[1], dtype)):
-        check(x, None, Rotation(block), format, "row", rtol=rtol, quantize=library.rotate_quantize, gain=gain)
+        check(x, None, Rotation(block), format, "row", rtol=rtol, quantize=ops.rotate_quantize, gain=gain)
 
 
 @pytest.mark.gpu
@@ -617,12 +618,12 @@ def test_real_products(size, format):
             continue
         expected = reference.unrotate(exact, left, right, (m, n))
         for dtype in (torch.float32, torch.bfloat16):
-            y = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype)
+            y = ops.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype)
             error = relative_error(y, expected)
             assert error < 5e-3
             if format is INT8 and dtype == torch.float32 and left is right is None:
                 assert error < 1e-6
-            gained = library.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype, gain)
+            gained = ops.scaled_mm(a, b_t, a_scale, b_scale, None, left, right, (m, n), dtype, gain)
             torch.testing.assert_close(gained, (y * gain).to(dtype), rtol=0 if error < 1e-6 else 1e-2, atol=1e-4)
 
 
@@ -634,9 +635,9 @@ def test_the_kernels_are_what_is_tested(monkeypatch):
     launched, gained = set(), set()
     call = Launch.__call__
 
-    def noted(self, *tensors):
+    def noted(self, sizes, *tensors):
         (gained if self.constants.get("GAIN") else launched).add(self.kernel.fn.__name__)
-        call(self, *tensors)
+        call(self, sizes, *tensors)
 
     monkeypatch.setattr(Launch, "__call__", noted)
     check(matrix(3, 64), None, Rotation(64), INT8, "row")

@@ -8,9 +8,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, ops, quantize_
 from halo_tensor.compiler import joint_graph
-from halo_tensor.ops import library
 from halo_tensor.recipe import FP8_E4M3, INT8
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error, typical_error
@@ -238,8 +237,8 @@ def test_against_the_pairs_alone(f, shape, dtype, format):
     def quantized_otherwise(dh, gate, up, columns, rows):
         a, b = f(dh, gate, up)
         return [
-            *library.quantize_pair(a, None, format, columns, rows),
-            *library.quantize_pair(b, None, format, columns + 1, rows * 2),
+            *ops.quantize_pair(a, None, format, columns, rows),
+            *ops.quantize_pair(b, None, format, columns + 1, rows * 2),
         ]
 
     arguments = matrices(shape, dtype)

@@ -1,0 +1,201 @@
+"""Rotate and quantise a matrix: ``rotate_quantize``, and in place ``rotate_quantize_`` and ``requantize_``."""
+
+import torch
+from torch import Tensor
+
+from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.ops.register import fake, op
+from halo_tensor.ops.rotations import rotate
+from halo_tensor.recipe import Format, Rotation, Scales
+from halo_tensor.reference import ops as reference
+from halo_tensor.reference.codes import aligned, code_dtype
+
+
+def rotate_quantize(
+    x: Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales | str,
+    *,
+    fold_rows: Tensor | None = None,
+    fold_columns: Tensor | None = None,
+    rows: bool = True,
+    columns: bool = False,
+    rounding: str = "nearest",
+    gain: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Return the codes and scales of Rᵀ_row x R_column: :func:`halo_tensor.reference.ops.rotate_quantize`, in chosen layouts.
+
+    Args:
+        x: matrix [r, c], of any floating dtype and strides.
+        row_rotation, column_rotation: rotations of its two dimensions; r' and c' are their sizes afterwards.
+        format: number format of the codes.
+        granularity: the layout of the scales, or its name. Only the reference computes scales of blocks.
+        fold_rows, fold_columns: float32 [r'] and [c'], which multiply the rotated matrix before it is scaled.
+        rows, columns: whether to return the codes, and whether to return their transpose.
+        rounding: "nearest" or "stochastic", which draws from torch's generator of x's device: a GPU's kernels draw a seed,
+            and the reference draws all of the noise.
+        gain: float32 [c], powers of two that multiply the columns of x before they are rotated.
+
+    Returns:
+        Codes [r', c'] or None; their transpose [c', r'] or None; float32 scales. On a GPU, rows of codes begin at multiples of
+        16 bytes. On a CPU the transpose is a view of row-major memory, since products there read either order equally fast;
+        after stochastic rounding it is contiguous.
+    """
+    granularity, seed = Scales.of(granularity), None
+    if rounding == "stochastic":
+        if granularity.is_blocked or not runs_kernels(x.device):
+            codes, scales = _round_stochastically(
+                x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, gain
+            )
+            return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    codes, codes_t, scales = _rotate_quantize(
+        x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain
+    )
+    return codes if rows else None, codes_t if columns else None, scales
+
+
+def _round_stochastically(
+    x: Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    fold_rows: Tensor | None,
+    fold_columns: Tensor | None,
+    gain: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise by PyTorch's ops, so that a compiler fuses the drawing of noise with its use and never stores the noise."""
+    # In float32, as inside the op: if x were rounded to its own dtype after the rotation, the mean would not be exact.
+    y = x if gain is None else x.to(torch.float32) * gain
+    if row_rotation is not None or column_rotation is not None:
+        y = rotate(y.to(torch.float32), row_rotation, column_rotation)
+    noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
+    return reference.rotate_quantize(y, None, None, format, granularity, fold_rows, fold_columns, noise)
+
+
+@op("rotate_quantize")
+def _rotate_quantize(
+    x: Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    fold_rows: Tensor | None,
+    fold_columns: Tensor | None,
+    rows: bool,
+    columns: bool,
+    seed: Tensor | None,
+    gain: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do :func:`rotate_quantize`, with empty matrices instead of None.
+
+    Args:
+        seed: int64 [1], with which kernels round stochastically.
+    """
+    rotations = row_rotation, column_rotation
+    if runs_kernels(x.device) and not granularity.is_blocked:
+        from halo_tensor.kernels.quantize import plan
+
+        codes, codes_t, scales = plan.rotate_quantize(
+            x, *rotations, format, granularity.name, fold_rows, fold_columns, rows, columns, None, seed, gain
+        )
+        dtype = code_dtype(format)
+        codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
+        return codes, codes_t, scales
+    assert seed is None, "the reference rounds by noise, not by a seed: see _round_stochastically"
+    codes, scales = reference.rotate_quantize(x, *rotations, format, granularity, fold_rows, fold_columns, gain=gain)
+    codes, nothing = codes.contiguous(), codes.new_empty(0)
+    if runs_kernels(x.device):
+        codes_t = codes.t().contiguous() if columns else nothing
+    else:
+        codes_t = (codes.clone() if rows else codes).t() if columns else nothing  # outputs of an op may not share memory
+    return codes if rows else nothing, codes_t, scales
+
+
+@fake("rotate_quantize")
+def _(
+    x: Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    rows: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r, c = reference.rotated(x.shape[0], row_rotation), reference.rotated(x.shape[1], column_rotation)
+    pad = not granularity.is_blocked
+    nothing = x.new_empty([0], dtype=code_dtype(format))
+    return (
+        empty_codes(x, r, c, format, pad=pad) if rows else nothing,
+        empty_codes(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
+        x.new_empty(granularity.shape(r, c), dtype=torch.float32),
+    )
+
+
+def empty_codes(x: Tensor, rows: int, columns: int, format: Format, transposed: bool = False, pad: bool = True) -> Tensor:
+    """Return a matrix of codes [rows, columns] with the strides that the ops give one made from x.
+
+    Args:
+        transposed: whether the op returns them as the transpose of a matrix.
+        pad: whether kernels begin rows at multiples of 16 bytes.
+    """
+    dtype = code_dtype(format)
+    if not runs_kernels(x.device):
+        return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
+    stride = aligned(columns) if pad else columns
+    return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
+
+
+@op("rotate_quantize_", mutates=("codes", "scales"))
+def rotate_quantize_(
+    x: Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    codes: Tensor,
+    scales: Tensor,
+    gain: Tensor | None = None,
+) -> None:
+    """Quantise x again, in place of the row-major codes and the scales that :func:`rotate_quantize` gave for such a matrix."""
+    if runs_kernels(x.device) and not granularity.is_blocked:
+        from halo_tensor.kernels.quantize import plan
+
+        plan.rotate_quantize(
+            x, row_rotation, column_rotation, format, granularity.name, None, None, True, False, (codes, scales), gain=gain
+        )
+        return
+    new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
+    codes.copy_(new_codes)
+    scales.copy_(new_scales)
+
+
+@op("requantize_", mutates=("codes", "scales"))
+def requantize_(
+    xs: list[Tensor],
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    gains: list[Tensor],
+) -> None:
+    """Do :func:`rotate_quantize_` for many matrices, of any shapes, on one device. It is not for compiled code.
+
+    Args:
+        gains: one for each matrix, or an empty list.
+    """
+    if runs_kernels(xs[0].device) and not granularity.is_blocked:
+        from halo_tensor.kernels.quantize import many
+
+        many.requantize_(xs, row_rotation, column_rotation, format, granularity.name, codes, scales, gains)
+        return
+    for i, (x, code, scale) in enumerate(zip(xs, codes, scales, strict=True)):
+        gain = gains[i] if gains else None
+        new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
+        code.copy_(new_codes)
+        scale.copy_(new_scales)

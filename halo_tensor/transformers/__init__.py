@@ -1,0 +1,24 @@
+"""Quantised checkpoints through transformers: quantise a model as it is loaded, save it quantised, load it again.
+
+Importing this module teaches transformers to read such checkpoints::
+
+    from halo_tensor.transformers import HaloQuantConfig
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=HaloQuantConfig(level=1, dtype="int8"))
+    model.save_pretrained("quantised")
+    model = AutoModelForCausalLM.from_pretrained("quantised")  # the config is in the checkpoint
+
+Each weight of an ``nn.Linear`` that :func:`~halo_tensor.quantize_` would convert is quantised when it arrives on its device,
+and is held as codes only. So at most one weight at a time is in high precision. Such a model trains with adapters (PEFT).
+``model.save_pretrained`` writes codes and scales, and ``from_pretrained`` reads them back, bit for bit;
+``model.dequantize()`` makes it a plain model again.
+"""
+
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
+
+from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402  after the check of the version
+from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
+
+__all__ = ["HaloQuantConfig", "HaloQuantizer"]

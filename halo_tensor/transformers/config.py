@@ -1,0 +1,125 @@
+"""``HaloQuantConfig``: a ``HaloConfig`` as transformers passes configs around and writes them to ``config.json``."""
+
+from dataclasses import fields
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Any, Self
+
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halo_tensor.config import HaloConfig
+
+METHOD = "halo"
+#: Fields of HaloConfig that have one valid value in a model that is loaded quantised.
+FIXED: dict[str, Any] = {"frozen": True, "keep_codes": True, "adapters": False}
+#: The other fields. config.json has them.
+FIELDS = tuple(name for name in signature(HaloConfig).parameters if name not in FIXED)
+
+
+@register_quantization_config(METHOD)
+class HaloQuantConfig(QuantizationConfigMixin):
+    """HALO as a ``quantization_config`` of transformers' ``from_pretrained``, which then loads weights as codes.
+
+    Its fields are those of :class:`~halo_tensor.HaloConfig`, with the same defaults, except ``frozen``, ``keep_codes`` and
+    ``adapters``: a model that is loaded quantised holds its weights as codes only, and adapters come later.
+    ``save_pretrained`` writes the fields to ``config.json``.
+
+    Args:
+        *args: ``level`` and ``dtype``, which may be positional.
+        quant_method: "halo", by which transformers finds this class.
+        **given: ``level``, ``dtype``, ``granularity``, ``block_size``, ``seed``, ``skip`` and ``min_features``.
+
+    Raises:
+        ValueError: a field or a value is not valid (the message lists the valid ones), or ``dtype`` is "bf16", which has no
+            codes.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> from halo_tensor.transformers import HaloQuantConfig
+        >>> tiny = transformers.LlamaConfig(
+        ...     vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     transformers.LlamaForCausalLM(tiny).save_pretrained(folder)
+        ...     config = HaloQuantConfig(level=1, dtype="int8")
+        ...     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        >>> model.model.layers[0].mlp.up_proj.weight.codes.dtype
+        torch.int8
+    """
+
+    __signature__ = Signature([p for p in signature(HaloConfig).parameters.values() if p.name in FIELDS])
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The fields, which ``__init__`` sets."""
+
+    def __init__(self, *args: Any, quant_method: str = METHOD, **given: Any):
+        if quant_method != METHOD:
+            raise ValueError(f"the quant_method of a HaloQuantConfig is {METHOD!r}; got {quant_method!r}")
+        if unknown := [name for name in given if name not in FIELDS]:
+            raise ValueError(f"HaloQuantConfig has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}")
+        config = HaloConfig(*args, **given, **FIXED)
+        if config.recipe.is_identity:
+            raise ValueError(
+                f"HaloQuantConfig quantises weights, and dtype {config.dtype!r} does not; load the model without it"
+            )
+        # The mixin writes all instance attributes to config.json.
+        vars(self).update({name: getattr(config, name) for name in FIELDS}, quant_method=quant_method)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]  # attributes can be set
+
+    def __repr__(self) -> str:
+        return f"HaloQuantConfig({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read the ``quantization_config`` of a checkpoint. transformers calls this.
+
+        Args:
+            config_dict: field -> value.
+            return_unused_kwargs: whether the kwargs that are no field are returned too.
+            **kwargs: values of fields that replace those of ``config_dict``.
+
+        Returns:
+            the config, or (config, unused kwargs).
+
+        Raises:
+            ValueError: it has a field that is not known, or a value that is not valid.
+        """
+        current = HaloConfig.present_fields(config_dict)
+        known = (*FIELDS, "quant_method")
+        if unknown := sorted(current.keys() - set(known)):
+            raise ValueError(
+                f"the quantization_config of this checkpoint has a field {unknown[0]!r} that this halo_tensor does not know "
+                f"(it knows {', '.join(known)}). Load it with the version that wrote it, or upgrade"
+            )
+        return super().from_dict(current, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_halo_config(cls, config: HaloConfig) -> Self:
+        """Return the same method for ``from_pretrained``.
+
+        Args:
+            config: for ``quantize_``, of :func:`~halo_tensor.halo_config`.
+
+        Raises:
+            ValueError: ``config`` says otherwise than that weights are held as codes only, or has no codes.
+        """
+        for f in fields(config):
+            if f.name in FIXED and getattr(config, f.name) not in (f.default, FIXED[f.name]):
+                raise ValueError(
+                    f"a model that is loaded quantised has {f.name}={FIXED[f.name]}; got {getattr(config, f.name)}"
+                )
+        return cls(**{name: getattr(config, name) for name in FIELDS})
+
+    @property
+    def halo_config(self) -> HaloConfig:
+        """The same method as a config for ``quantize_``, with frozen weights."""
+        return HaloConfig(**self._fields(), **FIXED)
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}

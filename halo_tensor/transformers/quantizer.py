@@ -1,0 +1,206 @@
+"""The quantizer that transformers asks while it loads and saves a model that has a ``HaloQuantConfig``."""
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, warn_of_share, warn_of_unrotated
+from halo_tensor.fences import fast_paths as fences
+from halo_tensor.operand import gains
+from halo_tensor.recipe import Recipe
+from halo_tensor.trainers import watch_trainers
+from halo_tensor.transformers import stored
+from halo_tensor.transformers.config import METHOD, HaloQuantConfig
+from halo_tensor.transformers.loading import Deserialize, Loading, Quantize
+from halo_tensor.weight.tensor import HaloWeight, dense_value
+
+logger = logging.getLogger("halo_tensor")
+
+
+@register_quantizer(METHOD)
+class HaloQuantizer(HfQuantizer):
+    """Loads and saves models with a :class:`HaloQuantConfig`. transformers makes and calls it.
+
+    Attributes:
+        report: which layers are held as codes, and why others are not.
+    """
+
+    quantization_config: HaloQuantConfig
+    is_trainable = True  # through adapters; transformers refuses to train the weights themselves
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` can write the model."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per element of a quantised weight."""
+        format = self.recipe.output.right.format
+        assert format is not None
+        return format.bits / 8
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the codes are made with."""
+        return self.quantization_config.halo_config.recipe
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse device maps that offload weights.
+
+        Raises:
+            ValueError: ``device_map`` names the disk, or the CPU among other devices.
+        """
+        fences.warn_of_untested_versions()
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError("quantised weights cannot be offloaded to CPU or disk; pass a device_map that names devices only")
+
+    # Before loading: choose layers.
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config.halo_config
+        readable, converted, skipped = self._choose_layers(model)
+        self.report = survey(model, config, converted, skipped)
+        if not self.report.converted:
+            why = self.report.reasons or "  it has no nn.Linear"
+            raise ValueError(f"no layer of this {type(model).__name__} can be quantised:\n{why}")
+        warn_of_share(model, self.report)
+        self.loading = Loading(
+            recipe=config.recipe,
+            weights={f"{name}.weight" for name in self.report.converted},
+            readable=readable,
+            shapes={name: parameter.shape for name, parameter in model.named_parameters()},
+        )
+        logger.info("%s", self.report)
+
+    def _choose_layers(self, model: Any) -> tuple[list[str], list[str], dict[str, str]]:
+        """Names of layers that may be codes in a checkpoint, of those to quantise, and of others with reasons."""
+        accept = layer_filter(model, self.quantization_config.halo_config)
+        tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+        precise = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+        readable, converted, skipped = [], [], accept.reasons
+        for name, module in model.named_modules():
+            is_precise = bool(precise & set(name.split(".")))
+            if isinstance(module, nn.Linear) and not is_precise:
+                readable.append(name)
+            if not accept(module, name):
+                continue
+            if not isinstance(module, nn.Linear):
+                skipped[name] = f"a {type(module).__name__} holds no codes: load without HaloQuantConfig, then call quantize_"
+            elif f"{name}.weight" in tied:
+                skipped[name] = "its weight is tied to another layer's"
+            elif is_precise:
+                skipped[name] = "the model keeps it in float32"
+            else:
+                converted.append(name)
+        return readable, converted, skipped
+
+    # While loading.
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter of a plain checkpoint is to be quantised."""
+        return param_name in self.loading.weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation for weights of a plain checkpoint."""
+        return Quantize(self.loading)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The operations for weights of a quantised checkpoint."""
+        if not self.pre_quantized:
+            return []
+        # By the last part of a layer's name, so that transformers loads all other parameters as usual.
+        leaves = sorted({name.rpartition(".")[2] for name in self.loading.readable})
+        return [
+            WeightConverter(
+                [f"{leaf}.weight{part}" for part in stored.PARTS], f"{leaf}.weight", [Deserialize(self.loading, self)]
+            )
+            for leaf in leaves
+        ]
+
+    # After loading: check and report.
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._check_what_was_read(model)
+        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        held = [name for name, module in linears if isinstance(module._parameters.get("weight"), HaloWeight)]
+        self._report_what_is_held(held)
+        watch_trainers()
+        warn_of_unrotated(model, Conversion(self.report.config, held))
+        # Layers that read the same X have equal gains. Make those one object, by which the layers find that they share X.
+        seen: dict[tuple, gains.Gains] = {}
+        for operand in (model.get_submodule(name).weight.operand for name in held):
+            if operand.gain is not None:
+                operand.gains = seen.setdefault((operand.gain.device, *operand.gain.tolist()), operand.gains)
+        return model
+
+    def _check_what_was_read(self, model: Any) -> None:
+        """Raise an error that names the weights that cannot be used."""
+        refused, recorded, shapes = self.loading.refused, self.loading.recorded, self.loading.shapes
+        for name, parameter in model.named_parameters():
+            if parameter.shape != shapes.get(name, parameter.shape):
+                # transformers 5.6 checks no shape in a quantised model; later versions do.
+                refused[name] = f"it is {list(parameter.shape)}, where the model has {list(shapes[name])}"
+        unrecorded = [name for name, has_record in recorded.items() if not has_record]
+        if unrecorded and any(recorded.values()):
+            refused |= dict.fromkeys(unrecorded, "the record of its recipe is missing, which other weights have")
+        elif unrecorded:
+            warnings.warn(
+                f"the checkpoint does not say what its {len(unrecorded)} quantised weights were made with, as those that "
+                "halo_tensor 0.1.0 wrote do not: its config.json cannot be checked. save_pretrained adds the records",
+                stacklevel=2,
+            )
+        if refused:
+            lines = [f"  {name}: {why}" for name, why in refused.items()]
+            more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
+            raise ValueError(f"this checkpoint has weights that cannot be used:\n{chr(10).join(lines[:5])}{more}")
+
+    def _report_what_is_held(self, held: list[str]) -> None:
+        """Bring ``report`` in line with the layers that are held as codes. Warn of newly initialised ones."""
+        new = []
+        for name in held:
+            self.report.skipped.pop(name, None)
+        for name in set(self.report.converted) - set(held):
+            plain = f"{name}.weight" in self.loading.plain
+            self.report.skipped[name] = "it was plain when it was saved" if plain else "its weight is not in the checkpoint"
+            new += [] if plain else [name]
+        self.report.converted = held
+        if new:
+            warnings.warn(
+                f"left in high precision and newly initialised, since the checkpoint has no weights that fit: "
+                f"{', '.join(sorted(new))}",
+                stacklevel=2,
+            )
+
+    # Saving.
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
+        """The tensors of the checkpoint, and no metadata.
+
+        Raises:
+            ValueError: a weight follows another recipe than the ``quantization_config`` says.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():  # without keep_vars, weights come dequantised
+            if isinstance(tensor, HaloWeight) and tensor.master is None:
+                if tensor.recipe != self.recipe:
+                    raise ValueError(
+                        f"{name} was converted again, with another recipe than this model's quantization_config says, so that "
+                        "the checkpoint could not be read: convert it as the config says, or call dequantize_(model) first"
+                    )
+                state |= stored.parts_of(name, tensor)
+            else:
+                state[name] = dense_value(tensor).detach()
+        if not any(f"{name}_scale" in state for name in state):  # it was dequantised, so the checkpoint is a plain one
+            self.remove_quantization_config(model)
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_(model)
+        return model if dtype is None else model.to(dtype)

@@ -1,0 +1,132 @@
+"""What a quantised checkpoint holds of a weight.
+
+========================  ============================================================================================
+``x.weight``              the codes in one row: int8, fp8 e4m3, or four fp6 codes in three bytes. A reader without this
+                          module stops at their shape, so it does not take them for weights.
+``x.weight_scale``        float32, [out_features] or [].
+``x.weight_balance``      of a balanced layer: the exponents of its gain, int8 [in_features].
+``x.weight_recipe``       a text, UTF-8 in uint8, that says what the codes were made with.
+========================  ============================================================================================
+
+A checkpoint whose ``config.json`` says something else than its records is refused, and so are parts that are missing or
+damaged. 0.1.0 wrote no records.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from halo_tensor.calibration.balance import LARGEST_EXPONENT
+from halo_tensor.operand import gains
+from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.recipe import TENSOR, Format, Recipe, Rotation, Scales, W
+from halo_tensor.reference import codes as formats
+from halo_tensor.reference.hadamard import fit
+from halo_tensor.weight.tensor import HaloWeight
+
+#: Codes, scale, balance, record: what follows "x.weight" in a name, as patterns. Before transformers 5.21 a name goes to the
+#: first of these patterns that it begins with.
+PARTS = (r"(?!\w)", r"_scale(?!\w)", r"_balance(?!\w)", r"_recipe(?!\w)")
+
+
+def parts_of(name: str, weight: HaloWeight) -> dict[str, torch.Tensor]:
+    """Return what the checkpoint holds of a weight of codes: name -> tensor."""
+    operand = weight.operand
+    assert operand is not None and operand.codes is not None and operand.scale is not None
+    parts = {name: operand.codes.contiguous().flatten(), f"{name}_scale": operand.scale}
+    if weight.gain is not None:
+        parts[f"{name}_balance"] = weight.gain.log2().round().to(torch.int8)
+    record = _record(operand.format, operand.granularity, operand.column_rotation, operand.shape, operand.gain is not None)
+    return parts | {f"{name}_recipe": torch.tensor(list(record.encode()), dtype=torch.uint8)}
+
+
+def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor:
+    """Return the operand that a weight brings to its products.
+
+    Args:
+        parts: what the checkpoint has of ``PARTS``, in their order.
+        like: a tensor of the weight's shape [out, in] and dtype.
+        recipe: what config.json says.
+
+    Raises:
+        ValueError: a part is missing, or is not what such a weight has under this recipe.
+    """
+    stored, scale, exponents, record = parts
+    if stored is None or scale is None:
+        raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
+    spec = recipe.output.right
+    assert spec.format is not None
+    granularity, rotation = spec.granularity.on(W), fit(spec.in_features, like.shape[1])
+    if record is not None:
+        written = bytes(record.to(torch.uint8).flatten().tolist()).decode(errors="replace")
+        expected = _record(spec.format, granularity, rotation, like.shape, exponents is not None)
+        if written != expected:
+            raise ValueError(
+                f"its codes were written as ({written}), and by config.json and what else the file has of it they are "
+                f"({expected}). Use the config.json that it was saved with"
+            )
+    operand = HadamardQuantTensor(
+        like.shape,
+        like.dtype,
+        {
+            "codes": _checked_codes(stored, like, spec.format).view(like.shape[0], -1),
+            "codes_t": None,
+            "scale": _checked_scale(scale, list(granularity.shape(*like.shape))),
+        },
+        {"granularity": granularity, "row_rotation": None, "column_rotation": rotation, "format": spec.format},
+    )
+    if exponents is not None:
+        operand.gains = gains.of_exponents(_checked_exponents(exponents, like.shape[1]))
+    return operand
+
+
+def described(tensor: torch.Tensor) -> str:
+    """Return dtype and shape of a tensor as text, "int8 [128]" for example."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _record(
+    format: Format | None, granularity: Scales, rotation: Rotation | None, shape: Sequence[int], balanced: bool
+) -> str:
+    """What the codes of a weight [out, in] stand for, as text.
+
+    Codes can be read if the texts are equal. Levels 1 and 2 differ in E only, so they have equal texts.
+    """
+    scale = "one scale" if granularity == TENSOR else f"a scale per {granularity}"
+    rotated = f"rotated by {rotation}" if rotation else "not rotated"
+    return f"{format} {list(shape)}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
+
+
+def _checked_codes(stored: torch.Tensor, like: torch.Tensor, format: Format) -> torch.Tensor:
+    dtype = formats.code_dtype(format) if format.bits == 8 else torch.uint8
+    size = like.numel() * format.bits // 8
+    # transformers before 5.21 casts fp8 codes to the model's dtype.
+    castable = dtype.is_floating_point and stored.dtype == like.dtype
+    if list(stored.shape) != [size] or not (stored.dtype == dtype or castable):
+        raise ValueError(
+            f"its codes are {described(stored)}, where a weight {list(like.shape)} in {format} has {size} of {dtype}"
+        )
+    codes = stored.to(dtype)
+    if castable and not torch.equal(codes.to(stored.dtype), stored):
+        raise ValueError(f"some of its codes are not finite, or no {format} numbers")
+    if dtype == torch.int8 and codes.numel() and codes.min() < -format.max:
+        raise ValueError(f"some of its codes are {codes.min().item()}, beyond ±{format.max:.0f}")
+    if dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & 0x7F) == 0x7F).any():
+        raise ValueError("some of its codes are NaN")
+    return codes
+
+
+def _checked_scale(scale: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    if (scale.dtype, list(scale.shape)) != (torch.float32, shape):
+        raise ValueError(f"its scale is {described(scale)}, where it has to be float32 {shape}")
+    if not ((scale > 0) & scale.isfinite()).all():
+        raise ValueError("some of its scales are not finite and positive: the file is damaged, or the weight was not finite")
+    return scale
+
+
+def _checked_exponents(exponents: torch.Tensor, in_features: int) -> torch.Tensor:
+    if (exponents.dtype, list(exponents.shape)) != (torch.int8, [in_features]):
+        raise ValueError(f"its balance is {described(exponents)}, where it has to be int8 {[in_features]}")
+    if (exponents.int().abs() > LARGEST_EXPONENT).any():
+        raise ValueError(f"some exponents of its balance are beyond ±{LARGEST_EXPONENT}")
+    return exponents

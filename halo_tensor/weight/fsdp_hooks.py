@@ -1,0 +1,205 @@
+"""The hooks that FSDP2 calls before and after each all-gather: a converted weight is sent as its codes.
+
+``fully_shard`` cuts a parameter into shards of rows, one per rank, and gathers them where a block needs the whole weight. A
+row's rotation and scale concern that row alone, so every rank quantises its own rows when the optimiser writes to them, and
+codes are sent: 1 byte per element, fp6 ¾ of one, and one float32 scale per row. The result is the operand that the products
+multiply with: nothing is cast, and nothing is quantised again.
+
+Exceptions:
+
+- Per-tensor scales are the one thing that ranks must agree on: see :mod:`halo_tensor.weight.common_scales`.
+- Where the number of ranks does not divide out_features, FSDP accepts only tensors of a padded shard's size. Row scales are
+  then sent in a small all-gather of their own, and fp6 as whole bytes.
+- An operand that a recipe leaves in high precision is gathered in high precision.
+"""
+
+import hashlib
+import inspect
+from typing import Any, cast
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from halo_tensor.fences.pytorch import preserved_version
+from halo_tensor.operand.gains import moved
+from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.recipe import TENSOR
+from halo_tensor.weight.common_scales import share_scales
+from halo_tensor.weight.refusals import refuse_fsdp1
+from halo_tensor.weight.roles import ShardRole
+from halo_tensor.weight.tensor import HaloWeight
+
+#: The tensors that a rank sends, and what the hook after the all-gather needs to know besides them.
+Sent = tuple[tuple[torch.Tensor, ...], dict[str, Any]]
+
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
+#: Layers whose recipe was found to be the same on every rank.
+_agreed: WeakSet[torch.nn.Module] = WeakSet()
+
+
+class _PreAllGather:
+    """The object that ``HaloWeight.fsdp_pre_all_gather`` returns; FSDP2 calls it before each all-gather.
+
+    FSDP2 calls ``inspect.signature(hook)`` before every call. For a bound method that costs more than the hook itself, so this
+    class carries a precomputed ``__signature__``.
+    """
+
+    __slots__ = ("shard",)
+    __signature__: inspect.Signature
+
+    def __init__(self, shard: HaloWeight) -> None:
+        self.shard = shard
+
+    def __call__(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: torch.nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> Sent:
+        """Return what this rank sends of its rows.
+
+        Raises:
+            ValueError: another rank converted this layer with another config, or as frozen.
+        """
+        shard = self.shard
+        state, operand = shard.codes_state, shard.operand
+        if state.sent is None:
+            _check_agreement(shard, mesh, outer_size, module)
+        shard.follow()
+        ranks = mesh.size()
+        if operand is None:
+            assert shard.master is not None
+            rows = -(-outer_size[0] // ranks)
+            return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
+        if operand.scale is not None and operand.granularity == TENSOR and not state.has_common_scale(operand):
+            share_scales([shard], mesh)
+        if state.sent is not None:
+            return state.sent
+        sent = _to_send(operand, mesh, outer_size)
+        # Kept only if no copy was made: copies would take memory for as long as the shard lives, and become out of date.
+        codes = cast(torch.Tensor, operand.codes)
+        if sent[0][0].data_ptr() == codes.data_ptr() and outer_size[0] % ranks == 0:
+            state.sent = sent
+        return sent
+
+
+_PreAllGather.__signature__ = inspect.signature(_PreAllGather(cast(Any, None)))
+
+
+def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.Size) -> Sent:
+    ranks = mesh.size()
+    rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
+    operand = operand if even else operand.unpacked()
+    codes, scale = _pad(cast(torch.Tensor, operand.codes), rows).contiguous(), operand.scale
+    metadata: dict[str, Any] = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
+    sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
+    if scale is not None and operand.granularity.block:
+        scale = _pad(scale, operand.granularity.shape(rows, codes.shape[1])[0])
+        if even and ranks > 1:
+            sent, metadata["scale"] = [*sent, scale], None
+        elif ranks > 1:
+            metadata["scale"] = operand.granularity.cut(_all_gather(scale, mesh), "rows", 0, outer_size[0])
+        # A lone rank has all scales; FSDP takes only the first tensor that it sends.
+    return tuple(sent), metadata
+
+
+def _post_all_gather(
+    shard: HaloWeight,
+    outputs: tuple[torch.Tensor, ...],
+    metadata: dict[str, Any],
+    param_dtype: torch.dtype,
+    *,
+    out: HaloWeight | None = None,
+) -> tuple[HaloWeight, tuple[()]] | None:
+    """Make the whole weight from what all ranks sent; FSDP2 calls it as ``HaloWeight.fsdp_post_all_gather``.
+
+    The first call returns a new weight of ``param_dtype``, whose gradients have this dtype, and the tensors to be freed with
+    it. Later calls bring ``out`` up to date in place, since autograd has saved its codes.
+    """
+    rows, operand = metadata["rows"], shard.operand
+    if operand is None:
+        return None if out is not None else (_gathered(shard, outputs[0][:rows], None), ())
+    scale = metadata["scale"]
+    if out is not None:  # its codes are views of the outputs, and so up to date already
+        if scale is not None:
+            assert out.scale is not None
+            _overwrite(out.scale, scale)
+        return None
+    codes = outputs[0].view(metadata["dtype"])[:rows]
+    scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
+    size = torch.Size((rows, shard.shape[1]))
+    operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
+    operand.gains = moved(operand.gains, codes.device)  # shards may be offloaded
+    return _gathered(shard, None, operand), ()
+
+
+def _gathered(shard: HaloWeight, master: torch.Tensor | None, operand: HadamardQuantTensor | None) -> HaloWeight:
+    weight = HaloWeight(master, operand, shard.recipe)
+    # A frozen weight has no master anywhere. It is WHOLE, so F.linear raises an error if it is to be trained.
+    weight.shard_role = ShardRole.WHOLE if shard.master is None else ShardRole.GATHERED
+    return weight
+
+
+def _check_agreement(weight: HaloWeight, mesh: DeviceMesh, outer_size: torch.Size, module: torch.nn.Module) -> None:
+    """Raise ValueError if ranks have converted a layer differently. Codes do not show it, since those of one format look like
+    those of another. It is checked once, when the layer is first gathered.
+    """
+    if module in _agreed:
+        return
+    here = f"{weight.recipe}, {list(outer_size)}, {weight.dtype}, {'frozen' if weight.master is None else 'trained'}"
+    if weight.gain is not None:  # ranks may have balanced on different batches
+        here += f", balanced as {hashlib.sha256(str(weight.gain.tolist()).encode()).hexdigest()[:8]}"
+    digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
+    digests = _all_gather(torch.tensor([digest], device=mesh.device_type), mesh).tolist()
+    if len(set(digests)) > 1:
+        others = [rank for rank, other in enumerate(digests) if other != digest]
+        raise ValueError(
+            f"a weight of {list(outer_size)} [out, in] is converted differently on ranks {others} of its mesh than on rank "
+            f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank, and balance_ with the same batch. "
+            f"Here it is: {here}"
+        )
+    _agreed.add(module)
+
+
+def _all_gather(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Return the tensors of all ranks, concatenated."""
+    out = tensor.new_empty(mesh.size() * tensor.shape[0], *tensor.shape[1:])
+    _ALL_GATHER(out, tensor.contiguous(), group=mesh.get_group())
+    return out
+
+
+def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write in place, unseen by autograd: a weight gathered again for backward is the one that forward saved."""
+    with preserved_version(tensor):
+        tensor.copy_(value)
+
+
+def _alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the same memory as another dtype. It is no view, which would share its version with ``tensor``."""
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0, dtype=dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - tensor.shape[0]
+    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def _refuse_fsdp1(weight: HaloWeight, value: bool) -> None:
+    refuse_fsdp1(weight.shape)
+
+
+#: Attributes of a parameter that FSDP looks up by name.
+_LOOKED_UP: dict[str, Any] = {
+    "fsdp_pre_all_gather": property(_PreAllGather),
+    "fsdp_post_all_gather": _post_all_gather,
+    # FSDP1 sets it on parameters that it takes apart and keeps (use_orig_params=True; torch 2.11 to 2.15).
+    "_fsdp_flattened": property(lambda weight: False, _refuse_fsdp1),
+}
+for _name, _attribute in _LOOKED_UP.items():
+    setattr(HaloWeight, _name, _attribute)

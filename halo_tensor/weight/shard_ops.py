@@ -1,0 +1,109 @@
+"""The ops with which FSDP2 cuts a converted weight into shards of rows.
+
+:mod:`halo_tensor.weight.fsdp_hooks` has what FSDP2 sends of a shard. Any other op sees the dense weight.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+
+from halo_tensor.products.operands import reuses_operand
+from halo_tensor.weight.copies import alias, plain_view, renewed
+from halo_tensor.weight.handlers import implements
+from halo_tensor.weight.roles import ShardRole
+from halo_tensor.weight.tensor import HaloWeight
+
+aten = torch.ops.aten
+
+
+def _rows(weight: HaloWeight, start: int, stop: int, role: ShardRole) -> HaloWeight:
+    """Return rows ``start`` to ``stop`` of a weight whose codes are in step, as a weight on the same memory."""
+    start, stop = min(start, weight.shape[0]), min(stop, weight.shape[0])
+    master = None if weight.master is None else weight.master[start:stop]
+    operand = weight.operand
+    if operand is not None:
+        assert operand.codes is not None
+        scale = None if operand.scale is None else operand.granularity.cut(operand.scale, "rows", start, stop)
+        size = torch.Size((stop - start, weight.shape[1]))
+        operand = operand._with(size=size, codes=operand.codes[start:stop], scale=scale)
+    rows = HaloWeight(master, operand, weight.recipe)
+    rows.shard_role = role
+    rows.mark_in_step()
+    return rows
+
+
+@implements(aten.split.Tensor)
+def _split(op: Any, weight: HaloWeight, size: int, dim: int = 0) -> Any:
+    """Cut a whole weight, as ``torch.chunk`` does. Chunks along rows hold their codes, which are copied to a shard."""
+    if weight.operand is None or weight.shard_role is not ShardRole.WHOLE:
+        return NotImplemented
+    if dim % 2:
+        if not torch.is_grad_enabled():  # as when FSDP shards
+            warnings.warn(
+                f"columns of a converted weight of {list(weight.shape)} are plain tensors: if shard_placement_fn asked for "
+                "them, this layer now trains in high precision. Shard it along dim 0",
+                stacklevel=4,
+            )
+        chunks = [plain_view(weight, columns) for columns in weight.dequantize().split(size, dim)]
+    else:
+        weight.follow()
+        starts = range(0, max(weight.shape[0], 1), size)
+        chunks = [_rows(weight, start, start + size, ShardRole.CHUNK) for start in starts]
+    for chunk in chunks:
+        chunk.base, chunk.shard_role = weight, ShardRole.CHUNK
+    return chunks
+
+
+@implements(aten.new_zeros.default)
+def _new_zeros(op: Any, weight: HaloWeight, size: list[int], **options: Any) -> Any:
+    """Make a padded shard, to be filled."""
+    changed = any(options.get(name) is not None for name in ("dtype", "device"))
+    if len(size) != 2 or size[1] != weight.shape[1] or weight.is_gathered or changed:
+        return NotImplemented
+    if not weight.recipe.output.right.is_plain:
+        _check_shardable(weight, size[0])
+    padded = renewed(weight, torch.zeros(size, dtype=weight.dtype, device=weight.device))
+    if padded.operand is not None:
+        padded.operand = padded.operand.packed()  # as it is sent
+    padded.shard_role = ShardRole.PADDED
+    return padded
+
+
+def _check_shardable(weight: HaloWeight, rows: int) -> None:
+    """Raise ValueError if the codes of a weight cannot be cut into shards of ``rows`` rows."""
+    obstacle = None
+    if weight.operand is None:
+        obstacle = "it holds no codes, which are what FSDP sends; convert it with keep_codes=True"
+    elif weight.operand.row_rotation is not None:
+        obstacle = "its recipe rotates out_features, which no shard of rows has whole"
+    elif not reuses_operand(weight.recipe):
+        obstacle = "in grad_input its recipe quantises it otherwise than in output, and only the latter's codes are gathered"
+    elif weight.operand.granularity.two_levels:
+        obstacle = "its scales share one float32, on which all ranks would have to agree"
+    elif rows % (weight.operand.granularity.length("rows") or 1) and rows != weight.shape[0]:
+        length = weight.operand.granularity.length("rows")
+        obstacle = f"{rows} rows per rank are not whole blocks of {length}, each of which has one scale"
+    if obstacle:
+        raise ValueError(f"a weight of {list(weight.shape)} [out, in] cannot be sharded: {obstacle}")
+
+
+@implements(aten.slice.Tensor)
+def _slice(op: Any, padded: HaloWeight, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+    """Return a shard without its padding.
+
+    FSDP fills the result of one call and keeps that of another: both must share one state, which knows of a common scale.
+    """
+    if padded.shard_role is not ShardRole.PADDED or dim % 2 or start or step != 1:
+        return NotImplemented
+    rows = padded.shape[0] if stop is None else min(stop, padded.shape[0])
+    if padded.unpadded is None or padded.unpadded.shape[0] != rows:
+        padded.unpadded = _rows(padded, 0, rows, ShardRole.SHARD)
+    return alias(padded.unpadded)
+
+
+@implements(aten.as_strided.default)
+def _as_strided(op: Any, weight: HaloWeight, size: list[int], stride: list[int], offset: int | None = None) -> Any:
+    if (tuple(size), tuple(stride), offset or 0) != (tuple(weight.shape), weight.stride(), weight.storage_offset()):
+        return NotImplemented
+    return alias(weight)

@@ -1,0 +1,51 @@
+"""What is known of the codes of a converted weight."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from halo_tensor.operand.tensor import HadamardQuantTensor
+
+#: The identity of a master, its version, and the version of the DTensor of it that state dicts hold.
+MasterVersion = tuple[int, int | None, int | None]
+
+
+@dataclass(eq=False, slots=True)
+class CodesState:
+    """What is known of the codes of a weight. A weight and its aliases (``detach()``, the parameter made of it) share one
+    operand, and so one of these. Copies and pickles of a weight start with a new one.
+
+    Attributes:
+        version: of the master when the codes were made from it; None of a frozen weight.
+        lent: whether a state dict has been given the master since then. Writes to it may change no version.
+        lent_dtensor: the DTensor of a shard's master that state dicts hold.
+        common_scale_version: the version of the codes when they got a scale that all ranks share.
+        sent: what a shard sends before each gather: tensors that share the memory of the codes, and metadata.
+    """
+
+    version: MasterVersion | None = None
+    lent: bool = False
+    lent_dtensor: DTensor | None = None
+    common_scale_version: int | None = None
+    sent: tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodesState":
+        return CodesState()
+
+    def master_version(self, master: torch.Tensor | None) -> MasterVersion | None:
+        """A value that changes when ``master`` is written to, or is another tensor."""
+        if master is None:
+            return None
+        lent = self.lent_dtensor  # its version tells of ops on the DTensor, which its shard's version does not
+        return id(master), None if master.is_inference() else master._version, None if lent is None else lent._version
+
+    def has_common_scale(self, operand: HadamardQuantTensor) -> bool:
+        """Whether the codes of ``operand`` were made with a scale that all ranks share, and not written to since then."""
+        return operand.codes is not None and self.common_scale_version == operand.codes._version
+
+    def mark_common_scale(self, operand: HadamardQuantTensor) -> None:
+        """Note that the codes of ``operand``, as they are now, have a scale that all ranks share."""
+        assert operand.codes is not None
+        self.common_scale_version = operand.codes._version
