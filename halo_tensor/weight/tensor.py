@@ -25,7 +25,7 @@ from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
 from halo_tensor.products.operands import weight_operand
 from halo_tensor.products.steps import reuses_operand
-from halo_tensor.recipe import Recipe
+from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
 from halo_tensor.weight import gradients, refusals
 from halo_tensor.weight.handlers import run_function, run_op
@@ -158,7 +158,7 @@ class HaloWeight(torch.Tensor):
     @property
     def needs_common_scale(self) -> bool:
         """Whether its scale depends on the shards of other ranks, so that no rank may quantise it without a write."""
-        return self.shard_role is ShardRole.SHARD and self.operand is not None and self.operand.scale_along == "tensor"
+        return self.shard_role is ShardRole.SHARD and self.operand is not None and self.operand.granularity == TENSOR
 
     @property
     def codes(self) -> torch.Tensor | None:
