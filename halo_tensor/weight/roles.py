@@ -7,7 +7,7 @@ class ShardRole(Enum):
     """What a :class:`~halo_tensor.weight.tensor.HaloWeight` is to FSDP2; the class draws how one becomes another."""
 
     WHOLE = "whole"
-    """A whole weight, sharded by nobody."""
+    """A whole weight that is not sharded."""
     CHUNK = "chunk"
     """Some rows or columns of a whole weight, from which a shard is copied."""
     PADDED = "padded"
