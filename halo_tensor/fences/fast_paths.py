@@ -123,7 +123,7 @@ GLUON = FastPath(
 )
 PRECOMPILED = FastPath(
     "precompiled",
-    "kernels compiled once for each shape, and launched without Triton's dispatch",
+    "kernels compiled once for each class of shapes, and launched without Triton's dispatch",
     "a launch costs the CPU some 200 µs instead of 10",
     "triton",
 )

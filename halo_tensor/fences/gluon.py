@@ -29,11 +29,11 @@ def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([*block], _CODES[dtype])
 
 
-def descriptor(
-    base: torch.Tensor, shape: tuple[int, int], strides: tuple[int, int], block: tuple[int, int]
-) -> TensorDescriptor:
-    """Return a descriptor for Gluon's kernels, which also has the layout of a tile in shared memory."""
-    return TensorDescriptor(base, [*shape], [*strides], [*block], _layout(block, base.dtype))
+def descriptor(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int, int]) -> TensorDescriptor:
+    """Return a descriptor for Gluon's kernels, which also has the layout of a tile in shared memory. ``extent``: rows, columns
+    and row stride."""
+    rows, columns, stride = extent
+    return TensorDescriptor(base, [rows, columns], [stride, 1], [*block], _layout(block, base.dtype))
 
 
 __all__ = [

@@ -17,7 +17,8 @@ import triton
 _REMEMBERED = 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
-Run = Callable[[tuple, list[int], int], None]
+#: Of the sizes (see halo_tensor.kernels.launch), the tensors, their pointers and a stream.
+Run = Callable[[Any, tuple, list[int], int], None]
 
 
 def shared_memory(index: int) -> int:
@@ -27,22 +28,22 @@ def shared_memory(index: int) -> int:
     return max_shared_mem(index)
 
 
-def through_triton(compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
-    """A function of tensors, their pointers and a stream that launches ``compiled`` on the current device.
+def through_triton(compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
+    """A function that launches ``compiled`` on the current device.
 
     Args:
-        descriptors: of tensors, the descriptors of the first ``described`` of them.
-        rest: the arguments behind the tensors, constants included.
+        descriptors: of sizes and tensors, the descriptors of the first ``described`` of them.
+        constants: the arguments behind the integers.
     """
-    launcher = compiled[grid]
 
-    def launch(tensors, pointers, stream):
-        launcher(*descriptors(tensors), *pointers[described:], *rest, stream=stream)
+    def launch(sizes, tensors, pointers, stream):
+        arguments = *descriptors(sizes, tensors), *pointers[described:], *sizes.integers, *constants
+        compiled[sizes.grid](*arguments, stream=stream)
 
     return launch
 
 
-def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callable, described: int, rest: tuple) -> Run:
+def bare(launch: Run, compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
     """Return a launch by the C function beneath Triton's launcher.
 
     If that function is not enough, ``launch`` is returned, which :func:`through_triton` made of the same arguments.
@@ -58,22 +59,22 @@ def bare(launch: Run, compiled: Any, grid: tuple[int, ...], descriptors: Callabl
     spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
     remembered: dict[tuple, tuple] = {}
 
-    def launch_bare(tensors, pointers, stream):
+    def launch_bare(sizes, tensors, pointers, stream):
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            return launch(tensors, pointers, stream)
+            return launch(sizes, tensors, pointers, stream)
         encoded: Any = ()
         if described:
-            key = tuple(pointers[:described])
+            key = (*pointers[:described], sizes.extents)
             encoded = remembered.get(key)
             if encoded is None:
                 if len(remembered) >= _REMEMBERED:
                     remembered.clear()
-                encoded = remembered[key] = encode(descriptors(tensors))
-        arguments = (*encoded, *pointers[described:], *rest)
+                encoded = remembered[key] = encode(descriptors(sizes, tensors))
+        arguments = (*encoded, *pointers[described:], *sizes.integers, *constants)
         if spread:
-            function(*grid, stream, *head, *arguments)
+            function(*sizes.grid, stream, *head, *arguments)
         else:
-            function(*grid, stream, *head, arguments)
+            function(*sizes.grid, stream, *head, arguments)
 
     return launch_bare
 

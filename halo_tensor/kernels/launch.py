@@ -1,9 +1,10 @@
-"""Launching Triton kernels at little cost: everything but the tensors is decided, and compiled, once per shape.
+"""Launching Triton kernels at little cost: what is compiled knows no sizes, and a launch brings its own.
 
 Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run. What is left
-here is to look at pointers.
+here is to look at pointers. And no number of tokens is part of what is planned or compiled: see :class:`Planned`.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import reduce
 from operator import or_
@@ -20,25 +21,50 @@ from halo_tensor.fences.pytorch import current_device, current_raw_stream
 _DATA_PTR = torch.Tensor.data_ptr
 #: Triton's default until 3.9, which 3.10 turns round; 3.9 warns of a kernel that does not say.
 _DEFAULTS = {"enable_fp_fusion": True}
+#: Added to the kind of an integer that takes 64 bits.
+_WIDE = 64
+#: As many numbers as a plan remembers the sizes of.
+_REMEMBERED = 1024
 
 
-class Tiles(NamedTuple):
-    """How a kernel reads a matrix through a descriptor, which is TMA where the GPU has it: in blocks of a shape."""
+class Sizes(NamedTuple):
+    """What differs between launches of one kernel. :meth:`Launch.sizes` makes it.
 
-    shape: tuple[int, int]
-    strides: tuple[int, int]
-    block: tuple[int, int]
+    Attributes:
+        grid: the numbers of programs.
+        integers: the kernel's.
+        extents: rows, columns and row stride of each matrix that is read through a descriptor.
+        kinds: what a compiled kernel knows of each integer: see :meth:`Launch.sizes`.
+    """
 
-    def of(self, base: torch.Tensor, gluon: bool = False) -> Any:
-        """Of a copy if TMA cannot read ``base`` where it lies: in a compiled graph nothing is known of pointers. ``gluon``:
-        for a kernel that says itself how tiles lie in shared memory."""
-        if base.data_ptr() % 16:
-            base = torch.empty_strided(self.shape, self.strides, dtype=base.dtype, device=base.device).copy_(base)
-        if gluon:
-            from halo_tensor.fences.gluon import descriptor
+    grid: tuple[int, int, int]
+    integers: tuple[int, ...]
+    extents: tuple[tuple[int, int, int], ...]
+    kinds: tuple[int, ...]
 
-            return descriptor(base, *self)
-        return TensorDescriptor(base, [*self.shape], [*self.strides], [*self.block])
+
+def describe(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int, int], gluon: bool = False) -> Any:
+    """How a kernel reads ``base`` through a descriptor, which is TMA where the GPU has it: in blocks of a shape.
+
+    Of a copy if TMA cannot read it where it lies: in a compiled graph nothing is known of pointers.
+
+    Args:
+        extent: rows, columns and row stride.
+        gluon: for a kernel that says itself how blocks lie in shared memory.
+    """
+    rows, columns, stride = extent
+    if base.data_ptr() % 16:
+        base = torch.empty_strided((rows, columns), (stride, 1), dtype=base.dtype, device=base.device).copy_(base)
+    if gluon:
+        from halo_tensor.fences.gluon import descriptor
+
+        return descriptor(base, extent, block)
+    return TensorDescriptor(base, [rows, columns], [stride, 1], [*block])
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes microseconds."""
+    return -(-a // b)
 
 
 def shared_memory(device: torch.device) -> int:
@@ -49,110 +75,116 @@ def shared_memory(device: torch.device) -> int:
 
 
 class Launch:
-    """A kernel with its grid, its integers and its compile-time constants.
+    """A kernel with its compile-time constants, for tensors of some dtypes on one device.
 
-    The kernel's signature must list tensors, then integers, then constants; ``constants`` may also hold Triton's options
-    (num_warps, num_stages, enable_fp_fusion). The first tensors are read through descriptors, one for each of ``tiles``.
-    Calling it with the tensors launches it on their device.
+    Calling it with :class:`Sizes` and tensors launches it. It is compiled once for each of ``kinds`` of its integers.
+
+    Args:
+        kernel: its signature must list tensors, then integers, then constants. An integer whose name is in capitals is a size,
+            and may be a number of tokens; others are strides.
+        constants: may also hold Triton's options (num_warps, num_stages, enable_fp_fusion).
+        blocks: of the first tensors, which are read through descriptors, the shapes of blocks.
     """
 
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        integers: tuple[int, ...],
-        constants: dict[str, Any],
-        tiles: tuple[Tiles, ...] = (),
-    ):
-        self.kernel, self.integers, self.constants = kernel, integers, constants
-        self.tiles = tuple(Tiles(*tile) for tile in tiles)
-        self.grid = (*grid, 1, 1)[:3]
-        self._gluon = isinstance(kernel, JITFunction) and kernel.is_gluon()
-        self._run: Any = None
+    def __init__(self, kernel: Any, constants: dict[str, Any], blocks: tuple[tuple[int, int], ...] = ()):
+        self.kernel, self.constants, self.blocks = kernel, constants, blocks
+        self._compiles = isinstance(kernel, JITFunction)  # or it is Triton's interpreter's
+        self._gluon = self._compiles and kernel.is_gluon()
+        self._parameters = [p for p in kernel.params if not p.is_constexpr] if self._compiles else []
+        self._runs: dict[tuple[int, ...], triton_launch.Run] = {}
 
-    def __call__(self, *tensors: Any) -> None:
-        if 0 in self.grid:
+    def sizes(self, grid: tuple[int, ...], integers: tuple[int, ...], extents: tuple[tuple[int, int, int], ...] = ()) -> Sizes:
+        """What a call takes.
+
+        ``kinds`` says what the kernel is compiled for: 16 for an integer that is a multiple of 16, so that whole vectors are
+        loaded and stored; 1 for a stride of 1; 0 for other integers, and for those that the kernel lists in
+        ``do_not_specialize``. So a number of tokens is of one of two kinds, and 1 is as good as any other odd number.
+        """
+        x, y, z = (*grid, 1, 1)[:3]
+        return Sizes((x, y, z), integers, extents, tuple(map(_kind, integers, self._parameters[-len(integers) :])))
+
+    def sized(self, *args: Any) -> "SizedLaunch":
+        """A launch of :meth:`sizes` of these arguments."""
+        return SizedLaunch(self, self.sizes(*args))
+
+    def __call__(self, sizes: Sizes, *tensors: Any) -> None:
+        if 0 in sizes.grid:
             return
         first = tensors[0]
         if not isinstance(first, torch.Tensor):  # a stand-in for one, in a graph that is being compiled
-            return first.record(self, tensors)
+            return first.record(SizedLaunch(self, sizes), tensors)
         index = first.get_device()
         if index >= 0 and index != current_device():
             with torch.cuda.device(index):
-                return self._launch(tensors, index)
-        return self._launch(tensors, index)
+                return self._launch(sizes, tensors, index)
+        return self._launch(sizes, tensors, index)
 
-    def source(self) -> str:
-        """An expression that makes this launch again, where the modules of kernels are imported."""
-        function = self.kernel.fn
-        tiles = tuple(tuple(tile) for tile in self.tiles)
-        return f"Launch({function.__module__}.{function.__name__}, {self.grid}, {self.integers}, {self.constants}, {tiles})"
-
-    def _launch(self, tensors: tuple, index: int) -> None:
+    def _launch(self, sizes: Sizes, tensors: tuple, index: int) -> None:
         pointers = [*map(_DATA_PTR, tensors)]  # of a tensor, Triton would ask the driver whether the GPU can reach it
         # A compiled kernel may count on pointers at multiples of 16 bytes. So do all that PyTorch allocates; a view may not.
-        if reduce(or_, pointers) & 15 or not isinstance(self.kernel, JITFunction):  # or Triton's interpreter
-            return self._launch_any(self._described(tensors))
+        if reduce(or_, pointers) & 15 or not self._compiles:
+            return self._by_triton(sizes, tensors)
         stream = current_raw_stream(index)
-        if self._run is None:
-            return self._launch_first(tensors, pointers, index, stream)
-        self._run(tensors, pointers, stream)
+        run = self._runs.get(sizes.kinds)
+        if run is None:
+            return self._launch_first(sizes, tensors, pointers, index, stream)
+        run(sizes, tensors, pointers, stream)
 
-    def _launch_first(self, tensors: tuple, pointers: list[int], index: int, stream: int) -> None:
-        """The first launch, which decides how the others are made."""
-        how = PRECOMPILED.attempt(self._precompiled, tensors, index)
+    def _launch_first(self, sizes: Sizes, tensors: tuple, pointers: list[int], index: int, stream: int) -> None:
+        """The first launch for these kinds of integers, which decides how the others are made."""
+        how = PRECOMPILED.attempt(self._precompiled, sizes, tensors, index)
         launch = (how and PRECOMPILED.attempt(triton_launch.through_triton, *how)) or self._by_triton
 
         def launched_bare(*how: Any) -> triton_launch.Run:
             run = triton_launch.bare(launch, *how)
-            run(tensors, pointers, stream)  # arguments that the C function does not take it refuses before it launches
+            run(sizes, tensors, pointers, stream)  # arguments that the C function does not take it refuses before it launches
             return run
 
         bare = how and LAUNCHER.attempt(launched_bare, *how)
         if bare is None:
-            launch(tensors, pointers, stream)
-        self._run = bare or launch
+            launch(sizes, tensors, pointers, stream)
+        self._runs[sizes.kinds] = bare or launch
 
-    def _precompiled(self, tensors: tuple, index: int) -> tuple:
+    def _precompiled(self, sizes: Sizes, tensors: tuple, index: int) -> tuple:
         """The compiled kernel, and what else :func:`triton_launch.through_triton` wants."""
-        compiled = self._compile(self._described(tensors), index)
-        names = self.kernel.arg_names[len(tensors) + len(self.integers) :]
-        rest = (*self.integers, *(self.constants[name] for name in names))
-        return compiled, self.grid, self._descriptors, len(self.tiles), rest
+        compiled = self._compile(self._described(sizes, tensors), sizes, index)
+        names = self.kernel.arg_names[len(tensors) + len(sizes.integers) :]
+        return compiled, self._descriptors, len(self.blocks), tuple(self.constants[name] for name in names)
 
-    def _by_triton(self, tensors: tuple, pointers: list[int], stream: int) -> None:
-        """A launch by Triton's own dispatch."""
-        self._launch_any(self._described(tensors))
-
-    def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> None:
         """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
         tensors = tuple(torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
         index = tensors[0].get_device()
         with nullcontext() if index == current_device() else torch.cuda.device(index):
-            self._compile(self._described(tensors), index)
+            self._compile(self._described(sizes, tensors), sizes, index)
 
-    def _descriptors(self, tensors: tuple) -> list:
-        """Of the first tensors, one for each of ``tiles``."""
-        return [tile.of(tensor, self._gluon) for tile, tensor in zip(self.tiles, tensors, strict=False)]
+    def _descriptors(self, sizes: Sizes, tensors: tuple) -> list:
+        """Of the first tensors, one for each of ``blocks``."""
+        described = zip(tensors, sizes.extents, self.blocks, strict=False)
+        return [describe(*tensor, self._gluon) for tensor in described]
 
-    def _described(self, tensors: tuple) -> list:
-        return [*self._descriptors(tensors), *tensors[len(self.tiles) :]]
+    def _described(self, sizes: Sizes, tensors: tuple) -> list:
+        return [*self._descriptors(sizes, tensors), *tensors[len(self.blocks) :]]
 
-    def _launch_any(self, arguments: list) -> None:
+    def _by_triton(self, sizes: Sizes, tensors: tuple, pointers: list[int] | None = None, stream: int = 0) -> None:
+        """A launch by Triton's own dispatch."""
+        arguments = *self._described(sizes, tensors), *sizes.integers
         while True:
             constants = self.constants
             try:
-                return self.kernel[self.grid](*arguments, *self.integers, **_DEFAULTS | constants)
+                return self.kernel[sizes.grid](*arguments, **_DEFAULTS | constants)
             except OutOfResources as error:
                 if error.name != "shared memory":
                     raise
                 self.constants = self._with_less(constants, error.required, error.limit, torch.cuda.get_device_name())
 
-    def _compile(self, arguments: list, index: int) -> Any:
+    def _compile(self, arguments: list, sizes: Sizes, index: int) -> Any:
         available = triton_launch.shared_memory(index)
+        # A size of 1, which Triton would make a constant, is to be any other odd number.
+        integers = [17 if n == 1 and kind == 0 else n for n, kind in zip(sizes.integers, sizes.kinds, strict=True)]
         while True:
             constants = self.constants  # which another thread may change
-            compiled = self.kernel.warmup(*arguments, *self.integers, grid=self.grid, **_DEFAULTS | constants)
+            compiled = self.kernel.warmup(*arguments, *integers, grid=sizes.grid, **_DEFAULTS | constants)
             if compiled.metadata.shared <= available:
                 return compiled
             self.constants = self._with_less(constants, compiled.metadata.shared, available, torch.cuda.get_device_name(index))
@@ -166,3 +198,91 @@ class Launch:
                 "for rows this wide: take a smaller block_size, or weights in bfloat16"
             )
         return constants | {stages: constants[stages] - 1}
+
+
+def _kind(integer: int, parameter: Any) -> int:
+    """What a compiled kernel knows of an integer: see :meth:`Launch.sizes`."""
+    wide = _WIDE if integer >= 2**31 else 0
+    if parameter.do_not_specialize:
+        return wide
+    if integer == 1 and not parameter.name.isupper():
+        return 1
+    return 16 + wide if integer % 16 == 0 else wide
+
+
+class SizedLaunch:
+    """A launch with its sizes, as compiled graphs call it: with the tensors only."""
+
+    def __init__(self, launch: Launch, sizes: Sizes):
+        self.launch, self.sizes = launch, sizes
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return self.launch.constants
+
+    def __call__(self, *tensors: Any) -> None:
+        self.launch(self.sizes, *tensors)
+
+    def source(self) -> str:
+        """An expression that makes this launch again, where the modules of kernels are imported."""
+        function, (grid, integers, extents, _) = self.launch.kernel.fn, self.sizes
+        kernel = f"{function.__module__}.{function.__name__}"
+        return f"Launch({kernel}, {self.launch.constants}, {self.launch.blocks}).sized({grid}, {integers}, {extents})"
+
+
+class Variant(NamedTuple):
+    """How one class of sizes is launched.
+
+    Attributes:
+        launch: a :class:`Launch`, or what is called like one.
+        sizes: of the numbers of a :class:`Planned`, the arguments of :meth:`Launch.sizes`.
+        matrices: the tensors that the kernel takes last; None for one that it does not read.
+    """
+
+    launch: Any
+    sizes: Callable[..., tuple]
+    matrices: tuple[torch.Tensor | None, ...] = ()
+
+
+class Planned:
+    """The launches of one kernel's work for any sizes. Numbers of tokens are arguments, and only their class is planned for.
+
+    A call takes ``numbers``, then the tensors of the kernel without the matrices of its variant. None stands for a tensor that
+    the kernel does not read.
+
+    Args:
+        prepare: makes the variant of a class of sizes, when the first launch of that class is made.
+        classify: the class of ``numbers``; without it there is one.
+    """
+
+    def __init__(self, prepare: Callable[[Any], Variant], classify: Callable[..., Any] | None = None):
+        self._prepare, self._classify = prepare, classify
+        self.variants: dict[Any, Variant] = {}
+        # What follows from numbers by arithmetic, since they recur. Nothing is compiled for them.
+        self._remembered: dict[tuple[int, ...], tuple[Any, Any, tuple]] = {}
+
+    def __call__(self, numbers: tuple[int, ...], *tensors: Any) -> None:
+        launch, sizes, matrices = self._remembered.get(numbers) or self._remember(numbers)
+        first = tensors[0]
+        launch(sizes, *[first if t is None else t for t in (*tensors, *matrices)])  # any pointer for what is not there
+
+    def variant(self, numbers: tuple[int, ...]) -> Variant:
+        """How these numbers are launched."""
+        size = None if self._classify is None else self._classify(*numbers)
+        if size not in self.variants:
+            new = self._prepare(size)
+            alike = (v for v in self.variants.values() if _alike(v.launch, new.launch))
+            self.variants[size] = next(alike, new)
+        return self.variants[size]
+
+    def _remember(self, numbers: tuple[int, ...]) -> tuple[Any, Any, tuple]:
+        launch, sizes, matrices = self.variant(numbers)
+        if len(self._remembered) >= _REMEMBERED:
+            self._remembered.clear()
+        found = self._remembered[numbers] = launch, launch.sizes(*sizes(*numbers)), matrices
+        return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two launches of one plan are the same, though of two classes of sizes."""
+    return isinstance(a, Launch) and isinstance(b, Launch) and a.kernel is b.kernel and a.constants == b.constants

@@ -8,10 +8,9 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import triton
 
 from halo_tensor.kernels.device import has_wgmma
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.recipe import Rotation
 from halo_tensor.reference import hadamard
@@ -23,7 +22,7 @@ TILE = 128
 
 
 class Matrix(NamedTuple):
-    """What a launch needs to know of a matrix."""
+    """What a plan for one matrix needs to know of it."""
 
     shape: torch.Size
     stride: tuple[int, int]
@@ -34,13 +33,13 @@ class Matrix(NamedTuple):
     def of(cls, x: torch.Tensor) -> "Matrix":
         return cls(x.shape, (x.stride(0), x.stride(1)), x.dtype, x.device)
 
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype of the rotation matrices, of powers of two, that it is multiplied with: bfloat16 beside float32, which the
-        kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
-        if self.device.type != "cuda":
-            return torch.float32
-        return torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the rotation matrices, of powers of two, that a matrix of ``dtype`` is multiplied with: bfloat16 beside
+    float32, which the kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
 def norm(*rotations: Rotation | None) -> float:
@@ -69,15 +68,21 @@ def transposed(codes: torch.Tensor) -> torch.Tensor:
     """The transpose of a row-major matrix of codes, in memory."""
     m, k = codes.shape
     out = codes.new_empty_strided((k, m), (aligned(m), 1))
-    _plan_transpose(m, k, codes.stride(0), out.stride(0), codes.device)(codes.view(torch.int8), out.view(torch.int8))
+    plan_transpose(codes.device)((m, k, codes.stride(0), out.stride(0)), codes.view(torch.int8), out.view(torch.int8))
     return out
 
 
-@lru_cache(maxsize=4096)
-def _plan_transpose(m: int, k: int, stride: int, stride_out: int, device: torch.device) -> Launch:
-    """``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in its plan."""
-    grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
-    return Launch(kernels.transpose_codes, grid, (m, k, stride, stride_out), {"T": TILE, "num_warps": 4})
+@lru_cache
+def plan_transpose(device: torch.device) -> Planned:
+    """Takes (rows, columns, row strides of both), bytes of codes, and those of their transpose.
+
+    ``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in the key of its plan."""
+    launch = Launch(kernels.transpose_codes, {"T": TILE, "num_warps": 4})
+
+    def sizes(m: int, k: int, stride: int, stride_out: int) -> tuple:
+        return (cdiv(m, TILE), cdiv(k, TILE)), (m, k, stride, stride_out)
+
+    return Planned(lambda _: Variant(launch, sizes))
 
 
 def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
@@ -100,18 +105,31 @@ def _rotate(x, left, right, shape, dtype, inverse):
         y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)
-    launch, matrices = _plan_rotate(Matrix.of(x), left, right, tuple(shape), dtype, inverse)
-    launch(x, *(out if matrix is None else matrix for matrix in matrices), out)
+    planned = plan_rotate(x.dtype, x.device, left, right, dtype, inverse)
+    planned((*x.shape, *x.stride(), *shape), x, out)
     return out
 
 
 @lru_cache(maxsize=4096)
-def _plan_rotate(x: Matrix, left, right, shape: tuple[int, int], dtype: torch.dtype, inverse: bool) -> tuple[Launch, tuple]:
-    matrices = (
-        block_diagonal(left, TILE, x.product_dtype, x.device, transposed=not inverse) if left else None,
-        block_diagonal(right, TILE, x.product_dtype, x.device, transposed=inverse) if right else None,
-    )
+def plan_rotate(
+    x: torch.dtype,
+    device: torch.device,
+    left: Rotation | None,
+    right: Rotation | None,
+    dtype: torch.dtype,
+    inverse: bool,
+) -> Planned:
+    """From the dtype ``x`` to ``dtype``. Takes (rows, columns, strides of x, rows and columns of the result), x, and the
+    result."""
     constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
-    grid = (triton.cdiv(max(x.shape[0], shape[0]), TILE), triton.cdiv(shape[1], TILE))
-    integers = (*x.shape, shape[0], *x.stride, shape[1])
-    return Launch(kernels.rotate_tiles, grid, integers, constants), matrices
+    launch, of = Launch(kernels.rotate_tiles, constants), product_dtype(x, device)
+    matrices = (
+        block_diagonal(left, TILE, of, device, transposed=not inverse) if left else None,
+        block_diagonal(right, TILE, of, device, transposed=inverse) if right else None,
+    )
+
+    def sizes(m: int, k: int, stride_row: int, stride_column: int, rows: int, columns: int) -> tuple:
+        grid = cdiv(max(m, rows), TILE), cdiv(columns, TILE)
+        return grid, (m, k, rows, stride_row, stride_column, columns)
+
+    return Planned(lambda _: Variant(launch, sizes, matrices))

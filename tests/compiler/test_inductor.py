@@ -152,14 +152,17 @@ def test_a_regions_graph_keeps_its_ops():
 
 @runs_kernels
 def test_dynamic_shapes_stay_ops():
-    mlp, (x, e) = model(halo_config(1, "int8")), data(40)
+    """Of all lengths, two graphs: rows of transposed codes are padded to 16, and contiguous if their length is a multiple."""
+    mlp, (x, e) = model(halo_config(1, "int8")), data(50)
     f = torch.compile(mlp, fullgraph=True, dynamic=True)
     _, code = run_and_get_code(lambda: step(f, mlp, x, e))
     assert all(map(calls_ops, code))
-    for tokens in (20, 33):
+    for tokens in (48, 20, 33, 32, 2, 39):
         part = x[:tokens].detach().requires_grad_()
-        for a, b in zip(step(f, mlp, part, e), step(mlp, mlp, part, e), strict=True):
-            assert relative_error(a, b) < 0.01
+        expected = step(mlp, mlp, part, e)
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 48):
+            for a, b in zip(step(f, mlp, part, e), expected, strict=True):
+                assert relative_error(a, b) < 0.01
 
 
 @runs_kernels
@@ -328,15 +331,16 @@ def test_the_vendors_product_in_a_graph(monkeypatch):
     def multiply(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum, out):
         return out.copy_(a.float() @ b.float() * scale_a * scale_b)
 
+    monkeypatch.setattr(cublas, "is_faster", lambda *sizes: True)
     monkeypatch.setattr(cublas, "why_not", lambda request: None)
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     monkeypatch.setattr(torch, "_scaled_mm", multiply)
     a, b = (t.to(torch.float8_e4m3fn) for t in tensors(32, 64))
     f = lambda a, b, s: ops.scaled_mm(a, b, s, None, None, None, None, (32, 32), torch.bfloat16)  # noqa: E731
     scale = torch.rand(32, device=DEVICE)
     (y,), code = compiled(lambda a, b, s: [f(a, b, s)], a, b, scale)
-    product._plan.cache_clear()
-    assert "VendorProduct(True, True)" in code and torch.equal(y, f(a, b, scale))
+    product.plan.cache_clear()
+    assert "VendorProduct()" in code and torch.equal(y, f(a, b, scale))
 
 
 @runs_kernels

@@ -50,6 +50,7 @@ from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
 from halo_tensor.reference import ops as reference  # noqa: E402
+from halo_tensor.reference.codes import aligned  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
 GPUS = {
@@ -369,10 +370,9 @@ def swiglu_backward(x0, x1, x2, row, column, inside):
 def test_quantising_what_is_not_written(launched, capability, right, gained):
     def request(empty):
         gate, up, codes = (empty(1000, 14336, dtype=dtype) for dtype in (BF16, BF16, FP8[0]))
-        matrix = quantizer.Matrix.of(gate)
-        launch, matrices = quantizer.plan_whole_rows(matrix, right, FP8_E4M3, gained, False, 14336, swiglu)
-        rest = [codes if t is None else t for t in (None, empty(14336) if gained else None, *matrices, None)]
-        launch(gate, up, *rest, codes, empty(1000))
+        planned = quantizer.plan_whole_rows(14336, BF16, gate.device, right, FP8_E4M3, gained, False, swiglu)
+        gain = empty(14336) if gained else None
+        planned((1000, 14336, 1, 14336), gate, up, None, gain, None, codes, empty(1000))
 
     (kernel,) = launched(capability, request)
     check_fit([kernel], capability)
@@ -402,12 +402,12 @@ def test_quantising_two_that_are_not_written(launched, capability, rows, functio
 
     def request(empty):
         m, k = rows, 14336
-        passes = two._plan(m, k, format, torch.device("cuda", capability), function)
+        passes = two.plan_pairs(format, torch.device("cuda", capability), function)
         operands = [empty(m, k, dtype=BF16) for _ in range(3)] + [empty(n) for n in (m, m, k, k)]
         operands.append(empty(2 * (m + k), dtype=torch.int32))
         made = [empty(m, k, dtype=codes), empty(k, m, dtype=codes), empty(m), empty(k)] * 2
-        passes[0](*operands)
-        passes[1](*operands, *made)
+        passes[0]((m, k), *operands)
+        passes[1]((m, k, k, aligned(m)), *operands, *made)
 
     kernels = launched(capability, request)
     assert [kernel.name for kernel in kernels] == ["amax_of_two", "cast_two"]
@@ -561,8 +561,8 @@ def test_wgmma_is_asynchronous(launched, name):
 def test_the_log_shows_wgmma_that_is_not(launched, monkeypatch):
     """So that the test above can fail: the un-rotation in a flattened loop."""
 
-    def flattened(kernel, grid, integers, constants, tiles):
-        return Launch(kernel, grid, integers, constants | {"FLATTEN": True}, tiles)
+    def flattened(kernel, constants, blocks):
+        return Launch(kernel, constants | {"FLATTEN": True}, blocks)
 
     monkeypatch.setattr(tma, "Launch", flattened)
     (kernel,) = launched(90, MULTIPLY["fp8, undo both"])
@@ -588,7 +588,7 @@ def test_the_kernel_in_gluon_is_worth_its_lines(launched, name, monkeypatch):
     between = re.search(r"wait_group\.sync\.aligned 1;(.*?)cp\.async\.bulk\.tensor", kernel.asm["ptx"], re.DOTALL)
     assert "bar.sync" in between[1], "a warp may still read what is overwritten"
     monkeypatch.setattr(sm90, "why_not", lambda request: "it shall not")
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     (kernel,) = launched(90, MULTIPLY[name])
     assert kernel.name == "scaled_mm_kernel" and in_flight(kernel) == {"0"}
 
@@ -651,7 +651,7 @@ def test_without_cublas(launched, monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(kwargs["out"].shape))
     assert launched(90, request) == [] and calls == [(16, 16), (8192, 8192)], "tried on a small product first"
     cublas._multiplies.cache_clear()
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     monkeypatch.setattr(torch, "_scaled_mm", broken)
     (kernel,) = one_warning_of(CUBLAS, lambda: launched(90, request))
     assert kernel.name == "scaled_mm_kernel"
@@ -668,7 +668,7 @@ def test_without_the_bare_launcher(launched, monkeypatch):
 def test_without_kernels_that_are_compiled_beforehand(launched, monkeypatch, owner, where):
     dispatched = []
     monkeypatch.setattr(owner, where, broken)
-    monkeypatch.setattr(Launch, "_launch_any", lambda self, arguments: dispatched.append(self.kernel.fn.__name__))
+    monkeypatch.setattr(Launch, "_by_triton", lambda self, *arguments: dispatched.append(self.kernel.fn.__name__))
     assert one_warning_of(PRECOMPILED, lambda: launched(90, MULTIPLY["fp8, undo both"])) == []
     assert dispatched == ["scaled_mm_kernel"]
 
@@ -701,7 +701,7 @@ def test_remembered_descriptors_keep_no_tensor_alive():
     """Where there is no TMA, there is no metadata of descriptors, and Triton hands the tensors on."""
     encode = triton_launch._encoder(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
     codes = torch.empty(256, 128, dtype=torch.int8)
-    encoded = encode([launching.Tiles((256, 128), (128, 1), (128, 128)).of(codes)])
+    encoded = encode([launching.describe(codes, (256, 128, 128), (128, 128))])
     assert encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)
 
 
@@ -727,26 +727,25 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=SimpleNamespace(launch=c_function)))
     monkeypatch.setattr(triton_launch, "BuiltinFunctionType", FunctionType)
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
-    tiles = launching.Tiles((256, 128), (128, 1), (128, 128))
-    descriptors = [tiles.of(tensors[0])][:described]
-    how = compiled, (3, 2, 1), lambda tensors: descriptors, described, (7, "constant")
-    ours = triton_launch.bare(triton_launch.through_triton(*how), *how)
+    descriptors = [launching.describe(tensors[0], (256, 128, 128), (128, 128))][:described]
+    how = compiled, lambda sizes, tensors: descriptors, described, ("constant",)
+    ours, sizes = triton_launch.bare(triton_launch.through_triton(*how), *how), launching.Sizes((3, 2, 1), (7,), (), (0,))
     for _ in range(2):
-        ours(tensors, [t.data_ptr() for t in tensors], 5)
+        ours(sizes, tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)
     assert len(calls) == 3 and calls[0] == calls[1] == calls[2]
     listener = SimpleNamespace(calls=[print])
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", listener)
     with monkeypatch.context() as patch:
         patch.setattr(theirs, "launch", lambda *args: calls.append("through Triton's launcher"))
-        ours(tensors, [t.data_ptr() for t in tensors], 5)
+        ours(sizes, tensors, [t.data_ptr() for t in tensors], 5)
     assert calls.pop() == "through Triton's launcher", "where somebody listens"
     assert calls[0][:5] == [3, 2, 1, 5, "function"] and calls[0][-3:] == [tensors[1].data_ptr(), 7, "constant"]
 
 
 def test_two_threads_that_compile_one_plan(monkeypatch):
     """While one compiles with two stages, which do not fit, the other has found that out already."""
-    launch = Launch(SimpleNamespace(fn=len, warmup=None), (1,), (), {"num_stages": 2})
+    launch = Launch(SimpleNamespace(fn=len, warmup=None), {"num_stages": 2})
 
     def warmup(*arguments, grid, num_stages, enable_fp_fusion):
         launch.constants = {"num_stages": 1}
@@ -755,7 +754,7 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
     monkeypatch.setattr(launch.kernel, "warmup", warmup)
     monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    assert launch._compile([], 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
+    assert launch._compile([], launch.sizes((1,), ()), 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
 
 
 class Compiled:

@@ -61,14 +61,14 @@ def test_products_without_backends(monkeypatch, off, size):
     """Other backends serve what ``HALO_DISABLE`` takes from one; codes are small integers, and so all sums are exact."""
     for name in off:
         monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     (m, k, n), scale = size, torch.rand(size[0], device="cuda")
     for dtype in (torch.int8, torch.float8_e4m3fn):
         a, b_t = (torch.randint(-4, 5, (rows, k), device="cuda").float().to(dtype) for rows in (m, n))
         y = ops.scaled_mm(a, b_t, scale, None, None, None, None, (m, n), torch.float32)
         expected = a.double() @ b_t.double().t() * scale[:, None]
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0)
-    product._plan.cache_clear()
+    product.plan.cache_clear()
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", asked_for)
     monkeypatch.setattr(triton_launch, "_bare", prepared)
-    plans = quantizer.plan_whole_rows, product._plan
+    plans = quantizer.plan_whole_rows, product.plan
     for plan in plans:
         plan.cache_clear()
     yield asked, launched

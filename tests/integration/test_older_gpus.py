@@ -20,7 +20,6 @@ from halo_tensor import halo_config, ops, quantize_
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as scaled_mm
 from halo_tensor.kernels.matmul import sm80
-from halo_tensor.kernels.matmul.request import Request
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers.errors import relative_error, typical_error
@@ -131,11 +130,10 @@ def test_a_layer(launched, capability, dtype, config):
 
 def test_the_kernel_is_what_these_gpus_get():
     """On the GPU itself, another kernel runs."""
-    a = scaled_mm.Matrix.of(codes(256, 256, INT8))
-    request = Request(a, a, 256, 0, 0, False, None, None, None, torch.bfloat16)
     with running_as(80):
-        launch, _ = scaled_mm._plan(request)
-    assert launch.kernel is sm80.mma_kernel
+        int8 = torch.int8
+        planned = scaled_mm.plan(torch.device("cuda", 0), int8, int8, 256, 0, 0, False, None, None, None, torch.bfloat16)
+        assert planned.variant((256, 256, 256, 256, 256)).launch.kernel is sm80.mma_kernel
 
 
 @pytest.mark.parametrize(

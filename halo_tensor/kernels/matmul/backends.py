@@ -1,8 +1,8 @@
 """The backends of products, in the order in which they are asked.
 
 A backend is a module with two functions. ``why_not(request)`` gives the reason to decline a product, or None.
-``plan(request)`` gives a launch and the tensors that it takes last, or None if it could not be prepared, after a warning. A
-launch takes (a, b_t, out, a_scale, b_scale, gain, bias, *tensors), with out in place of those that are None.
+``plan(request)`` gives a :class:`~halo_tensor.kernels.launch.Variant` of the numbers and tensors that
+:func:`halo_tensor.kernels.matmul.plan.plan` names, or None if it could not be prepared, after a warning.
 
 A GPU generation with a kernel of its own is a module here and a row in ``BACKENDS``.
 """
@@ -14,8 +14,7 @@ import torch
 from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON
 from halo_tensor.kernels.device import runs
 from halo_tensor.kernels.matmul import cublas, pytorch, sm80, tma
-from halo_tensor.kernels.matmul.request import Request
-from halo_tensor.kernels.rotate import Matrix
+from halo_tensor.kernels.matmul.request import Request, multiprocessors, size_class
 from halo_tensor.recipe import FP8_E4M3, INT8
 from halo_tensor.reference.codes import code_dtype
 
@@ -42,7 +41,7 @@ class Backend(NamedTuple):
         return self.module.plan(request)
 
 
-#: The first that does not decline serves a product.
+#: The first that does not decline serves a product. The last one declines none.
 BACKENDS = (
     Backend("cublas", cublas),
     Backend("gluon", GLUON.load("halo_tensor.kernels.matmul.sm90")),
@@ -63,8 +62,8 @@ def answers(device: torch.device) -> dict[str, str | None]:
     for format in (INT8, FP8_E4M3):
         if not runs((format,), device):
             continue
-        codes = Matrix(torch.Size((4096, 4096)), (4096, 1), code_dtype(format), device)
-        request = Request(codes, codes, 4096, 2, 2, False, None, None, None, torch.bfloat16)
+        code, size = code_dtype(format), size_class(4096, 4096, multiprocessors(device))._replace(vendor=True)
+        request = Request(device, code, code, 4096, 2, 2, False, None, None, None, torch.bfloat16, size)
         serves: str | None = None
         for backend in BACKENDS:
             reason = backend.why_not(request)

@@ -7,16 +7,16 @@ gain, the bias and the cast happen on the accumulator, before anything is writte
 
 from functools import lru_cache, reduce
 from operator import add
-from typing import Any
 
 import torch
-import triton
 
 from halo_tensor.kernels.device import check_device, is_hopper
+from halo_tensor.kernels.launch import Planned, Variant, cdiv
+from halo_tensor.kernels.matmul import cublas
 from halo_tensor.kernels.matmul.backends import BACKENDS
-from halo_tensor.kernels.matmul.request import Request, multiprocessors
+from halo_tensor.kernels.matmul.request import Request, SizeClass, multiprocessors, size_class
 from halo_tensor.kernels.quantize.plan import dense
-from halo_tensor.kernels.rotate import Matrix, transposed, unrotate
+from halo_tensor.kernels.rotate import transposed, unrotate
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.ops import LONGEST_SUM
@@ -69,7 +69,7 @@ def _left_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torc
     return (
         is_hopper(a.device)
         and a.dtype != torch.int8
-        and triton.cdiv(rows, 128) * triton.cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
+        and cdiv(rows, 128) * cdiv(b_t.shape[0], 256) >= multiprocessors(a.device)
     )
 
 
@@ -79,21 +79,48 @@ def _product(a, b_t, a_scale, b_scale, gain, bias, left, right, rows: int, dtype
     out = a.new_empty((rows, b_t.shape[0]), dtype=dtype)
     if a.shape[1] == 0 or out.numel() == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    bias_dtype = None if bias is None else bias.dtype
-    request = Request(
-        Matrix.of(a), Matrix.of(b_t), rows, _kind(a_scale), _kind(b_scale), gain is not None, bias_dtype, left, right, dtype
-    )  # fmt: skip
-    launch, matrices = _plan(request)
-    launch(a, b_t, out, *(out if t is None else t for t in (a_scale, b_scale, gain, bias, *matrices)))
+    n, bias_dtype = b_t.shape[0], None if bias is None else bias.dtype
+    planned = plan(
+        a.device, a.dtype, b_t.dtype, n, _kind(a_scale), _kind(b_scale), gain is not None, bias_dtype, left, right, dtype
+    )
+    planned((*a.shape, rows, a.stride(0), b_t.stride(0)), a, b_t, out, a_scale, b_scale, gain, bias)
     return out
 
 
 @lru_cache(maxsize=4096)
-def _plan(request: Request) -> tuple[Any, tuple]:
-    """The launch for a product, and the matrices that it takes."""
-    check_device((INT8 if request.integer else FP8_E4M3,), request.device)
-    willing = (backend for backend in BACKENDS if backend.why_not(request) is None)
-    return next(planned for backend in willing if (planned := backend.plan(request)) is not None)
+def plan(
+    device: torch.device,
+    a: torch.dtype,
+    b: torch.dtype,
+    n: int,
+    a_scale: int,
+    b_scale: int,
+    gain: bool,
+    bias: torch.dtype | None,
+    left: Rotation | None,
+    right: Rotation | None,
+    dtype: torch.dtype,
+) -> Planned:
+    """The products that a :class:`~halo_tensor.kernels.matmul.request.Request` of these arguments describes.
+
+    Takes (m, k, rows, row strides of a and of b_t), then a, b_t, out, a_scale, b_scale, gain and bias.
+    """
+    check_device((INT8 if a == torch.int8 else FP8_E4M3,), device)
+
+    def request(size: SizeClass) -> Request:
+        return Request(device, a, b, n, a_scale, b_scale, gain, bias, left, right, dtype, size)
+
+    def prepare(size: SizeClass) -> Variant:
+        asked = request(size)
+        willing = (backend for backend in BACKENDS if backend.why_not(asked) is None)
+        return next(variant for backend in willing if (variant := backend.plan(asked)) is not None)
+
+    def classify(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> SizeClass:
+        size = size_class(m, n, multiprocessors(device))
+        ideal = size._replace(vendor=cublas.is_faster(m, n, k, stride_a, stride_b))
+        return ideal if ideal.vendor and cublas.why_not(request(ideal)) is None else size
+
+    return Planned(prepare, classify)
 
 
 def _kind(scale: torch.Tensor | None) -> int:

@@ -6,17 +6,21 @@ takes several times longer than a kernel, and memory for float32 results.
 
 from typing import Any
 
+from halo_tensor.kernels.launch import Variant
 from halo_tensor.kernels.matmul.request import Request
 from halo_tensor.reference import ops as reference
 
 
 class PyTorchProduct:
-    """The product, called like a :class:`~halo_tensor.kernels.launch.Launch`."""
+    """The product, called like a :class:`~halo_tensor.kernels.launch.Launch`. It needs no sizes beside those of tensors."""
 
     def __init__(self, request: Request):
         self.request = request
 
-    def __call__(self, a: Any, b_t: Any, out: Any, a_scale: Any, b_scale: Any, gain: Any, bias: Any) -> None:
+    def sizes(self) -> tuple[()]:
+        return ()
+
+    def __call__(self, sizes: tuple[()], a: Any, b_t: Any, out: Any, a_scale: Any, b_scale: Any, gain: Any, bias: Any) -> None:
         asked = self.request
         scales = a_scale if asked.a_scale else None, b_scale if asked.b_scale else None
         bias, gain = bias if asked.bias is not None else None, gain if asked.gain else None
@@ -30,5 +34,5 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def plan(request: Request) -> tuple[PyTorchProduct, tuple]:
-    return PyTorchProduct(request), ()
+def plan(request: Request) -> Variant:
+    return Variant(PyTorchProduct(request), lambda *numbers: ())

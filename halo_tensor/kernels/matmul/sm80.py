@@ -9,9 +9,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from halo_tensor.kernels.launch import Launch, shared_memory
+from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
 from halo_tensor.kernels.matmul.epilogue import finish, matrices
-from halo_tensor.kernels.matmul.request import Request, multiprocessors
+from halo_tensor.kernels.matmul.request import Request, SizeClass
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.rotate import norm
 
@@ -31,20 +31,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(m: int, n: int, integer: bool, left: bool, shared: int, multiprocessors: int) -> Tile:
+def tile_for(size: SizeClass, integer: bool, left: bool, shared: int) -> Tile:
     """The launch table (docs: bench/results/generations.md). ``shared``: bytes of shared memory that a program may have.
 
     Two programs share a multiprocessor, so that one multiplies while the other stores: each takes half of its shared memory.
     """
-    few = triton.cdiv(m, 128) * triton.cdiv(n, 128) < multiprocessors
-    if m <= 64 or (few and not left):  # a rotation on the left is undone on tiles of its block
+    if size.thin or not (size.tiles or left):  # a rotation on the left is undone on tiles of its block
         return Tile(64, 128, 128, 4, 4 if shared >= 160 * 1024 else 3)
     if not integer:
         return Tile(128, 128, 64, 8, 4)
     return Tile(128, 128, 128, 4, 3) if shared >= 160 * 1024 else Tile(128, 128, 64, 4, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def mma_kernel(
     a, b, out, a_scale, b_scale, gain, bias, left, right,
     M, N, K, ROWS_OUT, stride_a, stride_b,
@@ -94,15 +93,17 @@ def why_not(request: Request) -> str | None:
     return None
 
 
-def plan(request: Request) -> tuple[Launch, tuple]:
-    """The launch, and the matrices of its rotations."""
-    (m, n, k), device, left, right = request.size, request.device, request.left, request.right
-    tile = tile_for(m, n, request.integer, left is not None, shared_memory(device), multiprocessors(device))
+def plan(request: Request) -> Variant:
+    """How it is launched, with the matrices of its rotations."""
+    n, device, left, right = request.n, request.device, request.left, request.right
+    tile = tile_for(request.size, request.integer, left is not None, shared_memory(device))
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **request.constants,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
-    integers = (m, n, k, request.rows, request.a.stride[0], request.b_t.stride[0])
-    return Launch(mma_kernel, grid, integers, constants), matrices(request, tile.m)
+
+    def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
+        return (cdiv(m, tile.m) * cdiv(n, tile.n),), (m, n, k, rows, stride_a, stride_b)
+
+    return Variant(Launch(mma_kernel, constants), sizes, matrices(request, tile.m))

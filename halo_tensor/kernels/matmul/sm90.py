@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 
 from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.fences.gluon import (
@@ -22,7 +21,7 @@ from halo_tensor.fences.gluon import (
     warpgroup_mma_wait,
 )
 from halo_tensor.kernels.device import INTERPRETED, is_hopper
-from halo_tensor.kernels.launch import Launch, Tiles
+from halo_tensor.kernels.launch import Launch, Variant, cdiv
 from halo_tensor.kernels.matmul.request import Request, multiprocessors
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.rotate import norm
@@ -99,7 +98,7 @@ def _store(out, y, gain, bias, tile_m, first, M, N, GAIN: gl.constexpr, BIASED: 
     gl.store(out + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["K"])
 def wgmma_kernel(
     a, b, out, a_scale, b_scale, gain, bias, right,
     M, N, K,
@@ -197,45 +196,47 @@ def wgmma_kernel(
 
 def why_not(request: Request) -> str | None:
     """Why this kernel cannot serve the product, or is not the faster one, if so."""
-    m, n, _ = request.size
     if not is_hopper(request.device) or INTERPRETED:
         return "it is for GPUs of SM 9.0"
     if request.left is not None:
         return "it undoes no rotation on the left"
     if not request.integer and request.right is None:
         return "fp8 without an un-rotation is as fast without it (docs/notes/products.md)"
-    if n % 8:
+    if request.n % 8:
         return "wide stores write rows of multiples of 8"
-    few = triton.cdiv(m, BM) * triton.cdiv(n, BN) < 0.7 * multiprocessors(request.device)
-    return "it has no tiles for most multiprocessors" if few or m <= BM // 2 else None
+    few = request.size.wide_tiles == 0 or request.size.thin
+    return "it has no tiles for most multiprocessors" if few else None
 
 
-def plan(request: Request) -> tuple[Launch, tuple] | None:
-    """The launch, and the matrix of its rotation; None if the kernel cannot be compiled, which a warning says then."""
+def plan(request: Request) -> Variant | None:
+    """How it is launched, with the matrix of its rotation; None if the kernel does not compile, which a warning says then."""
     return GLUON.attempt(_plan, request)
 
 
-def _plan(request: Request) -> tuple[Launch, tuple]:
+def _plan(request: Request) -> Variant:
     """The kernel is compiled here, while another kernel can still take its place."""
-    (m, n, k), right = request.size, request.right
-    programs = min(multiprocessors(request.device), triton.cdiv(m, BM) * triton.cdiv(n, BN))
+    n, right, most = request.n, request.right, multiprocessors(request.device)
     constants = {
-        "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": programs, **request.constants,
+        "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": most, **request.constants,
         "RIGHT": right is not None, "NORM": norm(None, right), "num_warps": WARPS,
     }  # fmt: skip
-    tiles = Tiles((m, k), request.a.stride, (BM, BK)), Tiles((n, k), request.b_t.stride, (BN, BK))
+
+    def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
+        programs = min(most, cdiv(m, BM) * cdiv(n, BN))
+        return (programs,), (m, n, k), ((m, k, stride_a), (n, k, stride_b))
+
     matrix = _matrix(right, request.device) if right else None
-    launch = Launch(wgmma_kernel, (programs,), (m, n, k), constants, tiles)
-    dtypes = request.a.dtype, request.b_t.dtype, request.dtype, *_arguments(constants, request.dtype, request.bias)
-    launch.compile(request.device, dtypes)
-    return launch, (matrix,)
+    launch = Launch(wgmma_kernel, constants, ((BM, BK), (BN, BK)))
+    dtypes = request.a, request.b, request.dtype, *_arguments(constants, request)
+    launch.compile(request.device, dtypes, launch.sizes(*sizes(BM, BK, BM, BK, BK)))  # it knows none of these
+    return Variant(launch, sizes, (matrix,))
 
 
-def _arguments(constants: dict[str, Any], out: torch.dtype, bias: torch.dtype | None) -> list[torch.dtype]:
-    """The dtypes of the scales, the gain, the bias and the matrix. ``out`` stands in the place of those that there are not."""
+def _arguments(constants: dict[str, Any], request: Request) -> list[torch.dtype]:
+    """The dtypes of the scales, the gain, the bias and the matrix. ``a`` stands in the place of those that there are not."""
     there = [constants["A_SCALE"], constants["B_SCALE"], constants["GAIN"], constants["BIASED"], constants["RIGHT"]]
-    dtypes = [torch.float32, torch.float32, torch.float32, bias, torch.bfloat16]
-    return [dtype if is_there and dtype else out for is_there, dtype in zip(there, dtypes, strict=True)]
+    dtypes = [torch.float32, torch.float32, torch.float32, request.bias, torch.bfloat16]
+    return [dtype if is_there and dtype else request.a for is_there, dtype in zip(there, dtypes, strict=True)]
 
 
 def _order() -> torch.Tensor:

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import INTEGERS_ON_SM100, has_tma
-from halo_tensor.kernels.launch import Launch, Tiles
+from halo_tensor.kernels.launch import Launch, Variant, cdiv
 from halo_tensor.kernels.matmul.epilogue import EDGE, finish, matrices
-from halo_tensor.kernels.matmul.request import Request, multiprocessors
+from halo_tensor.kernels.matmul.request import Request, SizeClass, multiprocessors
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.rotate import norm
 
@@ -35,9 +35,7 @@ class Tile(NamedTuple):
     flatten: bool = False
 
 
-def tile_for(
-    generation: int, m: int, n: int, integer: bool, left: bool, right: bool, wide_output: bool, multiprocessors: int
-) -> Tile:
+def tile_for(generation: int, size: SizeClass, integer: bool, left: bool, right: bool, wide_output: bool) -> Tile:
     """The launch table.
 
     The rows of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest tiles whose
@@ -49,13 +47,9 @@ def tile_for(
         wide_output: whether the result is float32.
     """
     undo = left or right
-
-    def fewer_than_multiprocessors(height: int, width: int) -> bool:
-        return triton.cdiv(m, height) * triton.cdiv(n, width) < multiprocessors
-
-    if m <= 64:
+    if size.thin:
         return Tile(64, 128, warps=4, stages=4, flatten=not undo)
-    if fewer_than_multiprocessors(128, 128) and not left:
+    if not size.tiles and not left:
         return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)
     if generation == 12:  # 100 KB of shared memory for two programs, and accumulators in registers
         return Tile(128, 128, 64, warps=4, stages=4, resident=2, part=32)
@@ -67,14 +61,14 @@ def tile_for(
     # accumulator meets another product inside a loop that is still running.
     whole = Tile(128, 256, stages=4) if undo else Tile(128, 256, stages=4, part=256, flatten=True)
     # Triton waits for every int8 product before the next: a second program fills the gaps.
-    if integer or fewer_than_multiprocessors(128, 256):
+    if integer or size.wide_tiles < 2:
         return Tile(128, 128, warps=4, stages=3, resident=2, flatten=not undo)
     if wide_output and not undo:  # float32 results need the shared memory of the larger tile
         return Tile(128, 128, warps=8, stages=4, flatten=True)
     return whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def scaled_mm_kernel(
     a, b, out, a_scale, b_scale, gain, bias, left, right,
     M, N, K, ROWS_OUT, stride,
@@ -104,20 +98,23 @@ def why_not(request: Request) -> str | None:
     return None if has_tma(request.device) else "the GPU has no TMA"
 
 
-def plan(request: Request) -> tuple[Launch, tuple]:
-    """The launch, and the matrices of its rotations."""
-    (m, n, k), device, left, right = request.size, request.device, request.left, request.right
+def plan(request: Request) -> Variant:
+    """How it is launched, with the matrices of its rotations."""
+    n, device, left, right = request.n, request.device, request.left, request.right
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     wide_output = request.dtype.itemsize > 2
-    tile = tile_for(
-        generation, m, n, request.integer, left is not None, right is not None, wide_output, multiprocessors(device)
-    )  # fmt: skip
-    programs = min(multiprocessors(device) * tile.resident, triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n))
+    tile = tile_for(generation, request.size, request.integer, left is not None, right is not None, wide_output)
+    programs = multiprocessors(device) * tile.resident
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **request.constants,
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "FLATTEN": tile.flatten, "PART": min(tile.part, tile.n),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    tiles = Tiles((m, k), request.a.stride, (tile.m, tile.k)), Tiles((n, k), request.b_t.stride, (tile.n, tile.k))
-    return Launch(scaled_mm_kernel, (programs,), (m, n, k, request.rows, n), constants, tiles), matrices(request, tile.m)
+
+    def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
+        grid = (min(programs, cdiv(m, tile.m) * cdiv(n, tile.n)),)
+        return grid, (m, n, k, rows, n), ((m, k, stride_a), (n, k, stride_b))
+
+    launch = Launch(scaled_mm_kernel, constants, ((tile.m, tile.k), (tile.n, tile.k)))
+    return Variant(launch, sizes, matrices(request, tile.m))

@@ -62,9 +62,9 @@ def _by_column(gain, columns, K, dtype: tl.constexpr):
     return by_column.to(dtype) if dtype == tl.bfloat16 else by_column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def whole_rows(
-    x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
+    x, x1, x2, gain, fold, codes, scales, matrix, left_matrix, signs,
     M, K, stride_row, stride_column, stride_codes,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
@@ -80,7 +80,7 @@ def whole_rows(
     """
     first = tl.program_id(0) * (ROWS * STEPS)
     _whole_rows(
-        x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
+        x, x1, x2, gain, fold, codes, scales, matrix, left_matrix, signs,
         first, M, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
         STEP, PRODUCER,
@@ -113,7 +113,7 @@ def whole_rows_of_many(
     scales = tl.multiple_of(tl.load(mine + 4 * COUNT).to(tl.pointer_type(tl.float32)), 16)
     gain = tl.multiple_of(tl.load(mine + 5 * COUNT).to(tl.pointer_type(tl.float32)), 16)
     _whole_rows(
-        x, x, x, gain, matrix, left_matrix, signs, scales, codes, scales,
+        x, x, x, gain, scales, codes, scales, matrix, left_matrix, signs,
         first, rows, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
         STEP, PRODUCER,
@@ -122,7 +122,7 @@ def whole_rows_of_many(
 
 @triton.jit
 def _whole_rows(
-    x, x1, x2, gain, matrix, left_matrix, signs, fold, codes, scales,
+    x, x1, x2, gain, fold, codes, scales, matrix, left_matrix, signs,
     first, M, K, stride_row, stride_column, stride_codes,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
@@ -217,7 +217,7 @@ def _columns_out(tile, COUNT, WIDTH: tl.constexpr, KEPT: tl.constexpr):
 
 @triton.jit
 def amax_tiles(
-    x, left, right, fold_columns, fold_rows, row_amax, column_amax,
+    x, fold_columns, fold_rows, row_amax, column_amax, left, right,
     M, K, COLUMNS_OUT, stride_row, stride_column,
     T: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
@@ -288,7 +288,7 @@ def write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
 
 @triton.jit
 def cast_tiles(
-    x, left, right, fold_columns, fold_rows, row_amax, column_amax, seed, codes, codes_t, row_scales, column_scales,
+    x, fold_columns, fold_rows, row_amax, column_amax, seed, codes, codes_t, row_scales, column_scales, left, right,
     M, K, ROWS_OUT, COLUMNS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
     T: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
@@ -362,7 +362,7 @@ def transpose_codes(codes, codes_t, M, K, stride_codes, stride_codes_t, T: tl.co
 
 @triton.jit
 def rotate_tiles(
-    x, left, right, out, M, K, ROWS_OUT, stride_row, stride_column, stride_out,
+    x, out, left, right, M, K, ROWS_OUT, stride_row, stride_column, stride_out,
     T: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """out [ROWS_OUT, K] = left · x · right · norm of x [M, K], in high precision, a [T, T] tile a program."""

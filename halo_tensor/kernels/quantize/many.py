@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
 from halo_tensor.kernels.quantize import kernels
 from halo_tensor.kernels.quantize import plan as single
 from halo_tensor.kernels.rotate import Matrix
@@ -33,7 +33,7 @@ class _Weight(NamedTuple):
 class _Group(NamedTuple):
     """A launch, and its tensors: the index of one of the matrices, a table of where all are, the rotation's constants."""
 
-    launch: Launch
+    launch: SizedLaunch
     like: int
     table: torch.Tensor
     matrices: tuple
@@ -96,15 +96,14 @@ def _may_have_company(weight: _Weight, left: Rotation | None, right: Rotation | 
 
 
 def _plan_group(group: list[_Weight], like: int, right: Rotation | None, format: Format) -> _Group:
-    x, stride, _ = group[0]
-    stacked = x._replace(shape=torch.Size((sum(weight.x.shape[0] for weight in group), x.shape[1])))
-    one, matrices = single.plan_whole_rows(stacked, right, format, group[0].gained, False, stride)
-    rows = one.constants["ROWS"] * one.constants["STEPS"]
+    (x, stride, _), gained = group[0], group[0].gained
+    how, options, matrices = single.row_constants(x.shape[1], x.dtype, x.device, right, format, gained, False)
+    steps = how.steps_for(sum(weight.x.shape[0] for weight in group))
     entries, programs = [], 0
     for weight in group:
         entries.append((programs, weight.x.shape[0], *weight.pointers))
-        programs += triton.cdiv(weight.x.shape[0], rows)
+        programs += cdiv(weight.x.shape[0], how.rows * steps)
     table = torch.tensor(entries, dtype=torch.int64).t().contiguous().to(x.device)
-    constants = one.constants | {"ENTRIES": triton.next_power_of_2(len(group))}
-    integers = (len(group), x.shape[1], *x.stride, stride)
-    return _Group(Launch(kernels.whole_rows_of_many, (programs,), integers, constants), like, table, matrices)
+    constants = options | {"STEPS": steps, "ENTRIES": triton.next_power_of_2(len(group))}
+    launch = Launch(kernels.whole_rows_of_many, constants)
+    return _Group(launch.sized((programs,), (len(group), x.shape[1], *x.stride, stride)), like, table, matrices)

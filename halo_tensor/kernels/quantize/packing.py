@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import check_device
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.recipe import FP8_E4M3, Format
 
 GROUPS = 1024  # of four codes, in three bytes, a program
@@ -56,7 +56,7 @@ def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> Non
     """See :func:`halo_tensor.ops.pack_rows_`."""
     codes = codes.contiguous()
     target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
-    _plan(pack_kernel, codes.numel() // 4, format, codes.device)(codes.view(torch.uint8), target)
+    _plan(pack_kernel, format, codes.device)((codes.numel() // 4,), codes.view(torch.uint8), target)
     if target is not packed:
         packed.copy_(target)
 
@@ -65,12 +65,14 @@ def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
     """See :func:`halo_tensor.reference.packing.unpack_rows`."""
     packed = packed.contiguous()
     codes = packed.new_empty((packed.shape[0], packed.shape[1] // 3 * 4), dtype=torch.float8_e4m3fn)
-    _plan(unpack_kernel, codes.numel() // 4, format, codes.device)(packed, codes.view(torch.uint8))
+    _plan(unpack_kernel, format, codes.device)((codes.numel() // 4,), packed, codes.view(torch.uint8))
     return codes
 
 
-@lru_cache(maxsize=4096)
-def _plan(kernel, count: int, format: Format, device: torch.device) -> Launch:
+@lru_cache
+def _plan(kernel, format: Format, device: torch.device) -> Planned:
+    """Takes the number of groups, and the bytes to read and to write."""
     check_device((format,), device)
     constants = {"GROUPS": GROUPS, "MANTISSA": format.mantissa_bits, "LOWEST": format.min_exponent - FP8_E4M3.min_exponent + 1}
-    return Launch(kernel, (triton.cdiv(count, GROUPS),), (count,), constants)
+    launch = Launch(kernel, constants)
+    return Planned(lambda _: Variant(launch, lambda count: ((cdiv(count, GROUPS),), (count,))))

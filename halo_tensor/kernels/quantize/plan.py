@@ -4,16 +4,16 @@ Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and v
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS, has_wgmma, is_hopper, rounds_to_fp8
-from halo_tensor.kernels.launch import Launch, shared_memory
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv, shared_memory
 from halo_tensor.kernels.quantize import kernels
-from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, norm, rotate, transposed, whole_blocks
+from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, norm, product_dtype, rotate, transposed, whole_blocks
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned, code_dtype, lift
@@ -189,40 +189,67 @@ def _whole_rows(x, right, format, gain, fold, into):
         # What stands for x in a compiled graph may have a producer, whose inputs are read instead.
         function, inputs = getattr(x, "producer", None) or (None, [x])
     inputs = [*inputs, *[None] * (PRODUCER_INPUTS - len(inputs))]
-    gained, folded = gain is not None, fold is not None
-    launch, matrices = plan_whole_rows(Matrix.of(x), right, format, gained, folded, codes.stride(0), function)
-    operands = (*inputs, gain, *matrices, fold)
-    launch(*(codes if t is None else t for t in operands), codes, scales)  # any pointer for what is not there
+    planned = plan_whole_rows(k, x.dtype, x.device, right, format, gain is not None, fold is not None, function)
+    planned((m, *x.stride(), codes.stride(0)), *inputs, gain, fold, codes, scales)
     return codes, scales
 
 
 @lru_cache(maxsize=4096)
 def plan_whole_rows(
-    x: Matrix, right: Rotation | None, format: Format, gained: bool, folded: bool, stride: int, producer: Any = None
-) -> tuple[Launch, tuple]:
-    m, k = x.shape
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    right: Rotation | None,
+    format: Format,
+    gained: bool,
+    folded: bool,
+    producer: Any = None,
+) -> Planned:
+    """For rows of ``k`` numbers of ``dtype``. Takes (rows, strides of x, row stride of the codes), then x or what ``producer``
+    reads, PRODUCER_INPUTS tensors in all, the gain, the fold, the codes and the scales."""
+    how, constants, matrices = row_constants(k, dtype, device, right, format, gained, folded, producer)
+
+    def prepare(steps: int) -> Variant:
+        def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
+            return (cdiv(m, how.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
+
+        return Variant(Launch(kernels.whole_rows, constants | {"STEPS": steps}), sizes, matrices)
+
+    return Planned(prepare, lambda m, *strides: how.steps_for(m))
+
+
+def row_constants(
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    right: Rotation | None,
+    format: Format,
+    gained: bool,
+    folded: bool,
+    producer: Any = None,
+) -> tuple["_RowLaunch", dict[str, Any], tuple]:
+    """How rows are launched, the constants of the kernel but STEPS, and its matrices."""
     a, b = (right and factors(right.edge)) or (1, 0)
     full = a > 1
     matrix = left_matrix = signs = None
     if full:
         width, chunks = b, max(triton.next_power_of_2(a), 16)
-        matrix = hadamard_factor(b, x.device).to(x.product_dtype)
-        left_matrix = _padded_factor(a, chunks, x.device)
-        signs = rotation_signs(right, x.device)
+        matrix = hadamard_factor(b, device).to(product_dtype(dtype, device))
+        left_matrix = _padded_factor(a, chunks, device)
+        signs = rotation_signs(right, device)
     else:
         width = b if b > TILE else min(TILE, max(triton.next_power_of_2(k), 16))
-        chunks = triton.next_power_of_2(max(triton.cdiv(k, width), 1))
+        chunks = triton.next_power_of_2(max(cdiv(k, width), 1))
         if right is not None:
-            matrix = block_diagonal(right, width, x.product_dtype, x.device, transposed=False)
+            matrix = block_diagonal(right, width, product_dtype(dtype, device), device, transposed=False)
     rotated, produced = right is not None, producer is not None
-    rows, steps, warps, stages = _row_launch(m, chunks * width, chunks, full or width > TILE, rotated, produced)
+    how = _row_launch(chunks * width, chunks, full or width > TILE, rotated, produced)
     constants = {
-        "ROWS": rows, "STEPS": steps, "CHUNKS": chunks, "WIDTH": width, "STAGES": stages,
-        "GAIN": gained, "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": warps,
-        "PRODUCER": producer, **format_options(format, x.device),
+        "ROWS": how.rows, "CHUNKS": chunks, "WIDTH": width, "STAGES": how.stages,
+        "GAIN": gained, "ROTATE": rotated, "FULL": full, "FOLD": folded, "NORM": norm(right), "num_warps": how.warps,
+        "PRODUCER": producer, **format_options(format, device),
     }  # fmt: skip
-    grid = (triton.cdiv(m, rows * steps),)
-    return Launch(kernels.whole_rows, grid, (m, k, *x.stride, stride), constants), (matrix, left_matrix, signs)
+    return how, constants, (matrix, left_matrix, signs)
 
 
 @lru_cache
@@ -232,22 +259,34 @@ def _padded_factor(n: int, edge: int, device: torch.device) -> torch.Tensor:
     return torch.nn.functional.pad(hadamard_factor(n, device).t(), (0, edge - n, 0, edge - n)).to(dtype).contiguous()
 
 
-def _row_launch(m: int, row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> tuple[int, int, int, int]:
-    """(rows at a time, times, warps, stages) for ``m`` rows padded to ``row`` elements. Measured on one H100: docs/notes.
-    ``large``: the matrices of the rotation leave no shared memory for pipelining. ``produced``: a row is computed, from two
-    that are read, and other programs hide that better than a pipeline."""
+class _RowLaunch(NamedTuple):
+    """How a program goes through rows: how many at a time, how many times (0 if the number of rows decides), warps, stages."""
+
+    rows: int
+    steps: int
+    warps: int
+    stages: int
+
+    def steps_for(self, m: int) -> int:
+        """The class of a number of rows: how many times a program takes some. It is a power of two, for up to 16 rows in all,
+        and leaves 256 programs if there are rows for them."""
+        return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
+
+
+def _row_launch(row: int, chunks: int, large: bool, rotate: bool, produced: bool) -> _RowLaunch:
+    """For rows padded to ``row`` elements. Measured on one H100: docs/notes. ``large``: the matrices of the rotation leave no
+    shared memory for pipelining. ``produced``: a row is computed, from two that are read, and other programs hide that better
+    than a pipeline."""
     if large:
-        return 1, 16, 8 if row <= 16384 else 16, 1
+        return _RowLaunch(1, 16, 8 if row <= 16384 else 16, 1)
     rows = max(1, (8192 if row <= 4096 or (rotate and produced) else 16384) // row)
     while rows > 1 and rows * chunks > 512:  # many narrow pieces
         rows //= 2
     tile = rows * row
     warps = 4 if tile <= 8192 else 8 if tile <= 16384 else 16
     if not rotate or produced:
-        return rows, 1, 16 if produced and not rotate and tile > 8192 else warps, 1
-    # 256 programs, if there are rows for them; a power of two, so that other numbers of rows seldom compile anew.
-    times = 1 << max(min(16, m // 256) // rows, 1).bit_length() - 1
-    return rows, times, warps, 3 if tile <= 16384 else 2
+        return _RowLaunch(rows, 1, 16 if produced and not rotate and tile > 8192 else warps, 1)
+    return _RowLaunch(rows, 0, warps, 3 if tile <= 16384 else 2)
 
 
 # Tiles.
@@ -258,10 +297,11 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     "column", "tensor", "unit" or None, of the transposed ones. If both are wanted, they must differ: see quantize_kernels."""
     m, k = x.shape
     m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
-    amax_pass, cast_pass, matrices, padded_rows = _plan_tiles(
-        Matrix.of(x), left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
+    amax_pass, cast_pass = plan_tiles(
+        x.dtype, x.device, left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
         rows, columns, seed is not None,
     )  # fmt: skip
+    padded_rows = cdiv(m_out, TILE) * TILE
     # Float bits: of rows (padded to whole tiles), then of columns.
     amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
     row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
@@ -270,10 +310,10 @@ def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_r
     new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
     row_scales = new(m_out if row_scale == "row" else (), dtype=torch.float32)
     column_scales = new(k if column_scale == "column" else (), dtype=torch.float32)
-    operands = [x, *matrices, fold_columns, fold_rows, row_amax, column_amax]
+    numbers, operands = (m, k, *x.stride()), (x, fold_columns, fold_rows, row_amax, column_amax)
     if amax_pass is not None:
-        amax_pass(*(amax if t is None else t for t in operands))
-    cast_pass(*(amax if t is None else t for t in [*operands, seed, codes, codes_t, row_scales, column_scales]))
+        amax_pass(numbers, *operands)
+    cast_pass(numbers, *operands, seed, codes, codes_t, row_scales, column_scales)
     return codes, codes_t, row_scales, column_scales
 
 
@@ -286,11 +326,23 @@ def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _plan_tiles(
-    x: Matrix, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, noisy
-) -> tuple[Launch | None, Launch, tuple, int]:
-    m, k = x.shape
-    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
+def plan_tiles(
+    x: torch.dtype,
+    device: torch.device,
+    left: Rotation | None,
+    right: Rotation | None,
+    format: Format,
+    row_scale: str | None,
+    column_scale: str | None,
+    fold_columns: bool,
+    fold_rows: bool,
+    rows: bool,
+    columns: bool,
+    noisy: bool,
+) -> tuple[Planned | None, Planned]:
+    """Both passes, the first of which finds no magnitudes if no scale wants them. Both take (rows, columns, strides of x); the
+    first then x, the folds of columns and of rows, and the magnitudes of rows and of columns; the second these, the seed, the
+    codes, the transposed codes, and the scales of rows and of columns."""
     measure_rows = ALONG[row_scale] if row_scale else 0
     measure_columns = ALONG[column_scale] if column_scale else 0
     rotated = TILE if left or right else 0
@@ -298,33 +350,45 @@ def _plan_tiles(
         "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
         "FOLD_COLUMNS": fold_columns, "FOLD_ROWS": fold_rows,
     }  # fmt: skip
+    of = product_dtype(x, device)
+    matrices = (
+        block_diagonal(left, rotated, of, device, transposed=True) if left else None,
+        block_diagonal(right, rotated, of, device, transposed=False) if right else None,
+    )
 
-    def tiled(kernel, integers, **constants):
-        edge, per_program, stages, warps = _tile_launch(kernel, rotated)
+    def tiled(kernel, integers, **constants) -> Planned:
+        edge, most, stages, warps = _tile_launch(kernel, rotated)
         # Registers: noise takes as many as the tile, a float32 tile two times its own, and off SM 9.0 a product's operands do.
-        wide = rotated and (x.dtype == torch.float32 or not is_hopper(x.device))
+        wide = rotated and (x == torch.float32 or not is_hopper(device))
         warps *= 2 if constants.get("NOISY") or wide else 1
-        per_program = max(min(per_program, triton.cdiv(k, edge)), 1)
-        grid = (triton.cdiv(m_out, edge), triton.cdiv(k, edge * per_program))
         kept = edge if right is None else reference.rotated(edge, right)
-        options = {
-            "T": edge, "WIDTH": product_width(kept), "KEPT": kept, "TILES": per_program, "STAGES": stages, "num_warps": warps,
-        }  # fmt: skip
-        return Launch(kernel, grid, integers, options | flags | constants)
+        options = {"T": edge, "WIDTH": product_width(kept), "KEPT": kept, "STAGES": stages, "num_warps": warps}
+
+        def tiles_for(m: int, k: int, *strides: int) -> int:
+            """The class of a number of columns: how many tiles in a row a program takes, a power of two."""
+            return min(most, 1 << max(cdiv(k, edge) - 1, 0).bit_length())
+
+        def prepare(tiles: int) -> Variant:
+            def sizes(m: int, k: int, *strides: int) -> tuple:
+                grid = cdiv(reference.rotated(m, left), edge), cdiv(k, edge * tiles)
+                return grid, integers(m, k, *strides)
+
+            return Variant(Launch(kernel, options | {"TILES": tiles} | flags | constants), sizes, matrices)
+
+        return Planned(prepare, tiles_for)
+
+    def of_amax(m: int, k: int, *strides: int) -> tuple[int, ...]:
+        return m, k, reference.rotated(k, right), *strides
+
+    def of_cast(m: int, k: int, *strides: int) -> tuple[int, ...]:
+        rows_out, columns_out = reference.rotated(m, left), reference.rotated(k, right)
+        return m, k, rows_out, columns_out, *strides, aligned(columns_out), aligned(m)
 
     amax_pass = None
     if measure_rows or measure_columns:
-        amax_pass = tiled(
-            kernels.amax_tiles, (m, k, k_out, *x.stride),
-            ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns,
-        )  # fmt: skip
+        amax_pass = tiled(kernels.amax_tiles, of_amax, ALONG_ROWS=measure_rows, ALONG_COLUMNS=measure_columns)
     cast_pass = tiled(
-        kernels.cast_tiles, (m, k, m_out, k_out, *x.stride, aligned(k_out), aligned(m)),
-        ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=measure_columns,
-        NOISY=noisy, **format_options(format, x.device, "unit" in (row_scale, column_scale), noisy),
+        kernels.cast_tiles, of_cast, ROWS=rows, COLUMNS=columns, ROW_SCALE=measure_rows, COLUMN_SCALE=measure_columns,
+        NOISY=noisy, **format_options(format, device, "unit" in (row_scale, column_scale), noisy),
     )  # fmt: skip
-    matrices = (
-        block_diagonal(left, rotated, x.product_dtype, x.device, transposed=True) if left else None,
-        block_diagonal(right, rotated, x.product_dtype, x.device, transposed=False) if right else None,
-    )
-    return amax_pass, cast_pass, matrices, triton.cdiv(m_out, TILE) * TILE
+    return amax_pass, cast_pass

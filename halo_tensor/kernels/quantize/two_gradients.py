@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.fast_math import reciprocal
 from halo_tensor.kernels.quantize.kernels import load_vector, scale_of, write_scale
 from halo_tensor.kernels.quantize.plan import code_matrix, dense, format_options, quantize_pair
@@ -141,11 +141,11 @@ def quantize_pairs(
     if function is None or 0 in a.shape:
         return (*quantize_pair(a, None, format, columns_a, rows_a), *quantize_pair(b, None, format, columns_b, rows_b))
     m, k = a.shape
-    amax_pass, cast_pass = _plan(m, k, format, a.device, function)
+    amax_pass, cast_pass = plan_pairs(format, a.device, function)
     amax = a.new_zeros(2 * (m + k), dtype=torch.int32)
     inputs = [*inputs, *[amax] * (PRODUCER_INPUTS - len(inputs))]  # any pointer for what is not there
     operands = [*inputs, *map(dense, (rows_a, rows_b, columns_a, columns_b)), amax]
-    amax_pass(*operands)
+    amax_pass((m, k), *operands)
     made_of_a, made_of_b = (
         (
             code_matrix(x, m, k, format),
@@ -155,25 +155,35 @@ def quantize_pairs(
         )
         for x in (a, b)
     )
-    cast_pass(*operands, *made_of_a, *made_of_b)
+    cast_pass((m, k, aligned(k), aligned(m)), *operands, *made_of_a, *made_of_b)
     return (*made_of_a, *made_of_b)
 
 
 @lru_cache(maxsize=4096)
-def _plan(m: int, k: int, format: Format, device: torch.device, producer: Any) -> tuple[Launch, Launch]:
+def plan_pairs(format: Format, device: torch.device, producer: Any) -> tuple[Planned, Planned]:
+    """Both passes. The first takes (m, k), the second (m, k and the row strides of codes and codes_t); then their tensors."""
     options = format_options(format, device)
     return (
-        _tiled(amax_of_two, (m, k), producer, {"enable_fp_fusion": options["enable_fp_fusion"]}),
-        _tiled(cast_two, (m, k, aligned(k), aligned(m)), producer, options),
+        _tiled(amax_of_two, producer, {"enable_fp_fusion": options["enable_fp_fusion"]}),
+        _tiled(cast_two, producer, options),
     )
 
 
-def _tiled(kernel, integers: tuple[int, ...], producer: Any, options: dict[str, Any]) -> Launch:
-    m, k, *_ = integers
+def _tiled(kernel, producer: Any, options: dict[str, Any]) -> Planned:
     height, width, steps, stages, warps = TILES[kernel.fn.__name__]
-    steps = max(min(steps, triton.cdiv(m, height)), 1)
-    constants = {
-        "T": height, "WIDTH": width, "STEPS": steps, "STAGES": stages, "EVEN": m % (height * steps) == 0 and k % width == 0,
-        "PRODUCER": producer, "num_warps": warps,
-    }  # fmt: skip
-    return Launch(kernel, (triton.cdiv(m, height * steps), triton.cdiv(k, width)), integers, constants | options)
+
+    def are_whole(m: int, k: int, *strides: int) -> bool:
+        """The class of sizes: whether no tile reaches past the matrix."""
+        return m % (height * steps) == 0 and k % width == 0
+
+    def sizes(m: int, k: int, *strides: int) -> tuple:
+        return (cdiv(m, height * steps), cdiv(k, width)), (m, k, *strides)
+
+    def prepare(even: bool) -> Variant:
+        constants = {
+            "T": height, "WIDTH": width, "STEPS": steps, "STAGES": stages, "EVEN": even, "PRODUCER": producer,
+            "num_warps": warps,
+        }  # fmt: skip
+        return Variant(Launch(kernel, constants | options), sizes)
+
+    return Planned(prepare, are_whole)

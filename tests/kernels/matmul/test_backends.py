@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from halo_tensor import ops
 from halo_tensor.compiler.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.fences.fast_paths import FAST_PATHS
+from halo_tensor.kernels.launch import Planned
 from halo_tensor.kernels.matmul import backends, cublas, sm80, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul.pytorch import PyTorchProduct
@@ -19,7 +20,6 @@ from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.interpreter import DEVICE, INTERPRETED, runs_kernels
 
-as_planned = product._plan
 NAMES = ["cublas", "gluon", "tma", "sm80", "pytorch"]
 
 
@@ -35,10 +35,10 @@ def switch_off(monkeypatch):
     def switch_off(*names):
         for name in names:
             monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
-        as_planned.cache_clear()
+        product.plan.cache_clear()
 
     yield switch_off
-    as_planned.cache_clear()
+    product.plan.cache_clear()
 
 
 @pytest.fixture
@@ -104,14 +104,17 @@ def test_every_backend_but_pytorch_has_a_switch():
 def test_products_without_backends(monkeypatch, switch_off, off, format):
     """Every backend gives the reference's product. Codes are small integers, so sums of their products are exact."""
     served = []
-    monkeypatch.setattr(product, "_plan", lambda request: served.append(as_planned(request)) or served[-1])
+    call = Planned.__call__
+    monkeypatch.setattr(
+        Planned, "__call__", lambda self, *args: (served.append(self.variant(args[0]).launch), call(self, *args))[1]
+    )
     switch_off(*off)
     a, b_t = (torch.randint(-4, 5, (rows, 80), device=DEVICE).float() for rows in (72, 128))
     a, b_t = (t.to(torch.int8 if format is INT8 else torch.float8_e4m3fn) for t in (a, b_t))
     scale, gain, bias = (torch.exp2(torch.randint(-2, 3, (n,), device=DEVICE).float()) for n in (72, 128, 128))
     arguments = a, b_t, scale, None, bias, None, Rotation(64), (72, 128), torch.float32, gain
     y = ops.scaled_mm(*arguments)
-    ((launch, _),) = served
+    (launch,) = served
     kernel = getattr(launch, "kernel", None)
     if "sm80" in off:
         assert isinstance(launch, PyTorchProduct)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from halo_tensor import ops
+from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul import sm80, tma
+from halo_tensor.kernels.matmul.request import size_class
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
@@ -17,7 +19,6 @@ from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import INTERPRETED
 
 H = Rotation(128)
-as_planned = product._plan
 
 
 @interpreter.runs_the_others
@@ -29,9 +30,10 @@ def test_in_the_interpreter():
 def as_before_hopper(monkeypatch):
     """Products are planned as for a GPU without TMA."""
     monkeypatch.setattr(tma, "has_tma", lambda device: False)
-    as_planned.cache_clear()
+    monkeypatch.setattr(sm80, "shared_memory", lambda device: 99 * 1024)
+    product.plan.cache_clear()
     yield
-    as_planned.cache_clear()
+    product.plan.cache_clear()
 
 
 def codes(rows, width, format):
@@ -77,18 +79,19 @@ def test_every_epilogue(size, format, scaled, left, right, extras, dtype):
 @pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interpreter")
 def test_which_kernel_runs(monkeypatch):
     launched = []
-    monkeypatch.setattr(product, "_plan", lambda request: launched.append(as_planned(request)) or launched[-1])
+    call = Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (launched.append(self), call(self, *args))[1])
     ops.scaled_mm(codes(32, 64, INT8), codes(16, 64, INT8), None, None, None, None, None, (32, 16), torch.float32)
-    ((launch, _),) = launched
-    assert launch.kernel is sm80.mma_kernel and not launch.tiles
+    (launch,) = launched
+    assert launch.kernel is sm80.mma_kernel and not launch.blocks
 
 
 def test_the_launch_table():
     """Two programs share a multiprocessor: twice a tile's stages, less the one that is multiplied, fit its memory."""
     for shared, whole in ((163 * 1024, 164 * 1024), (99 * 1024, 100 * 1024)):
         for m, n, integer in ((8192, 4096, True), (8192, 4096, False), (64, 4096, True), (512, 512, False)):
-            tile = sm80.tile_for(m, n, integer, False, shared, 108)
+            tile = sm80.tile_for(size_class(m, n, 108), integer, False, shared)
             needed = (tile.stages - 1) * (tile.m + tile.n) * tile.k
             assert 2 * (needed + 1024) <= whole, tile
-        assert sm80.tile_for(8192, 4096, True, False, shared, 108).m == 128
-        assert sm80.tile_for(64, 4096, True, False, shared, 108).m == 64
+        assert sm80.tile_for(size_class(8192, 4096, 108), True, False, shared).m == 128
+        assert sm80.tile_for(size_class(64, 4096, 108), True, False, shared).m == 64

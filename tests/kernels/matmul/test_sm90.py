@@ -48,15 +48,15 @@ def launched(monkeypatch):
     names = []
     call = Launch.__call__
 
-    def noted(self, *tensors):
+    def noted(self, *args):
         names.append(self.kernel.fn.__name__)
-        call(self, *tensors)
+        call(self, *args)
 
     monkeypatch.setattr(Launch, "__call__", noted)
     monkeypatch.setattr(sm90, "why_not", lambda request: request.left and "it undoes none on the left")
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     yield names
-    product._plan.cache_clear()
+    product.plan.cache_clear()
 
 
 SIZES = [(1, 1, 1), (70, 192, 200), (128, 256, 128), (300, 528, 1000), (1000, 1040, 640)]
@@ -112,7 +112,7 @@ def test_as_the_other_kernel(launched, monkeypatch, size, dtype):
     args = (a, b_t, a_scale, b_scale, None, None, None, (m, n), dtype, gain_of(n))
     y = product.scaled_mm(*args)
     monkeypatch.setattr(sm90, "why_not", lambda request: "it shall not")
-    product._plan.cache_clear()
+    product.plan.cache_clear()
     assert torch.equal(y, product.scaled_mm(*args))
     assert "wgmma_kernel" in launched and launched[-1] == "scaled_mm_kernel"
 

@@ -18,7 +18,7 @@ from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import cublas, tma
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.matmul.request import Request
+from halo_tensor.kernels.matmul.request import Request, size_class
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference import ops as reference
@@ -263,9 +263,9 @@ def test_many_alike_are_one_launch(monkeypatch):
     launched = []
     call = Launch.__call__
 
-    def noted(self, *tensors):
-        launched.append((self.kernel.fn.__name__, self.integers[0]))
-        call(self, *tensors)
+    def noted(self, sizes, *tensors):
+        launched.append((self.kernel.fn.__name__, sizes.integers[0]))
+        call(self, sizes, *tensors)
 
     def launches_of(xs, right, gains=()):
         launched.clear()
@@ -458,7 +458,7 @@ def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
 
 def test_scales_of_one_are_float32():
     """Whatever PyTorch makes by default, and keeps making after that."""
-    cublas._ones.cache_clear()
+    cublas._so_many_ones.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert cublas._ones(4, torch.device("cpu")).dtype == torch.float32
@@ -561,18 +561,19 @@ def test_a_gain_comes_between_the_unrotation_and_the_bias(format, block, left):
 def test_which_products_are_the_vendors(monkeypatch):
     monkeypatch.setattr(cublas, "is_hopper", lambda device: True)
     monkeypatch.setattr(cublas, "_multiplies", lambda device: True)
-    a = quantizer.Matrix(torch.Size((8192, 4096)), (4096, 1), torch.float8_e4m3fn, DEVICE)
-    served = Request(a, a, 8192, 2, 0, False, None, None, None, torch.bfloat16)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    size = size_class(8192, 8192, 132)
+    served = Request(DEVICE, e4m3, e4m3, 8192, 2, 0, False, None, None, None, torch.bfloat16, size._replace(vendor=True))
     assert cublas.why_not(served) is None
-    codes = torch.float8_e5m2, torch.int8
     for other in (
         {"gain": True}, {"bias": torch.bfloat16}, {"left": Rotation(128)}, {"right": Rotation(128)}, {"a_scale": 1},
-        {"dtype": torch.float32}, {"a": a._replace(stride=(4112, 1))}, *({"b_t": a._replace(dtype=dtype)} for dtype in codes),
-        *({"a": a._replace(shape=torch.Size((8192, k)), stride=(k, 1))} for k in (512, 16384)),
-        {"a": a._replace(shape=torch.Size((512, 4096)))},
+        {"dtype": torch.float32}, {"a": e5m2}, {"b": e5m2}, {"b": torch.int8}, {"n": 8200}, {"size": size},
     ):  # fmt: skip
-        request = served._replace(**other)
-        assert cublas.why_not(request._replace(b_t=other.get("b_t", request.b_t))) is not None, other
+        assert cublas.why_not(served._replace(**other)) is not None, other
+    assert cublas.is_faster(8192, 8192, 4096, 4096, 4096)
+    for m, k, *strides in ((8192, 4096, 4112, 4096), (8192, 4096, 4096, 4112), (512, 4096), (8192, 4104)):
+        assert not cublas.is_faster(m, 8192, k, *(strides or (k, k)))
+    assert not any(cublas.is_faster(8192, 8192, k, k, k) for k in (512, 16384))
 
 
 @runs_kernels
@@ -634,9 +635,9 @@ def test_the_kernels_are_what_is_tested(monkeypatch):
     launched, gained = set(), set()
     call = Launch.__call__
 
-    def noted(self, *tensors):
+    def noted(self, sizes, *tensors):
         (gained if self.constants.get("GAIN") else launched).add(self.kernel.fn.__name__)
-        call(self, *tensors)
+        call(self, sizes, *tensors)
 
     monkeypatch.setattr(Launch, "__call__", noted)
     check(matrix(3, 64), None, Rotation(64), INT8, "row")
