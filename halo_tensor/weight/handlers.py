@@ -1,4 +1,4 @@
-"""What ops and functions do with converted weights: a table that the modules of this package fill in.
+"""The table of handlers of ops and functions on converted weights, which the modules of this package fill in.
 
 :class:`~halo_tensor.weight.tensor.HaloWeight` looks its answers up here, so that modules with handlers import the class, and
 not the other way round.

@@ -1,10 +1,10 @@
-"""What a converted weight is to FSDP2."""
+"""The roles of converted weights under FSDP2."""
 
 from enum import Enum
 
 
 class ShardRole(Enum):
-    """What a :class:`~halo_tensor.weight.tensor.HaloWeight` is to FSDP2; the class draws how one becomes another."""
+    """The role of a :class:`~halo_tensor.weight.tensor.HaloWeight` under FSDP2; the class draws how one becomes another."""
 
     WHOLE = "whole"
     """A whole weight that is not sharded."""

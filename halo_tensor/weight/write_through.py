@@ -1,4 +1,4 @@
-"""What an op that knows nothing of converted weights does with one: it sees the dense value, and the codes follow its writes.
+"""Any other op on a converted weight: it sees the dense value, and the codes follow its writes.
 
 :mod:`halo_tensor.weight.tensor` handles ``F.linear``; :mod:`halo_tensor.weight.copies` and :mod:`halo_tensor.weight.shard_ops`
 handle ops whose result is a weight.
