@@ -204,7 +204,7 @@ def why_not(request: Request) -> str | None:
     if not is_hopper(request.device) or INTERPRETED:
         return "it is for GPUs of SM 9.0"
     if request.row_rotation is not None:
-        return "it undoes no rotation on the left"
+        return "it undoes no rotation of rows"
     if not request.integer and request.column_rotation is None:
         return "fp8 without an un-rotation is as fast without it (docs/notes/products.md)"
     if request.n % 8:

@@ -567,8 +567,8 @@ def test_which_products_are_the_vendors(monkeypatch):
     served = Request(DEVICE, e4m3, e4m3, 8192, 2, 0, False, None, None, None, torch.bfloat16, size._replace(vendor=True))
     assert cublas.why_not(served) is None
     for other in (
-        {"gain": True}, {"bias": torch.bfloat16}, {"left": Rotation(128)}, {"right": Rotation(128)}, {"a_scale": 1},
-        {"dtype": torch.float32}, {"a": e5m2}, {"b": e5m2}, {"b": torch.int8}, {"n": 8200}, {"size": size},
+        {"gain": True}, {"bias": torch.bfloat16}, {"row_rotation": Rotation(128)}, {"column_rotation": Rotation(128)},
+        {"a_scale": 1}, {"dtype": torch.float32}, {"a": e5m2}, {"b": e5m2}, {"b": torch.int8}, {"n": 8200}, {"size": size},
     ):  # fmt: skip
         assert cublas.why_not(served._replace(**other)) is not None, other
     assert cublas.is_faster(8192, 8192, 4096, 4096, 4096)
