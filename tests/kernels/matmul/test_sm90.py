@@ -53,7 +53,7 @@ def launched(monkeypatch):
         call(self, *args)
 
     monkeypatch.setattr(Launch, "__call__", noted)
-    monkeypatch.setattr(sm90, "why_not", lambda request: request.left and "it undoes none on the left")
+    monkeypatch.setattr(sm90, "why_not", lambda request: request.row_rotation and "it undoes none on the left")
     product.plan.cache_clear()
     yield names
     product.plan.cache_clear()
