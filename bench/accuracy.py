@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from halo_tensor import Balanced, balance_, dequantize_, halo_config, hot_config, quantize_, recipe_config
 
+#: Recipes without kernels: they run on a CPU, and a default run on a GPU leaves them out.
+NO_KERNEL = ("mxfp8", "mxfp8_halo1", "nvfp4", "nvfp4_plain")
 CONFIGS = {
     **{f"int8 HALO-{level}, tensor": halo_config(level, "int8", granularity="tensor") for level in (0, 1, 2)},
     **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
@@ -33,6 +35,7 @@ CONFIGS = {
     "hot, whole rank, E per token": hot_config(None, grad_output_granularity="row"),
     "hot, int8": hot_config(grad_input_bits=8, grad_output_granularity="row", rounding="nearest"),
     "hot_llm": recipe_config("hot_llm"),
+    **{name: recipe_config(name) for name in NO_KERNEL},
 }
 
 
@@ -59,7 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--recipes", nargs="+", default=list(CONFIGS), choices=list(CONFIGS), metavar="RECIPE")
+    able = [name for name in CONFIGS if name not in NO_KERNEL or not torch.cuda.is_available()]
+    parser.add_argument("--recipes", nargs="+", default=able, choices=list(CONFIGS), metavar="RECIPE")
     parser.add_argument("--outliers", action="store_true", help="add outlier channels to the model, as bench/outliers.py does")
     results.add_arguments(parser, "accuracy")
     return parser.parse_args(argv)

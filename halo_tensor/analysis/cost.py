@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from halo_tensor.layers import kinds as layers
-from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation
+from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
-from halo_tensor.reference.ops import BLOCK, rotated
+from halo_tensor.reference.ops import rotated
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _width(dimension: str, size: int, operand: Operand) -> int:
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     """Return the bytes of X that one call of a layer keeps for grad_weight.
 
-    Each code takes a byte, whatever its bits, and each scale is a float32.
+    Each code takes a byte, whatever its bits, and each scale what its layout says.
 
     Args:
         recipe: the layer's recipe.
@@ -93,9 +93,7 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
         return shape.groups * rows * columns * high // 8
-    blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
-    scales = {"tensor": 1, "tokens": rows, "in_features": columns, "unit": 0, "block": blocks}[operand.scale]
-    return shape.groups * (rows * columns + 4 * scales)
+    return shape.groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:

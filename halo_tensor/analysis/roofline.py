@@ -130,7 +130,7 @@ def _units(recipe: Recipe) -> set[str]:
 def _unit(sides: Product) -> str:
     """Return the matrix unit of a product. Codes with block scales have no kernel and are multiplied in high precision."""
     format = sides.left.format
-    return "bf16" if format is None or sides.left.scale == "block" else "int8" if format.uniform else "fp8"
+    return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
 
 
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:

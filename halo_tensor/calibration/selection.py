@@ -12,7 +12,7 @@ from torch import nn
 from halo_tensor.config import HotConfig, LinearConfig
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import Recipe
+from halo_tensor.recipe import E, Recipe, Scales
 from halo_tensor.reference.hadamard import fit
 
 #: Name of a quantity -> its value. :class:`~halo_tensor.LayerConfigs` saves these names in files, so they stay as they are.
@@ -53,10 +53,12 @@ class QuantizerSelection:
         operand = self.config.recipe.grad_input.left
         matrix = e.unflatten(-3, (module.groups, -1)).movedim(-3, -1) if isinstance(module, nn.Conv2d) else e
         matrix = matrix.reshape(-1, matrix.shape[-1])
-        right = fit(operand.out_features, matrix.shape[1])
+        rotation = fit(operand.out_features, matrix.shape[1])
         measured = {}
-        for name, scale in (("tensor", "tensor"), ("tokens", "row")):
-            rounded = HadamardQuantTensor.from_hp(matrix, operand.format, scale, right=right, rounding=operand.rounding)
+        for name in ("tensor", "tokens"):
+            rounded = HadamardQuantTensor.from_hp(
+                matrix, operand.format, Scales.of(name).on(E), column_rotation=rotation, rounding=operand.rounding
+            )
             measured[_error_with(name)] = _relative_error(rounded.dequantize(), matrix)
         if self.ranks:
             exact = gradients_under(module, None, x, e)[2]

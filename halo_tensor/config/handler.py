@@ -7,7 +7,7 @@ from torchao.quantization import register_quantize_module_handler
 
 from halo_tensor.config.base import LinearConfig
 from halo_tensor.config.methods import METHODS
-from halo_tensor.kernels.device import check_device
+from halo_tensor.kernels.device import check_device, check_scales
 from halo_tensor.layers import kinds as layers
 from halo_tensor.weight.tensor import HaloWeight
 
@@ -25,7 +25,7 @@ def convert_layer(module: torch.nn.Module, config: LinearConfig, *, parameter_na
 
     Raises:
         ValueError: the layer cannot follow the config, or its weight is no plain floating-point one.
-        RuntimeError: the device cannot multiply the recipe's formats.
+        RuntimeError: the device cannot multiply the recipe's formats, or no kernel computes with its scales.
     """
     recipe, weight = config.recipe, cast(Any, getattr(module, "weight", None))
     obstacle = layers.misfit(module, recipe) if layers.features(module) else "no layer of a kind that it knows"
@@ -42,6 +42,7 @@ def convert_layer(module: torch.nn.Module, config: LinearConfig, *, parameter_na
             f"the weight of this layer is a {type(weight).__name__} of {weight.dtype}: only plain floating-point weights "
             "can be converted. Convert before any other quantisation or sharding"
         )
+    check_scales(recipe.granularities, weight.device)
     check_device(recipe.formats, weight.device)
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:

@@ -10,6 +10,9 @@ from halo_tensor.recipe import RECIPES, Recipe
 class RecipeConfig(LinearConfig):
     """A recipe of ``halo_tensor.recipe.RECIPES``, by its name there: SwitchBack, Jetfire, HOT's variants and others.
 
+    "mxfp8", "mxfp8_halo1", "nvfp4" and "nvfp4_plain" have no kernel: they are for accuracy studies on a CPU, and on a CUDA
+    device they raise an error.
+
     ``recipe_config`` is another name of this class. A recipe that you add to ``RECIPES`` is found, too. It has the fields of
     :class:`LinearConfig` as well: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
 

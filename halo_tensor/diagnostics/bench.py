@@ -21,7 +21,7 @@ from halo_tensor.calibration.candidates import fastest_first
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.convert import quantize_
 from halo_tensor.diagnostics.machine import environment, source_commit
-from halo_tensor.kernels.device import check_device
+from halo_tensor.kernels.device import check_device, check_scales
 from halo_tensor.weight.tensor import HaloWeight
 
 LINEARS = ((4096, 14336), (14336, 4096), (4096, 4096))  # in×out of Llama-3-8B
@@ -191,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
     if args.level is not None or args.dtype is not None:
         config = halo_config(1 if args.level is None else args.level, args.dtype or "int8")
     try:
+        check_scales(config.recipe.granularities, device)
         check_device(config.recipe.formats, device)
     except RuntimeError as error:
         print(error, file=sys.stderr)

@@ -1,12 +1,13 @@
 """What a device can run."""
 
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 
 from halo_tensor.fences.fast_paths import Refusal
-from halo_tensor.recipe import Format
+from halo_tensor.recipe import FLOAT32, Format, Scales
 
 #: Triton's interpreter runs the kernels on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,6 +66,16 @@ def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
         raise Refusal(
             f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]} and cannot multiply "
             f"{', '.join(lacking)} (integer formats need 8.0, fp8 and fp6 need 8.9): {advice}"
+        )
+
+
+def check_scales(granularities: Iterable[Scales], device: torch.device) -> None:
+    """Raise Refusal, a RuntimeError, if ``device`` is a GPU and no kernel computes with scales of one of these layouts."""
+    lacking = [str(g) for g in granularities if g.dtype not in (FLOAT32, None)]
+    if lacking and device.type == "cuda":
+        raise Refusal(
+            f"no kernel computes with scales per {', '.join(lacking)}: MXFP8 and NVFP4 have none, and run on a CPU only, for "
+            "accuracy studies. Move the model to the CPU, or use halo_config(level=1, dtype='int8')"
         )
 
 

@@ -1,67 +1,82 @@
-"""HadamardQuantTensor: a rotated, quantised matrix that knows how to be multiplied.
+"""HadamardQuantTensor: a rotated, quantised matrix that can be multiplied.
 
-It is an operand, not a parameter: it lives from its quantisation to its product (or, for what backward needs, from forward
-to backward). What ``torch.mm`` makes of two of them is in :mod:`halo_tensor.operand.matmul`.
+It is an operand, not a parameter. It lives from its quantisation to its product, or from forward to backward if backward needs
+it. The ops that take one are in :mod:`halo_tensor.operand.copies` and :mod:`halo_tensor.operand.matmul`.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 
 from halo_tensor import ops
-from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic, return_and_correct_aliasing
+from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic
+from halo_tensor.kernels.device import check_scales
+from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
-from halo_tensor.recipe import Format, Rotation
+from halo_tensor.operand.old_pickles import present_state
+from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
-from halo_tensor.reference.hadamard import factors
 from halo_tensor.reference.packing import can_pack, pack_rows, unpack_columns, unpack_rows
-
-aten = torch.ops.aten
-_SWAPPED = {"row": "column", "column": "row"}
 
 
 class HadamardQuantTensor(TorchAOBaseTensor):
-    """A matrix [r, c] held as Rᵀ_left · matrix · R_right ≈ codes · scale.
+    """A matrix [r, c] that is held as Rᵀ_rows · matrix · R_columns ≈ codes · scale. Make one with :meth:`from_hp`.
+
+    r' and c' are r and c padded to whole blocks of a rotation, or the part of those that its rank keeps.
 
     Attributes:
         codes: [r', c'], in the format's code dtype; None if only the transpose is held. Or uint8 [r', c'·3/4], packed fp6
-            codes, which every product unpacks anew.
-        codes_t: the transpose of the codes, [c', r'], or None. 8-bit tensor cores want both operands of a product contiguous
-            along the contraction: a left operand is read from ``codes``, a right one from ``codes_t``.
-        scale: float32, or None for 1 (a bare cast, or a scale that was folded into the other operand).
-        scale_along: "row" (scale [r']), "column" ([c']), "tensor" ([]) or "block" ([⌈r'/32⌉, ⌈c'/32⌉]).
-        left, right: the rotation of its rows and of its columns, or None.
-        format: the number format of the codes; None for a rotated matrix left in high precision.
-        gain, undo_gain: float32 [c], and its inverse: what its columns were multiplied with before they were rotated; or None.
+            codes, which every product unpacks.
+        codes_t: the transpose of the codes, [c', r'], or None. 8-bit tensor cores read both operands of a product contiguous
+            along the contraction: a left operand from ``codes``, a right one from ``codes_t``.
+        scale: float32 [granularity.shape(r', c')]; None for 1 (a bare cast, or a scale folded into the other operand).
+        granularity: the layout of the scales; UNIT if there are none.
+        row_rotation, column_rotation: the rotations of its rows and of its columns, or None.
+        format: the number format of the codes; None for a rotated matrix in high precision.
+        gain, undo_gain: float32 [c] that its columns were multiplied with before they were rotated, and the inverse; or None.
             Products undo it.
-        gain_along: "column"; "row" of a transpose, whose rows [r] the gain is of; None without one.
-        dtype: what it stands in for, and what its products return.
+        gain_axis: "columns"; "rows" of a transpose, whose rows [r] carry the gain; None without one.
+        dtype: of the matrix that it stands for, and of its products.
 
-    r' and c' are r and c padded to whole blocks of a rotation, or what its rank keeps of them. Make one with :meth:`from_hp`.
+    Example:
+        >>> import torch
+        >>> from halo_tensor import HadamardQuantTensor
+        >>> from halo_tensor.recipe import INT8, Rotation
+        >>> x, w = torch.randn(8, 64), torch.randn(16, 64)
+        >>> a = HadamardQuantTensor.from_hp(x, INT8, column_rotation=Rotation(64))
+        >>> b = HadamardQuantTensor.from_hp(w, INT8, column_rotation=Rotation(64))
+        >>> y = torch.mm(a, b.t())  # ≈ x @ w.t()
+        >>> y.shape
+        torch.Size([8, 16])
     """
 
     _parts = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
     _tensors = (*_parts, "gain", "undo_gain")
-    _attributes = ("scale_along", "left", "right", "format", "gain_along")
+    _attributes = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
     scale: torch.Tensor | None
-    scale_along: str
-    left: Rotation | None
-    right: Rotation | None
+    granularity: Scales
+    row_rotation: Rotation | None
+    column_rotation: Rotation | None
     format: Format | None
     gain: torch.Tensor | None = None
     undo_gain: torch.Tensor | None = None
-    gain_along: str | None = None
+    gain_axis: str | None = None
 
     @staticmethod
-    def __new__(cls, size, dtype, tensors, attributes):
-        anchor = tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"]
+    def __new__(
+        cls: type[Self], size: torch.Size, dtype: torch.dtype, tensors: dict[str, torch.Tensor | None], attributes: dict
+    ) -> Self:
+        anchor = cast(torch.Tensor, tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"])
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=anchor.device)
 
-    def __init__(self, size, dtype, tensors, attributes):
+    def __init__(
+        self, size: torch.Size, dtype: torch.dtype, tensors: dict[str, torch.Tensor | None], attributes: dict[str, Any]
+    ) -> None:
         for name in self._tensors:
             setattr(self, name, tensors.get(name))
         for name in self._attributes:
@@ -72,10 +87,10 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         cls,
         x: torch.Tensor,
         format: Format | None,
-        scale: str = "row",
+        granularity: Scales | str = ROW,
         *,
-        left: Rotation | None = None,
-        right: Rotation | None = None,
+        row_rotation: Rotation | None = None,
+        column_rotation: Rotation | None = None,
         fold_rows: torch.Tensor | None = None,
         fold_columns: torch.Tensor | None = None,
         rows: bool = True,
@@ -88,46 +103,38 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         Args:
             x: [r, c], floating, any strides.
             format: the number format, or None to rotate only.
-            scale: "row", "column", "tensor", "block" or "unit" (no scale: a bare cast that saturates).
-            left, right: rotations with a definite block. A dimension is padded with zeros to whole blocks.
-            fold_rows, fold_columns: float32 [r'], [c'], multiplied into the rotated matrix before it is quantised: the scale
-                of another operand that lies along the dimension contracted with this one.
+            granularity: the layout of the scales, or its name: "row", "column", "tensor", "32x32" or "unit" (no scales: a
+                bare cast that saturates). See :class:`~halo_tensor.recipe.Scales`.
+            row_rotation, column_rotation: rotations with a definite block. A dimension is padded with zeros to whole blocks.
+            fold_rows, fold_columns: float32 [r'], [c'] that multiply the rotated matrix before it is quantised: the scale of
+                another operand, which lies along the dimension that is contracted with this one.
             rows, columns: which layouts to hold, ``codes`` and ``codes_t``.
             rounding: "nearest" or "stochastic".
-            gains: float32 [c] to multiply the columns with first, and its inverse.
+            gains: float32 [c] that multiply the columns first, and their inverse.
+
+        Returns:
+            The operand, of x's shape, dtype and device.
 
         Raises:
-            TypeError: ``x`` is not floating. ValueError: it is not a matrix, a rotation has no definite block that can be
-                built, no layout is asked for, or gains do not fit, are on another device or are given without a format.
+            TypeError: ``x`` is not floating.
+            ValueError: ``x`` is not a matrix, a rotation has no definite block with a Hadamard matrix, no layout is asked
+                for, the granularity is unknown, or gains do not fit, are on another device or are given without a format.
+            RuntimeError: x is on a CUDA device and no kernel computes with such scales.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"only floating tensors can be quantised; got {x.dtype}")
-        if x.ndim != 2:
-            raise ValueError(f"an operand is a matrix; got shape {list(x.shape)}. Flatten the leading dimensions first")
-        if not (rows or columns):
-            raise ValueError("ask for rows, columns or both: an operand with no codes is none")
-        for side, rotation in (("left", left), ("right", right)):
-            if rotation is not None and (rotation.block is None or factors(rotation.block) is None):
-                raise ValueError(
-                    f"the {side} rotation {rotation} has no Hadamard matrix of its block; take hadamard.fit(rotation, width)"
-                )
-        if gains is not None and (format is None or gains[0].shape != x.shape[1:]):
-            raise ValueError(f"gains {list(gains[0].shape)} do not fit the columns of {list(x.shape)}, or there is no format")
-        if gains is not None and not x.is_meta and gains[0].device != x.device:
-            raise ValueError(f"gains on {gains[0].device} for a matrix on {x.device}: take gains.moved(gains, x.device)")
+        granularity = UNIT if format is None else Scales.of(granularity)
+        check_matrix(x, rows or columns, row_rotation, column_rotation)
+        check_gains(gains, x, format)
         if format is None:
-            rotated = ops.rotate(x, left, right)
-            codes, codes_t, scales = rotated if rows else None, rotated.t().contiguous() if columns else None, None
+            rotated = ops.rotate(x, row_rotation, column_rotation)
+            codes, codes_t, scale = rotated if rows else None, rotated.t().contiguous() if columns else None, None
         else:
-            codes, codes_t, scales = ops.rotate_quantize(
-                x, left, right, format, scale, fold_rows=fold_rows, fold_columns=fold_columns, rows=rows, columns=columns,
-                rounding=rounding, gain=None if gains is None else gains[0],
+            check_scales((granularity,), x.device)
+            codes, codes_t, scale = ops.rotate_quantize(
+                x, row_rotation, column_rotation, format, granularity, fold_rows=fold_rows, fold_columns=fold_columns,
+                rows=rows, columns=columns, rounding=rounding, gain=None if gains is None else gains[0],
             )  # fmt: skip
-        if scale == "unit":
-            scale, scales = "tensor", None
-        tensors = {"codes": codes, "codes_t": codes_t, "scale": scales}
-        attributes = {"scale_along": scale, "left": left, "right": right, "format": format}
-        made = cls(x.shape, x.dtype, tensors, attributes)
+        scale = None if granularity == UNIT else scale
+        made = cls._of(x, format, granularity, codes, codes_t, scale, row_rotation, column_rotation)
         made.gains = gains
         return made
 
@@ -136,61 +143,85 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         cls,
         x: torch.Tensor,
         format: Format,
-        left: Rotation | None = None,
+        row_rotation: Rotation | None = None,
         fold_columns: torch.Tensor | None = None,
         fold_rows: torch.Tensor | None = None,
     ) -> "tuple[HadamardQuantTensor, HadamardQuantTensor]":
-        """``from_hp(x, format, "row", left=left, fold_columns=fold_columns)`` and ``from_hp(x, format, "column",
-        fold_rows=fold_rows, rows=False, columns=True)``, from fewer reads of x."""
-        codes, codes_t, row_scales, column_scales = ops.quantize_pair(x, left, format, fold_columns, fold_rows)
-        rows = {"codes": codes, "codes_t": None, "scale": row_scales}
-        columns = {"codes": None, "codes_t": codes_t, "scale": column_scales}
+        """Return two operands of one matrix, with fewer reads of it than two calls of :meth:`from_hp` need.
+
+        They are ``from_hp(x, format, ROW, row_rotation=row_rotation, fold_columns=fold_columns)`` and ``from_hp(x, format,
+        COLUMN, fold_rows=fold_rows, rows=False, columns=True)``.
+        """
+        codes, codes_t, row_scales, column_scales = ops.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
         return (
-            cls(x.shape, x.dtype, rows, {"scale_along": "row", "left": left, "right": None, "format": format}),
-            cls(x.shape, x.dtype, columns, {"scale_along": "column", "left": None, "right": None, "format": format}),
+            cls._of(x, format, ROW, codes, None, row_scales, row_rotation),
+            cls._of(x, format, COLUMN, None, codes_t, column_scales),
         )
 
     @classmethod
     def plain(cls, x: torch.Tensor) -> "HadamardQuantTensor":
-        """A matrix as it is, as the partner of one that is rotated and not quantised."""
-        tensors = {"codes": x, "codes_t": None, "scale": None}
-        return cls(x.shape, x.dtype, tensors, {"scale_along": "tensor", "left": None, "right": None, "format": None})
+        """Return a matrix as an operand in high precision, to be multiplied with one that is rotated and not quantised."""
+        return cls._of(x, None, UNIT, x, None, None)
+
+    @classmethod
+    def _of(
+        cls,
+        x: torch.Tensor,
+        format: Format | None,
+        granularity: Scales,
+        codes: torch.Tensor | None,
+        codes_t: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        row_rotation: Rotation | None = None,
+        column_rotation: Rotation | None = None,
+    ) -> "HadamardQuantTensor":
+        """Return the operand that stands for x and holds these codes and scales."""
+        tensors = {"codes": codes, "codes_t": codes_t, "scale": scale}
+        attributes = {
+            "granularity": granularity, "row_rotation": row_rotation, "column_rotation": column_rotation, "format": format,
+        }  # fmt: skip
+        return cls(x.shape, x.dtype, tensors, attributes)
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """The tensors that it holds as its own: codes and scales."""
+        """The tensors that no other operand holds: codes and scales."""
         return [part for part in (getattr(self, name) for name in self._parts) if part is not None]
 
     @property
     def gains(self) -> Gains | None:
+        """The gain and its inverse."""
         return None if self.gain is None or self.undo_gain is None else (self.gain, self.undo_gain)
 
     @gains.setter
     def gains(self, gains: Gains | None) -> None:
-        """Of an operand as it was made; its codes are not changed."""
+        """Set the gain that the codes were made with. It does not change them."""
         self.gain, self.undo_gain = gains or (None, None)
-        self.gain_along = None if gains is None else "column"
+        self.gain_axis = None if gains is None else "columns"
 
     def requantize_(self, x: torch.Tensor) -> None:
-        """Make this the operand of another matrix like the one it was made from (in rows, nothing folded in), in place."""
+        """Quantise another matrix like the one that this operand was made of, in place.
+
+        The operand must hold rows only, and have been made without folds.
+        """
         assert self.codes is not None and self.codes_t is None
+        rotations = self.row_rotation, self.column_rotation
         if self.format is None:
-            self.codes.copy_(ops.rotate(x, self.left, self.right))
+            self.codes.copy_(ops.rotate(x, *rotations))
         else:
-            kind = "unit" if self.scale is None else self.scale_along
             scale = self.codes.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
             codes, packed = (self._room_to_unpack(), self.codes) if self.is_packed else (self.codes, None)
-            ops.rotate_quantize_(x, self.left, self.right, self.format, kind, codes, scale, self.gain)
+            ops.rotate_quantize_(x, *rotations, self.format, self.granularity, codes, scale, self.gain)
             if packed is not None:
                 ops.pack_rows_(codes, self.format, packed)
         torch.autograd.graph.increment_version(self.parts)
 
     @staticmethod
     def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
-        """:meth:`requantize_` of many, each of its matrix: one op for all that are quantised alike."""
+        """Call :meth:`requantize_` for many operands, each with its matrix. One op serves all that are quantised alike."""
         alike: dict[tuple, list[tuple[HadamardQuantTensor, torch.Tensor]]] = {}
         for operand, x in zip(operands, matrices, strict=True):
-            how: tuple = (operand.left, operand.right, operand.format, operand.scale_along, x.device, operand.gain is None)
+            rotations = operand.row_rotation, operand.column_rotation
+            how: tuple = (*rotations, operand.format, operand.granularity, x.device, operand.gain is None)
             traced = type(operand.codes) is not torch.Tensor  # or fake
             if operand.format is None or operand.scale is None or operand.is_packed or traced:
                 how = (id(operand),)  # unlike any other
@@ -202,27 +233,31 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 continue
             codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
             xs, gains = [x for _, x in group], [] if first.gain is None else gains
-            ops.requantize_(xs, first.left, first.right, cast(Format, first.format), first.scale_along, codes, scales, gains)
+            format, rotations = cast(Format, first.format), (first.row_rotation, first.column_rotation)
+            ops.requantize_(xs, *rotations, format, first.granularity, codes, scales, gains)
             torch.autograd.graph.increment_version([*codes, *scales])
 
-    def _with(self, *, size=None, dtype=None, **changes) -> "HadamardQuantTensor":
+    def _with(
+        self, *, size: torch.Size | None = None, dtype: torch.dtype | None = None, **changes: Any
+    ) -> "HadamardQuantTensor":
         tensors = {name: changes.get(name, getattr(self, name)) for name in self._tensors}
         attributes = {name: changes.get(name, getattr(self, name)) for name in self._attributes}
         return type(self)(self.shape if size is None else size, dtype or self.dtype, tensors, attributes)
 
     @property
     def is_packed(self) -> bool:
+        """Whether it holds fp6 codes in ¾ of a byte each."""
         return self.codes is not None and self.codes.dtype is torch.uint8
 
     def packed(self) -> "HadamardQuantTensor":
-        """The same in its smallest storage: fp6 codes held in rows are packed, anything else is itself."""
+        """Return the operand in its smallest storage: with packed codes if it holds fp6 codes in rows, else itself."""
         if self.codes is None or self.codes_t is not None or self.is_packed or not can_pack(self.codes, self.format):
             return self
         assert self.format is not None
         return self._with(codes=pack_rows(self.codes, self.format))
 
     def unpacked(self) -> "HadamardQuantTensor":
-        """The same with codes that a matrix unit reads."""
+        """Return the operand with codes that a matrix unit reads."""
         return self._with(codes=self.any_codes()) if self.is_packed else self
 
     @property
@@ -234,99 +269,73 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return packed.new_empty((packed.shape[0], packed.shape[1] // 3 * 4), dtype=code_dtype(format))
 
     def only(self, layout: str) -> "HadamardQuantTensor":
-        """The same operand holding one layout, "rows" or "columns", so that the other can be freed."""
+        """Return the operand with one layout, "rows" or "columns", so that the other can be freed."""
         return self._with(codes_t=None) if layout == "rows" else self._with(codes=None)
 
     def without_scale(self) -> "HadamardQuantTensor":
-        """The bare codes, for a product whose other operand had this scale folded in."""
-        return self._with(scale=None, scale_along="tensor")
+        """Return the operand without its scale, for a product whose other operand has the scale folded in."""
+        return self._with(scale=None, granularity=UNIT)
 
     def any_codes(self) -> torch.Tensor:
-        """The codes [r', c'] in whichever layout is held."""
+        """Return the codes [r', c'] from the layout that is held."""
         if self.is_packed:
             return (unpack_rows if is_symbolic() else ops.unpack_rows)(*self._packed)
         return self.codes if self.codes is not None else self.any_codes_t().t()
 
     def any_codes_t(self) -> torch.Tensor:
-        """Their transpose [c', r'] in whichever layout is held."""
+        """Return the transposed codes [c', r'] from the layout that is held."""
         if self.is_packed:
             return unpack_columns(*self._packed) if is_symbolic() else self.any_codes().t()
         return self.codes_t if self.codes_t is not None else self.any_codes().t()
 
+    def element_scales(self) -> torch.Tensor | None:
+        """Return the scales as products take them: with one for each element, [r', c'], if they vary along both dimensions."""
+        if self.scale is None or not self.granularity.is_blocked:
+            return self.scale
+        rows, columns = self.codes.shape if self.codes is not None else reversed(cast(torch.Tensor, self.codes_t).shape)
+        return self.granularity.spread(self.scale, rows, columns)
+
     def dequantize(self) -> torch.Tensor:
-        """The un-rotated high-precision matrix [r, c] that the codes stand for; what a rank has dropped is zero."""
-        y = reference.dequantize(self.any_codes(), self.scale, self.scale_along)
-        y = ops.unrotate(y, self.left, self.right, self.shape)
+        """Return the matrix [r, c] that the codes stand for, in high precision and not rotated. The part that a rank has
+        dropped is zero."""
+        y = reference.dequantize(self.any_codes(), self.scale, self.granularity)
+        y = ops.unrotate(y, self.row_rotation, self.column_rotation, self.shape)
         if self.undo_gain is not None:
-            undo = self.undo_gain.to(y.device)  # of a meta tensor it has stayed where its values are
-            y = y * (undo if self.gain_along == "column" else undo.unsqueeze(1))
+            undo = self.undo_gain.to(y.device)  # the gain of a meta tensor stays where its values are
+            y = y * (undo if self.gain_axis == "columns" else undo.unsqueeze(1))
         return y.to(self.dtype)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         rows = "packed rows" if self.is_packed else "rows"
         layouts = "+".join(n for n, c in ((rows, self.codes), ("columns", self.codes_t)) if c is not None)
-        scale = "none" if self.scale is None else f"per {self.scale_along}"
-        gain = "" if self.gain is None else f"a gain per {self.gain_along}, "
+        scale = "none" if self.scale is None else f"per {self.granularity}"
+        gain = "" if self.gain is None else f"a gain of its {self.gain_axis}, "
         return (
-            f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, left {self.left}, "
-            f"right {self.right}, {gain}{layouts}, dtype={self.dtype}, device='{self.device}')"
+            f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, row_rotation "
+            f"{self.row_rotation}, column_rotation {self.column_rotation}, {gain}{layouts}, dtype={self.dtype}, "
+            f"device='{self.device}')"
         )
 
-    # TorchAOBaseTensor's plumbing, for optional inner tensors and a dtype that is not theirs.
-    def __tensor_flatten__(self):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle of this version, or of 0.1.0, whose attributes had other names."""
+        state = present_state(state)
+        self.__dict__.update({name: state.get(name) for name in (*self._tensors, *self._attributes)})
+
+    # TorchAOBaseTensor's own methods know no optional inner tensors, and no dtype other than theirs.
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names = [name for name in self._tensors if getattr(self, name) is not None]
         return names, {"dtype": self.dtype} | {name: getattr(self, name) for name in self._attributes}
 
     @classmethod
-    def __tensor_unflatten__(cls, tensors, attributes, size, stride):
+    def __tensor_unflatten__(
+        cls, tensors: dict[str, torch.Tensor], attributes: dict[str, Any], size: torch.Size, stride: tuple[int, ...]
+    ) -> "HadamardQuantTensor":
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
-    def _apply_fn_to_data(self, fn):
-        new = self._with(**{name: fn(getattr(self, name)) for name in self._parts if getattr(self, name) is not None})
+    def _apply_fn_to_data(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "HadamardQuantTensor":
+        changed: dict[str, Any] = {name: fn(part) for name in self._parts if (part := getattr(self, name)) is not None}
+        new = self._with(**changed)
         if self.gain is not None:
             new.gain, new.undo_gain = moved(self.gains, new.device) or (None, None)
-            new.gain_along = None if new.gain is None else self.gain_along
+            new.gain_axis = None if new.gain is None else self.gain_axis
         return new
-
-
-@HadamardQuantTensor.implements(
-    [aten.detach.default, aten.clone.default, aten.alias.default, aten._pin_memory.default, aten.empty_like.default]
-)
-def _(func, types, args, kwargs):
-    new = args[0]._apply_fn_to_data(lambda t: func(t, *args[1:], **kwargs))
-    return return_and_correct_aliasing(func, args, kwargs, new)
-
-
-@HadamardQuantTensor.implements(aten._to_copy.default)
-def _(func, types, args, kwargs):
-    self = args[0]
-    kwargs = dict(kwargs)
-    dtype = kwargs.pop("dtype", None)  # of what it stands for; the codes keep theirs
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"a HadamardQuantTensor cannot stand for {dtype}; take dequantize().to({dtype})")
-    return self._with(dtype=dtype)._apply_fn_to_data(lambda t: func(t, **kwargs))
-
-
-@HadamardQuantTensor.implements([aten.t.default, aten.transpose.int])
-def _(func, types, args, kwargs):
-    self = args[0]
-    if func is aten.transpose.int and args[1] % 2 == args[2] % 2:
-        return aten.alias.default(self)
-    return _transpose(func, types, args, kwargs)
-
-
-# Above the dispatcher as well: an operand shared from outside of inference mode may then be transposed inside of it.
-@HadamardQuantTensor.implements_torch_function([torch.Tensor.t, torch.t])
-def _transpose(func, types, args, kwargs):
-    self = args[0].unpacked()
-    scale = self.scale.t().contiguous() if self.scale_along == "block" else self.scale
-    return self._with(
-        size=(self.shape[1], self.shape[0]),
-        codes=self.codes_t,
-        codes_t=self.codes,
-        scale=scale,
-        scale_along=_SWAPPED.get(self.scale_along, self.scale_along),
-        left=self.right,
-        right=self.left,
-        gain_along=_SWAPPED.get(self.gain_along or ""),
-    )

@@ -6,7 +6,7 @@ from torch import Tensor
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops.register import fake, op
 from halo_tensor.ops.rotations import rotate
-from halo_tensor.recipe import Format, Rotation
+from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned, code_dtype
 
@@ -16,7 +16,7 @@ def rotate_quantize(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales | str,
     *,
     fold_rows: Tensor | None = None,
     fold_columns: Tensor | None = None,
@@ -31,7 +31,7 @@ def rotate_quantize(
         x: matrix [r, c], of any floating dtype and strides.
         row_rotation, column_rotation: rotations of its two dimensions; r' and c' are their sizes afterwards.
         format: number format of the codes.
-        granularity: "row", "column", "tensor", "block" or "unit". Only the reference has "block".
+        granularity: the layout of the scales, or its name. Only the reference computes scales of blocks.
         fold_rows, fold_columns: float32 [r'] and [c'], which multiply the rotated matrix before it is scaled.
         rows, columns: whether to return the codes, and whether to return their transpose.
         rounding: "nearest" or "stochastic", which draws from torch's generator of x's device: a GPU's kernels draw a seed,
@@ -43,9 +43,9 @@ def rotate_quantize(
         16 bytes. On a CPU the transpose is a view of row-major memory, since products there read either order equally fast;
         after stochastic rounding it is contiguous.
     """
-    seed = None
+    granularity, seed = Scales.of(granularity), None
     if rounding == "stochastic":
-        if granularity == "block" or not runs_kernels(x.device):
+        if granularity.is_blocked or not runs_kernels(x.device):
             codes, scales = _round_stochastically(
                 x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, gain
             )
@@ -62,7 +62,7 @@ def _round_stochastically(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales,
     fold_rows: Tensor | None,
     fold_columns: Tensor | None,
     gain: Tensor | None,
@@ -82,7 +82,7 @@ def _rotate_quantize(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales,
     fold_rows: Tensor | None,
     fold_columns: Tensor | None,
     rows: bool,
@@ -96,11 +96,11 @@ def _rotate_quantize(
         seed: int64 [1], with which kernels round stochastically.
     """
     rotations = row_rotation, column_rotation
-    if runs_kernels(x.device) and granularity != "block":
+    if runs_kernels(x.device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import plan
 
         codes, codes_t, scales = plan.rotate_quantize(
-            x, *rotations, format, granularity, fold_rows, fold_columns, rows, columns, None, seed, gain
+            x, *rotations, format, granularity.name, fold_rows, fold_columns, rows, columns, None, seed, gain
         )
         dtype = code_dtype(format)
         codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
@@ -121,18 +121,17 @@ def _(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales,
     rows: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r, c = reference.rotated(x.shape[0], row_rotation), reference.rotated(x.shape[1], column_rotation)
-    block, pad = reference.BLOCK, granularity != "block"
-    scale_shape = {"row": [r], "column": [c], "block": [-(-r // block), -(-c // block)]}.get(granularity, [])
+    pad = not granularity.is_blocked
     nothing = x.new_empty([0], dtype=code_dtype(format))
     return (
         empty_codes(x, r, c, format, pad=pad) if rows else nothing,
         empty_codes(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
-        x.new_empty(scale_shape, dtype=torch.float32),
+        x.new_empty(granularity.shape(r, c), dtype=torch.float32),
     )
 
 
@@ -156,17 +155,17 @@ def rotate_quantize_(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales,
     codes: Tensor,
     scales: Tensor,
     gain: Tensor | None = None,
 ) -> None:
     """Quantise x again, in place of the row-major codes and the scales that :func:`rotate_quantize` gave for such a matrix."""
-    if runs_kernels(x.device) and granularity != "block":
+    if runs_kernels(x.device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import plan
 
         plan.rotate_quantize(
-            x, row_rotation, column_rotation, format, granularity, None, None, True, False, (codes, scales), gain=gain
+            x, row_rotation, column_rotation, format, granularity.name, None, None, True, False, (codes, scales), gain=gain
         )
         return
     new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
@@ -180,7 +179,7 @@ def requantize_(
     row_rotation: Rotation | None,
     column_rotation: Rotation | None,
     format: Format,
-    granularity: str,
+    granularity: Scales,
     codes: list[Tensor],
     scales: list[Tensor],
     gains: list[Tensor],
@@ -191,10 +190,10 @@ def requantize_(
         xs, codes, scales: the matrices, and what to overwrite, in the same order.
         gains: one for each matrix, or an empty list.
     """
-    if runs_kernels(xs[0].device) and granularity != "block":
+    if runs_kernels(xs[0].device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import many
 
-        many.requantize_(xs, row_rotation, column_rotation, format, granularity, codes, scales, gains)
+        many.requantize_(xs, row_rotation, column_rotation, format, granularity.name, codes, scales, gains)
         return
     for i, (x, code, scale) in enumerate(zip(xs, codes, scales, strict=True)):
         gain = gains[i] if gains else None

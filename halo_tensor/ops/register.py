@@ -10,8 +10,8 @@
     def _(x: Tensor, row_rotation: Rotation | None, column_rotation: Rotation | None) -> Tensor: ...
 
 :func:`op` defines the schema, registers the body for every device and returns the function that callers use. That function
-takes rotations and formats as objects; the dispatcher passes lists of integers and strings (:func:`encode`), and the body gets
-objects again. :func:`fake` registers what a compiler computes with: shapes, dtypes and strides.
+takes rotations, formats and layouts of scales as objects. The dispatcher passes lists of integers and strings, and the body
+gets objects again. :func:`fake` registers what a compiler computes with: shapes, dtypes and strides.
 
 ``torch.library.custom_op`` does the same for fewer types. It has no types of its own, infers ``SymInt[]`` where launches need
 integers, and adds microseconds to each call.
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from halo_tensor.recipe import FORMATS, Format, Rotation
+from halo_tensor.recipe import FORMATS, Format, Rotation, Scales
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,6 +65,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     list[Tensor]: "Tensor[]",
     Rotation | None: "int[]",
     Format: "str",
+    Scales: "str",
     str: "str",
     bool: "bool",
     Sequence[int]: "SymInt[]",
@@ -74,6 +75,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 _CONVERSIONS: dict[Any, tuple[Callable, Callable]] = {
     Rotation | None: (encode, decode),
     Format: (_name, FORMATS.__getitem__),
+    Scales: (str, Scales.of),
 }
 
 

@@ -1,19 +1,19 @@
 """The two products of backward, and what forward saves for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 
-from halo_tensor.operand import matmul  # noqa: F401  defines torch.mm of two operands
-from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import PRODUCTS, E, Recipe, W
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a b + bias in ``dtype``, of two operands, two matrices in high precision, or one of each."""
     if isinstance(a, HadamardQuantTensor) != isinstance(b, HadamardQuantTensor):
         a, b = (t if isinstance(t, HadamardQuantTensor) else HadamardQuantTensor.plain(t) for t in (a, b))
     elif not isinstance(a, HadamardQuantTensor):
@@ -31,11 +31,17 @@ def multiply_backward(
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """E_X [tokens, in] of ``x_dtype`` and G [out, in] of ``w_dtype``; None where ``w`` or ``x`` is.
+    """Return the gradients of X and W.
 
     Args:
-        e: E [tokens, out]. x: what X brings to grad_weight. w: the operand of W that output used, if grad_input uses it too,
-            else W itself.
+        recipe: what the operands carry.
+        e: E [tokens, out].
+        x: what X brings to grad_weight; None to leave that product out.
+        w: what W brings to output, if it brings the same to grad_input, else W itself; None to leave grad_input out.
+        x_dtype, w_dtype: the dtypes of the gradients.
+
+    Returns:
+        E_X [tokens, in] and G [out, in]; None for a product that is left out.
     """
     right, folds = {}, {}
     if w is not None:
@@ -43,8 +49,8 @@ def multiply_backward(
     if x is not None:
         right["grad_weight"] = x
     for product, operand in right.items():
-        along = getattr(recipe, product).right.scale
-        if along == PRODUCTS[product][2] and isinstance(operand, HadamardQuantTensor):
+        granularity, contracted = getattr(recipe, product).right.granularity, PRODUCTS[product][2]
+        if granularity.is_per(contracted) and isinstance(operand, HadamardQuantTensor):
             folds[product], right[product] = operand.scale, operand.without_scale()
     left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
     grad_x = None if w is None else multiply(left["grad_input"], right["grad_input"], x_dtype)
@@ -53,8 +59,11 @@ def multiply_backward(
 
 
 def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callable]:
-    """The tensors to save for an operand, and the function that puts them together again. Inner tensors are saved, not the
-    subclass: hooks on saved tensors (offloading, counting) see what is really kept."""
+    """Return the tensors to save for an operand, and a function that makes the operand of them again.
+
+    The tensors inside of a HadamardQuantTensor are saved, not the subclass, so that hooks on saved tensors (offloading,
+    counting) see the memory that is kept.
+    """
     if operand is None:
         return [], lambda tensors: None
     if not isinstance(operand, HadamardQuantTensor):
@@ -62,7 +71,7 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
     names, attributes = operand.__tensor_flatten__()
     size, stride = operand.size(), operand.stride()
 
-    def put_together(tensors):
+    def put_together(tensors: Sequence[torch.Tensor]) -> HadamardQuantTensor:
         inner = dict(zip(names, tensors, strict=True))
         return HadamardQuantTensor.__tensor_unflatten__(inner, attributes, size, stride)
 
@@ -76,10 +85,10 @@ def check_first_derivative() -> None:
 
 
 def backward_of_rounding(backward: Callable) -> Callable:
-    """For the backward of an autograd function: it refuses second derivatives, and autocast does not reach it."""
+    """Decorate the backward of an autograd function: refuse second derivatives, and turn autocast off."""
 
     @wraps(backward)
-    def run(ctx, grad_output):
+    def run(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         check_first_derivative()
         with torch.autocast(grad_output.device.type, enabled=False):
             return backward(ctx, grad_output)

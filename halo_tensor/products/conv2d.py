@@ -1,18 +1,20 @@
-"""``nn.Conv2d`` by a recipe with a plain forward, as HOT's: what is saved and multiplied in backward is the recipe's.
+"""``nn.Conv2d`` under a recipe whose forward is plain, as HOT's is: the recipe governs what is saved and the two backward
+products.
 
 A convolution is a linear layer whose tokens are output positions and whose in_features are the C·k·k elements of a window.
-A 1×1 convolution is that exactly. A larger one must not save its windows, which hold each element of X up to k² times: X
-itself is what is compressed, [B·H·W, C], and backward unfolds what it decompresses. Its grad_weight product then takes all
-sequencies of the tokens: X has lost the fast ones already, and to lose them again in another frame would save nothing.
+A 1×1 convolution is exactly that. A larger one must not save its windows, which hold each element of X up to k² times. So X
+itself, [B·H·W, C], is compressed and saved, and backward decompresses and unfolds it. The grad_weight product of a larger
+convolution takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again after
+it was unfolded would save nothing.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
@@ -20,7 +22,7 @@ from halo_tensor.recipe import Operand, Product, Recipe, X
 
 
 class Geometry(NamedTuple):
-    """Of a convolution, each as (vertical, horizontal); ``groups`` splits its channels."""
+    """The arguments of a convolution, each as (vertical, horizontal); ``groups`` splits its channels."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,21 +32,23 @@ class Geometry(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
+        """Whether a window is one position."""
         return self.kernel == (1, 1)
 
     @property
     def is_identity(self) -> bool:
+        """Whether each window is the position of its output."""
         return self.is_pointwise and self.stride == (1, 1) and self.padding == (0, 0)
 
     def windows(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] as [B·H'·W', C·k·k], a row per output position."""
+        """Return x [B, C, H, W] as [B·H'·W', C·k·k], with a row for each output position."""
         if self.is_identity:
             return positions(x)
         columns = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
     def fold(self, windows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The transpose of :meth:`windows`: each element of an x of ``shape`` is the sum of its occurrences."""
+        """Return the transpose of :meth:`windows`: an x of ``shape``, each element of which is the sum of its occurrences."""
         batch, size = shape[0], tuple(shape[2:])
         if batch == 0:
             return windows.new_zeros(shape)
@@ -55,12 +59,12 @@ class Geometry(NamedTuple):
 
 
 def positions(x: torch.Tensor) -> torch.Tensor:
-    """x [B, C, H, W] as [B·H·W, C]: a view of a channels-last x, else a copy."""
+    """Return x [B, C, H, W] as [B·H·W, C]: a view of a channels-last x, else a copy."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _whole_rank(recipe: Recipe) -> Recipe:
-    """The recipe with all sequencies in grad_weight."""
+    """Return the recipe with all sequencies in grad_weight."""
 
     def whole(operand: Operand) -> Operand:
         return operand if operand.tokens is None else replace(operand, tokens=replace(operand.tokens, rank=None))
@@ -71,7 +75,16 @@ def _whole_rank(recipe: Recipe) -> Recipe:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe, geometry, dtype, trains):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        recipe: Recipe,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        trains: bool,
+    ) -> torch.Tensor:
         ctx.recipe, ctx.geometry, ctx.x_shape, ctx.x_dtype = recipe, geometry, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
@@ -91,7 +104,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @backward_of_rounding
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         geometry, (weight, *saved) = ctx.geometry, ctx.saved_tensors
         recipe = ctx.recipe if geometry.is_pointwise else _whole_rank(ctx.recipe)
         xs: list = [put_together(saved[start:stop]) for start, stop, put_together in ctx.put_together]
@@ -117,9 +130,21 @@ class _Conv2d(torch.autograd.Function):
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe, geometry: Geometry
 ) -> torch.Tensor:
-    """``F.conv2d`` [B, C, H, W] → [B, N, H', W'] by a recipe whose output is plain; each group is a layer of its own.
+    """Compute ``F.conv2d`` under a recipe whose output is plain. Each group of channels is a layer of its own.
 
-    Raises ValueError if the dtypes differ outside autocast, RuntimeError inside ``torch.jit.trace``.
+    Args:
+        x: [B, C, H, W].
+        weight: [N, C/groups, k, k].
+        bias: [N], or None.
+        recipe: of the two backward products.
+        geometry: stride, padding, dilation and groups.
+
+    Returns:
+        [B, N, H', W'].
+
+    Raises:
+        ValueError: the dtypes differ outside of autocast.
+        RuntimeError: inside of ``torch.jit.trace``.
     """
     refuse_tracing()
     dtype = product_dtype("conv2d", x, weight, bias)

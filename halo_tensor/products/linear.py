@@ -1,14 +1,15 @@
 """The linear layer's three products, as a recipe says.
 
-Forward quantises X and meets W as codes, which :class:`~halo_tensor.weight.tensor.HaloWeight` holds; backward quantises E and
-multiplies it with the same operands again. Of X, only the codes that grad_weight reads are saved; of W, references.
+Forward quantises X and reads W as the codes that :class:`~halo_tensor.weight.tensor.HaloWeight` holds. Backward quantises E
+and multiplies it with the same operands. For backward, forward saves the codes of X that grad_weight reads, and references to
+W.
 """
 
 from typing import Any
 
 import torch
 
-from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
 from halo_tensor.products.operands import quantize_operands, weight_operand
 from halo_tensor.products.steps import reuses_operand
@@ -17,14 +18,23 @@ from halo_tensor.recipe import Recipe, X
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, recipe, dtype, trains, gain):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        trains: bool,
+        gain: torch.Tensor | None,
+    ) -> torch.Tensor:
         master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
         if operand is None and not recipe.output.right.is_plain:  # a weight that holds no codes
             operand = weight_operand(master, recipe)
         w = master if operand is None else operand
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
         products = ["output", "grad_weight"] if wants_w else ["output"]
-        # What W was multiplied with X is divided by, and the other way round.
+        # X carries the inverse of W's gain, so that the two cancel.
         gains = getattr(operand, "gains", None)
         gains = gains and (gains[1] if gain is None else gain, gains[0])
         x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
@@ -40,12 +50,12 @@ class _Linear(torch.autograd.Function):
         ctx.x_count = len(x_tensors)
         ctx.recipe, ctx.x_shape, ctx.x_dtype, ctx.w_dtype = recipe, x.shape, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # What a function returns as a view, autograd lets nobody write to; ReLU(inplace=True) does.
+        # Not a view: autograd forbids writes to views that a function returns, and ReLU(inplace=True) writes.
         return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     @backward_of_rounding
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
         e = grad_output.reshape(-1, grad_output.shape[-1])
@@ -56,9 +66,10 @@ class _Linear(torch.autograd.Function):
 
 
 def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
-    """What a layer computes in: autocast's dtype, or the one that all three have.
+    """Return the dtype that a layer computes in: autocast's, or the one that all three tensors have.
 
-    Raises ValueError if they differ outside autocast.
+    Raises:
+        ValueError: the dtypes differ outside of autocast.
     """
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
@@ -71,7 +82,8 @@ def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.
 
 
 def refuse_tracing() -> None:
-    """TorchScript cannot hold a Python autograd function: saving what it traced crashes."""
+    """Raise RuntimeError inside of ``torch.jit.trace``: TorchScript cannot hold a Python autograd function, and crashes when
+    it saves what it traced."""
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace knows no converted layers: call dequantize_(model) first")
 
@@ -83,32 +95,28 @@ def linear(
     recipe: Recipe | None = None,
     gain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``F.linear(x, weight, bias)`` by the recipe of ``weight``, a HaloWeight [out, in]; or by ``recipe``, of any weight,
-    which is quantised in every call if the recipe's output quantises it.
+    """Compute ``F.linear(x, weight, bias)`` as a recipe says.
 
     Args:
-        x: [..., in], of the weight's dtype; bias: [out], one number, or None. Under autocast the result has its dtype, while
-            X and W are quantised from the precision they come in.
-        gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own: a compiler knows of inputs, but
-            not of tensors inside of subclasses, that they are the same one, and then quantises X once for all who share it.
+        x: [..., in], of the weight's dtype, except under autocast: X and W are then quantised from their own precision.
+        weight: a HaloWeight [out, in]; or any weight, if ``recipe`` is given.
+        bias: [out], one number, or None.
+        recipe: of a weight that has none of its own. Every call quantises such a weight, if the recipe's output does.
+        gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own. A compiler knows whether two
+            inputs are the same tensor, but not whether two tensors inside of subclasses are, and so quantises X once for all
+            layers that share a gain.
+
+    Returns:
+        [..., out], of autocast's dtype or that of ``x``.
 
     Raises:
-        ValueError: the shapes do not fit, the devices differ, or the dtypes do outside autocast; or W is held as codes
-            only and is to be trained.
-        RuntimeError: inside ``torch.jit.trace``.
+        ValueError: the shapes do not fit; the devices differ, or the dtypes outside of autocast; or W is held as codes only
+            and is to be trained.
+        RuntimeError: inside of ``torch.jit.trace``.
     """
     refuse_tracing()
-    if recipe is None and weight.master is None and weight.requires_grad and not weight.is_gathered:
-        if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
-            raise ValueError(
-                "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
-                "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
-                "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
-            )
-        raise ValueError(
-            "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
-            "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
-        )
+    if recipe is None:
+        _check_trainable(weight)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     if bias is not None and bias.numel() == 1:
@@ -121,3 +129,19 @@ def linear(
     device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
     with torch.autocast(device, enabled=False):
         return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)
+
+
+def _check_trainable(weight: Any) -> None:
+    """Raise ValueError if a weight is to be trained but is held as codes only."""
+    if weight.master is not None or not weight.requires_grad or weight.is_gathered:
+        return
+    if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
+        raise ValueError(
+            "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+            "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
+            "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
+        )
+    raise ValueError(
+        "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
+        "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
+    )

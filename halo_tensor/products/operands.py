@@ -1,4 +1,4 @@
-"""What X, W and E bring to the three products, as a recipe says, and what of it is shared."""
+"""Making the operands of the three products of X, W and E, as a recipe says, and sharing them between products and layers."""
 
 import threading
 
@@ -13,16 +13,20 @@ from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
 
-class _Shared(threading.local):
-    """What the last matrix was quantised to, in each thread: q, k and v follow each other, and so do gate and up. Of more, the
-    codes would live as long as the matrices, which checkpointing keeps."""
+class _OperandCache(threading.local):
+    """Operands made of the most recent matrix of this thread, so that layers which read the same X quantise it once.
+
+    q, k and v, and gate and up, are called one after another with the same tensor; the later ones reuse the first one's codes.
+    Only one matrix is remembered: checkpointing keeps inputs alive, and their codes would stay alive with them.
+    """
 
     def __init__(self) -> None:
-        # matrix -> (its version and stream, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its matrix.
+        #: matrix -> (its version and CUDA stream, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its
+        #: matrix.
         self.operands: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-_shared = _Shared()
+_cache = _OperandCache()
 
 
 def quantize_operands(
@@ -34,13 +38,22 @@ def quantize_operands(
     owner: torch.Tensor | None = None,
     gains: Gains | None = None,
 ) -> list[torch.Tensor]:
-    """What ``matrix``, one of X, W and E by its ``dims``, brings to each of ``products``: a HadamardQuantTensor in the layout
-    that the product reads, or the matrix itself where the recipe keeps it in high precision.
+    """Return what ``matrix`` brings to each of ``products``.
 
-    Products that want the same operand are served by one quantisation, and so are calls that follow with the same ``owner``,
-    the result of a differentiable operation that ``matrix`` is a view of. ``folds`` gives, per product, another operand's
-    scale along the contracted dimension, to be multiplied in first. ``gains`` are those of in_features, of X or W, for every
-    operand that is quantised.
+    Products that want the same operand are served by one quantisation, and so are later calls with the same ``owner``.
+
+    Args:
+        matrix: X, W or E, a matrix over ``dims``.
+        dims: its dimensions, ``recipe.X``, ``W`` or ``E``.
+        recipe: what it carries in each product.
+        products: the names of the products.
+        folds: for each product another operand's scale along the contracted dimension, to be multiplied in first.
+        owner: the result of a differentiable operation that ``matrix`` is a view of. None shares nothing.
+        gains: of in_features of X or W, for every operand that is quantised.
+
+    Returns:
+        For each product a HadamardQuantTensor in the layout that the product reads, or the matrix itself if the recipe keeps
+        it in high precision.
     """
     folds = folds or {}
     steps = steps_for(recipe, dims, tuple(products), tuple(name for name in products if folds.get(name) is not None))
@@ -51,7 +64,8 @@ def quantize_operands(
     made: dict[str, torch.Tensor] = {}
     for step in steps:
         own = None if step.operand.format is None else gains
-        name = (step.operand, None if own is None else id(own[0]))  # the id stays the gain's own: what is shared keeps it
+        # A shared operand keeps its gain, and so the id, alive.
+        name = (step.operand, None if own is None else id(own[0]))
         tensor = None if step.folded else shared.get(name)
         if tensor is None or not _serves(tensor, dims, step.contracted):
             tensor = _quantize(matrix, dims, step.operand, step.contracted, folds.get(step.products[0]), own)
@@ -62,7 +76,7 @@ def quantize_operands(
 
 
 def weight_operand(master: torch.Tensor, recipe: Recipe, gains: Gains | None = None) -> HadamardQuantTensor | None:
-    """What a weight [out, in] brings to ``output``, in rows; None where the recipe leaves it as it is."""
+    """Return what a weight [out, in] brings to ``output``, in rows; None if the recipe keeps it in high precision."""
     (operand,) = quantize_operands(master, W, recipe, ["output"], gains=gains)
     return operand if isinstance(operand, HadamardQuantTensor) else None
 
@@ -75,40 +89,49 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
 
 
 def _is_shared(owner: torch.Tensor) -> bool:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # a graph must quantise anew in every replay
+    """Whether operands of ``owner`` can be reused in another call."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # every replay of a graph must quantise anew
         return False
-    # A leaf may be a buffer that others write to without a trace: receiving ranks, NumPy, x.data, the replay of a graph.
+    # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
     return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
 
 
 def shared_operands(owner: torch.Tensor | None) -> dict:
-    """The operands already made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is active
-    (tracing, selective checkpointing): a mode must see every op."""
+    """Return the operands that were made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is
+    active (tracing, selective checkpointing), which must see every op."""
     if owner is None or not _is_shared(owner):
         return {}
     stream = current_raw_stream(owner.get_device()) if owner.is_cuda else None
     now = owner._version, stream
-    seen, operands = _shared.operands.get(owner, (None, {}))
+    seen, operands = _cache.operands.get(owner, (None, {}))
     if seen != now:
         operands = {}
-        _shared.operands.clear()
-        _shared.operands[owner] = (now, operands)
+        _cache.operands.clear()
+        _cache.operands[owner] = (now, operands)
     return operands
 
 
 def _quantize(
-    matrix, dims, operand: Operand, contracted: set[str], fold: torch.Tensor | None, gains: Gains | None
+    matrix: torch.Tensor,
+    dims: tuple[str, str],
+    operand: Operand,
+    contracted: set[str],
+    fold: torch.Tensor | None,
+    gains: Gains | None,
 ) -> torch.Tensor:
+    """Return ``matrix`` as an operand of products that contract these dimensions."""
     if operand.is_plain:
         return matrix
-    # A feature dimension that no block divides stays un-rotated, and quantize_ has said so.
-    left, right = (hadamard.carried(operand, d, width) for d, width in zip(dims, matrix.shape, strict=True))
+    # A feature dimension that no block divides is not rotated; quantize_ has reported it.
+    row_rotation, column_rotation = (
+        hadamard.carried(operand, dimension, width) for dimension, width in zip(dims, matrix.shape, strict=True)
+    )
     return HadamardQuantTensor.from_hp(
         matrix,
         operand.format,
-        {dims[0]: "row", dims[1]: "column"}.get(operand.scale, operand.scale),
-        left=left,
-        right=right,
+        operand.granularity.on(dims),
+        row_rotation=row_rotation,
+        column_rotation=column_rotation,
         fold_rows=fold if dims[0] in contracted else None,
         fold_columns=fold if dims[1] in contracted else None,
         rows=dims[1] in contracted,

@@ -63,10 +63,12 @@ def as_pair(dims: Dims, steps: tuple[Step, ...]) -> Pair | None:
     if dims != E or [step.products for step in steps] != [("grad_input",), ("grad_weight",)]:
         return None
     first, second = (step.operand for step in steps)
-    plain_second = replace(first, scale=dims[1], tokens=None)
-    if first.format is None or first.scale != dims[0] or first.out_features is not None or first.rounding != "nearest":
+    if not (first.granularity.is_per(dims[0]) and second.granularity.is_per(dims[1])):
         return None
-    return Pair(first.format, first.tokens) if second == plain_second else None
+    alike = second == replace(first, granularity=second.granularity, tokens=None)
+    if first.format is None or first.out_features is not None or not alike or first.rounding != "nearest":
+        return None
+    return Pair(first.format, first.tokens)
 
 
 def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...
     return tuple(
         product
         for product in products
-        if (right := getattr(recipe, product).right).format is not None and right.scale == PRODUCTS[product][2]
+        if (right := getattr(recipe, product).right).format is not None and right.granularity.is_per(PRODUCTS[product][2])
     )
 
 

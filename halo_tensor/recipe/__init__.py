@@ -1,9 +1,11 @@
-"""Methods of training as data: number formats, the language of recipes, and the methods themselves. Nothing here knows of
-tensors or kernels."""
+"""Training methods as data: number formats, layouts of scales, the language of recipes, and the methods themselves."""
 
 from halo_tensor.recipe.formats import (
+    E8M0,
+    FLOAT32,
     FORMATS,
     FP4_E1M2,
+    FP4_E2M1,
     FP4_E3M0,
     FP6_E2M3,
     FP6_E3M2,
@@ -14,12 +16,18 @@ from halo_tensor.recipe.formats import (
     Format,
 )
 from halo_tensor.recipe.language import DIMENSIONS, PLAIN, PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
-from halo_tensor.recipe.methods import RECIPES, halo, hot, ideal, jetfire, lbp_wht, luq, switchback
+from halo_tensor.recipe.methods import RECIPES, halo, hot, ideal, jetfire, lbp_wht, luq, mxfp8, nvfp4, switchback
+from halo_tensor.recipe.scales import AXES, COLUMN, ROW, TENSOR, UNIT, Scales
 
 __all__ = [
+    "AXES",
+    "COLUMN",
     "DIMENSIONS",
+    "E8M0",
+    "FLOAT32",
     "FORMATS",
     "FP4_E1M2",
+    "FP4_E2M1",
     "FP4_E3M0",
     "FP6_E2M3",
     "FP6_E3M2",
@@ -30,12 +38,16 @@ __all__ = [
     "PLAIN",
     "PRODUCTS",
     "RECIPES",
+    "ROW",
+    "TENSOR",
+    "UNIT",
     "E",
     "Format",
     "Operand",
     "Product",
     "Recipe",
     "Rotation",
+    "Scales",
     "W",
     "X",
     "halo",
@@ -44,5 +56,7 @@ __all__ = [
     "jetfire",
     "lbp_wht",
     "luq",
+    "mxfp8",
+    "nvfp4",
     "switchback",
 ]

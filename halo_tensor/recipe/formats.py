@@ -1,22 +1,31 @@
-"""Number formats: the table that all of the library asks. Add a format here."""
+"""Number formats: the table that the whole library reads. Add a format here."""
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class Constant:
-    """Not to be copied: compiled code looks at every call whether a weight's recipe is the one it was compiled for, and sees
-    at once that an object is itself."""
+    """The base of values that ``copy.deepcopy`` does not copy.
 
-    def __deepcopy__(self, memo):
+    Compiled code compares a weight's recipe with the one that it was compiled for, in every call. The comparison is fastest if
+    both are the same object.
+    """
+
+    def __deepcopy__(self, memo: dict) -> Self:
         return self
 
 
 @dataclass(frozen=True)
 class Format(Constant):
-    """A number format: ``bits`` per element, its largest finite value ``max``, and whether its grid is ``uniform``.
+    """A number format.
 
-    Uniform grids run on integer units, the others on fp8 units. ``mantissa_bits`` and ``min_exponent`` (of the smallest
-    normal number) define a floating grid; they are 0 for a uniform one.
+    Attributes:
+        name: unique among all formats.
+        bits: per element.
+        max: the largest finite value.
+        uniform: whether the format is an integer. Integer units multiply those, fp8 units all others.
+        mantissa_bits, min_exponent: the grid of a floating format; ``min_exponent`` is that of the smallest normal number.
+            Both are 0 for an integer.
     """
 
     name: str
@@ -29,6 +38,9 @@ class Format(Constant):
     def __str__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # every call of a layer looks operands up by their formats
+
 
 INT8 = Format("int8", 8, 127.0, uniform=True)
 INT4 = Format("int4", 4, 7.0, uniform=True)
@@ -36,8 +48,14 @@ FP8_E4M3 = Format("fp8_e4m3", 8, 448.0, mantissa_bits=3, min_exponent=-6)
 FP8_E5M2 = Format("fp8_e5m2", 8, 57344.0, mantissa_bits=2, min_exponent=-14)
 FP6_E2M3 = Format("fp6_e2m3", 6, 7.5, mantissa_bits=3, min_exponent=0)
 FP6_E3M2 = Format("fp6_e3m2", 6, 28.0, mantissa_bits=2, min_exponent=-2)
-#: Powers of two, 1 to 64, and zero: LUQ's logarithmic gradients.
+#: LUQ's gradients: zero and the powers of two from 1 to 64.
 FP4_E3M0 = Format("fp4_e3m0", 4, 64.0, mantissa_bits=0, min_exponent=0)
-#: The integers −7…7, int4's, for products with a floating format.
+#: The integers −7…7, as INT4, for products with a floating format.
 FP4_E1M2 = Format("fp4_e1m2", 4, 7.0, mantissa_bits=2, min_exponent=2)
-FORMATS = {f.name: f for f in (INT8, INT4, FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M2, FP4_E3M0, FP4_E1M2)}
+#: NVFP4's and MXFP4's elements (OCP Microscaling Formats 1.0): 0, ½, 1, 1½, 2, 3, 4, 6.
+FP4_E2M1 = Format("fp4_e2m1", 4, 6.0, mantissa_bits=1, min_exponent=0)
+#: The formats of codes, by name.
+FORMATS = {f.name: f for f in (INT8, INT4, FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M2, FP4_E3M0, FP4_E1M2, FP4_E2M1)}
+#: Formats of scales only: IEEE float32, and the powers of two from 2⁻¹²⁷ to 2¹²⁷ (OCP Microscaling Formats 1.0, 5.4.1).
+FLOAT32 = Format("float32", 32, 3.4028234663852886e38, mantissa_bits=23, min_exponent=-126)
+E8M0 = Format("e8m0", 8, 2.0**127, mantissa_bits=0, min_exponent=-127)

@@ -1,7 +1,7 @@
-"""The language in which a low-precision training method is written down.
+"""The language that describes a low-precision training method.
 
-A linear layer has three named dimensions, ``tokens`` (M), ``in_features`` (K) and ``out_features`` (N); three operands, each
-a matrix over two of them; and three products, each contracting the third:
+A linear layer has three named dimensions, ``tokens`` (M), ``in_features`` (K) and ``out_features`` (N). It has three operands,
+each a matrix over two of them, and three products, each of which contracts one of them:
 
     ============  =======  ==========================  ============  =====================
     product       formula  operands                    contracts     result
@@ -11,25 +11,28 @@ a matrix over two of them; and three products, each contracting the third:
     grad_weight   Eᵀ X     E[tokens, out], X           tokens        G[out, in]
     ============  =======  ==========================  ============  =====================
 
-where E = dL/dY. A :class:`Recipe` says what each operand carries in each product: a number format, where its scales live,
-and a rotation on any of its dimensions. Two rules give every recipe its meaning:
+where E = dL/dY. A :class:`Recipe` says what each operand carries in each product: a number format, the layout of its scales,
+and a rotation on any of its dimensions. Two rules define the result:
 
-*Rotations.* On the contracted dimension both operands carry the same rotation, and it cancels. On a surviving dimension
-the rotation is undone on the result. A rotation with a ``rank`` keeps only the slowest part of its dimension: then the first
-is the product of two projections, the second a projection of the product.
+*Rotations.* On the contracted dimension both operands carry the same rotation, and the two cancel. On a surviving dimension
+the rotation is undone on the result. A rotation with a ``rank`` keeps only the slowest part of its dimension: a contracted
+dimension then gives the product of two projections, a surviving one a projection of the product.
 
-*Scales.* A scale along a surviving dimension is applied to the result. A scale along the contracted dimension is folded
-into the other operand before that one is quantised: Eᵀ X = (diag(s_x) E)ᵀ X_q for X = diag(s_x) X_q. So X and W are
-quantised once and serve two products each.
+*Scales.* A scale for each index of a surviving dimension multiplies the result. A scale for each index of the contracted
+dimension is folded into the other operand before that one is quantised: Eᵀ X = (diag(s_x) E)ᵀ X_q for X = diag(s_x) X_q. So X
+and W can be quantised once and serve two products each. Blocks of scales along the contracted dimension are applied to both
+operands before they are multiplied, as matrix units for MXFP8 and NVFP4 do.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from halo_tensor.recipe.formats import Constant, Format
+from halo_tensor.recipe.scales import AXES, TENSOR, Scales
 
 DIMENSIONS = ("tokens", "in_features", "out_features")
 X, W, E = ("tokens", "in_features"), ("out_features", "in_features"), ("tokens", "out_features")
-#: product name -> (dimensions of its left operand, of its right operand, the contracted dimension)
+#: product -> (dimensions of its left operand, dimensions of its right operand, the contracted dimension)
 PRODUCTS = {
     "output": (X, W, "in_features"),
     "grad_input": (E, W, "out_features"),
@@ -39,19 +42,21 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class Rotation(Constant):
-    """A block-diagonal orthogonal matrix R = D·(I ⊗ H/√block): random signs D, then Hadamard blocks H.
+    """A block-diagonal orthogonal matrix R = D·(I ⊗ H/√block) of random signs D and Hadamard blocks H.
 
-    ``block`` is the edge of a block; None stands for the full width, whatever it will be. ``seed`` chooses the signs (the
-    same ones in every block, on every machine and rank); None leaves them out. ``rank`` keeps that many columns of each block,
-    those of the lowest sequency (fewest changes of sign): R is then a projection, [width, width·rank/block] with RᵀR = 1. It
-    takes a power-of-two block of at most 256, and no signs, which would scramble what is slow and what is fast.
+    Attributes:
+        block: the edge of a block; None for the full width of the dimension, whatever that is.
+        seed: chooses the signs, which are the same in every block and on every machine; None for no signs.
+        rank: keep this many columns of each block, those of the lowest sequency (fewest changes of sign). R is then a
+            projection, [width, width·rank/block] with RᵀR = 1. A rank needs a power-of-two block of at most 256 and no
+            signs, which would mix slow and fast columns.
     """
 
     block: int | None = 128
     seed: int | None = 0
     rank: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block is not None and self.block < 2:
             raise ValueError(f"a rotation's block must be at least 2 wide, or None for the full width; got {self.block}")
         if self.seed is not None and not 0 <= self.seed < 2**31:
@@ -66,7 +71,11 @@ class Rotation(Constant):
 
     @property
     def edge(self) -> int:
-        """The block, where it must be definite: on a tensor. ``ops.hadamard.fit`` makes it so."""
+        """The block as a number. ``reference.hadamard.fit`` returns rotations that have one.
+
+        Raises:
+            ValueError: the block is None.
+        """
         if self.block is None:
             raise ValueError("this rotation spans a width that is not known yet; take hadamard.fit(rotation, width)")
         return self.block
@@ -80,32 +89,52 @@ class Rotation(Constant):
 class Operand:
     """How one operand enters one product.
 
-    ``format`` None keeps it in high precision. ``scale`` is "tensor" (one scale), "unit" (no scale: a bare cast), "block"
-    (one per 32×32 block), or the name of a dimension: one scale per index of that dimension. ``tokens``, ``in_features`` and
-    ``out_features`` are the rotations it carries. ``rounding`` is "nearest", or "stochastic": up or down so that the mean is
-    exact, with torch's random numbers.
+    Attributes:
+        format: the number format of its codes; None for high precision.
+        granularity: the layout of its scales over the recipe's dimensions, such as ``Scales.per(tokens=1)``. Without an
+            orientation (``TENSOR``, ``UNIT``, square blocks) it needs no names of dimensions.
+        tokens, in_features, out_features: the rotations that it carries.
+        rounding: "nearest", or "stochastic": up or down with probabilities that keep the mean, by torch's random numbers.
+
+    Raises:
+        ValueError: an unknown rounding, or a granularity that is no Scales or names rows or columns.
     """
 
     format: Format | None = None
-    scale: str = "tensor"
+    granularity: Scales = TENSOR
     tokens: Rotation | None = None
     in_features: Rotation | None = None
     out_features: Rotation | None = None
     rounding: str = "nearest"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"an operand's rounding must be nearest or stochastic; got {self.rounding!r}")
-        valid = ("tensor", "unit", "block", *DIMENSIONS)
-        if self.scale not in valid:
-            raise ValueError(f"an operand's scale must be one of {', '.join(valid)}; got {self.scale!r}")
+        if not isinstance(self.granularity, Scales):
+            raise ValueError(
+                "an operand's granularity must be a layout of scales, such as Scales.per(tokens=1) or TENSOR; got "
+                f"{self.granularity!r}"
+            )
+        if not self.granularity.is_square and any(self.granularity.length(axis) for axis in AXES):
+            raise ValueError(
+                f"an operand's scales lie along {', '.join(DIMENSIONS)}, not along rows or columns; got {self.granularity!r}"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle of this version, or of 0.1.0, where the granularity was a string, ``scale``."""
+        state = dict(state)
+        if "scale" in state:
+            scale = state.pop("scale")
+            state["granularity"] = Scales.of("32x32" if scale == "block" else scale)
+        self.__dict__.update(state)
 
     def rotation(self, dimension: str) -> Rotation | None:
+        """Return the rotation of a dimension."""
         return getattr(self, dimension)
 
     @property
     def is_plain(self) -> bool:
-        """True if the operand enters its product as it is."""
+        """Whether the operand enters its product as it is."""
         return self.format is None and not any(self.rotation(d) for d in DIMENSIONS)
 
 
@@ -114,19 +143,25 @@ PLAIN = Operand()
 
 @dataclass(frozen=True)
 class Product:
+    """The two operands of a product."""
+
     left: Operand = PLAIN
     right: Operand = PLAIN
 
 
 @dataclass(frozen=True)
 class Recipe(Constant):
-    """A training method: what each operand of the three products carries. Checked on construction."""
+    """A training method: what each operand of the three products carries.
+
+    Raises:
+        ValueError: an operand or a product breaks a rule of the language; the message says which.
+    """
 
     output: Product = Product()
     grad_input: Product = Product()
     grad_weight: Product = Product()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
             product = getattr(self, name)
             _check_operand(name, "left", product.left, left_dims)
@@ -134,23 +169,33 @@ class Recipe(Constant):
             _check_product(name, product, contracted)
 
     def operand(self, product: str, dims: tuple[str, str]) -> Operand:
-        """What X, W or E, named by its dimensions, carries in a product that it takes part in."""
+        """Return what X, W or E, given by its dimensions, carries in a product that multiplies it."""
         sides = getattr(self, product)
         return sides.left if PRODUCTS[product][0] == dims else sides.right
 
     @property
     def is_identity(self) -> bool:
+        """Whether all products are computed in high precision, without rotations."""
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        """The number formats that this recipe's products use, each once."""
-        products = [getattr(self, f.name) for f in fields(self)]
-        return tuple(dict.fromkeys(o.format for p in products for o in (p.left, p.right) if o.format is not None))
+        """The number formats that the products use, each once."""
+        return tuple(dict.fromkeys(o.format for o in self._operands if o.format is not None))
+
+    @property
+    def granularities(self) -> tuple[Scales, ...]:
+        """The layouts of scales that the products use, each once."""
+        return tuple(dict.fromkeys(o.granularity for o in self._operands if o.format is not None))
+
+    @property
+    def _operands(self) -> list[Operand]:
+        products = [getattr(self, field.name) for field in fields(self)]
+        return [operand for product in products for operand in (product.left, product.right)]
 
 
 def _check_operand(name: str, side: str, operand: Operand, dims: tuple[str, str]) -> None:
-    foreign = [d for d in DIMENSIONS if d not in dims and (operand.rotation(d) or operand.scale == d)]
+    foreign = [d for d in DIMENSIONS if d not in dims and (operand.rotation(d) or operand.granularity.length(d))]
     if foreign:
         raise ValueError(
             f"{name}: its {side} operand is a matrix over {dims[0]} and {dims[1]}, so it cannot carry a rotation or a "
@@ -172,12 +217,31 @@ def _check_product(name: str, product: Product, contracted: str) -> None:
             f"{name} multiplies {left.format or 'high precision'} with {right.format or 'high precision'}, which no matrix "
             "unit does: take two integer formats, two floating ones, or high precision on both sides"
         )
-    if left.scale == contracted or (name == "output" and right.scale == contracted):
+    if left.granularity.is_per(contracted) or (name == "output" and right.granularity.is_per(contracted)):
         raise ValueError(
             f"{name} contracts {contracted}: a scale along it can only be folded into an operand that is quantised "
-            "later, and only E is. Put it on the other dimension, or use 'tensor'"
+            "later, and only E is. Put it on the other dimension, or use TENSOR"
         )
-    if (left.scale == "block") != (right.scale == "block"):
-        raise ValueError(f"{name}: either both operands or none carry block scales")
+    _check_blocks(name, product, contracted)
     if name == "output" and right.rounding == "stochastic":
         raise ValueError("output: the codes of a weight are kept in step with it, so they are rounded to nearest")
+
+
+def _check_blocks(name: str, product: Product, contracted: str) -> None:
+    left, right = (
+        operand.granularity.on(dims) if operand.granularity.is_blocked else None
+        for operand, dims in zip((product.left, product.right), PRODUCTS[name][:2], strict=True)
+    )
+    if (left is None) != (right is None):
+        raise ValueError(f"{name}: either both operands or none carry scales of blocks")
+    if left is None or right is None:
+        return
+    lengths = [
+        granularity.length(AXES[dims.index(contracted)])
+        for granularity, dims in zip((left, right), PRODUCTS[name][:2], strict=True)
+    ]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"{name} contracts {contracted}, where the blocks of both operands must be equally long; got {lengths[0]} on the "
+            f"left and {lengths[1]} on the right"
+        )

@@ -1,7 +1,7 @@
 """Number formats as tensors: rounding to a grid, the storage that products read, and packed bytes for storage and transport.
 
-"Codes" are what a matrix unit multiplies: int8 for the uniform formats (int4's codes are the integers −7…7), fp8 for the
-floating ones. Every fp6 value is an e4m3 value, so fp6 codes are held in e4m3 and multiply exactly on fp8 units.
+Codes are the numbers that a matrix unit multiplies: int8 for integer formats (int4's are −7…7), fp8 for floating formats.
+Every fp6 and fp4 value is an e4m3 value, so their codes are held in e4m3 and are multiplied exactly by fp8 units.
 """
 
 import torch
@@ -12,27 +12,39 @@ _NATIVE = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
 def code_dtype(format: Format) -> torch.dtype:
-    """The dtype in which a format's codes are held."""
+    """Return the dtype in which a format's codes are held."""
     return torch.int8 if format.uniform else _NATIVE.get(format, torch.float8_e4m3fn)
 
 
 def lift(format: Format) -> float:
-    """The power of two that scales of ``format`` are multiplied with where codes are computed, so that the lifted scale
-    amax · lift / max and its reciprocal are normal float32 for (almost) every amax: without, the scale of a small amax would
-    be too small. 1 for floating formats, whose codes keep their precision when they are small."""
+    """Return the power of two that multiplies the scales of ``format`` while codes are computed.
+
+    With it the scale amax · lift / max and its reciprocal are normal float32 for almost every amax; without it the scale of a
+    small amax would be too small. It is 1 for floating formats, whose codes keep their precision when they are small.
+    """
     return 2.0 ** max(0, int(format.max).bit_length() - 3) if format.uniform else 1.0
 
 
 def aligned(width: int) -> int:
-    """The stride of rows of ``width`` codes on a GPU: TMA and vector loads want them to begin at multiples of 16 bytes."""
+    """Return the stride of rows of ``width`` codes on a GPU: TMA and vector loads need rows that begin at multiples of 16
+    bytes."""
     return (width + 15) // 16 * 16
 
 
 def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None) -> torch.Tensor:
-    """``x`` (float32, any shape, already divided by its scale) rounded to the format's codes: nearest, ties to even, or
-    stochastically with ``noise``, uniform in [0, 1) of the same shape: up with the probability that makes the mean exact.
-    Saturates at ±max. NaN becomes NaN where the format has one, and 0 in a uniform format, whose scale then carries it."""
-    x = x.clamp(-format.max, format.max)  # a copy, so the rest may be in place
+    """Return x rounded to the format's codes, saturated at ±max.
+
+    Args:
+        x: float32, any shape, already divided by its scale.
+        format: the number format.
+        noise: uniform in [0, 1), of x's shape, to round up with the probability that keeps the mean; None to round to nearest,
+            ties to even.
+
+    Returns:
+        Codes of ``code_dtype(format)``. NaN stays NaN in a floating format, and becomes 0 in an integer format, whose scale
+        must carry it.
+    """
+    x = x.clamp(-format.max, format.max)  # a copy, so the next steps may be in place
     if format.uniform:
         x = x.round_() if noise is None else _up_or_down(x, noise).clamp_(-format.max, format.max)
         return x.nan_to_num_(0.0).to(torch.int8)
@@ -46,14 +58,15 @@ def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None)
 
 
 def _up_or_down(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """x, in units of its step, up to a whole number with a probability equal to its fraction, else down; in place."""
+    """Round x up with a probability equal to its fraction, else down, in place."""
     return x.add_(noise).floor_()
 
 
 def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """The ``format.bits``-bit patterns of ``codes``, as uint8: sign, exponent, mantissa; two's complement for integers.
+    """Return the ``format.bits``-bit patterns of ``codes``, as uint8: sign, exponent, mantissa; two's complement for integers.
 
-    An fp6 code must lie on the format's grid; fp6 has no NaN and raises nothing for one, so keep NaN in the scale.
+    Codes must lie on the format's grid. Formats of fewer than 8 bits have no NaN, and one raises no error: keep NaN in the
+    scale.
     """
     if format.bits == 8:
         return codes.view(torch.uint8)
@@ -71,7 +84,7 @@ def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def from_bits(bits: torch.Tensor, format: Format) -> torch.Tensor:
-    """The codes with the given bit patterns (uint8): the inverse of :func:`to_bits`."""
+    """Return the codes with the given bit patterns (uint8), the inverse of :func:`to_bits`."""
     if format.bits == 8:
         return bits.view(code_dtype(format))
     top = format.bits - 1
@@ -88,8 +101,8 @@ def from_bits(bits: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, format: Format) -> torch.Tensor:
-    """``codes`` (any shape) as a flat uint8 tensor of ``bits``/8 bytes per element, zero-padded to whole bytes' worth:
-    fp6 puts 4 codes into 3 bytes, int4 puts 2 into 1, little-endian."""
+    """Return ``codes`` (any shape) as a flat uint8 tensor of ``bits``/8 bytes per element, little-endian: 4 codes of 6 bits in
+    3 bytes, 2 codes of 4 bits in 1, zero-padded to whole groups."""
     bits = to_bits(codes.contiguous(), format).flatten()
     if format.bits == 8:
         return bits
@@ -101,7 +114,7 @@ def pack(codes: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, format: Format, shape: torch.Size) -> torch.Tensor:
-    """Codes of ``shape`` from :func:`pack`'s bytes."""
+    """Return the codes of ``shape`` from the bytes that :func:`pack` returned."""
     if format.bits == 8:
         return from_bits(packed, format).view(shape)
     per_group = 4 if format.bits == 6 else 2

@@ -19,7 +19,7 @@ import torch
 from halo_tensor.calibration.balance import LARGEST_EXPONENT
 from halo_tensor.operand import gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import Format, Recipe, Rotation
+from halo_tensor.recipe import TENSOR, Format, Recipe, Rotation, Scales, W
 from halo_tensor.reference import codes as formats
 from halo_tensor.reference.hadamard import fit
 from halo_tensor.weight.tensor import HaloWeight
@@ -36,7 +36,7 @@ def parts_of(name: str, weight: HaloWeight) -> dict[str, torch.Tensor]:
     parts = {name: operand.codes.contiguous().flatten(), f"{name}_scale": operand.scale}
     if weight.gain is not None:
         parts[f"{name}_balance"] = weight.gain.log2().round().to(torch.int8)
-    record = _record(operand.format, operand.scale_along, operand.right, operand.shape, operand.gain is not None)
+    record = _record(operand.format, operand.granularity, operand.column_rotation, operand.shape, operand.gain is not None)
     return parts | {f"{name}_recipe": torch.tensor(list(record.encode()), dtype=torch.uint8)}
 
 
@@ -56,10 +56,10 @@ def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe:
         raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
     spec = recipe.output.right
     assert spec.format is not None
-    scale_along, rotation = "row" if spec.scale == "out_features" else "tensor", fit(spec.in_features, like.shape[1])
+    granularity, rotation = spec.granularity.on(W), fit(spec.in_features, like.shape[1])
     if record is not None:
         written = bytes(record.to(torch.uint8).flatten().tolist()).decode(errors="replace")
-        expected = _record(spec.format, scale_along, rotation, like.shape, exponents is not None)
+        expected = _record(spec.format, granularity, rotation, like.shape, exponents is not None)
         if written != expected:
             raise ValueError(
                 f"its codes were written as ({written}), and by config.json and what else the file has of it they are "
@@ -71,9 +71,9 @@ def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe:
         {
             "codes": _checked_codes(stored, like, spec.format).view(like.shape[0], -1),
             "codes_t": None,
-            "scale": _checked_scale(scale, [like.shape[0]] if scale_along == "row" else []),
+            "scale": _checked_scale(scale, list(granularity.shape(*like.shape))),
         },
-        {"scale_along": scale_along, "left": None, "right": rotation, "format": spec.format},
+        {"granularity": granularity, "row_rotation": None, "column_rotation": rotation, "format": spec.format},
     )
     if exponents is not None:
         operand.gains = gains.of_exponents(_checked_exponents(exponents, like.shape[1]))
@@ -85,12 +85,14 @@ def described(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _record(format: Format | None, scale_along: str, rotation: Rotation | None, shape: Sequence[int], balanced: bool) -> str:
+def _record(
+    format: Format | None, granularity: Scales, rotation: Rotation | None, shape: Sequence[int], balanced: bool
+) -> str:
     """What the codes of a weight [out, in] stand for, as text.
 
     Codes can be read if the texts are equal. Levels 1 and 2 differ in E only, so they have equal texts.
     """
-    scale = "one scale" if scale_along == "tensor" else f"a scale per {scale_along}"
+    scale = "one scale" if granularity == TENSOR else f"a scale per {granularity}"
     rotated = f"rotated by {rotation}" if rotation else "not rotated"
     return f"{format} {list(shape)}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from halo_tensor import ops
+from halo_tensor.recipe import TENSOR, UNIT
 from halo_tensor.reference import ops as reference
 from halo_tensor.weight.sharded_parameters import shard_of
 from halo_tensor.weight.tensor import HaloWeight
@@ -73,12 +74,12 @@ def _quantize(shard: HaloWeight, scale: torch.Tensor) -> None:
     operand = shard.operand
     assert operand is not None and operand.codes is not None and operand.scale is not None and operand.format is not None
     if shard.master is None:  # frozen: there are only codes, which are rotated already
-        matrix, rotation, gain = reference.dequantize(operand.any_codes(), operand.scale, "tensor"), None, None
+        matrix, rotation, gain = reference.dequantize(operand.any_codes(), operand.scale, TENSOR), None, None
     else:
-        matrix, rotation, gain = shard.master, operand.right, operand.gain
+        matrix, rotation, gain = shard.master, operand.column_rotation, operand.gain
     if matrix.shape[0]:
         fold = (1.0 / scale).repeat(matrix.shape[0])
-        codes = ops.rotate_quantize(matrix, None, rotation, operand.format, "unit", fold_rows=fold, gain=gain)[0]
+        codes = ops.rotate_quantize(matrix, None, rotation, operand.format, UNIT, fold_rows=fold, gain=gain)[0]
         assert codes is not None
         if operand.is_packed:
             ops.pack_rows_(codes, operand.format, operand.codes)

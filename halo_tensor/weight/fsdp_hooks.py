@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from halo_tensor.fences.pytorch import preserved_version
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.reference import ops as reference
+from halo_tensor.recipe import TENSOR
 from halo_tensor.weight.common_scales import share_scales
 from halo_tensor.weight.refusals import refuse_fsdp1
 from halo_tensor.weight.roles import ShardRole
@@ -76,7 +76,7 @@ class _PreAllGather:
             assert shard.master is not None
             rows = -(-outer_size[0] // ranks)
             return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
-        if operand.scale is not None and operand.scale_along == "tensor" and not state.has_common_scale(operand):
+        if operand.scale is not None and operand.granularity == TENSOR and not state.has_common_scale(operand):
             share_scales([shard], mesh)
         if state.sent is not None:
             return state.sent
@@ -98,12 +98,12 @@ def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.S
     codes, scale = _pad(cast(torch.Tensor, operand.codes), rows).contiguous(), operand.scale
     metadata: dict[str, Any] = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
     sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
-    if scale is not None and operand.scale_along != "tensor":
-        scale = _pad(scale, rows if operand.scale_along == "row" else rows // reference.BLOCK)
+    if scale is not None and operand.granularity.block:
+        scale = _pad(scale, operand.granularity.shape(rows, codes.shape[1])[0])
         if even and ranks > 1:
             sent, metadata["scale"] = [*sent, scale], None
         elif ranks > 1:
-            metadata["scale"] = _all_gather(scale, mesh)[: outer_size[0]]
+            metadata["scale"] = operand.granularity.cut(_all_gather(scale, mesh), "rows", 0, outer_size[0])
         # A lone rank has all scales; FSDP takes only the first tensor that it sends.
     return tuple(sent), metadata
 

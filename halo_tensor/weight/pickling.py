@@ -1,4 +1,4 @@
-"""What ``torch.load(file, weights_only=True)`` may build: converted weights, operands, and the recipes that they follow.
+"""Classes that ``torch.load(file, weights_only=True)`` may build: weights, operands, and the recipes that they follow.
 
 Files name classes by module. Modules have moved since 0.1.0, so the names of that version are accepted as well.
 """
@@ -6,7 +6,7 @@ Files name classes by module. Modules have moved since 0.1.0, so the names of th
 import torch
 
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.weight.tensor import HaloWeight
 
 #: The names of these classes in files that 0.1.0 wrote.
@@ -16,5 +16,5 @@ _NAMES_OF_0_1_0 = [
     *((kind, f"halo_tensor.recipe.{kind.__name__}") for kind in (Format, Operand, Product, Recipe, Rotation)),
 ]
 torch.serialization.add_safe_globals(
-    [HaloWeight, HadamardQuantTensor, Format, Operand, Product, Recipe, Rotation, *_NAMES_OF_0_1_0]
+    [HaloWeight, HadamardQuantTensor, Format, Operand, Product, Recipe, Rotation, Scales, *_NAMES_OF_0_1_0]
 )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from halo_tensor.products.steps import reuses_operand
-from halo_tensor.reference import ops as reference
 from halo_tensor.weight.copies import alias, plain_view, renewed
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.roles import ShardRole
@@ -25,11 +24,10 @@ def _rows(weight: HaloWeight, start: int, stop: int, role: ShardRole) -> HaloWei
     operand = weight.operand
     if operand is not None:
         assert operand.codes is not None
-        scale = operand.scale
-        if operand.scale_along == "row" and scale is not None:
-            scale = scale[start:stop]
-        elif operand.scale_along == "block" and scale is not None:
-            scale = scale[start // reference.BLOCK : -(-stop // reference.BLOCK)]
+        granularity, scale = operand.granularity, operand.scale
+        # A chunk that begins inside of a block takes the scale of that block. It is no shard: see _check_shardable.
+        first = start - start % (granularity.length("rows") or 1)
+        scale = None if scale is None else granularity.cut(scale, "rows", first, stop)
         size = torch.Size((stop - start, weight.shape[1]))
         operand = operand._with(size=size, codes=operand.codes[start:stop], scale=scale)
     rows = HaloWeight(master, operand, weight.recipe)
@@ -80,12 +78,15 @@ def _check_shardable(weight: HaloWeight, rows: int) -> None:
     obstacle = None
     if weight.operand is None:
         obstacle = "it holds no codes, which are what FSDP sends; convert it with keep_codes=True"
-    elif weight.operand.left is not None:
+    elif weight.operand.row_rotation is not None:
         obstacle = "its recipe rotates out_features, which no shard of rows has whole"
     elif not reuses_operand(weight.recipe):
         obstacle = "in grad_input its recipe quantises it otherwise than in output, and only the latter's codes are gathered"
-    elif weight.operand.scale_along == "block" and rows % reference.BLOCK and rows != weight.shape[0]:
-        obstacle = f"{rows} rows per rank are not whole blocks of {reference.BLOCK}, each of which has one scale"
+    elif weight.operand.granularity.two_levels:
+        obstacle = "its scales share one float32, on which all ranks would have to agree"
+    elif rows % (weight.operand.granularity.length("rows") or 1) and rows != weight.shape[0]:
+        length = weight.operand.granularity.length("rows")
+        obstacle = f"{rows} rows per rank are not whole blocks of {length}, each of which has one scale"
     if obstacle:
         raise ValueError(f"a weight of {list(weight.shape)} [out, in] cannot be sharded: {obstacle}")
 

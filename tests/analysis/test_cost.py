@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
 from halo_tensor import halo_config
-from halo_tensor.analysis import cost
+from halo_tensor.analysis import cost, roofline
+from halo_tensor.recipe import RECIPES, Recipe
 
 
 def test_bit_operations_by_hand():
@@ -37,3 +39,20 @@ def test_shapes_of_layers_at_work():
     assert (found["q"], found["k"], found["o"]) == (linear, replace(linear, first=False), linear), "k reads what q has saved"
     assert found["conv"] == cost.Shape(32, 144, 32, 1, (128, 16)), "input positions, not windows"
     assert found["pointwise"] == cost.Shape(32, 16, 32, 1, (32, 16)), "only the positions that it reads"
+
+
+def test_scales_of_blocks_count():
+    """X of grad_weight lies in blocks along the tokens: of 32 with a byte each, or of 16 with a byte each and one float32."""
+    shape = cost.Shape(70, 48, 128, 1, (70, 48))
+    assert cost.saved_bytes(RECIPES["mxfp8"], shape) == 70 * 48 + 3 * 48
+    assert cost.saved_bytes(RECIPES["nvfp4"], shape) == 80 * 48 + 5 * 48 + 4, "the rotation pads 70 tokens to 80"
+    assert cost.bit_operations(RECIPES["nvfp4_plain"], shape)["output"] == 70 * 48 * 128 * 4 * 4
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_a_model_gives_no_time_of_units_that_no_kernel_uses(name):
+    """Scales of blocks are dequantised and multiplied in high precision, so that nothing is gained."""
+    sizes = {"tokens": 4096, "in_features": 4096, "out_features": 4096}
+    plain, blocks = (roofline.seconds(recipe, sizes) for recipe in (Recipe(), RECIPES[name]))
+    assert blocks > plain > roofline.seconds(halo_config(0, "fp8").recipe, sizes)
+    assert not roofline.lacking(RECIPES[name], roofline.H100)

@@ -16,7 +16,7 @@ from halo_tensor import HadamardQuantTensor, balance_, dequantize_, halo_config,
 from halo_tensor.calibration.balance import FORWARD, Statistics, _exponents, _groups, fourth_power, observed
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.operand import gains
-from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.weight.tensor import HaloWeight
 from tests.helpers.errors import relative_error
 from tests.helpers.graphs import graphs
@@ -187,13 +187,17 @@ def test_a_common_factor_of_the_gain_changes_no_bit():
 def test_gains_cancel_under_custom_recipes():
     """X and W have another operand in each product, and one grad_weight is plain."""
     r = Rotation()
-    x, w = Operand(INT8, "tokens", tokens=r, in_features=r), Operand(INT8, "out_features", in_features=r)
+    x, w = (
+        Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r),
+        Operand(INT8, Scales.per(out_features=1), in_features=r),
+    )
     own = Recipe(
-        output=Product(Operand(INT8, "tokens", in_features=r), w),
+        output=Product(Operand(INT8, Scales.per(tokens=1), in_features=r), w),
         grad_input=Product(
-            Operand(INT8, "tokens", out_features=r), Operand(INT8, "in_features", in_features=r, out_features=r)
+            Operand(INT8, Scales.per(tokens=1), out_features=r),
+            Operand(INT8, Scales.per(in_features=1), in_features=r, out_features=r),
         ),
-        grad_weight=Product(Operand(INT8, "out_features", tokens=r), x),
+        grad_weight=Product(Operand(INT8, Scales.per(out_features=1), tokens=r), x),
     )
     for recipe in (own, recipe_config("switchback").recipe, recipe_config("jetfire").recipe):
         plain = nn.Linear(192, 320)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from halo_tensor import dequantize_, hot_config, ops, quantize_, recipe_config
 from halo_tensor.analysis import Shape, bit_operations, measure_saved, shapes
 from halo_tensor.analysis import cost as analysis
-from halo_tensor.recipe import FORMATS, FP4_E3M0, INT4, INT8, RECIPES, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import FORMATS, FP4_E3M0, INT4, INT8, RECIPES, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import round_to
 from halo_tensor.reference.hadamard import hadamard, sequency_order
@@ -279,12 +279,13 @@ def test_saved_bytes_of_every_scale():
     shape = Shape(tokens=256, in_features=48, out_features=128, groups=3, saved=(70, 48))
 
     def saved(scale, format=INT8, **rotations):
-        product = Product(Operand(format, scale, **rotations), Operand(format, scale, **rotations))
+        operand = Operand(format, Scales.of(scale), **rotations)
+        product = Product(operand, operand)
         return analysis.saved_bytes(SimpleNamespace(grad_weight=product), shape)
 
     assert saved("tensor") == 3 * (70 * 48 + 4) and saved("unit") == 3 * 70 * 48
     assert saved("tokens") == 3 * (70 * 48 + 4 * 70) and saved("in_features") == 3 * (70 * 48 + 4 * 48)
-    assert saved("block") == 3 * (70 * 48 + 4 * 3 * 2)  # blocks of 32×32
+    assert saved("32x32") == 3 * (70 * 48 + 4 * 3 * 2)
     assert (
         analysis.saved_bytes(Recipe(), shape) == 3 * 70 * 48 * 2
         and analysis.saved_bytes(Recipe(), shape, 32) == 3 * 70 * 48 * 4

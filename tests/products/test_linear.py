@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.products.operands import _shared, shared_operands
-from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation
+from halo_tensor.products.operands import _cache, shared_operands
+from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation, Scales
 from tests.helpers.errors import relative_error, typical_error
 from tests.helpers.linear_layers import converted, exact, gradients, rotation_matrix
 from tests.helpers.recording import OpLog, saved_bytes
@@ -102,13 +102,17 @@ def test_ideal_is_a_bare_cast():
 def test_a_recipe_of_ones_own():
     """numerics.md's next step: tokens rotated in grad_weight, out_features in grad_input. Only data; nothing else changes."""
     r = Rotation()
-    x, w = Operand(INT8, "tokens", tokens=r, in_features=r), Operand(INT8, "out_features", in_features=r)
+    x, w = (
+        Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r),
+        Operand(INT8, Scales.per(out_features=1), in_features=r),
+    )
     recipe = Recipe(
         output=Product(x, w),
         grad_input=Product(
-            Operand(INT8, "tokens", out_features=r), Operand(INT8, "in_features", in_features=r, out_features=r)
+            Operand(INT8, Scales.per(tokens=1), out_features=r),
+            Operand(INT8, Scales.per(in_features=1), in_features=r, out_features=r),
         ),
-        grad_weight=Product(Operand(INT8, "out_features", tokens=r), x),
+        grad_weight=Product(Operand(INT8, Scales.per(out_features=1), tokens=r), x),
     )
     plain = nn.Linear(192, 320)
     x, e = torch.randn(256, 192), torch.randn(256, 320)
@@ -272,9 +276,9 @@ def test_codes_of_one_matrix_are_kept():
     kept = [torch.randn(16, 128, requires_grad=True) + i for i in range(3)]
     for x in kept:
         layer(x)
-    assert list(_shared.operands.keys()) == kept[-1:]
+    assert list(_cache.operands.keys()) == kept[-1:]
     del x, kept
-    assert not _shared.operands
+    assert not _cache.operands
 
 
 def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):

@@ -3,18 +3,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT4, INT8
+from halo_tensor.recipe import FORMATS, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT4, INT8
 from halo_tensor.reference.codes import code_dtype, from_bits, pack, round_to, to_bits, unpack
 
-SUB_BYTE = [FP6_E2M3, FP6_E3M2, INT4]
+SUB_BYTE = [FP6_E2M3, FP6_E3M2, FP4_E2M1, INT4]
 
 
 def value_by_definition(bits: int, format) -> float:
-    """Of the OCP MX specification, section 5.3: bias 1 for e2m3, 3 for e3m2, no NaN or Inf."""
+    """The value of a bit pattern by the OCP MX specification, section 5.3: bias 1 for e2m3 and e2m1, 3 for e3m2, no NaN or Inf."""
     if format is INT4:
         return bits - 16 if bits >= 8 else bits
-    mantissa_bits, bias = {"fp6_e2m3": (3, 1), "fp6_e3m2": (2, 3)}[format.name]
-    sign, exponent, mantissa = bits >> 5, (bits & 31) >> mantissa_bits, bits & ((1 << mantissa_bits) - 1)
+    mantissa_bits, bias = {"fp6_e2m3": (3, 1), "fp6_e3m2": (2, 3), "fp4_e2m1": (1, 1)}[format.name]
+    top = format.bits - 1
+    sign, exponent, mantissa = bits >> top, (bits & (2**top - 1)) >> mantissa_bits, bits & ((1 << mantissa_bits) - 1)
     fraction = mantissa / 2**mantissa_bits
     magnitude = fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
     return -magnitude if sign else magnitude

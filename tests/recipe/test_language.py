@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from halo_tensor import recipe as r
-from halo_tensor.recipe import FP8_E4M3, INT8, PRODUCTS, Operand, Product, Recipe, Rotation
+from halo_tensor.recipe import FP8_E4M3, INT8, PRODUCTS, TENSOR, Operand, Product, Recipe, Rotation, Scales
 
 R = Rotation()
 
@@ -15,10 +15,10 @@ def test_halo_as_published():
     for level in (0, 1, 2):
         recipe = r.halo(level, INT8, "tensor")
         features = R if level else None
-        x = w = Operand(INT8, "tensor", in_features=features)
-        e = Operand(INT8, "tensor")
+        x = w = Operand(INT8, TENSOR, in_features=features)
+        e = Operand(INT8, TENSOR)
         assert recipe.output == Product(x, w)
-        assert recipe.grad_input == Product(Operand(INT8, "tensor", tokens=R if level == 2 else None), w)
+        assert recipe.grad_input == Product(Operand(INT8, TENSOR, tokens=R if level == 2 else None), w)
         assert recipe.grad_weight == Product(e, x)
 
 
@@ -28,8 +28,8 @@ def test_rows_quantise_x_and_w_once(level):
     recipe = r.halo(level, INT8, "row")
     assert recipe.output.left == recipe.grad_weight.right
     assert recipe.output.right == recipe.grad_input.right
-    assert recipe.grad_weight.right.scale == PRODUCTS["grad_weight"][2], "folded: it lies along the contraction"
-    assert recipe.grad_input.right.scale == PRODUCTS["grad_input"][2]
+    assert recipe.grad_weight.right.granularity.is_per(PRODUCTS["grad_weight"][2]), "folded: it lies along the contraction"
+    assert recipe.grad_input.right.granularity.is_per(PRODUCTS["grad_input"][2])
 
 
 def test_full_width_has_a_block_for_tokens():
@@ -58,12 +58,15 @@ def test_recipes_are_values():
         ({"output": Product(Operand(INT8, in_features=R), Operand(INT8))}, "output contracts in_features.*same rotation"),
         ({"grad_weight": Product(Operand(INT8), Operand(INT8, tokens=R))}, "grad_weight contracts tokens"),
         ({"output": Product(Operand(INT8, out_features=R), Operand(INT8))}, "left operand is a matrix over tokens and in_"),
-        ({"output": Product(Operand(INT8), Operand(INT8, "tokens"))}, "cannot carry a rotation or a scale on tokens"),
+        (
+            {"output": Product(Operand(INT8), Operand(INT8, Scales.per(tokens=1)))},
+            "cannot carry a rotation or a scale on tokens",
+        ),
         ({"output": Product(Operand(INT8), Operand(FP8_E4M3))}, "int8 with fp8_e4m3, which no matrix unit does"),
         ({"grad_input": Product(Operand(INT8), Operand())}, "int8 with high precision"),
-        ({"output": Product(Operand(INT8), Operand(INT8, "in_features"))}, "only E is"),
-        ({"grad_input": Product(Operand(INT8, "out_features"), Operand(INT8))}, "Put it on the other dimension"),
-        ({"output": Product(Operand(INT8, "block"), Operand(INT8))}, "either both operands or none"),
+        ({"output": Product(Operand(INT8), Operand(INT8, Scales.per(in_features=1)))}, "only E is"),
+        ({"grad_input": Product(Operand(INT8, Scales.per(out_features=1)), Operand(INT8))}, "Put it on the other dimension"),
+        ({"output": Product(Operand(INT8, Scales.per(rows=32, columns=32)), Operand(INT8))}, "either both operands or none"),
     ],
 )
 def test_recipes_that_mean_nothing_are_refused(products, message):
@@ -72,8 +75,10 @@ def test_recipes_that_mean_nothing_are_refused(products, message):
 
 
 def test_bad_parts_are_refused():
-    with pytest.raises(ValueError, match="scale must be one of tensor, unit, block, tokens"):
-        Operand(INT8, "channel")
+    with pytest.raises(ValueError, match="must be a layout of scales, such as .*got 'tokens'"):
+        Operand(INT8, "tokens")
+    with pytest.raises(ValueError, match=r"not along rows or columns; got Scales\(row\)"):
+        Operand(INT8, Scales.per(rows=1))
     with pytest.raises(ValueError, match="at least 2 wide"):
         Rotation(1)
     with pytest.raises(ValueError, match="seed must be None or in"):

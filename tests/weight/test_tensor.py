@@ -348,7 +348,7 @@ def test_a_write_to_weights_of_every_kind():
         [w.master._version for w in weights],
     ):
         assert len(set(versions)) == 1 and versions[0] > 0, "what autograd saved would be taken for what it was"
-    kinds = {(w.operand.format, w.operand.scale_along, w.operand.right) for w in [*weights, part]}
+    kinds = {(w.operand.format, w.operand.granularity, w.operand.column_rotation) for w in [*weights, part]}
     assert [name for name, _ in log.calls].count("requantize_") == len(kinds)
 
 

@@ -10,7 +10,7 @@ from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey
-from halo_tensor.kernels.device import check_device, runs
+from halo_tensor.kernels.device import check_device, check_scales, runs
 from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Rotation
 
@@ -56,6 +56,7 @@ def candidates_for(
     for config in configs.values():
         if not isinstance(config, LinearConfig):
             raise TypeError(f"a candidate is a config of halo_config or recipe_config, or Balanced(config); got {config!r}")
+        check_scales(config.recipe.granularities, device)
         check_device(config.recipe.formats, device)
         if lacking := roofline.lacking(config.recipe, ceilings):
             raise RuntimeError(f"{ceilings.a_name} cannot multiply {', '.join(sorted(lacking))}: leave out {config!r}")
