@@ -168,6 +168,7 @@ def _lower(name: str, produced: int = 0) -> None:
     """Register the lowering of an op.
 
     Args:
+        name: of the op.
         produced: how many tensors, from the first argument on, its kernels can compute instead of reading them.
     """
     op, body = getattr(torch.ops.halo, name).default, body_of(name)

@@ -91,6 +91,17 @@ class NonFiniteError(ArithmeticError):
 
     Attributes:
         finding: the first finding, which says where the NaN or Inf is.
+
+    Example:
+        >>> import torch
+        >>> from halo_tensor import NonFiniteError, find_nonfinite
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 1))
+        >>> try:
+        ...     with find_nonfinite(model, stop=True):
+        ...         model(torch.full((4, 16), torch.nan))
+        ... except NonFiniteError as error:
+        ...     print(error.finding.layer, error.finding.operand)
+        0 X
     """
 
     def __init__(self, findings: Findings):

@@ -77,6 +77,11 @@ def is_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_transformed() -> bool:
+    """Whether a function transform of torch.func is active, or torch.jit traces: tensors then stand for others."""
+    return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
+
+
 def multiply_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b in int32, exactly, of int8 matrices a [m, k] and b [k, n]."""
     if not hasattr(torch, "_int_mm"):
@@ -122,6 +127,7 @@ __all__ = [
     "is_recorded",
     "is_symbolic",
     "is_traceable_wrapper_subclass",
+    "is_transformed",
     "local_tensor",
     "multiply_integers",
     "preserved_version",

@@ -68,7 +68,8 @@ def transposed(codes: torch.Tensor) -> torch.Tensor:
     """The transpose of a row-major matrix of codes, in memory."""
     m, k = codes.shape
     out = codes.new_empty_strided((k, m), (aligned(m), 1))
-    plan_transpose(codes.device)((m, k, codes.stride(0), out.stride(0)), codes.view(torch.int8), out.view(torch.int8))
+    as_bytes = (codes, out) if codes.dtype == torch.int8 else (codes.view(torch.int8), out.view(torch.int8))
+    plan_transpose(codes.device)((m, k, codes.stride(0), out.stride(0)), *as_bytes)
     return out
 
 

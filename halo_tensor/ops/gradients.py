@@ -1,5 +1,7 @@
-"""Quantise the gradient E of a layer's output for both products of backward: ``quantize_pair``; two E at once:
-``quantize_pairs``."""
+"""Quantise the gradient of a layer's output for both products of backward.
+
+``quantize_pair`` does it for one gradient, and ``quantize_pairs`` for two at once.
+"""
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ def quantize_pair(
     Args:
         x: matrix [r, c].
         row_rotation: rotation of its first dimension for the first operand; r' is the size afterwards.
+        format: number format of the codes.
         fold_columns, fold_rows: float32 [c] and [r], which multiply the first operand's columns and the second one's rows.
 
     Returns:
@@ -59,6 +62,8 @@ def quantize_pairs(
     """Do :func:`quantize_pair` for two matrices of one shape, without a rotation. Only a pass over compiled graphs calls it.
 
     Args:
+        a, b: matrices [r, c].
+        format: number format of the codes.
         columns_a, rows_a, columns_b, rows_b: ``fold_columns`` and ``fold_rows`` of a and of b.
 
     Returns:

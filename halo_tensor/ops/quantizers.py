@@ -136,7 +136,7 @@ def _(
 
 
 def empty_codes(x: Tensor, rows: int, columns: int, format: Format, transposed: bool = False, pad: bool = True) -> Tensor:
-    """Return a matrix of codes [rows, columns] with the strides that the ops give one made from x.
+    """Return an empty matrix of codes [rows, columns], with the strides that ops give to codes of x.
 
     Args:
         transposed: whether the op returns them as the transpose of a matrix.
@@ -184,9 +184,10 @@ def requantize_(
     scales: list[Tensor],
     gains: list[Tensor],
 ) -> None:
-    """Do :func:`rotate_quantize_` for many matrices, of any shapes, on one device. It is not for compiled code.
+    """Do :func:`rotate_quantize_` for many matrices of any shapes on one device. It is not for compiled code.
 
     Args:
+        xs, codes, scales: the matrices, and what to overwrite, in the same order.
         gains: one for each matrix, or an empty list.
     """
     if runs_kernels(xs[0].device) and not granularity.is_blocked:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from halo_tensor.operand import HadamardQuantTensor
-from halo_tensor.products.operands import quantize_operands, reuses_operand
+from halo_tensor.products.operands import quantize_operands
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import PRODUCTS, E, Recipe, W
 
 
@@ -77,13 +78,18 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
     return [getattr(operand, name) for name in names], put_together
 
 
+def check_first_derivative() -> None:
+    """Raise RuntimeError in a backward that is itself recorded, by create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
+
+
 def backward_of_rounding(backward: Callable) -> Callable:
     """Decorate the backward of an autograd function: refuse second derivatives, and turn autocast off."""
 
     @wraps(backward)
     def run(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
+        check_first_derivative()
         with torch.autocast(grad_output.device.type, enabled=False):
             return backward(ctx, grad_output)
 

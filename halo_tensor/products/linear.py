@@ -11,7 +11,8 @@ import torch
 
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
-from halo_tensor.products.operands import quantize_operands, reuses_operand, weight_operand
+from halo_tensor.products.operands import quantize_operands, weight_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import Recipe, X
 
 

@@ -1,7 +1,6 @@
 """Making the operands of the three products of X, W and E, as a recipe says, and sharing them between products and layers."""
 
 import threading
-from dataclasses import replace
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -9,7 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from halo_tensor.fences.pytorch import current_raw_stream, is_recorded
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.recipe import PRODUCTS, E, Operand, Recipe, W
+from halo_tensor.products.steps import as_pair, steps_for
+from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
 
@@ -56,24 +56,21 @@ def quantize_operands(
         it in high precision.
     """
     folds = folds or {}
-    wanted: dict[tuple, list[str]] = {}
-    for product in products:
-        key = (recipe.operand(product, dims), folds.get(product))
-        wanted.setdefault(key, []).append(product)
-    if pair := _as_pair(dims, wanted):
-        return list(HadamardQuantTensor.pair_from_hp(matrix, *pair))
-    shared = _shared_operands(owner)
+    steps = steps_for(recipe, dims, tuple(products), tuple(name for name in products if folds.get(name) is not None))
+    if pair := as_pair(dims, steps):
+        fold_columns, fold_rows = (folds.get(product) for product in products)
+        return list(HadamardQuantTensor.pair_from_hp(matrix, pair.format, pair.tokens, fold_columns, fold_rows))
+    shared = shared_operands(owner)
     made: dict[str, torch.Tensor] = {}
-    for (operand, fold), served in wanted.items():
-        contracted = {PRODUCTS[product][2] for product in served}
-        own = None if operand.format is None else gains
-        name = (operand, None if own is None else id(own[0]))  # an operand that is shared keeps its gain, and so the id, alive
-        tensor = shared.get(name) if fold is None else None
-        if tensor is None or not _serves(tensor, dims, contracted):
-            tensor = _quantize(matrix, dims, operand, contracted, fold, own)
-            if fold is None and not operand.is_plain:
+    for step in steps:
+        own = None if step.operand.format is None else gains
+        name = (step.operand, None if own is None else id(own[0]))  # a shared operand keeps its gain, and so the id, alive
+        tensor = None if step.folded else shared.get(name)
+        if tensor is None or not _serves(tensor, dims, step.contracted):
+            tensor = _quantize(matrix, dims, step.operand, step.contracted, folds.get(step.products[0]), own)
+            if not step.folded and not step.operand.is_plain:
                 shared[name] = tensor
-        made |= dict.fromkeys(served, tensor)
+        made |= dict.fromkeys(step.products, tensor)
     return [made[product] for product in products]
 
 
@@ -81,25 +78,6 @@ def weight_operand(master: torch.Tensor, recipe: Recipe, gains: Gains | None = N
     """Return what a weight [out, in] brings to ``output``, in rows; None if the recipe keeps it in high precision."""
     (operand,) = quantize_operands(master, W, recipe, ["output"], gains=gains)
     return operand if isinstance(operand, HadamardQuantTensor) else None
-
-
-def reuses_operand(recipe: Recipe) -> bool:
-    """Whether grad_input multiplies with the same operand of W as output."""
-    return recipe.grad_input.right == recipe.output.right
-
-
-def _as_pair(dims: tuple[str, str], wanted: dict[tuple, list[str]]) -> tuple | None:
-    """Return the arguments of ``pair_from_hp`` if that makes what is wanted: rows of E with a scale for each, perhaps with
-    rotated tokens, for grad_input, and columns with a scale for each for grad_weight."""
-    if dims != E or list(wanted.values()) != [["grad_input"], ["grad_weight"]]:
-        return None
-    (a, fold_columns), (b, fold_rows) = wanted
-    if not (a.granularity.is_per(dims[0]) and b.granularity.is_per(dims[1])):
-        return None
-    alike = b == replace(a, granularity=b.granularity, tokens=None)
-    if a.format is None or a.out_features is not None or not alike or a.rounding != "nearest":
-        return None
-    return a.format, a.tokens, fold_columns, fold_rows
 
 
 def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[str]) -> bool:
@@ -117,7 +95,7 @@ def _is_shared(owner: torch.Tensor) -> bool:
     return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
 
 
-def _shared_operands(owner: torch.Tensor | None) -> dict:
+def shared_operands(owner: torch.Tensor | None) -> dict:
     """Return the operands that were made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is
     active (tracing, selective checkpointing), which must see every op."""
     if owner is None or not _is_shared(owner):

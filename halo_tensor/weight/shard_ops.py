@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from halo_tensor.products.operands import reuses_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.weight.copies import alias, plain_view, renewed
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.roles import ShardRole

@@ -21,8 +21,10 @@ from torch.compiler import is_compiling
 from halo_tensor.fences.pytorch import hidden_from_modes, is_symbolic, preserved_version
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
-from halo_tensor.products.operands import reuses_operand, weight_operand
+from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
 from halo_tensor.weight import gradients, refusals
@@ -261,6 +263,11 @@ class HaloWeight(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
                 weight.check_whole()
+                if not weight.shard_role.is_part and not is_compiling():
+                    if weight.master is not None:
+                        weight.follow()
+                    if (y := eager.linear(x, weight, bias)) is not None:
+                        return y
             if isinstance(weight, cls) and not weight.recipe.is_identity and weight.shard_role is not ShardRole.CHUNK:
                 if torch.compiler.is_exporting():
                     refusals.refuse_export()

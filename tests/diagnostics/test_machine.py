@@ -14,6 +14,11 @@ import torch
 import halo_tensor
 from halo_tensor.diagnostics import machine
 
+try:
+    import triton
+except ImportError:
+    triton = None
+
 
 def test_environment():
     found = halo_tensor.environment()
@@ -38,7 +43,7 @@ def test_product_backends_are_listed_with_their_reasons(monkeypatch):
 
 
 def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
-    properties = SimpleNamespace(name="Old GPU", major=8, minor=0, total_memory=40 * 2**30)
+    properties = SimpleNamespace(name="Old GPU", major=8, minor=0, total_memory=40 * 2**30, multi_processor_count=108)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -47,6 +52,10 @@ def test_environment_names_what_a_gpu_cannot_run(monkeypatch):
     gpu = halo_tensor.environment()["devices"][1]
     assert gpu["formats"] == ["int8", "int4"] and "fp8_e4m3" in gpu["cannot run"]
     assert (gpu["compute capability"], gpu["memory"]) == ("8.0", "40 GiB")
+    if triton is not None:
+        backends = gpu["product backends"]
+        assert backends["int8 by sm80"] == "on" and backends["int8 by tma"].startswith("off: ")
+        assert not any(name.startswith("fp8") for name in backends), "an A100 does not multiply fp8"
     assert "cannot run: fp8_e4m3" in str(halo_tensor.environment())
     assert f", {gpu['name']}, halo_tensor " in halo_tensor.environment().line()
 

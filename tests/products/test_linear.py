@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.products.operands import _cache, _shared_operands
+from halo_tensor.products.operands import _cache, shared_operands
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation, Scales
 from tests.helpers.errors import relative_error, typical_error
 from tests.helpers.linear_layers import converted, exact, gradients, rotation_matrix
@@ -193,7 +193,7 @@ def test_what_is_shared_is_not_stale():
     layer = converted(nn.Linear(128, 128, bias=False), halo_config(1, "int8"))
     x = torch.randn(16, 128, requires_grad=True) + 0
     first = layer(x)
-    assert torch.equal(layer(x), first) and _shared_operands(x)
+    assert torch.equal(layer(x), first) and shared_operands(x)
     x.mul_(2)
     torch.testing.assert_close(layer(x), 2 * first)
     with torch.no_grad():
@@ -288,9 +288,9 @@ def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):
     layer(x)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _shared_operands(x) == {}
+    assert shared_operands(x) == {}
     monkeypatch.undo()
-    assert _shared_operands(x)
+    assert shared_operands(x)
 
 
 def test_a_weight_written_between_forward_and_backward_is_an_error():

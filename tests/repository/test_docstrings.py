@@ -18,7 +18,7 @@ try:
 except ImportError:
     pass
 #: Public names that have no example yet.
-MISSING = {"HadamardQuantTensor", "HaloWeight", "NonFiniteError", "Report", "keep_products", "precompute_scales"}
+MISSING = {"HadamardQuantTensor", "HaloWeight", "keep_products", "precompute_scales"}
 #: Public names whose ``help`` shows another text, or that have members without one.
 WITHOUT_TEXT = {"keep_products"}
 WITHOUT_TEXT_OF_MEMBERS = {"HadamardQuantTensor", "HaloWeight"}

@@ -47,6 +47,15 @@ class Report(ReportData):
         exceptions: the layers that should not follow ``recommended``.
         config: the recommendation for ``quantize_``; None if high precision is recommended.
         balanced: whether ``balance_`` should follow ``quantize_``.
+
+    Example:
+        >>> import torch
+        >>> from halo_tensor import quantize_, report
+        >>> model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128))
+        >>> found = report(model, torch.randn(64, 128), loss_fn=lambda model, x: model(x).square().mean(), gpu="H100")
+        >>> text = found.to_markdown()
+        >>> if found.config is not None:
+        ...     conversion = quantize_(model, found.config)
     """
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -41,7 +41,7 @@ class Backend(NamedTuple):
         return self.module.plan(request)
 
 
-#: The first that does not decline serves a product.
+#: The first that does not decline serves a product. The last one declines none.
 BACKENDS = (
     Backend("cublas", cublas),
     Backend("gluon", GLUON.load("halo_tensor.kernels.matmul.sm90")),

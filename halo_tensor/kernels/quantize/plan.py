@@ -3,6 +3,7 @@
 Codes are laid out with rows that begin at multiples of 16 bytes, what TMA and vector loads want, whatever the matrix's width.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -118,6 +119,24 @@ def quantize_pair(
     return codes, codes_t, row_scales, column_scales
 
 
+def pair_quantizer(
+    dtype: torch.dtype, device: torch.device, left: Rotation | None, format: Format, fold_columns: bool, fold_rows: bool
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """:func:`quantize_pair` of matrices of ``dtype``, as a function of (x, fold_columns, fold_rows)."""
+    like = Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
+    if dtype == torch.float64 or (left is not None and (left.rank is not None or not fits_tiles(like, left, None))):
+        return lambda x, *folds: quantize_pair(x, left, format, *folds)
+    return tile_quantizer(dtype, device, left, None, format, "row", "column", fold_columns, fold_rows, True, True, False)
+
+
+def is_one_launch(k: int, dtype: torch.dtype, device: torch.device, right: Rotation | None, gained: bool) -> bool:
+    """Whether one launch rotates and quantises rows of ``k`` numbers, each with a scale, and reads them as they are."""
+    like = Matrix(torch.Size((1, k)), (k, 1), dtype, device)
+    row = (like, None, right, "row", False)
+    fits = dtype != torch.float64 and takes_whole_rows(*row) and not needs_rotating_first(*row)
+    return fits and reference.padded(k, right) == k and (not gained or (dtype != torch.float16 and gains_on_the_way(*row)))
+
+
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     """As kernels read scales, folds and biases: one after the other."""
     return vector if vector is None or vector.ndim == 0 or vector.stride(0) == 1 else vector.contiguous()
@@ -182,16 +201,43 @@ def needs_rotating_first(x, left, right, scale, noisy) -> bool:
 
 
 def _whole_rows(x, right, format, gain, fold, into):
-    m, k = x.shape
-    codes, scales = into or (code_matrix(x, m, k, format), x.new_empty(m, dtype=torch.float32))
     function, inputs = None, [x]
     if right is None or right.edge <= TILE:  # larger matrices leave no room
         # What stands for x in a compiled graph may have a producer, whose inputs are read instead.
         function, inputs = getattr(x, "producer", None) or (None, [x])
     inputs = [*inputs, *[None] * (PRODUCER_INPUTS - len(inputs))]
-    planned = plan_whole_rows(k, x.dtype, x.device, right, format, gain is not None, fold is not None, function)
-    planned((m, *x.stride(), codes.stride(0)), *inputs, gain, fold, codes, scales)
-    return codes, scales
+    quantize = row_quantizer(x.shape[1], x.dtype, x.device, right, format, gain is not None, fold is not None, function)
+    return quantize(x, gain, fold, into, inputs)
+
+
+@lru_cache(maxsize=4096)
+def row_quantizer(
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    right: Rotation | None,
+    format: Format,
+    gained: bool,
+    folded: bool,
+    producer: Any = None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A function of a matrix [rows, k] that returns its codes and scales from one launch. All that does not depend on the
+    number of rows is decided here."""
+    planned = plan_whole_rows(k, dtype, device, right, format, gained, folded, producer)
+    code, stride = code_dtype(format), aligned(k)
+    nothing = (None,) * (PRODUCER_INPUTS - 1)
+
+    def quantize(x, gain=None, fold=None, into=None, inputs=None):
+        m = x.shape[0]
+        if into is None:
+            codes, scales = x.new_empty_strided((m, k), (stride, 1), dtype=code), x.new_empty(m, dtype=torch.float32)
+        else:
+            codes, scales = into
+        numbers = (m, *x.stride(), codes.stride(0))
+        planned(numbers, *(inputs or (x, *nothing)), gain, fold, codes, scales)
+        return codes, scales
+
+    return quantize
 
 
 @lru_cache(maxsize=4096)
@@ -293,28 +339,56 @@ def _row_launch(row: int, chunks: int, large: bool, rotate: bool, produced: bool
 
 
 def _tiles(x, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, seed=None):
-    """Both passes over tiles. ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``:
-    "column", "tensor", "unit" or None, of the transposed ones. If both are wanted, they must differ: see quantize_kernels."""
-    m, k = x.shape
-    m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
-    amax_pass, cast_pass = plan_tiles(
+    quantize = tile_quantizer(
         x.dtype, x.device, left, right, format, row_scale, column_scale, fold_columns is not None, fold_rows is not None,
         rows, columns, seed is not None,
     )  # fmt: skip
-    padded_rows = cdiv(m_out, TILE) * TILE
-    # Float bits: of rows (padded to whole tiles), then of columns.
-    amax = x.new_zeros(padded_rows + (k if column_scale == "column" else 1), dtype=torch.int32)
-    row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
-    codes = code_matrix(x, m_out, k_out, format) if rows else None
-    codes_t = code_matrix(x, k, m, format) if columns else None
-    new = x.new_ones if "unit" in (row_scale, column_scale) or not x.numel() else x.new_empty
-    row_scales = new(m_out if row_scale == "row" else (), dtype=torch.float32)
-    column_scales = new(k if column_scale == "column" else (), dtype=torch.float32)
-    numbers, operands = (m, k, *x.stride()), (x, fold_columns, fold_rows, row_amax, column_amax)
-    if amax_pass is not None:
-        amax_pass(numbers, *operands)
-    cast_pass(numbers, *operands, seed, codes, codes_t, row_scales, column_scales)
-    return codes, codes_t, row_scales, column_scales
+    return quantize(x, fold_columns, fold_rows, seed)
+
+
+@lru_cache(maxsize=4096)
+def tile_quantizer(
+    dtype: torch.dtype,
+    device: torch.device,
+    left: Rotation | None,
+    right: Rotation | None,
+    format: Format,
+    row_scale: str | None,
+    column_scale: str | None,
+    fold_columns: bool,
+    fold_rows: bool,
+    rows: bool,
+    columns: bool,
+    noisy: bool,
+) -> Callable[..., tuple]:
+    """A function of a matrix that returns its codes, their transpose, and the scales of both, from both passes over tiles.
+    ``row_scale``: "row", "tensor", "unit" or None, of the row-major codes; ``column_scale``: "column", "tensor", "unit" or
+    None, of the transposed ones. If both are wanted, they must differ: see quantize_kernels."""
+    amax_pass, cast_pass = plan_tiles(
+        dtype, device, left, right, format, row_scale, column_scale, fold_columns, fold_rows, rows, columns, noisy
+    )  # fmt: skip
+    unit, along_rows, along_columns = "unit" in (row_scale, column_scale), row_scale == "row", column_scale == "column"
+    code = code_dtype(format)
+
+    def quantize(x, fold_columns=None, fold_rows=None, seed=None):
+        m, k = x.shape
+        m_out, k_out = reference.rotated(m, left), reference.rotated(k, right)
+        padded_rows = cdiv(m_out, TILE) * TILE
+        # Float bits: of rows (padded to whole tiles), then of columns.
+        amax = x.new_zeros(padded_rows + (k if along_columns else 1), dtype=torch.int32)
+        row_amax, column_amax = amax[:padded_rows], amax[padded_rows:]
+        codes = x.new_empty_strided((m_out, k_out), (aligned(k_out), 1), dtype=code) if rows else None
+        codes_t = x.new_empty_strided((k, m), (aligned(m), 1), dtype=code) if columns else None
+        new = x.new_ones if unit or not x.numel() else x.new_empty
+        row_scales = new(m_out if along_rows else (), dtype=torch.float32)
+        column_scales = new(k if along_columns else (), dtype=torch.float32)
+        numbers, operands = (m, k, *x.stride()), (x, fold_columns, fold_rows, row_amax, column_amax)
+        if amax_pass is not None:
+            amax_pass(numbers, *operands)
+        cast_pass(numbers, *operands, seed, codes, codes_t, row_scales, column_scales)
+        return codes, codes_t, row_scales, column_scales
+
+    return quantize
 
 
 def _tile_launch(kernel, rotated: int) -> tuple[int, int, int, int]:

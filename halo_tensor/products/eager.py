@@ -1,0 +1,323 @@
+"""A layer in eager code: its recipe, lowered once to launches on plain tensors.
+
+The operand path (:mod:`halo_tensor.products.operands`, and ``torch.mm`` of two HadamardQuantTensors) makes tensor subclasses,
+and calls the dispatcher several times for each kernel. For short inputs this takes the CPU longer than the GPU takes to
+multiply. Here a recipe and the widths of a layer become a :class:`Lowered` once; a call then only allocates and launches. Both
+paths follow the same steps (:mod:`halo_tensor.products.steps`) and give the same results, bit for bit. What a tracer or a
+dispatch mode must see takes the operand path.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from halo_tensor.fences.pytorch import is_recorded, is_transformed
+from halo_tensor.kernels.device import check_device, runs_kernels
+from halo_tensor.operand.gains import Gains
+from halo_tensor.products.backward import check_first_derivative
+from halo_tensor.products.operands import shared_operands
+from halo_tensor.products.steps import Dims, Step, as_pair, folded_products, reuses_operand, steps_for
+from halo_tensor.recipe import DIMENSIONS, FLOAT32, PRODUCTS, TENSOR, E, Operand, Recipe, W, X
+from halo_tensor.reference.codes import code_dtype
+from halo_tensor.reference.hadamard import carried
+from halo_tensor.reference.ops import LONGEST_SUM, rotated
+
+BOTH = ("grad_input", "grad_weight")
+
+
+class Codes(NamedTuple):
+    """An operand: codes [r, c], their transpose [c, r], either of which may be None, and float32 scales."""
+
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+    scale: torch.Tensor
+
+
+class Layer(NamedTuple):
+    """What the launches of a layer depend on. No number of tokens is part of it.
+
+    Attributes:
+        recipe: one that :func:`can_lower` accepts.
+        out_features, in_features: the widths.
+        x, weight, output: the dtypes of X, of the weight and its gradient, and of the output and its gradient.
+        bias: the dtype of the bias, or None.
+        device: where all tensors are.
+        balanced: whether the weight is.
+    """
+
+    recipe: Recipe
+    out_features: int
+    in_features: int
+    x: torch.dtype
+    weight: torch.dtype
+    output: torch.dtype
+    bias: torch.dtype | None
+    device: torch.device
+    balanced: bool
+
+    def width(self, dimension: str) -> int:
+        """Return the size of a dimension of features. A rotation of tokens does not depend on theirs."""
+        return 0 if dimension == "tokens" else getattr(self, dimension)
+
+
+def can_lower(recipe: Recipe) -> bool:
+    """Whether each of X and W is quantised once for both of its products, to nearest, with one scale or one per index."""
+    operands = [o for name in PRODUCTS for o in (getattr(recipe, name).left, getattr(recipe, name).right)]
+    return (
+        len(steps_for(recipe, X, ("output", "grad_weight"))) == 1
+        and reuses_operand(recipe)
+        and all(o.format is not None and o.rounding == "nearest" for o in operands)
+        and all(o.granularity.dtype == FLOAT32 and not o.granularity.is_blocked for o in operands)
+        and all((rotation := o.rotation(d)) is None or rotation.rank is None for o in operands for d in DIMENSIONS)
+    )
+
+
+class Lowered:
+    """The launches of a layer, as functions of plain tensors."""
+
+    def __init__(self, layer: Layer):
+        check_device(layer.recipe.formats, layer.device)
+        self.layer = layer
+        (step,) = steps_for(layer.recipe, X, ("output", "grad_weight"))
+        self.x_operand = _INTERNED.setdefault(step.operand, step.operand)
+        self.quantize_x = _quantizer(layer, X, step, layer.x)
+        (step,) = steps_for(layer.recipe, X, ("output",))
+        self.quantize_x_for_output = _quantizer(layer, X, step, layer.x)
+        (step,) = steps_for(layer.recipe, W, ("output",))
+        self.quantize_w = _quantizer(layer, W, step, layer.weight)
+        self.quantize_e: dict[tuple[str, ...], Callable[..., list[Codes]]] = {
+            products: _gradient_quantizer(layer, products) for products in (BOTH, BOTH[:1], BOTH[1:])
+        }
+        self.folds = folded_products(layer.recipe, BOTH)
+        self.output = _product(layer, "output", layer.output)
+        self.grad_input = _product(layer, "grad_input", layer.x)
+        self.grad_weight = _product(layer, "grad_weight", layer.weight)
+
+    def quantized_x(self, x: torch.Tensor, gain: torch.Tensor | None, trains_w: bool) -> Codes:
+        """Return what X brings to its products, for grad_weight too if ``trains_w``. Layers that follow each other and read
+        the same X quantise it once.
+
+        Args:
+            x: [..., in]. gain: float32 [in], with which columns are multiplied first.
+        """
+        quantize = self.quantize_x if trains_w else self.quantize_x_for_output
+        shared = shared_operands(x)
+        key = id(self.x_operand), id(gain)
+        found = shared.get(key)
+        if found is None or (trains_w and found.columns is None):
+            matrix = x if x.ndim == 2 else x.reshape(-1, self.layer.in_features)
+            found = shared[key] = quantize(matrix, None, gain)
+        return found
+
+    def backward(
+        self, e: torch.Tensor, x: Codes | None, w: Codes | None, gains: Gains | None, x_shape: torch.Size
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return E_X of ``x_shape`` and G [out, in]; None where ``w`` or ``x`` is.
+
+        Args:
+            e: [tokens, out]. x, w: what forward multiplied with.
+            gains: of the weight, and their inverse.
+        """
+        right = {name: codes for name, codes in zip(BOTH, (w, x), strict=True) if codes is not None}
+        folds = [codes.scale if name in self.folds else None for name, codes in right.items()]
+        left = dict(zip(right, self.quantize_e[tuple(right)](e, *folds), strict=True))
+        scale = {name: None if name in self.folds else codes.scale for name, codes in right.items()}
+        gain, undo_gain = gains or (None, None)
+        grad_x = grad_w = None
+        if w is not None:
+            a, b_t = left["grad_input"], transposed(w.rows)
+            grad_x = self.grad_input(a.rows, b_t, a.scale, scale["grad_input"], undo_gain, None, e.shape[0], x_shape)
+        if x is not None:
+            a, shape = left["grad_weight"], (self.layer.out_features, self.layer.in_features)
+            grad_w = self.grad_weight(a.columns, x.columns, a.scale, scale["grad_weight"], gain, None, shape[0], shape)
+        return grad_x, grad_w
+
+
+#: An operand -> the first one that equals it, so that equal ones are known by their id.
+_INTERNED: dict[Operand, Operand] = {}
+
+
+def transposed(codes: Any) -> torch.Tensor:
+    from halo_tensor.kernels.rotate import transposed  # Triton, which a machine without a GPU may lack
+
+    return transposed(codes)
+
+
+def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:
+    """Return a function of a matrix of ``dtype``, the scale that is folded in or None, and a gain of columns or None."""
+    from halo_tensor.kernels.quantize import plan
+    from halo_tensor.kernels.rotate import transposed
+
+    left, right = (carried(step.operand, d, layer.width(d)) for d in dims)
+    format, scale = step.operand.format, step.operand.granularity.on(dims).name
+    rows, columns = dims[1] in step.contracted, dims[0] in step.contracted
+    gained = layer.balanced and dims[1] == "in_features"
+    assert format is not None
+    k = layer.width(dims[1])
+    if scale == "row" and left is None and plan.is_one_launch(k, dtype, layer.device, right, gained):
+        quantize_rows = plan.row_quantizer(k, dtype, layer.device, right, format, gained, step.folded)
+
+        def by_rows(matrix: torch.Tensor, fold: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Codes:
+            codes, scales = quantize_rows(matrix, gain, fold)
+            return Codes(codes if rows else None, transposed(codes) if columns else None, scales)
+
+        return by_rows
+
+    def by_any(matrix: torch.Tensor, fold: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Codes:
+        fold_rows, fold_columns = (fold, None) if columns else (None, fold)
+        return Codes(
+            *plan.rotate_quantize(
+                matrix, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain=gain if gained else None
+            )
+        )
+
+    return by_any
+
+
+def _gradient_quantizer(layer: Layer, products: tuple[str, ...]) -> Callable[..., list[Codes]]:
+    """Return a function of E and the scale to fold in for each of ``products``, or None, that returns E's operand for each."""
+    from halo_tensor.kernels.quantize import plan
+
+    steps = steps_for(layer.recipe, E, products, folded_products(layer.recipe, products))
+    if pair := as_pair(E, steps):
+        quantize_pair = plan.pair_quantizer(layer.output, layer.device, pair.tokens, pair.format, *(s.folded for s in steps))
+
+        def by_pair(e: torch.Tensor, fold_columns: torch.Tensor | None, fold_rows: torch.Tensor | None) -> list[Codes]:
+            rows, columns, row_scales, column_scales = quantize_pair(e, fold_columns, fold_rows)
+            return [Codes(rows, None, row_scales), Codes(None, columns, column_scales)]
+
+        return by_pair
+    quantizers = [(step.products, _quantizer(layer, E, step, layer.output)) for step in steps]
+
+    def by_steps(e: torch.Tensor, *folds: torch.Tensor | None) -> list[Codes]:
+        fold_for = dict(zip(products, folds, strict=True))
+        made = {
+            name: codes for served, quantize in quantizers for codes in [quantize(e, fold_for[served[0]])] for name in served
+        }
+        return [made[name] for name in products]
+
+    return by_steps
+
+
+def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Return a function of (a, b_t, a_scale, b_scale, gain, bias, rows, shape) that returns the product, of ``shape`` and
+    ``dtype``: ``a`` [rows, k] and ``b_t`` [n, k] are codes, b_scale is None if it was folded in."""
+    from halo_tensor.kernels.matmul import plan
+
+    left_dims, right_dims, contracted = PRODUCTS[name]
+    (m_dim,), (n_dim,) = ([d for d in dims if d != contracted] for dims in (left_dims, right_dims))
+    of_a, of_b = getattr(layer.recipe, name).left, getattr(layer.recipe, name).right
+    left, right, n = carried(of_a, m_dim, 0), carried(of_b, n_dim, layer.width(n_dim)), layer.width(n_dim)
+    if m_dim != "tokens":
+        left = carried(of_a, m_dim, layer.width(m_dim))
+
+    def in_any_launches(
+        a: torch.Tensor, b_t: torch.Tensor, a_scale: Any, b_scale: Any, gain: Any, bias: Any, rows: int, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        y = plan.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (rows, n), dtype, gain)
+        return torch.ops.aten._unsafe_view.default(y, shape)  # a view may not be written to where a function returns it
+
+    if left is not None or (right is not None and not (plan.fits_epilogue(right) and rotated(n, right) == n)):
+        return in_any_launches
+    of_one, folded = (of_a.granularity == TENSOR, of_b.granularity == TENSOR), of_b.granularity.is_per(contracted)
+    kinds = 1 if of_one[0] else 2, 0 if folded else 1 if of_one[1] else 2
+    formats = of_a.format, of_b.format
+    assert formats[0] is not None and formats[1] is not None
+    codes = code_dtype(formats[0]), code_dtype(formats[1])
+    gained = layer.balanced and n_dim == "in_features"
+    planned = plan.plan(layer.device, *codes, n, *kinds, gained, layer.bias if name == "output" else None, left, right, dtype)
+    longest = LONGEST_SUM if codes[0] == torch.int8 else 2**63
+
+    def in_one_launch(
+        a: torch.Tensor, b_t: torch.Tensor, a_scale: Any, b_scale: Any, gain: Any, bias: Any, rows: int, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        k, stride = a.shape[1], b_t.stride(0)
+        if k > longest or stride % 16:
+            return in_any_launches(a, b_t, a_scale, b_scale, gain, bias, rows, shape)
+        out = a.new_empty(shape, dtype=dtype)
+        planned((rows, k, rows, a.stride(0), stride), a, b_t, out, a_scale, b_scale, gain, bias)
+        return out
+
+    return in_one_launch
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
+    ) -> torch.Tensor:
+        wants_x, wants_w = ctx.needs_input_grad[:2]
+        operand = lowered.quantized_x(x, gains and gains[1], wants_w)
+        saved_x = (operand.columns, operand.scale) if wants_w else (None, None)
+        saved_w = (w.rows, w.scale) if wants_x else (None, None)
+        ctx.save_for_backward(*saved_x, *saved_w)
+        ctx.lowered, ctx.gains, ctx.x_shape = lowered, gains, x.shape
+        return _output(lowered, operand, w, bias, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        check_first_derivative()
+        (e,), lowered = gradients, ctx.lowered
+        x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
+        e = e if e.ndim == 2 else e.reshape(-1, lowered.layer.out_features)
+        x = None if x_columns is None else Codes(None, x_columns, x_scale)
+        w = None if w_rows is None else Codes(w_rows, None, w_scale)
+        grad_x, grad_w = lowered.backward(e, x, w, ctx.gains, ctx.x_shape)
+        grad_bias = e.sum(0, dtype=torch.float32).to(lowered.layer.bias) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_w, grad_bias, None, None, None
+
+
+def _output(lowered: Lowered, x: Codes, w: Codes, bias: torch.Tensor | None, x_shape: torch.Size) -> torch.Tensor:
+    assert x.rows is not None
+    shape = (*x_shape[:-1], lowered.layer.out_features)
+    return lowered.output(x.rows, w.rows, x.scale, w.scale, None, bias, x.rows.shape[0], shape)
+
+
+#: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
+#: cannot be lowered.
+_lowered: dict[tuple, tuple[Recipe, Lowered | None]] = {}
+
+
+def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """``F.linear(x, weight, bias)`` of a HaloWeight in step with its master; None if the operand path must be taken, which
+    also raises the errors."""
+    if type(x) is not torch.Tensor or not runs_kernels(x.device) or is_recorded() or is_transformed():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        recipe, operand, master = weight.recipe, weight.operand, weight.master
+        out_features, in_features = weight.shape
+        dtype, output = weight.dtype, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            output = torch.get_autocast_dtype(x.device.type)
+        elif output != dtype or (bias is not None and bias.dtype != output):
+            return None
+        balanced = operand is not None and operand.gain is not None
+        bias_dtype = None if bias is None else bias.dtype
+        key = (id(recipe), out_features, in_features, x.dtype, dtype, output, bias_dtype, x.device, balanced)
+        _, lowered = _lowered.get(key) or _lower(recipe, key)
+        trains = torch.is_grad_enabled()
+        trains_w = trains and weight.requires_grad
+        if (
+            lowered is None
+            or x.ndim == 0
+            or x.shape[-1] != in_features
+            or x.numel() == 0
+            or weight.device != x.device
+            or (bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.stride(0) != 1))
+            or (trains_w and master is None and not weight.is_gathered)
+            or (operand is not None and (operand.is_packed or operand.codes is None))
+        ):
+            return None
+        if operand is None:
+            w, gains = lowered.quantize_w(master.detach()), None
+        else:
+            w, gains = Codes(operand.codes, None, operand.scale), operand.gains
+        if trains_w or (trains and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            return _Linear.apply(x, weight, bias, lowered, w, gains)
+        return _output(lowered, lowered.quantized_x(x, gains and gains[1], False), w, bias, x.shape)
+
+
+def _lower(recipe: Recipe, key: tuple) -> tuple[Recipe, Lowered | None]:
+    found = _lowered[key] = recipe, Lowered(Layer(recipe, *key[1:])) if can_lower(recipe) else None
+    return found

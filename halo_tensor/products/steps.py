@@ -1,0 +1,85 @@
+"""Which quantisations a recipe asks for: decided once for each recipe, before there is a tensor.
+
+The operand path (:mod:`halo_tensor.products.operands`) and the eager path (:mod:`halo_tensor.products.eager`) follow the same
+steps. So one set of rules says what X, W and E are quantised to.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from halo_tensor.recipe import PRODUCTS, E, Format, Operand, Recipe, Rotation
+
+Dims = tuple[str, str]
+
+
+class Step(NamedTuple):
+    """One quantisation of a matrix.
+
+    Attributes:
+        operand: the format, the layout of scales and the rotations.
+        products: the products that its result serves.
+        folded: whether the scale of the other operand is multiplied in first.
+    """
+
+    operand: Operand
+    products: tuple[str, ...]
+    folded: bool
+
+    @property
+    def contracted(self) -> set[str]:
+        """The dimensions along which its products sum."""
+        return {PRODUCTS[product][2] for product in self.products}
+
+
+class Pair(NamedTuple):
+    """Both operands that backward makes of E, from one function that reads E twice instead of four times.
+
+    Attributes:
+        format: of both.
+        tokens: the rotation of the operand for grad_input, whose scales lie along tokens. The operand for grad_weight has
+            scales along out_features and no rotation.
+    """
+
+    format: Format
+    tokens: Rotation | None
+
+
+def steps_for(recipe: Recipe, dims: Dims, products: tuple[str, ...], folded: tuple[str, ...] = ()) -> tuple[Step, ...]:
+    """Return the quantisations of the matrix over ``dims`` that serve ``products``. Products that want the same operand, with
+    nothing folded in, share one.
+
+    Args:
+        folded: the products into whose operand a scale is folded.
+    """
+    wanted: dict[tuple[Operand, str | None], list[str]] = {}
+    for product in products:
+        key = recipe.operand(product, dims), product if product in folded else None
+        wanted.setdefault(key, []).append(product)
+    return tuple(Step(operand, tuple(served), fold is not None) for (operand, fold), served in wanted.items())
+
+
+def as_pair(dims: Dims, steps: tuple[Step, ...]) -> Pair | None:
+    """Return the pair that two steps are, if they are one."""
+    if dims != E or [step.products for step in steps] != [("grad_input",), ("grad_weight",)]:
+        return None
+    first, second = (step.operand for step in steps)
+    if not (first.granularity.is_per(dims[0]) and second.granularity.is_per(dims[1])):
+        return None
+    if first.format is None or first.out_features is not None or first.rounding != "nearest":
+        return None
+    alike = second == replace(first, granularity=second.granularity, tokens=None)
+    return Pair(first.format, first.tokens) if alike else None
+
+
+def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the products whose right operand has its scale along the contracted dimension, so that it is folded into E."""
+    return tuple(
+        product
+        for product in products
+        if (right := getattr(recipe, product).right).format is not None and right.granularity.is_per(PRODUCTS[product][2])
+    )
+
+
+def reuses_operand(recipe: Recipe) -> bool:
+    """Whether grad_input multiplies with the same operand of W as output."""
+    return recipe.grad_input.right == recipe.output.right
