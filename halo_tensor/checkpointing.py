@@ -34,7 +34,7 @@ _CONTRACTED |= {  # private names, which a version of torch may lack
 def _is_kept(op: Any) -> bool:
     """Whether the results of an op that is no matrix product are kept: of a convolution or of attention.
 
-    The ops of attention are private and differ between versions of torch, so they are recognised by the begin of their names.
+    The ops of attention are private and differ between versions of torch, so they are recognised by the prefix of their names.
     """
     attention = str(op).startswith("aten._scaled_dot_product_") and "backward" not in str(op)
     return op is aten.convolution.default or attention

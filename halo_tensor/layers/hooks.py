@@ -44,7 +44,7 @@ def update_hooks(module: torch.nn.Module) -> None:
 
 def _save_plain(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """Put dense values in the place of converted weights in a state dict."""
-    for name, _ in module.named_parameters(remove_duplicate=False):  # those of parametrisations too
+    for name, _ in module.named_parameters(remove_duplicate=False):  # includes those of parametrisations
         weight = state_dict.get(prefix + name)
         if isinstance(weight, torch.nn.Parameter):  # under keep_vars=True
             continue

@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = {"F.linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm"}
-#: What a forward may also do, since it changes no number: read attributes, and take views.
+#: Functions that a forward may also call, since they change no number: they read attributes, and take views.
 _READS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda"}
 _VIEWS = {"T", "mT", "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "contiguous"}
 _ADDS = {"add", "__add__", "__radd__"}

@@ -1,4 +1,4 @@
-"""What ``print(model)`` shows of converted layers."""
+"""Descriptions of converted layers, for ``print(model)``."""
 
 import weakref
 from typing import Any

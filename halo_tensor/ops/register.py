@@ -10,7 +10,7 @@
     def _(x: Tensor, row_rotation: Rotation | None, column_rotation: Rotation | None) -> Tensor: ...
 
 :func:`op` defines the schema, registers the body for every device and returns the function that callers use. That function
-takes rotations, formats and layouts of scales as objects; the dispatcher passes lists of integers and strings, and the body
+takes rotations, formats and layouts of scales as objects. The dispatcher passes lists of integers and strings, and the body
 gets objects again. :func:`fake` registers what a compiler computes with: shapes, dtypes and strides.
 
 ``torch.library.custom_op`` does the same for fewer types. It has no types of its own, infers ``SymInt[]`` where launches need

@@ -18,7 +18,8 @@ from halo_tensor.operand.gains import Gains
 from halo_tensor.products.backward import check_first_derivative
 from halo_tensor.products.operands import shared_operands
 from halo_tensor.products.steps import Dims, Step, as_pair, folded_products, reuses_operand, steps_for
-from halo_tensor.recipe import DIMENSIONS, FLOAT32, PRODUCTS, TENSOR, E, Operand, Recipe, W, X
+from halo_tensor.recipe import DIMENSIONS, PRODUCTS, TENSOR, E, Operand, Recipe, Scales, W, X
+from halo_tensor.recipe.formats import FLOAT32
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.hadamard import carried
 from halo_tensor.reference.ops import LONGEST_SUM, rotated
@@ -67,10 +68,13 @@ def can_lower(recipe: Recipe) -> bool:
     return (
         len(steps_for(recipe, X, ("output", "grad_weight"))) == 1
         and reuses_operand(recipe)
-        and all(o.format is not None and o.rounding == "nearest" for o in operands)
-        and all(o.granularity.dtype == FLOAT32 and not o.granularity.is_blocked for o in operands)
+        and all(o.format is not None and _is_simple(o.granularity) and o.rounding == "nearest" for o in operands)
         and all((rotation := o.rotation(d)) is None or rotation.rank is None for o in operands for d in DIMENSIONS)
     )
+
+
+def _is_simple(granularity: Scales) -> bool:
+    return granularity == TENSOR or (granularity.is_vector and granularity.dtype == FLOAT32)
 
 
 class Lowered:
@@ -220,8 +224,7 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
 
     if left is not None or (right is not None and not (plan.fits_epilogue(right) and rotated(n, right) == n)):
         return in_any_launches
-    of_one, folded = (of_a.granularity == TENSOR, of_b.granularity == TENSOR), of_b.granularity.is_per(contracted)
-    kinds = 1 if of_one[0] else 2, 0 if folded else 1 if of_one[1] else 2
+    kinds = 1 + of_a.granularity.is_vector, 0 if of_b.granularity.is_per(contracted) else 1 + of_b.granularity.is_vector
     formats = of_a.format, of_b.format
     assert formats[0] is not None and formats[1] is not None
     codes = code_dtype(formats[0]), code_dtype(formats[1])

@@ -64,7 +64,8 @@ def quantize_operands(
     made: dict[str, torch.Tensor] = {}
     for step in steps:
         own = None if step.operand.format is None else gains
-        name = (step.operand, None if own is None else id(own[0]))  # a shared operand keeps its gain, and so the id, alive
+        # A shared operand keeps its gain, and so the id, alive.
+        name = (step.operand, None if own is None else id(own[0]))
         tensor = None if step.folded else shared.get(name)
         if tensor is None or not _serves(tensor, dims, step.contracted):
             tensor = _quantize(matrix, dims, step.operand, step.contracted, folds.get(step.products[0]), own)

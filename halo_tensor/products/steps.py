@@ -16,7 +16,7 @@ class Step(NamedTuple):
     """One quantisation of a matrix.
 
     Attributes:
-        operand: the format, the layout of scales and the rotations.
+        operand: the format, scale and rotations.
         products: the products that its result serves.
         folded: whether the scale of the other operand is multiplied in first.
     """
@@ -65,10 +65,10 @@ def as_pair(dims: Dims, steps: tuple[Step, ...]) -> Pair | None:
     first, second = (step.operand for step in steps)
     if not (first.granularity.is_per(dims[0]) and second.granularity.is_per(dims[1])):
         return None
-    if first.format is None or first.out_features is not None or first.rounding != "nearest":
-        return None
     alike = second == replace(first, granularity=second.granularity, tokens=None)
-    return Pair(first.format, first.tokens) if alike else None
+    if first.format is None or first.out_features is not None or not alike or first.rounding != "nearest":
+        return None
+    return Pair(first.format, first.tokens)
 
 
 def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,5 +81,5 @@ def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...
 
 
 def reuses_operand(recipe: Recipe) -> bool:
-    """Whether grad_input multiplies with the same operand of W as output."""
+    """Whether grad_input multiplies with the operand of W that output did."""
     return recipe.grad_input.right == recipe.output.right

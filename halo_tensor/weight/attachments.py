@@ -1,4 +1,4 @@
-"""What users attach to a parameter: attributes, and hooks.
+"""Attributes and hooks that users attach to a parameter.
 
 Both outlive ``module.to(...)``. ``Module._apply`` keeps a plain parameter and replaces its data. It replaces a parameter that
 is a tensor subclass by ``nn.Parameter(converted)``, which is ``converted.detach().requires_grad_()``, so what is attached has

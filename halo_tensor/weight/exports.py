@@ -1,40 +1,52 @@
-"""Values of converted weights outside of PyTorch's ops: NumPy, lists, DLPack, storages, shared memory."""
+"""Values of converted weights outside of PyTorch's ops: NumPy, lists, DLPack, storages, shared memory.
 
-from typing import Any
+These are methods of :class:`~halo_tensor.weight.tensor.HaloWeight`, not handlers: PyTorch's own methods (``__array__``, for
+example) call them with ``__torch_function__`` disabled.
+"""
+
+from typing import Any, NoReturn
 
 import torch
 
 from halo_tensor.weight.attachments import keep_hooks
-from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.tensor import HaloWeight
 
 
-@implements(torch.Tensor.numpy)
-def _numpy(func: Any, weight: HaloWeight, *, force: bool = False) -> Any:
-    """Return a copy, since writes to shared memory would not be noticed."""
+def _numpy(weight: HaloWeight, *, force: bool = False) -> Any:
+    """Return a copy of the dense weight as an array. It is a copy, since writes to shared memory would not be noticed."""
     return weight.dequantize().detach().clone().requires_grad_(weight.requires_grad).numpy(force=force)
 
 
-@implements(torch.Tensor.tolist)
-def _tolist(func: Any, weight: HaloWeight) -> Any:
+def _tolist(weight: HaloWeight) -> list[Any]:
+    """Return the dense weight as nested lists."""
     return weight.dequantize().tolist()
 
 
-@implements(torch.Tensor.__dlpack__)
-def _dlpack(func: Any, weight: HaloWeight, *args: Any, **options: Any) -> None:
+def _dlpack(weight: HaloWeight, **options: Any) -> NoReturn:
+    """Raise BufferError: there is no memory to export."""
     raise BufferError("a converted weight has no memory of its own for DLPack: export weight.dequantize()")
 
 
-@implements(torch.Tensor.storage)
-def _storage(func: Any, weight: HaloWeight) -> None:
-    """Refuse; safetensors asks for it."""
+def _storage(weight: HaloWeight) -> NoReturn:
+    """Raise RuntimeError: there is no memory to return. safetensors asks for it."""
     raise RuntimeError("a converted weight has no memory of its own: save model.state_dict(), or weight.dequantize()")
 
 
-@implements(torch.Tensor.share_memory_)
-def _share_memory(func: Any, weight: HaloWeight) -> HaloWeight:
+def _share_memory(weight: HaloWeight) -> HaloWeight:
+    """Move the master, codes and scales to shared memory, in place."""
     for tensor in [weight.master] if weight.operand is None else [weight.master, *weight.operand.parts]:
         if tensor is not None:
             tensor.share_memory_()
-    keep_hooks(func, weight, weight)
+    keep_hooks(torch.Tensor.share_memory_, weight, weight)
     return weight
+
+
+_METHODS = {
+    "numpy": _numpy,
+    "tolist": _tolist,
+    "__dlpack__": _dlpack,
+    "storage": _storage,
+    "share_memory_": _share_memory,
+}
+for _name, _method in _METHODS.items():
+    setattr(HaloWeight, _name, _method)

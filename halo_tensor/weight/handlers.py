@@ -1,4 +1,4 @@
-"""What ops and functions do with converted weights: a table that the modules of this package fill in.
+"""The table of handlers of ops and functions on converted weights, which the modules of this package fill in.
 
 :class:`~halo_tensor.weight.tensor.HaloWeight` looks its answers up here, so that modules with handlers import the class, and
 not the other way round.
@@ -52,8 +52,8 @@ def run_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     return out
 
 
-# Not by asking torch.compiler.is_compiling(): Dynamo would then compile calls of __torch_function__ that eager code makes
-# between two graphs, and what it makes of weight.grad calls itself without end (torch 2.13).
+# A test of torch.compiler.is_compiling() would not do: Dynamo would compile calls of __torch_function__ that eager code makes
+# between two graphs, and its code for weight.grad would call itself without end (torch 2.13).
 @torch.compiler.substitute_in_graph(run_function)
 def _run_function_in_graph(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What ``torch.load(file, weights_only=True)`` may build: converted weights, operands, and the recipes that they follow.
+"""Classes that ``torch.load(file, weights_only=True)`` may build: weights, operands, and the recipes that they follow.
 
 Files name classes by module. Modules have moved since 0.1.0, so the names of that version are accepted as well.
 """

@@ -1,13 +1,13 @@
-"""What a converted weight is to FSDP2."""
+"""The roles of converted weights under FSDP2."""
 
 from enum import Enum
 
 
 class ShardRole(Enum):
-    """What a :class:`~halo_tensor.weight.tensor.HaloWeight` is to FSDP2; the class draws how one becomes another."""
+    """The role of a :class:`~halo_tensor.weight.tensor.HaloWeight` under FSDP2; the class draws how one becomes another."""
 
     WHOLE = "whole"
-    """A whole weight, sharded by nobody."""
+    """A whole weight that is not sharded."""
     CHUNK = "chunk"
     """Some rows or columns of a whole weight, from which a shard is copied."""
     PADDED = "padded"

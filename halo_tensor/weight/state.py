@@ -1,4 +1,4 @@
-"""What is known of the codes of a converted weight."""
+"""The state of a converted weight's codes: whether they are up to date, lent, shared and sent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ MasterVersion = tuple[int, int | None, int | None]
 
 @dataclass(eq=False, slots=True)
 class CodesState:
-    """What is known of the codes of a weight. A weight and its aliases (``detach()``, the parameter made of it) share one
+    """The state of the codes of a weight. A weight and its aliases (``detach()``, the parameter made of it) share one
     operand, and so one of these. Copies and pickles of a weight start with a new one.
 
     Attributes:

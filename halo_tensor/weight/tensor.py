@@ -41,7 +41,7 @@ _linear_in_graph = torch.compiler.allow_in_graph(linear)
 class HaloWeight(torch.Tensor):
     """A weight [out_features, in_features] whose ``F.linear`` follows a recipe; to any other op it is the dense weight.
 
-    ``quantize_`` makes them from parameters. ``shard_role`` says what a weight is to FSDP2::
+    ``quantize_`` makes them from parameters. ``shard_role`` is its role under FSDP2::
 
         nn.Parameter
           │  ▲
@@ -65,7 +65,7 @@ class HaloWeight(torch.Tensor):
         shard_role: see above.
         base: of a view or a chunk, the weight that it belongs to. A view has the identity recipe, and writes through it reach
             the codes of its base.
-        codes_state: what is known of the codes; see :class:`~halo_tensor.weight.state.CodesState`.
+        codes_state: whether the codes are up to date; see :class:`~halo_tensor.weight.state.CodesState`.
         unpadded: of a padded weight, its rows without padding.
 
     Example:

@@ -1,4 +1,4 @@
-"""What an op that knows nothing of converted weights does with one: it sees the dense value, and the codes follow its writes.
+"""Any other op on a converted weight: it sees the dense value, and the codes follow its writes.
 
 :mod:`halo_tensor.weight.tensor` handles ``F.linear``; :mod:`halo_tensor.weight.copies` and :mod:`halo_tensor.weight.shard_ops`
 handle ops whose result is a weight.
@@ -76,7 +76,7 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             _warn_of_product(op, weight)
     dense = {key: weight.dequantize() for key, weight in weights.items()}
     plain = [_replaced(value, dense) for value in values]
-    # In the order of the arguments, which is the same in every step of an optimiser.
+    # Both keep the order of the arguments, which is the same in every step of an optimiser.
     declared = _given(_declared(op), args, kwargs, weights)
     suspected = _given(_suspected(op, is_symbolic()), args, kwargs, weights)
     written = declared | suspected

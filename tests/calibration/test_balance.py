@@ -187,11 +187,15 @@ def test_a_common_factor_of_the_gain_changes_no_bit():
 def test_gains_cancel_under_custom_recipes():
     """X and W have another operand in each product, and one grad_weight is plain."""
     r = Rotation()
-    x, w = Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r), Operand(INT8, Scales.per(out_features=1), in_features=r)
+    x, w = (
+        Operand(INT8, Scales.per(tokens=1), tokens=r, in_features=r),
+        Operand(INT8, Scales.per(out_features=1), in_features=r),
+    )
     own = Recipe(
         output=Product(Operand(INT8, Scales.per(tokens=1), in_features=r), w),
         grad_input=Product(
-            Operand(INT8, Scales.per(tokens=1), out_features=r), Operand(INT8, Scales.per(in_features=1), in_features=r, out_features=r)
+            Operand(INT8, Scales.per(tokens=1), out_features=r),
+            Operand(INT8, Scales.per(in_features=1), in_features=r, out_features=r),
         ),
         grad_weight=Product(Operand(INT8, Scales.per(out_features=1), tokens=r), x),
     )
