@@ -190,6 +190,8 @@ def requantize_(
         xs, codes, scales: the matrices, and what to overwrite, in the same order.
         gains: one for each matrix, or an empty list.
     """
+    if not xs:
+        return
     if runs_kernels(xs[0].device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import many
 

@@ -16,7 +16,7 @@ from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON, LAUNCHER, PRECOMPIL
 from halo_tensor.kernels.device import is_hopper
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.kernels.quantize import whole_rows
 from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
@@ -91,7 +91,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", asked_for)
     monkeypatch.setattr(triton_launch, "_bare", prepared)
-    plans = quantizer.plan_whole_rows, product.plan
+    plans = whole_rows.plan_whole_rows, product.plan
     for plan in plans:
         plan.cache_clear()
     yield asked, launched

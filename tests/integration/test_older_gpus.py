@@ -137,7 +137,9 @@ def test_the_kernel_is_what_these_gpus_get():
 
 
 @pytest.mark.parametrize(
-    "module", ["kernels/quantize/test_kernels", "kernels/quantize/test_two_gradients", "integration/test_hot_kernels"]
+    "module",
+    # Not test_two_gradients: Inductor asks the GPU that is there what it may generate.
+    ["kernels/quantize/test_kernels", "integration/test_hot_kernels"],
 )
 def test_modules_of_kernels(module):
     command = [sys.executable, "-m", "pytest", f"tests/{module}.py", "-q", "-p", "no:cacheprovider", "-k", "not compile"]

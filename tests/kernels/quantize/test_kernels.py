@@ -20,6 +20,7 @@ from halo_tensor.kernels.matmul import cublas, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul.request import Request, size_class
 from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.kernels.quantize.codes import code_matrix
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference import packing
@@ -225,7 +226,7 @@ def test_into_codes_that_were_copied():
 
 def requantized(xs, right, format, scale, gains):
     """Codes and scales of 7 everywhere, then of these matrices."""
-    codes = [quantizer.code_matrix(x, x.shape[0], reference.rotated(x.shape[1], right), format) for x in xs]
+    codes = [code_matrix(x, x.shape[0], reference.rotated(x.shape[1], right), format) for x in xs]
     scales = [x.new_full((x.shape[0],) if scale == "row" else (), 7, dtype=torch.float32) for x in xs]
     for code in codes:
         code.view(torch.int8).fill_(7)
@@ -444,7 +445,7 @@ def test_full_width_of_a_transposed_matrix():
 @pytest.mark.parametrize("gained", [False, True])
 def test_float16_keeps_its_range_between_two_unrotations(monkeypatch, gained):
     """Where a pass of its own undoes the left one: columns of nearly one value, rotated along tokens, are √128 times as large."""
-    monkeypatch.setattr(product, "_left_in_epilogue", lambda *_: False)
+    monkeypatch.setattr(product, "_undoes_rows_in_epilogue", lambda *_: False)
     left, right, (m, n, k) = Rotation(128, None), Rotation(128, 1), (128, 128, 256)
     x, w = 1 + 0.05 * matrix(m, k), 0.1 * matrix(n, k) + 0.05
     x = x * (2e4 / (x @ w.t()).abs().max())
