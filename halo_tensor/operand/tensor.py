@@ -300,8 +300,10 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return self.granularity.spread(self.scale, rows, columns)
 
     def dequantize(self) -> torch.Tensor:
-        """Return the matrix [r, c] that the codes stand for, in high precision and not rotated. The part that a rank has
-        dropped is zero."""
+        """Return the matrix [r, c] that the codes stand for, in high precision and not rotated.
+
+        The part that a rank has dropped is zero.
+        """
         y = reference.dequantize(self.any_codes(), self.scale, self.granularity)
         y = ops.unrotate(y, self.row_rotation, self.column_rotation, self.shape)
         if self.undo_gain is not None:
