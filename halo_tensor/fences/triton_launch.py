@@ -36,7 +36,7 @@ def through_triton(compiled: Any, descriptors: Callable, described: int, constan
         constants: the arguments behind the integers.
     """
 
-    def launch(sizes, tensors, pointers, stream):
+    def launch(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
         arguments = *descriptors(sizes, tensors), *pointers[described:], *sizes.integers, *constants
         compiled[sizes.grid](*arguments, stream=stream)
 
@@ -66,7 +66,7 @@ def bare(launch: Run, compiled: Any, descriptors: Callable, described: int, cons
         found = remembered[index][key] = encoders[index](descriptors(sizes, tensors)[index])
         return found
 
-    def launch_bare(sizes, tensors, pointers, stream):
+    def launch_bare(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             return launch(sizes, tensors, pointers, stream)
         encoded: tuple = ()

@@ -1,1 +1,1 @@
-"""Kernels in Triton and Gluon, and how they are launched."""
+"""Kernels in Triton and Gluon, and their launches."""

@@ -1,4 +1,4 @@
-"""What a device can run."""
+"""The capabilities of a device: which kernels it runs, and which formats it multiplies."""
 
 import os
 from collections.abc import Iterable
@@ -9,20 +9,22 @@ import torch
 from halo_tensor.fences.fast_paths import Refusal
 from halo_tensor.recipe import FLOAT32, Format, Scales
 
-#: Triton's interpreter runs the kernels on a CPU.
+#: Whether Triton's interpreter runs the kernels, which it does on a CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-#: tensors of which a kernel may compute what it quantises: see producers
+#: How many tensors a kernel can read to compute the matrix that it quantises, see halo_tensor/compiler/producers.py.
 PRODUCER_INPUTS = 3
-#: The first Triton whose products of integers run on SM 10.x's own tensor cores; before, they are made of mma.sync.
+#: The first Triton that multiplies integers by the tensor cores of SM 10.x. Earlier ones use mma.sync.
 INTEGERS_ON_SM100 = (3, 8)
 
 
 def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels run on the device: on a GPU, and on a CPU by Triton's interpreter."""
     return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Eager ops ask several times in each call, and PyTorch takes microseconds for each answer."""
+    """Return the compute capability. It is cached, because eager ops ask several times per call and PyTorch takes microseconds
+    for each answer."""
     return torch.cuda.get_device_capability(device) if device.index is None else _remembered_capability(device)
 
 
@@ -32,23 +34,26 @@ def _remembered_capability(device: torch.device) -> tuple[int, int]:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """SM 9.0, not an AMD GPU that calls itself so."""
+    """Whether the device is of SM 9.0, and no AMD GPU that reports this capability."""
     return device.type == "cuda" and torch.version.hip is None and _capability(device) == (9, 0)
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the GPU copies tiles by descriptors. Triton's interpreter, on a CPU, reads descriptors too."""
+    """Whether kernels can read tiles by descriptors: a GPU with TMA, or Triton's interpreter on a CPU."""
     return device.type != "cuda" or torch.version.hip is not None or _capability(device) >= (9, 0)
 
 
 def rounds_to_fp8(device: torch.device) -> bool:
-    """Whether Triton converts float32 to fp8 in one rounding. Before SM 9.0 it goes through float16, and so rounds twice; its
-    interpreter, on a CPU, truncates. There the kernels round to the format's grid first."""
+    """Whether Triton converts float32 to fp8 in one rounding.
+
+    Before SM 9.0 it converts through float16 and rounds twice, and its interpreter truncates. There the kernels round to the
+    format's grid first.
+    """
     return device.type == "cuda" and _capability(device) >= (9, 0)
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether matrix units read operands from shared memory, and not from registers: SM 9.0 and 10.x."""
+    """Whether matrix units read operands from shared memory instead of registers, as those of SM 9.0 and 10.x do."""
     if device.type != "cuda" or torch.version.hip is not None:
         return True
     return _capability(device)[0] in (9, 10)

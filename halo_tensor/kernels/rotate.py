@@ -1,6 +1,6 @@
-"""Matrices rotated in high precision, and codes transposed: launches of the kernels that do no rounding.
+"""Rotate matrices in high precision, and transpose codes, by kernels that do not round to codes.
 
-Also what every launch on tiles shares.
+It also has what all launches on tiles share: the edge of a tile, and the dtype and the factor of rotation matrices.
 """
 
 from functools import lru_cache
@@ -18,11 +18,12 @@ from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.hadamard import block_diagonal
 
+#: Rows and columns of a tile.
 TILE = 128
 
 
 class Matrix(NamedTuple):
-    """What a plan for one matrix needs to know of it."""
+    """A matrix, as far as a plan depends on it."""
 
     shape: torch.Size
     stride: tuple[int, int]
@@ -35,37 +36,40 @@ class Matrix(NamedTuple):
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the rotation matrices, of powers of two, that a matrix of ``dtype`` is multiplied with: bfloat16 beside
-    float32, which the kernels cut into three bfloat16 numbers. Triton's interpreter, on a CPU, has no 16-bit products."""
+    """Return the dtype of the rotation matrices that multiply a matrix of ``dtype``. Their elements are powers of two.
+
+    It is bfloat16 beside float32, which the kernels cut into three bfloat16 numbers. On a CPU it is float32, because Triton's
+    interpreter has no 16-bit products.
+    """
     if device.type != "cuda":
         return torch.float32
     return torch.float16 if dtype == torch.float16 else torch.bfloat16
 
 
 def norm(*rotations: Rotation | None) -> float:
-    """The factor that products with the constants of these rotations still need, see :func:`hadamard.norm`."""
+    """Return the factor that products with the constants of these rotations need, see :func:`hadamard.norm`."""
     return prod(hadamard.norm(r) for r in rotations if r is not None)
 
 
-def whole_blocks(x: torch.Tensor, right: Rotation | None) -> torch.Tensor:
-    """x, a matrix or what multiplies its columns, with zeros up to whole blocks. Rows need none: kernels read zeros beyond the
-    last."""
-    missing = reference.padded(x.shape[-1], right) - x.shape[-1]
+def whole_blocks(x: torch.Tensor, column_rotation: Rotation | None) -> torch.Tensor:
+    """Return a matrix, or the gain of its columns, with zeros up to whole blocks in the last dimension. Rows need no padding,
+    because kernels read zeros beyond the last row."""
+    missing = reference.padded(x.shape[-1], column_rotation) - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def fits_tiles(x: torch.Tensor | Matrix, left: Rotation | None, right: Rotation | None) -> bool:
-    """Whether a tile holds whole blocks, and registers hold the tile: a float32 one, beside a product whose operands are in
-    registers too, they do not."""
-    if left is None and right is None:
+def fits_tiles(x: torch.Tensor | Matrix, row_rotation: Rotation | None, column_rotation: Rotation | None) -> bool:
+    """Whether a tile is rotated within the registers: it must hold whole blocks. Registers have no room for a float32 tile
+    beside a product that also reads its operands from registers."""
+    if row_rotation is None and column_rotation is None:
         return True
     if x.dtype == torch.float32 and not has_wgmma(x.device):
         return False
-    return all(r is None or TILE % r.edge == 0 for r in (left, right))
+    return all(r is None or TILE % r.edge == 0 for r in (row_rotation, column_rotation))
 
 
 def transposed(codes: torch.Tensor) -> torch.Tensor:
-    """The transpose of a row-major matrix of codes, in memory."""
+    """Return the transpose of a row-major matrix of codes, row-major too."""
     m, k = codes.shape
     out = codes.new_empty_strided((k, m), (aligned(m), 1))
     as_bytes = (codes, out) if codes.dtype == torch.int8 else (codes.view(torch.int8), out.view(torch.int8))
@@ -75,9 +79,12 @@ def transposed(codes: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def plan_transpose(device: torch.device) -> Planned:
-    """Takes (rows, columns, row strides of both), bytes of codes, and those of their transpose.
+    """Return the launch that transposes. A call takes (rows, columns, row strides of both), then both matrices as bytes.
 
-    ``device``: a kernel is loaded on one. Likewise every dtype that a kernel is compiled for is in the key of its plan."""
+    Args:
+        device: part of the key only, because a kernel is loaded on one device. Every dtype that a kernel is compiled for is in
+            the key of its plan for the same reason.
+    """
     launch = Launch(kernels.transpose_codes, {"T": TILE, "num_warps": 4})
 
     def sizes(m: int, k: int, stride: int, stride_out: int) -> tuple:
@@ -86,27 +93,42 @@ def plan_transpose(device: torch.device) -> Planned:
     return Planned(lambda _: Variant(launch, sizes))
 
 
-def rotate(x: torch.Tensor, left: Rotation | None, right: Rotation | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rᵀ_left x R_right, zero-padded to whole blocks."""
-    x = whole_blocks(x, right)
-    shape = (reference.padded(x.shape[0], left), reference.padded(x.shape[1], right))
-    return _rotate(x, left, right, shape, dtype, inverse=False)
+def rotate(
+    x: torch.Tensor, row_rotation: Rotation | None, column_rotation: Rotation | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return Rᵀ_row x R_column in ``dtype``, zero-padded to whole blocks."""
+    x = whole_blocks(x, column_rotation)
+    shape = (reference.padded(x.shape[0], row_rotation), reference.padded(x.shape[1], column_rotation))
+    return _rotate(x, row_rotation, column_rotation, shape, dtype, inverse=False)
 
 
 def unrotate(
-    x: torch.Tensor, left: Rotation | None, right: Rotation | None, shape: tuple[int, int], dtype: torch.dtype
+    x: torch.Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The inverse of :func:`rotate`, of the given ``shape``."""
-    return _rotate(x, left, right, shape, dtype, inverse=True)
+    """Return R_row x Rᵀ_column in ``dtype``, of the given ``shape``: the inverse of :func:`rotate`."""
+    return _rotate(x, row_rotation, column_rotation, shape, dtype, inverse=True)
 
 
-def _rotate(x, left, right, shape, dtype, inverse):
-    low = any(r is not None and r.rank is not None for r in (left, right))
-    if low or not fits_tiles(x, left, right) or (inverse and right is not None and x.shape[1] != shape[1]):
-        y = reference.unrotate(x, left, right, shape) if inverse else reference.rotate(x, left, right)
+def _rotate(
+    x: torch.Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    inverse: bool,
+) -> torch.Tensor:
+    rotations = row_rotation, column_rotation
+    low_rank = any(r is not None and r.rank is not None for r in rotations)
+    cuts_columns = inverse and column_rotation is not None and x.shape[1] != shape[1]
+    if low_rank or cuts_columns or not fits_tiles(x, *rotations):
+        y = reference.unrotate(x, *rotations, shape) if inverse else reference.rotate(x, *rotations)
         return y.to(dtype).contiguous()
     out = x.new_empty(shape, dtype=dtype)
-    planned = plan_rotate(x.dtype, x.device, left, right, dtype, inverse)
+    planned = plan_rotate(x.dtype, x.device, *rotations, dtype, inverse)
     planned((*x.shape, *x.stride(), *shape), x, out)
     return out
 
@@ -115,18 +137,23 @@ def _rotate(x, left, right, shape, dtype, inverse):
 def plan_rotate(
     x: torch.dtype,
     device: torch.device,
-    left: Rotation | None,
-    right: Rotation | None,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
     dtype: torch.dtype,
     inverse: bool,
 ) -> Planned:
-    """From the dtype ``x`` to ``dtype``. Takes (rows, columns, strides of x, rows and columns of the result), x, and the
-    result."""
-    constants = {"T": TILE, "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right), "num_warps": 8}
+    """Return the launch that rotates, or undoes that if ``inverse``, from the dtype ``x`` to ``dtype``.
+
+    A call takes (rows, columns, strides of x, rows and columns of the result), x, and the result.
+    """
+    constants = {
+        "T": TILE, "LEFT": row_rotation is not None, "RIGHT": column_rotation is not None,
+        "NORM": norm(row_rotation, column_rotation), "num_warps": 8,
+    }  # fmt: skip
     launch, of = Launch(kernels.rotate_tiles, constants), product_dtype(x, device)
     matrices = (
-        block_diagonal(left, TILE, of, device, transposed=not inverse) if left else None,
-        block_diagonal(right, TILE, of, device, transposed=inverse) if right else None,
+        block_diagonal(row_rotation, TILE, of, device, transposed=not inverse) if row_rotation else None,
+        block_diagonal(column_rotation, TILE, of, device, transposed=inverse) if column_rotation else None,
     )
 
     def sizes(m: int, k: int, stride_row: int, stride_column: int, rows: int, columns: int) -> tuple:

@@ -150,17 +150,17 @@ def transposed(codes: Any) -> torch.Tensor:
 
 def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:
     """Return a function of a matrix of ``dtype``, the scale that is folded in or None, and a gain of columns or None."""
-    from halo_tensor.kernels.quantize import plan
+    from halo_tensor.kernels.quantize import plan, whole_rows
     from halo_tensor.kernels.rotate import transposed
 
-    left, right = (carried(step.operand, d, layer.width(d)) for d in dims)
+    row_rotation, column_rotation = (carried(step.operand, d, layer.width(d)) for d in dims)
     format, scale = step.operand.format, step.operand.granularity.on(dims).name
     rows, columns = dims[1] in step.contracted, dims[0] in step.contracted
     gained = layer.balanced and dims[1] == "in_features"
     assert format is not None
     k = layer.width(dims[1])
-    if scale == "row" and left is None and plan.is_one_launch(k, dtype, layer.device, right, gained):
-        quantize_rows = plan.row_quantizer(k, dtype, layer.device, right, format, gained, step.folded)
+    if scale == "row" and row_rotation is None and plan.is_one_launch(k, dtype, layer.device, column_rotation, gained):
+        quantize_rows = whole_rows.row_quantizer(k, dtype, layer.device, column_rotation, format, gained, step.folded)
 
         def by_rows(matrix: torch.Tensor, fold: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Codes:
             codes, scales = quantize_rows(matrix, gain, fold)
@@ -170,11 +170,11 @@ def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Call
 
     def by_any(matrix: torch.Tensor, fold: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Codes:
         fold_rows, fold_columns = (fold, None) if columns else (None, fold)
-        return Codes(
-            *plan.rotate_quantize(
-                matrix, left, right, format, scale, fold_rows, fold_columns, rows, columns, gain=gain if gained else None
-            )
-        )
+        made = plan.rotate_quantize(
+            matrix, row_rotation, column_rotation, format, scale, fold_rows, fold_columns, rows, columns,
+            gain=gain if gained else None,
+        )  # fmt: skip
+        return Codes(*made)
 
     return by_any
 
@@ -212,24 +212,25 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
     left_dims, right_dims, contracted = PRODUCTS[name]
     (m_dim,), (n_dim,) = ([d for d in dims if d != contracted] for dims in (left_dims, right_dims))
     of_a, of_b = getattr(layer.recipe, name).left, getattr(layer.recipe, name).right
-    left, right, n = carried(of_a, m_dim, 0), carried(of_b, n_dim, layer.width(n_dim)), layer.width(n_dim)
-    if m_dim != "tokens":
-        left = carried(of_a, m_dim, layer.width(m_dim))
+    n = layer.width(n_dim)
+    row_rotation, column_rotation = carried(of_a, m_dim, layer.width(m_dim)), carried(of_b, n_dim, n)
 
     def in_any_launches(
         a: torch.Tensor, b_t: torch.Tensor, a_scale: Any, b_scale: Any, gain: Any, bias: Any, rows: int, shape: tuple[int, ...]
     ) -> torch.Tensor:
-        y = plan.scaled_mm(a, b_t, a_scale, b_scale, bias, left, right, (rows, n), dtype, gain)
+        y = plan.scaled_mm(a, b_t, a_scale, b_scale, bias, row_rotation, column_rotation, (rows, n), dtype, gain)
         return torch.ops.aten._unsafe_view.default(y, shape)  # a view may not be written to where a function returns it
 
-    if left is not None or (right is not None and not (plan.fits_epilogue(right) and rotated(n, right) == n)):
+    columns_fit = column_rotation is None or (plan.fits_epilogue(column_rotation) and rotated(n, column_rotation) == n)
+    if row_rotation is not None or not columns_fit:
         return in_any_launches
     kinds = 1 + of_a.granularity.is_vector, 0 if of_b.granularity.is_per(contracted) else 1 + of_b.granularity.is_vector
     formats = of_a.format, of_b.format
     assert formats[0] is not None and formats[1] is not None
     codes = code_dtype(formats[0]), code_dtype(formats[1])
     gained = layer.balanced and n_dim == "in_features"
-    planned = plan.plan(layer.device, *codes, n, *kinds, gained, layer.bias if name == "output" else None, left, right, dtype)
+    bias_dtype = layer.bias if name == "output" else None
+    planned = plan.plan(layer.device, *codes, n, *kinds, gained, bias_dtype, None, column_rotation, dtype)
     longest = LONGEST_SUM if codes[0] == torch.int8 else 2**63
 
     def in_one_launch(

@@ -43,9 +43,11 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
+from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
 from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
+from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
@@ -99,7 +101,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (quantizer, requantize, rotating, product, cublas, tma, packing_kernels, two):
+    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -138,14 +140,14 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (quantizer, rotating, epilogue):
+    for module in (whole_rows, tiles, rotating, epilogue):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(sm90, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
-    monkeypatch.setattr(quantizer, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
+    monkeypatch.setattr(whole_rows, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
-        quantizer, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
+        whole_rows, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
     )
-    monkeypatch.setattr(quantizer, "rotation_signs", lambda rotation, device: torch.empty(rotation.edge, device=device))
+    monkeypatch.setattr(whole_rows, "rotation_signs", lambda rotation, device: torch.empty(rotation.edge, device=device))
     # PyTorch's own rotation, of what no kernel has room for.
     monkeypatch.setattr(quantizer, "rotate", rotated_elsewhere)
     # A fake CUDA tensor has no address, and where there is no CUDA it cannot be sliced.
@@ -258,7 +260,7 @@ def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, colu
 def many(right, dtype=BF16, gain=False, width=4096):
     def request(empty, format):
         xs = [empty(rows, width, dtype=dtype) for rows in (4096, 1024, 14336)]
-        codes = [quantizer.code_matrix(x, *x.shape, format) for x in xs]
+        codes = [layout_of_codes.code_matrix(x, *x.shape, format) for x in xs]
         gains = [empty(width) for x in xs if gain]
         requantize.requantize_(xs, None, right, format, "row", codes, [empty(x.shape[0]) for x in xs], gains)
 
@@ -370,7 +372,7 @@ def swiglu_backward(x0, x1, x2, row, column, inside):
 def test_quantising_what_is_not_written(launched, capability, right, gained):
     def request(empty):
         gate, up, codes = (empty(1000, 14336, dtype=dtype) for dtype in (BF16, BF16, FP8[0]))
-        planned = quantizer.plan_whole_rows(14336, BF16, gate.device, right, FP8_E4M3, gained, False, swiglu)
+        planned = whole_rows.plan_whole_rows(14336, BF16, gate.device, right, FP8_E4M3, gained, False, swiglu)
         gain = empty(14336) if gained else None
         planned((1000, 14336, 1, 14336), gate, up, None, gain, None, codes, empty(1000))
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: real shapes, no synchronisation, CUDA graphs. Kernels one by one: test_kernels.py."""
+"""What only a GPU can show: real shapes, no synchronisation, CUDA graphs. Kernels one by one: tests/kernels."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON, LAUNCHER, PRECOMPIL
 from halo_tensor.kernels.device import is_hopper
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.kernels.quantize import whole_rows
 from halo_tensor.products.operands import weight_operand
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
@@ -91,7 +91,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", asked_for)
     monkeypatch.setattr(triton_launch, "_bare", prepared)
-    plans = quantizer.plan_whole_rows, product.plan
+    plans = whole_rows.plan_whole_rows, product.plan
     for plan in plans:
         plan.cache_clear()
     yield asked, launched
@@ -192,12 +192,12 @@ def test_a_step_does_not_synchronise():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
     """On small, ragged shapes. PyTorch's caching of memory would hide a write beyond the end of a tensor."""
-    module = Path(__file__).parents[2] / "tests/kernels/quantize/test_kernels.py"
+    modules = ["tests/kernels/quantize/test_kernels.py", "tests/kernels/matmul/test_plan.py"]
     small = (
         "test_into or test_every_fold or test_transposed or test_integer_products or test_nothing or padded_to_whole_blocks"
     )
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module), "-k", small]
+    command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules, "-k", small]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -18,7 +18,7 @@ from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import cublas, request, sm80, sm90, tma
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.quantize import kernels, two_gradients
+from halo_tensor.kernels.quantize import kernels, tiles, two_gradients, whole_rows
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from tests.helpers import interpreter
@@ -28,7 +28,7 @@ from tests.helpers.interpreter import INTERPRETED
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 H, LOW = Rotation(128), Rotation(16, None, 8)
 PLANS = (
-    rotating.plan_transpose, rotating.plan_rotate, quantizer.plan_whole_rows, quantizer.plan_tiles, product.plan,
+    rotating.plan_transpose, rotating.plan_rotate, whole_rows.plan_whole_rows, tiles.plan_tiles, product.plan,
     two_gradients.plan_pairs,
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(launching, "current_device", lambda: -1)
     monkeypatch.setattr(launching, "current_raw_stream", lambda index: 0)
     monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 227 * 1024)
-    for module in (quantizer, product, cublas, sm90):
+    for module in (tiles, product, cublas, sm90):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     for module in (request, product, tma, sm90):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)

@@ -1,1 +1,1 @@
-"""Products of quantised operands: a list of backends, one file for each."""
+"""Products of quantised operands, by a list of backends with a module for each."""

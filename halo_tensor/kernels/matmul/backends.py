@@ -1,8 +1,8 @@
 """The backends of products, in the order in which they are asked.
 
-A backend is a module with two functions. ``why_not(request)`` gives the reason to decline a product, or None.
-``plan(request)`` gives a :class:`~halo_tensor.kernels.launch.Variant` of the numbers and tensors that
-:func:`halo_tensor.kernels.matmul.plan.plan` names, or None if it could not be prepared, after a warning.
+A backend is a module with two functions. ``why_not(request)`` returns the reason to decline a product, or None.
+``plan(request)`` returns a :class:`~halo_tensor.kernels.launch.Variant` for the numbers and tensors that
+:func:`halo_tensor.kernels.matmul.plan.plan` lists, or None after a warning if it could not be prepared.
 
 A GPU generation with a kernel of its own is a module here and a row in ``BACKENDS``.
 """
@@ -13,6 +13,7 @@ import torch
 
 from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON
 from halo_tensor.kernels.device import runs
+from halo_tensor.kernels.launch import Variant
 from halo_tensor.kernels.matmul import cublas, pytorch, sm80, tma
 from halo_tensor.kernels.matmul.request import Request, multiprocessors, size_class
 from halo_tensor.recipe import FP8_E4M3, INT8
@@ -24,24 +25,25 @@ class Backend(NamedTuple):
 
     Attributes:
         name: as in :data:`halo_tensor.fences.fast_paths.FAST_PATHS`.
-        module: what serves the products; None if it could not be imported.
+        module: the module that serves the products; None if it could not be imported.
     """
 
     name: str
     module: Any
 
     def why_not(self, request: Request) -> str | None:
-        """Return the reason why it does not serve a product, or None."""
+        """Return the reason to decline a product, or None."""
         path = FAST_PATHS.get(self.name)
         if path is not None and (reason := path.why_off()) is not None:
             return reason
         return "it could not be imported" if self.module is None else self.module.why_not(request)
 
-    def plan(self, request: Request) -> Any:
+    def plan(self, request: Request) -> Variant | None:
+        """Return the launch of a product that was not declined, or None after a warning if it could not be prepared."""
         return self.module.plan(request)
 
 
-#: The first that does not decline serves a product. The last one declines none.
+#: The first backend that does not decline serves a product. The last one declines none.
 BACKENDS = (
     Backend("cublas", cublas),
     Backend("gluon", GLUON.load("halo_tensor.kernels.matmul.sm90")),
@@ -52,11 +54,11 @@ BACKENDS = (
 
 
 def answers(device: torch.device) -> dict[str, str | None]:
-    """Return what each backend answers to a product of 4096×4096 matrices of int8 and of fp8, with a scale per row.
+    """Ask each backend for a product of 4096×4096 matrices, in int8 and in fp8, with a scale per row and per column.
 
     Returns:
-        "int8 by tma" and so on -> why it does not serve the product; None for the one that serves it. Formats that the device
-        cannot multiply are left out.
+        "int8 by tma" and so on -> the reason why the backend does not serve the product; None for the one that does. Formats
+        that the device cannot multiply are left out.
     """
     found: dict[str, str | None] = {}
     for format in (INT8, FP8_E4M3):

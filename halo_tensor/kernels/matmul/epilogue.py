@@ -1,4 +1,4 @@
-"""The epilogue of Triton's product kernels: scale an accumulator, undo rotations, add a bias, and store the result."""
+"""The epilogue of the Triton kernels of products: scale the accumulator, undo rotations, add a bias, and store the result."""
 
 import torch
 import triton
@@ -8,19 +8,19 @@ from halo_tensor.kernels.matmul.request import Request
 from halo_tensor.kernels.quantize.kernels import load_square
 from halo_tensor.reference.hadamard import block_diagonal
 
-#: columns of an output tile that one rotation matrix undoes
+#: How many columns of an output tile one rotation matrix undoes.
 EDGE = 128
 UNDO_EDGE = tl.constexpr(EDGE)
 
 
 def matrices(request: Request, height: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The matrices that undo a product's rotations on tiles of ``height`` rows: left [height, height] and right [EDGE, EDGE];
-    None where there is no rotation."""
-    left, right, device = request.left, request.right, request.device
+    """Return the matrices that undo a product's rotations on tiles of ``height`` rows: [height, height] for rows, and
+    [EDGE, EDGE] for columns; None where there is no rotation."""
+    row_rotation, column_rotation, device = request.row_rotation, request.column_rotation, request.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     return (
-        block_diagonal(left, height, dtype, device, transposed=False) if left else None,
-        block_diagonal(right, EDGE, dtype, device, transposed=True) if right else None,
+        block_diagonal(row_rotation, height, dtype, device, transposed=False) if row_rotation else None,
+        block_diagonal(column_rotation, EDGE, dtype, device, transposed=True) if column_rotation else None,
     )
 
 
@@ -33,17 +33,18 @@ def finish(
 ):  # fmt: skip
     """Store one tile of R_left (diag(a_scale) acc diag(b_scale)) Rᵀ_right diag(gain) + bias.
 
-    A_SCALE, B_SCALE: 0 none, 1 one number, 2 a vector.
-    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation. NORM is the factor that these products still need.
-    PART: how many columns are un-rotated and stored at a time, at most 128 where RIGHT. Where the accumulator is in registers,
-    128 un-rotated columns beside it would spill.
+    A_SCALE, B_SCALE: 0 for none, 1 for one number, 2 for a vector.
+    LEFT, RIGHT: whether left [BM, BM] and right [128, 128] undo a rotation of rows and of columns. NORM: the factor that these
+    products need.
+    PART: how many columns are un-rotated and stored at a time, at most 128 with RIGHT. If the accumulator is in registers, 128
+    un-rotated columns beside it spill.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     rows = tile_m * BM + tl.arange(0, BM)
     first = tile_n * BN
     y = acc.to(tl.float32)
-    SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.SHIFT
+    SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.ops.SHIFT
     if B_SCALE == 2:
         columns = first + tl.arange(0, BN)
         y = y * (tl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT))[None, :]
@@ -95,8 +96,9 @@ def _store(
     out, y, row_scale, gain, bias, h_left, h_right, rows, columns, ROWS_OUT, N, stride,
     SCALED: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    # A power of two times bf16 is exact, so the only rounding of an un-rotation is that of y to bf16, as small as the
-    # result's own.
+    """Un-rotate some columns, and store them."""
+    # Products of bf16 and powers of two are exact. So an un-rotation rounds once, y to bf16, by as little as the result is
+    # rounded anyway.
     if RIGHT:
         y = tl.dot(y.to(h_right.dtype), h_right, out_dtype=tl.float32)
     if SCALED:

@@ -1,4 +1,4 @@
-"""What is asked of a product's kernel, and by what it is planned."""
+"""A request for a product of quantised operands, which backends answer."""
 
 from typing import Any, NamedTuple
 
@@ -9,15 +9,16 @@ from halo_tensor.recipe import Rotation
 
 
 class SizeClass(NamedTuple):
-    """All that a product's kernel and its tile are chosen by, of the size of its result and of its contraction.
+    """The class of a product's sizes, by which its kernel and its tile are chosen.
 
-    Either of the two may be a number of tokens, which changes from batch to batch: nothing else about it is planned for.
+    A size of the result or of the contraction may be a number of tokens, which changes from batch to batch, so that plans are
+    made for classes only.
 
     Attributes:
-        thin: whether there are at most 64 rows.
+        thin: whether the result has at most 64 rows.
         tiles: whether there is an output tile of 128×128 for every multiprocessor.
-        wide_tiles: how many of them have a tile of 128×256: 0 fewer than 0.7, 1 fewer than all, 2 all.
-        vendor: whether the size is one at which the vendor's library is faster.
+        wide_tiles: how many multiprocessors have a tile of 128×256: 0 for less than 70 %, 1 for less than all, 2 for all.
+        vendor: whether the vendor's library is faster at this size.
     """
 
     thin: bool
@@ -27,25 +28,29 @@ class SizeClass(NamedTuple):
 
 
 def size_class(m: int, n: int, multiprocessors: int) -> SizeClass:
-    """Of a result [m, n]."""
+    """Return the class of a result [m, n] on a GPU with this number of multiprocessors."""
     tiles, wide = cdiv(m, 128) * cdiv(n, 128), cdiv(m, 128) * cdiv(n, 256)
     wide_tiles = 2 if wide >= multiprocessors else 1 if wide >= 0.7 * multiprocessors else 0
     return SizeClass(m <= 64, tiles >= multiprocessors, wide_tiles)
 
 
 class Request(NamedTuple):
-    """out [rows, n] = R_left (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_right diag(gain) + bias.
+    """A product of codes a [m, k] and b_t [n, k]:
 
-    a [m, k] and b_t [n, k] are codes. m, k and rows are no part of it, but for their ``size``.
+        out [rows, n] = R_row (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_column diag(gain) + bias
+
+    A request stands for all m, k and rows of one class.
 
     Attributes:
-        device, a, b: the device, and the dtypes of the codes.
-        a_scale, b_scale: 0 none, 1 one number, 2 a vector.
-        gain: whether there is one.
-        bias: its dtype, or None.
-        left, right: the rotations that the epilogue undoes.
-        dtype: of out.
-        size: the class of the sizes that it is for.
+        device: where the operands are.
+        a, b: the dtypes of the codes.
+        n: the columns of ``out``.
+        a_scale, b_scale: the kind of each scale: 0 for none, 1 for one number, 2 for a vector.
+        gain: whether there is a gain.
+        bias: the dtype of the bias, or None.
+        row_rotation, column_rotation: the rotations that the epilogue undoes.
+        dtype: the dtype of ``out``.
+        size: the class of m, k and rows.
     """
 
     device: torch.device
@@ -56,18 +61,19 @@ class Request(NamedTuple):
     b_scale: int
     gain: bool
     bias: torch.dtype | None
-    left: Rotation | None
-    right: Rotation | None
+    row_rotation: Rotation | None
+    column_rotation: Rotation | None
     dtype: torch.dtype
     size: SizeClass
 
     @property
     def integer(self) -> bool:
+        """Whether the codes are int8."""
         return self.a == torch.int8
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constants that all kernels of products have."""
+        """The constants that all kernels of products share."""
         return {
             "A_SCALE": self.a_scale, "B_SCALE": self.b_scale, "GAIN": self.gain, "BIASED": self.bias is not None,
             "INTEGER": self.integer,
@@ -75,4 +81,5 @@ class Request(NamedTuple):
 
 
 def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors; 4 for a CPU, where the interpreter runs programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

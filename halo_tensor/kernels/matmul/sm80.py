@@ -1,7 +1,7 @@
-"""The product of :mod:`halo_tensor.kernels.matmul.plan` below SM 9.0: A100, RTX 3090, RTX 4090, L40S.
+"""The product by Triton for GPUs below SM 9.0, such as A100, RTX 3090, RTX 4090 and L40S.
 
-These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers that it does not pipeline. Here operands are
-read through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
+These GPUs have no TMA, and Triton turns tensor descriptors into masked pointers, which it does not pipeline. Here the kernel
+reads operands through pointers without masks, so that Triton makes ``cp.async`` copies that run ahead of the products.
 """
 
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from halo_tensor.kernels.matmul.request import Request, SizeClass
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.rotate import norm
 
-#: rows of tiles whose programs run at the same time: see place_of
+#: Rows of tiles in a group, see place_of.
 GROUP = 16
-#: columns that an epilogue un-rotates at a time: 128 spill on every one of these GPUs
+#: How many columns an epilogue un-rotates at a time. 128 spill registers on all of these GPUs.
 PART = 64
 
 
 class Tile(NamedTuple):
-    """An output tile, its depth, warps, and pipeline stages."""
+    """An output tile [m, n], its depth k, warps, and pipeline stages."""
 
     m: int
     n: int
@@ -31,12 +31,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(size: SizeClass, integer: bool, left: bool, shared: int) -> Tile:
-    """The launch table (docs: bench/results/generations.md). ``shared``: bytes of shared memory that a program may have.
+def tile_for(size: SizeClass, integer: bool, rotated_rows: bool, shared: int) -> Tile:
+    """Return the tile of a product, from measurements (bench/results/generations.md).
 
-    Two programs share a multiprocessor, so that one multiplies while the other stores: each takes half of its shared memory.
+    Two programs share a multiprocessor, so that one multiplies while the other stores. Each takes half of its shared memory.
+
+    Args:
+        integer: whether the codes are int8.
+        rotated_rows: whether a rotation of rows is undone, which needs tiles as high as its block.
+        shared: bytes of shared memory that a program may have.
     """
-    if size.thin or not (size.tiles or left):  # a rotation on the left is undone on tiles of its block
+    if size.thin or not (size.tiles or rotated_rows):
         return Tile(64, 128, 128, 4, 4 if shared >= 160 * 1024 else 3)
     if not integer:
         return Tile(128, 128, 64, 8, 4)
@@ -51,30 +56,30 @@ def mma_kernel(
     INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """out [ROWS_OUT, N] = R_left diag(a_scale) a bᵀ diag(b_scale) Rᵀ_right diag(gain) + bias, for codes a [M, K] and b [N, K].
+    """Store out [ROWS_OUT, N] = R_left diag(a_scale) a bᵀ diag(b_scale) Rᵀ_right diag(gain) + bias.
 
-    Rows of a and b begin at multiples of 16 bytes, and the 16 bytes that hold a row's last code may be read. The constants
-    are those of :func:`halo_tensor.kernels.matmul.epilogue.finish`.
+    a [M, K] and b [N, K] are codes. Their rows begin at multiples of 16 bytes, and the 16 bytes that hold the last code of a
+    row must be readable. The constants are those of :func:`halo_tensor.kernels.matmul.epilogue.finish`.
     """
     tile_m, tile_n = place_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     stride_a, stride_b = tl.multiple_of(stride_a, 16), tl.multiple_of(stride_b, 16)
-    # Rows past the last one are read as the last one again, and not stored: a mask would cost registers in the loop.
+    # Instead of rows beyond the last one, the last one is read again, and not stored. A mask would take registers in the loop.
     rows = tl.minimum(tl.arange(0, BM), M - 1 - tile_m * BM)
     columns = tl.minimum(tl.arange(0, BN), N - 1 - tile_n * BN)
     depth = tl.arange(0, BK)
     a_at = a + (tile_m * BM).to(tl.int64) * stride_a + (rows[:, None] * stride_a + depth[None, :])
     b_at = b + (tile_n * BN).to(tl.int64) * stride_b + (columns[:, None] * stride_b + depth[None, :])
     acc = tl.zeros((BM, BN), dtype=accumulator_type)
-    # b is read by rows and transposed in name only. Read as [BK, BN], Triton 3.9 prefetches its operands into registers, which
-    # spill.
+    # b is read by rows, and its transpose moves nothing. If b is read as [BK, BN], Triton 3.9 prefetches its operands into
+    # registers, which spill.
     for _ in range(K // BK):
         acc = tl.dot(tl.load(a_at), tl.load(b_at).T, acc, out_dtype=accumulator_type)
         a_at += BK
         b_at += BK
     rest = K % BK
     if rest > 0:
-        # Whole vectors of 16 bytes are read, and what lies past the last code in them is replaced by zeros.
+        # Whole vectors of 16 bytes are read, and zeros replace what follows the last code in them.
         near = depth < tl.multiple_of((rest + 15) // 16 * 16, 16)
         inside = depth < rest
         a_tile = tl.load(a_at, mask=near[None, :], other=0.0)
@@ -89,17 +94,18 @@ def mma_kernel(
 
 
 def why_not(request: Request) -> str | None:
-    """Return None: it serves every product. A GPU with TMA uses :mod:`halo_tensor.kernels.matmul.tma`, which is faster."""
+    """Return None, because it serves every product. :mod:`halo_tensor.kernels.matmul.tma` is faster and is asked first."""
     return None
 
 
 def plan(request: Request) -> Variant:
-    """How it is launched, with the matrices of its rotations."""
-    n, device, left, right = request.n, request.device, request.left, request.right
-    tile = tile_for(request.size, request.integer, left is not None, shared_memory(device))
+    """Return the launch of a product, with the matrices of its rotations."""
+    n, device, rotations = request.n, request.device, (request.row_rotation, request.column_rotation)
+    rotated_rows, rotated_columns = (rotation is not None for rotation in rotations)
+    tile = tile_for(request.size, request.integer, rotated_rows, shared_memory(device))
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP, "PART": PART, **request.constants,
-        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
+        "LEFT": rotated_rows, "RIGHT": rotated_columns, "NORM": norm(*rotations),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""The product of :mod:`halo_tensor.kernels.matmul.plan` on SM 9.0, in Gluon: where Triton's compiler falls short of the unit.
+"""The product by Gluon for SM 9.0, where Triton's compiler leaves the tensor cores idle.
 
-Triton 3.6 waits for every integer ``wgmma`` before it issues the next, and a rotation that is undone by a product ends the
-pipeline of loads (ptxas C7515). Here one ``wgmma`` is always in flight, and loads run ahead from tile to tile. What undoes a
-rotation is a product too, from registers, whose columns come in such an order that threads can store them as they are.
+Triton 3.6 waits for every integer ``wgmma`` before it issues the next, and the product that undoes a rotation ends the
+pipeline of loads (ptxas C7515). Here one ``wgmma`` is always in flight, and loads run ahead from tile to tile. The product
+that undoes a rotation reads the accumulator from registers. Its columns are permuted, so that threads can store them without
+an exchange.
 """
 
 from functools import lru_cache
@@ -28,18 +29,19 @@ from halo_tensor.kernels.rotate import norm
 from halo_tensor.recipe import Rotation
 from halo_tensor.reference.hadamard import block_diagonal
 
-#: An output tile and its depth, and how many are loaded ahead: what fills the shared memory and the registers of an SM.
+#: An output tile, its depth, pipeline stages and warps. They fill the shared memory and the registers of a multiprocessor.
 BM, BN, BK, STAGES, WARPS = 128, 256, 128, 4, 8
-EDGE = BN // 2  # columns that are un-rotated at once
-GROUP = 8  # see place_of
-
+#: How many columns are un-rotated at once.
+EDGE = BN // 2
+#: Rows of tiles in a group, see place_of.
+GROUP = 8
 
 _place_of = gluon.jit(place_of.fn)
 
 
 @gluon.jit
 def _load(a, b, a_tiles, b_tiles, arrived, slot, tile_m, tile_n, k, wanted):
-    """Begin to load the k-th tiles of both operands into ``slot``, if ``wanted``."""
+    """Start to load the k-th tiles of both operands to ``slot``, if ``wanted``."""
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
@@ -51,7 +53,7 @@ def _load(a, b, a_tiles, b_tiles, arrived, slot, tile_m, tile_n, k, wanted):
 
 @gluon.jit
 def _next(tile, tile_m, tile_n, k, steps, tiles_m, tiles_n, GROUP: gl.constexpr, PROGRAMS: gl.constexpr):
-    """What this program loads after the k-th tiles of ``tile``."""
+    """Return the tile, its place and the depth k that this program loads after the k-th tiles of ``tile``."""
     k += 1
     if k == steps:
         k = 0
@@ -61,8 +63,9 @@ def _next(tile, tile_m, tile_n, k, steps, tiles_m, tiles_n, GROUP: gl.constexpr,
 
 
 @gluon.constexpr_function
-def _rows_of_eight(m, n, warps):
-    """An accumulator's layout, but that a thread holds 8 columns in a row, for wide stores: groups of four lanes exchange."""
+def _rows_of_eight(m: int, n: int, warps: int) -> Any:
+    """Return a layout like that of an accumulator, in which a thread holds 8 neighbouring columns, for wide stores. To convert
+    to it, groups of four lanes exchange elements."""
     registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + [[0, 1 << i] for i in range(5, n.bit_length() - 1)]
     above = [[16 << i, 0] for i in range(m.bit_length() - 5)]  # the rows of one instruction
     split = warps.bit_length() - 1
@@ -72,8 +75,8 @@ def _rows_of_eight(m, n, warps):
 
 @gluon.jit
 def _in_order(y):
-    """Of an accumulator whose columns were multiplied in :func:`_order`, the columns as they belong, in name only: nothing
-    moves, since a thread has 8 of them in a row."""
+    """Return an accumulator with its columns, multiplied in :func:`_order`, in their own order. Nothing moves, because each
+    thread already holds 8 neighbouring columns."""
     ROWS: gl.constexpr = y.shape[0]
     COLUMNS: gl.constexpr = y.shape[1]
     y = y.reshape([ROWS, COLUMNS // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
@@ -82,7 +85,7 @@ def _in_order(y):
 
 @gluon.jit
 def _store(out, y, gain, bias, tile_m, first, M, N, GAIN: gl.constexpr, BIASED: gl.constexpr):
-    """``first``: column of ``out`` [M, N] at which y [BM, …] begins."""
+    """Store y [BM, …] to ``out`` [M, N], from column ``first`` on."""
     BM: gl.constexpr = y.shape[0]
     WIDTH: gl.constexpr = y.shape[1]
     columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, y.type.layout))
@@ -105,9 +108,11 @@ def wgmma_kernel(
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, INTEGER: gl.constexpr, A_SCALE: gl.constexpr,
     B_SCALE: gl.constexpr, GAIN: gl.constexpr, BIASED: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`halo_tensor.kernels.matmul.tma.scaled_mm_kernel`, of an ``out`` [M, N] that is contiguous. RIGHT: ``right``
-    [BN / 2, BN / 2], its columns in :func:`_order`, is to undo a rotation. Scales are not shifted as there, since no registers
-    are left: the scale of a column times its sums of codes has to be in the range of float32."""
+    """Do what :func:`halo_tensor.kernels.matmul.tma.scaled_mm_kernel` does, for a contiguous ``out`` [M, N].
+
+    RIGHT: ``right`` [BN / 2, BN / 2], with its columns in :func:`_order`, undoes a rotation of columns. Scales are not shifted
+    as they are there, because no registers are left: the scale of a column times its sums of codes must be in float32's range.
+    """
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
@@ -149,8 +154,8 @@ def wgmma_kernel(
         for _ in range(steps):
             mbarrier.wait(arrived.index(slot), phase)
             acc = warpgroup_mma(a_tiles.index(slot), b_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            # The product before this one is done, so its tiles can be overwritten: by all warps, since Triton puts a barrier
-            # before a load that may meet reads of the same memory.
+            # The product before this one is done, so the next load may overwrite its tiles. It is done in all warps, because
+            # Triton puts a barrier before a load to memory that others may still read.
             acc = warpgroup_mma_wait(1, deps=(acc,))
             _load(a, b, a_tiles, b_tiles, arrived, free, ahead_m, ahead_n, ahead_k, to_load > 0)
             to_load -= 1
@@ -195,12 +200,12 @@ def wgmma_kernel(
 
 
 def why_not(request: Request) -> str | None:
-    """Why this kernel cannot serve the product, or is not the faster one, if so."""
+    """Return the reason to decline: this kernel cannot serve the product, or is not faster. None if it is."""
     if not is_hopper(request.device) or INTERPRETED:
         return "it is for GPUs of SM 9.0"
-    if request.left is not None:
+    if request.row_rotation is not None:
         return "it undoes no rotation on the left"
-    if not request.integer and request.right is None:
+    if not request.integer and request.column_rotation is None:
         return "fp8 without an un-rotation is as fast without it (docs/notes/products.md)"
     if request.n % 8:
         return "wide stores write rows of multiples of 8"
@@ -209,43 +214,46 @@ def why_not(request: Request) -> str | None:
 
 
 def plan(request: Request) -> Variant | None:
-    """How it is launched, with the matrix of its rotation; None if the kernel does not compile, which a warning says then."""
+    """Return the launch of a product, with the matrix of its rotation; None after a warning if the kernel does not compile."""
     return GLUON.attempt(_plan, request)
 
 
 def _plan(request: Request) -> Variant:
-    """The kernel is compiled here, while another kernel can still take its place."""
-    n, right, most = request.n, request.right, multiprocessors(request.device)
+    """Return the launch of a product. The kernel is compiled here, where another one can still replace it."""
+    n, rotation, most = request.n, request.column_rotation, multiprocessors(request.device)
     constants = {
         "STAGES": STAGES, "GROUP": GROUP, "PROGRAMS": most, **request.constants,
-        "RIGHT": right is not None, "NORM": norm(None, right), "num_warps": WARPS,
+        "RIGHT": rotation is not None, "NORM": norm(rotation), "num_warps": WARPS,
     }  # fmt: skip
 
     def sizes(m: int, k: int, rows: int, stride_a: int, stride_b: int) -> tuple:
         programs = min(most, cdiv(m, BM) * cdiv(n, BN))
         return (programs,), (m, n, k), ((m, k, stride_a), (n, k, stride_b))
 
-    matrix = _matrix(right, request.device) if right else None
+    matrix = _matrix(rotation, request.device) if rotation else None
     launch = Launch(wgmma_kernel, constants, ((BM, BK), (BN, BK)))
     dtypes = request.a, request.b, request.dtype, *_arguments(constants, request)
-    launch.compile(request.device, dtypes, launch.sizes(*sizes(BM, BK, BM, BK, BK)))  # it knows none of these
+    launch.compile(request.device, dtypes, launch.sizes(*sizes(BM, BK, BM, BK, BK)))  # these sizes are examples
     return Variant(launch, sizes, (matrix,))
 
 
 def _arguments(constants: dict[str, Any], request: Request) -> list[torch.dtype]:
-    """The dtypes of the scales, the gain, the bias and the matrix. ``a`` stands in the place of those that there are not."""
+    """Return the dtypes of the scales, the gain, the bias and the matrix. Those that are not given have the dtype of a."""
     there = [constants["A_SCALE"], constants["B_SCALE"], constants["GAIN"], constants["BIASED"], constants["RIGHT"]]
     dtypes = [torch.float32, torch.float32, torch.float32, request.bias, torch.bfloat16]
     return [dtype if is_there and dtype else request.a for is_there, dtype in zip(there, dtypes, strict=True)]
 
 
 def _order() -> torch.Tensor:
-    """Which column of the result is multiplied where. Of an accumulator, lane c of the four that share a row has columns 2c
-    and 2c + 1 of every 8; like this, these are 8 in a row, from 8c on of every 32."""
+    """Return the column of the result that is multiplied at each place.
+
+    In an accumulator, lane c of the four that share a row holds columns 2c and 2c + 1 of every 8. In this order these are the
+    8 neighbouring columns from 8c on, of every 32.
+    """
     return torch.arange(EDGE).view(-1, 4, 4, 2).transpose(1, 2).flatten()
 
 
 @lru_cache(maxsize=256)
-def _matrix(right: Rotation, device: torch.device) -> torch.Tensor:
-    """What undoes a rotation, [EDGE, EDGE], its columns in :func:`_order`."""
-    return block_diagonal(right, EDGE, torch.bfloat16, device, transposed=True)[:, _order()].contiguous()
+def _matrix(column_rotation: Rotation, device: torch.device) -> torch.Tensor:
+    """Return the matrix [EDGE, EDGE] that undoes a rotation, with its columns in :func:`_order`."""
+    return block_diagonal(column_rotation, EDGE, torch.bfloat16, device, transposed=True)[:, _order()].contiguous()

@@ -1,7 +1,7 @@
-"""The product for GPUs with TMA, SM 9.0 and newer, and for Triton's interpreter.
+"""The product by Triton for GPUs with TMA, SM 9.0 and newer, and for Triton's interpreter.
 
-Tensor descriptors make the loads TMA. One persistent program per multiprocessor walks the output tiles in groups that share
-operand rows, so that they meet in L2.
+Loads through tensor descriptors use TMA. Persistent programs, one or two per multiprocessor, compute output tiles in groups
+that share operand rows, so that they find them in L2.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,16 @@ _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 class Tile(NamedTuple):
-    """How one product is cut: output tile, depth, grouping of tiles, warps, pipeline stages, programs that share a
-    multiprocessor, columns that an epilogue stores at a time, and whether the loops over tiles and over k are one."""
+    """How a product is cut into tiles.
+
+    Attributes:
+        m, n, k: an output tile [m, n] and its depth.
+        group: rows of tiles in a group, see place_of.
+        warps, stages: Triton's launch options.
+        resident: programs that share a multiprocessor.
+        part: how many columns an epilogue stores at a time.
+        flatten: whether the loops over tiles and over k become one.
+    """
 
     m: int
     n: int
@@ -35,21 +43,25 @@ class Tile(NamedTuple):
     flatten: bool = False
 
 
-def tile_for(generation: int, size: SizeClass, integer: bool, left: bool, right: bool, wide_output: bool) -> Tile:
-    """The launch table.
+def tile_for(
+    generation: int, size: SizeClass, integer: bool, rotated_rows: bool, rotated_columns: bool, wide_output: bool
+) -> Tile:
+    """Return the tile of a product.
 
-    The rows of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest tiles whose
-    kernels spill no registers; they were compiled and not run.
+    Those of SM 9.0 were measured on an H100 (docs/notes/products.md). Those of SM 10.x and 12.x are the largest whose kernels
+    spill no registers; they were compiled, but not run.
 
     Args:
         generation: the major compute capability, 9, 10 or 12.
-        left, right: whether a rotation is undone there; on the left it takes tiles of its block.
+        integer: whether the codes are int8.
+        rotated_rows: whether a rotation of rows is undone, which needs tiles as high as its block.
+        rotated_columns: whether a rotation of columns is undone.
         wide_output: whether the result is float32.
     """
-    undo = left or right
+    undo = rotated_rows or rotated_columns
     if size.thin:
         return Tile(64, 128, warps=4, stages=4, flatten=not undo)
-    if not size.tiles and not left:
+    if not size.tiles and not rotated_rows:
         return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)
     if generation == 12:  # 100 KB of shared memory for two programs, and accumulators in registers
         return Tile(128, 128, 64, warps=4, stages=4, resident=2, part=32)
@@ -57,10 +69,10 @@ def tile_for(generation: int, size: SizeClass, integer: bool, left: bool, right:
         return Tile(128, 128, warps=4, stages=3, resident=2, part=64)
     if generation == 10:
         return Tile(128, 256, stages=4) if undo and not (wide_output or integer) else Tile(128, 128, stages=4)
-    # Flattened, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma where an
-    # accumulator meets another product inside a loop that is still running.
+    # With one loop, the loads of the next tile overlap the epilogue of this one. But ptxas (C7515) serialises all wgmma if
+    # another product reads an accumulator inside the loop, as an un-rotation does.
     whole = Tile(128, 256, stages=4) if undo else Tile(128, 256, stages=4, part=256, flatten=True)
-    # Triton waits for every int8 product before the next: a second program fills the gaps.
+    # Triton waits for every int8 product before it issues the next. A second program fills the gaps.
     if integer or size.wide_tiles < 2:
         return Tile(128, 128, warps=4, stages=3, resident=2, flatten=not undo)
     if wide_output and not undo:  # float32 results need the shared memory of the larger tile
@@ -76,7 +88,10 @@ def scaled_mm_kernel(
     INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """The constants are those of :func:`halo_tensor.kernels.matmul.epilogue.finish`."""
+    """Store what :func:`halo_tensor.kernels.matmul.epilogue.finish` makes of a bᵀ, tile by tile.
+
+    a [M, K] and b [N, K] are descriptors of codes. The constants are those of ``finish``.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
@@ -94,20 +109,21 @@ def scaled_mm_kernel(
 
 
 def why_not(request: Request) -> str | None:
-    """Why this kernel cannot serve the product, if it cannot."""
+    """Return the reason why this kernel cannot serve the product, or None."""
     return None if has_tma(request.device) else "the GPU has no TMA"
 
 
 def plan(request: Request) -> Variant:
-    """How it is launched, with the matrices of its rotations."""
-    n, device, left, right = request.n, request.device, request.left, request.right
+    """Return the launch of a product, with the matrices of its rotations."""
+    n, device, rotations = request.n, request.device, (request.row_rotation, request.column_rotation)
+    rotated_rows, rotated_columns = (rotation is not None for rotation in rotations)
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     wide_output = request.dtype.itemsize > 2
-    tile = tile_for(generation, request.size, request.integer, left is not None, right is not None, wide_output)
+    tile = tile_for(generation, request.size, request.integer, rotated_rows, rotated_columns, wide_output)
     programs = multiprocessors(device) * tile.resident
     constants = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group, "PROGRAMS": programs, **request.constants,
-        "LEFT": left is not None, "RIGHT": right is not None, "NORM": norm(left, right),
+        "LEFT": rotated_rows, "RIGHT": rotated_columns, "NORM": norm(*rotations),
         "FLATTEN": tile.flatten, "PART": min(tile.part, tile.n),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip

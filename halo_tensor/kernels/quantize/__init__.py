@@ -1,1 +1,1 @@
-"""Rotating and quantising."""
+"""Rotate and quantise matrices."""

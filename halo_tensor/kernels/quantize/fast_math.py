@@ -1,8 +1,7 @@
-"""exp and 1 / x by the GPU's own instructions, a fifth of the work of the exact ones; and tanh, which Triton's interpreter
-lacks.
+"""Approximate exp and 1 / x by the GPU's own instructions, and tanh, which Triton's interpreter lacks.
 
-Relative errors are below 2⁻²⁰ (of exp: |x| · 2⁻²³ or so), where bfloat16 rounds by up to 2⁻⁹. NaN and Inf stay what they are;
-what would be smaller than 2⁻¹²⁶ is 0.
+The approximations take a fifth of the work of the exact functions. Their relative errors are below 2⁻²⁰ (about |x| · 2⁻²³ for
+exp), and bfloat16 rounds by up to 2⁻⁹. NaN and Inf give what the exact functions give; results below 2⁻¹²⁶ are 0.
 """
 
 import triton

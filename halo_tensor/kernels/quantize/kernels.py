@@ -1,13 +1,14 @@
-"""Triton kernels that rotate and quantise. :mod:`halo_tensor.kernels.quantize.plan` launches them.
+"""Triton kernels that rotate and quantise. :mod:`halo_tensor.kernels.quantize.plan` chooses among them.
 
-Three shapes of work, all limited by memory:
+All are limited by memory. There are three kinds:
 
-* ``whole_rows``: a program holds whole rows, so that one read gives a row's scale and its codes. It rotates by a tensor-core
-  product with ± a power of two, exact in any dtype. ``whole_rows_of_many`` does so to many matrices in one launch.
-* ``amax_tiles`` then ``cast_tiles``: two reads, for scales along columns or for a whole tensor, for left rotations, and for
-  the two differently folded copies that backward needs of one gradient.
-* ``transpose_codes``: for codes that are wanted in both orders. A transposed copy is never stored from the result of a
-  ``tl.dot``, nor one fp8 code twice: Triton 3.6 miscompiles both on Hopper, silently (docs/notes/quantisers.md).
+* ``whole_rows``: a program holds whole rows, so that one read gives the scale and the codes of a row. It rotates by a product
+  on tensor cores with ± a power of two, exact in any dtype. ``whole_rows_of_many`` serves many matrices in one launch.
+* ``amax_tiles``, then ``cast_tiles``: two reads, for scales per column or per tensor, for rotations of rows, and for the two
+  differently folded copies of a gradient that backward needs.
+* ``transpose_codes``: for codes that are needed in both orders. No kernel stores a transposed copy from the result of a
+  ``tl.dot``, or one fp8 code twice: Triton 3.6 silently miscompiles both on Hopper (docs/notes/quantisers.md). For the second,
+  see https://github.com/triton-lang/triton/issues/11111: the cause is in ptxas 12.9, which Triton 3.8 has too.
 """
 
 import triton
@@ -18,10 +19,10 @@ from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, noise, rou
 
 @triton.jit
 def _product(a, b):
-    """a b where one of them is ± a power of two or 0, so that products are exact.
+    """Return a b, where the elements of one matrix are 0 or ± a power of two, so that products are exact.
 
-    If only the other one is float32, it is multiplied as three bf16 numbers, whose sum it is: nothing but the order of the
-    sum differs from a product in float32.
+    If only the other matrix is float32, each of its elements is multiplied as a sum of three bf16 numbers. The result differs
+    from a product in float32 by the order of the sum only.
     """
     if a.dtype == tl.float32 and b.dtype != tl.float32:
         high, middle, low = _three_parts(a)
@@ -42,7 +43,7 @@ def _product(a, b):
 
 @triton.jit
 def _three_parts(x):
-    """float32 numbers as sums of three bf16 numbers, of 8 bits each; NaN and Inf give NaN."""
+    """Return three bf16 matrices, of 8 bits each, whose sum is a float32 matrix. NaN and Inf give NaN."""
     high = x.to(tl.bfloat16)
     x = x - high.to(tl.float32)
     middle = x.to(tl.bfloat16)
@@ -51,13 +52,13 @@ def _three_parts(x):
 
 @triton.jit
 def load_vector(pointer, index, count):
-    """Zeros beyond ``count``."""
+    """Load elements of a vector, and zeros beyond ``count``."""
     return tl.load(pointer + index, mask=index < count, other=0.0)
 
 
 @triton.jit
 def _by_column(gain, columns, K, dtype: tl.constexpr):
-    """A gain to multiply numbers of ``dtype`` in: bfloat16, which has all powers of two of float32, or else float32."""
+    """Load a gain that multiplies numbers of ``dtype``: in bfloat16, which has all powers of two of float32, or in float32."""
     by_column = load_vector(gain, columns, K)
     return by_column.to(dtype) if dtype == tl.bfloat16 else by_column
 
@@ -71,12 +72,13 @@ def whole_rows(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
-    """One program: STEPS times ROWS rows of x [M, K], each as CHUNKS pieces of WIDTH columns (padded), with a scale per row.
+    """Quantise x [M, K] with a scale per row. A program takes STEPS times ROWS rows, each as CHUNKS pieces of WIDTH columns.
 
-    GAIN: x is multiplied with gain [K] first; a rotation takes the result in the dtype of x, which is exact for powers of two.
-    ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH]. FULL: the whole row (ROWS = 1) also with left_matrix
-    [CHUNKS, CHUNKS] from the left, after signs [K]; see hadamard.factors. PRODUCER, if not None, computes x from the tensors
-    x, x1, x2; see producers.
+    GAIN: x is multiplied with gain [K] first. The result is rotated in the dtype of x, which is exact for powers of two.
+    ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH] from the right.
+    FULL: the whole row (ROWS = 1) is multiplied with signs [K] before, and with left_matrix [CHUNKS, CHUNKS] from the left
+    after; see hadamard.factors.
+    PRODUCER: None, or a function that computes x from the tensors x, x1, x2; see halo_tensor/compiler/producers.py.
     """
     first = tl.program_id(0) * (ROWS * STEPS)
     _whole_rows(
@@ -97,10 +99,10 @@ def whole_rows_of_many(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
-    """:func:`whole_rows` of COUNT matrices of the dtype of ``like``, with as many columns, in one launch.
+    """Do :func:`whole_rows` for COUNT matrices [·, K] of the dtype of ``like`` in one launch.
 
-    table: int64 [6, COUNT], of each matrix its first program, its rows, and where x, its codes, its scales and its gain lie,
-    at multiples of 16 bytes. ENTRIES: a power of two, at least COUNT.
+    table: int64 [6, COUNT]. Its rows are the first program of each matrix, its number of rows, and the addresses of x, codes,
+    scales and gain, at multiples of 16 bytes. ENTRIES: a power of two, at least COUNT.
     """
     program = tl.program_id(0)
     entry = tl.arange(0, ENTRIES)
@@ -129,6 +131,7 @@ def _whole_rows(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
 ):  # fmt: skip
+    """Do the work of one program of :func:`whole_rows`, from row ``first`` on."""
     piece = tl.arange(0, ROWS * CHUNKS)
     inner = tl.arange(0, WIDTH)
     columns = (piece % CHUNKS)[:, None] * WIDTH + inner[None, :]
@@ -137,8 +140,8 @@ def _whole_rows(
     if FULL:
         outer = tl.arange(0, CHUNKS)
         h_left = tl.load(left_matrix + outer[:, None] * CHUNKS + outer[None, :])
-    # In the loop, Triton would give a gain's load a place in shared memory for every stage of the pipeline. In registers it
-    # fits beside pieces of 16 bits; beside wider ones it spills, and a full width has no pipeline.
+    # A gain that is loaded in the loop takes shared memory in every stage of the pipeline, so it is loaded once where
+    # registers have room for it. Beside pieces wider than 16 bits it spills, and FULL has no pipeline.
     ONCE: tl.constexpr = GAIN and ROTATE and not FULL and x.dtype.element_ty.primitive_bitwidth == 16
     WIDE: tl.constexpr = x.dtype.element_ty == tl.float32
     if ONCE:
@@ -180,18 +183,19 @@ def _whole_rows(
 
 @triton.jit
 def load_square(pointer, T: tl.constexpr):
+    """Load a contiguous [T, T] matrix."""
     return _load_whole(pointer, T, T)
 
 
 @triton.jit
 def _load_whole(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A contiguous matrix."""
+    """Load a contiguous [ROWS, COLUMNS] matrix."""
     return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
 def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """h_left · x · h_right of one [T, T] tile, in float32: [T, T], or as wide as h_right, of low rank, is."""
+    """Return h_left · x · h_right of a [T, T] tile in float32: [T, T], or [T, WIDTH] if h_right has a low rank."""
     WIDE: tl.constexpr = x_tile.dtype == tl.float32
     y = x_tile
     if RIGHT:
@@ -206,7 +210,7 @@ def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexp
 
 @triton.jit
 def _columns_out(tile, COUNT, WIDTH: tl.constexpr, KEPT: tl.constexpr):
-    """Where a tile's rotated columns belong, and which of them are some."""
+    """Return the indices of a tile's rotated columns in the result, and the mask of those that exist."""
     index = tl.arange(0, WIDTH)
     columns = tile * KEPT + index
     inside = columns < COUNT
@@ -223,13 +227,13 @@ def amax_tiles(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD_COLUMNS: tl.constexpr, FOLD_ROWS: tl.constexpr,
     ALONG_ROWS: tl.constexpr, ALONG_COLUMNS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Largest magnitudes, as float bits into zeroed int32 (whose order is that of non-negative floats, NaN above all).
+    """Find the largest magnitudes of x [M, K]. A program takes T rows by TILES·T columns.
 
-    RIGHT: right is [T, WIDTH], whose first KEPT columns are those of a rotation or what a rank keeps of them, the others zero.
-    So the rotated matrix has COLUMNS_OUT columns, KEPT from each tile. Without, WIDTH = KEPT = T.
-
-    ALONG_ROWS: of the rotated matrix times fold_columns, 2 per row, 1 of all, 0 none. ALONG_COLUMNS: of x times fold_rows,
-    2 per column, 1 of all, 0 none. One program: T rows by TILES·T columns.
+    row_amax, column_amax: zeroed int32, which get float bits. They have the order of non-negative floats, with NaN above all.
+    RIGHT: right is [T, WIDTH]. Its first KEPT columns are those of a rotation or those that a rank keeps; the others are zero.
+    The rotated matrix has COLUMNS_OUT columns, KEPT from each tile. Without RIGHT, WIDTH = KEPT = T.
+    ALONG_ROWS: magnitudes of the rotated matrix times fold_columns, 2 for one per row, 1 for one of all, 0 for none.
+    ALONG_COLUMNS: magnitudes of x times fold_rows, 2 for one per column, 1 for one of all, 0 for none.
     """
     rows = tl.program_id(0) * T + tl.arange(0, T)
     most = tl.zeros((T,), tl.float32)
@@ -261,14 +265,14 @@ def amax_tiles(
     if ALONG_ROWS == 2:
         tl.atomic_max(row_amax + rows, most.to(tl.int32, bitcast=True), sem="relaxed")
     if ALONG_ROWS == 1:
-        # As a matrix: Triton 3.6 cannot compile the reduction of a vector that was reduced from a product for sm_100.
+        # Reduced as a matrix: for sm_100, Triton 3.6 cannot compile the reduction of a vector that was reduced from a product.
         all_rows = tl.reduce(tl.reshape(most, (1, T)), 1, maximum)
         tl.atomic_max(row_amax + tl.arange(0, 1), all_rows.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
 def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr, T: tl.constexpr):
-    """The lifted scales of T rows or columns: 2 one each, 1 one for all, 0 unit."""
+    """Return the lifted scales of T rows or columns. ALONG: 2 for one each, 1 for one scale of all, 0 for ones."""
     if ALONG == 2:
         return scale_from(tl.load(amax + index, mask=index < count, other=0).to(tl.float32, bitcast=True), INVERSE_MAX)
     if ALONG == 1:
@@ -278,7 +282,10 @@ def scale_of(amax, index, count, INVERSE_MAX: tl.constexpr, ALONG: tl.constexpr,
 
 @triton.jit
 def write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
-    """By the first tile of each row of tiles (``other_tile`` 0); by the very first, for one scale."""
+    """Store scales from one program only: the one of the first tile along the other dimension (``other_tile`` 0).
+
+    ALONG: 2 stores T scales; 1 stores one, from the tile of index 0.
+    """
     if other_tile == 0:
         if ALONG == 2:
             tl.store(scales + index, scale, mask=index < count)
@@ -296,15 +303,15 @@ def cast_tiles(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Codes from the magnitudes that :func:`amax_tiles` found; tiles as there.
+    """Store codes and scales from the magnitudes and on the tiles of :func:`amax_tiles`.
 
-    ROWS: codes [ROWS_OUT, COLUMNS_OUT] of the rotated matrix times fold_columns, by ROW_SCALE: 2 a scale per row, 1 one scale,
-    0 unit.
-    COLUMNS: codes_t [K, M] of x times fold_rows, by COLUMN_SCALE: 2 a scale per column, 1 one scale, 0 unit.
-    NOISY: rounds stochastically, both alike, by the int64 at ``seed``.
+    ROWS: codes [ROWS_OUT, COLUMNS_OUT] of the rotated matrix times fold_columns. ROW_SCALE: 2 for a scale per row, 1 for one
+    scale, 0 for none.
+    COLUMNS: codes_t [K, M] of x times fold_rows. COLUMN_SCALE: 2 for a scale per column, 1 for one scale, 0 for none.
+    NOISY: codes are rounded stochastically, by the int64 at ``seed``, with the same noise in both orders.
     """
     one = tl.full((T,), 1.0, tl.float32)
-    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: amax_tiles has left the last tiles in L2
+    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # in reverse order, because amax_tiles has left the last tiles in L2
     rows = tile_row * T + tl.arange(0, T)
     h_left = load_square(left, T) if LEFT and ROWS else left
     h_right = _load_whole(right, T, WIDTH) if RIGHT and ROWS else right
@@ -351,7 +358,7 @@ def cast_tiles(
 
 @triton.jit
 def transpose_codes(codes, codes_t, M, K, stride_codes, stride_codes_t, T: tl.constexpr):
-    """Bytes of codes [M, K] to codes_t [K, M], a [T, T] tile a program."""
+    """Transpose codes [M, K], as bytes, to codes_t [K, M]. A program takes a [T, T] tile."""
     rows = tl.program_id(0) * T + tl.arange(0, T)
     columns = tl.program_id(1) * T + tl.arange(0, T)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
@@ -365,7 +372,7 @@ def rotate_tiles(
     x, out, left, right, M, K, ROWS_OUT, stride_row, stride_column, stride_out,
     T: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """out [ROWS_OUT, K] = left · x · right · norm of x [M, K], in high precision, a [T, T] tile a program."""
+    """Store left · x · right · NORM of x [M, K] to out [ROWS_OUT, K]. A program takes a [T, T] tile."""
     rows = tl.program_id(0) * T + tl.arange(0, T)
     columns = tl.program_id(1) * T + tl.arange(0, T)
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column

@@ -1,7 +1,11 @@
-"""fp6 codes packed and unpacked by one kernel each, for code that no compiler fuses: :mod:`halo_tensor.reference.packing` has
-the layout. In whole numbers throughout: bytes of fp8 are not safe from Triton 3.6 where they are used twice (docs/notes)."""
+"""Pack and unpack fp6 codes by one kernel each, for code that no compiler fuses.
+
+:mod:`halo_tensor.reference.packing` defines the layout. The kernels compute with integers only, because Triton 3.6 miscompiles
+fp8 values that are used twice (docs/notes/quantisers.md).
+"""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -11,12 +15,13 @@ from halo_tensor.kernels.device import check_device
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.recipe import FP8_E4M3, Format
 
-GROUPS = 1024  # of four codes, in three bytes, a program
+#: Groups per program. A group is four codes, in three bytes.
+GROUPS = 1024
 
 
 @triton.jit
 def pack_kernel(codes, packed, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
-    """COUNT groups of four codes, bytes of e4m3, to three bytes. ``LOWEST`` is the exponent, as e4m3 writes it, of fp6's
+    """Pack COUNT groups of four codes, as bytes of e4m3, to three bytes each. LOWEST is the exponent field in e4m3 of fp6's
     smallest normal number."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     field = tl.arange(0, 4)
@@ -34,7 +39,7 @@ def pack_kernel(codes, packed, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.constex
 
 @triton.jit
 def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
-    """The inverse of :func:`pack_kernel`."""
+    """Do the inverse of :func:`pack_kernel`."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     field = tl.arange(0, 4)
     inside = group < COUNT
@@ -45,7 +50,7 @@ def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.const
     magnitude = bits & 31
     exponent = magnitude >> MANTISSA
     mantissa = magnitude & ((1 << MANTISSA) - 1)
-    # In units of the smallest number it is a whole one, and float32's exponent and mantissa of that are the code's.
+    # In units of fp6's smallest number a code is an integer. Float32's exponent and mantissa of this integer are the code's.
     whole = tl.where(exponent > 0, (mantissa | (1 << MANTISSA)) << tl.maximum(exponent - 1, 0), mantissa)
     byte = (whole.to(tl.float32).to(tl.int32, bitcast=True) >> 20) - ((127 - LOWEST + MANTISSA) << 3)
     byte = tl.where(whole > 0, byte, 0) | (bits >> 5) << 7
@@ -53,7 +58,7 @@ def unpack_kernel(packed, codes, COUNT, GROUPS: tl.constexpr, MANTISSA: tl.const
 
 
 def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> None:
-    """See :func:`halo_tensor.ops.pack_rows_`."""
+    """Write packed codes to ``packed``, as :func:`halo_tensor.ops.pack_rows_` does."""
     codes = codes.contiguous()
     target = packed if packed.is_contiguous() else torch.empty_like(packed, memory_format=torch.contiguous_format)
     _plan(pack_kernel, format, codes.device)((codes.numel() // 4,), codes.view(torch.uint8), target)
@@ -62,7 +67,7 @@ def pack_rows_(codes: torch.Tensor, format: Format, packed: torch.Tensor) -> Non
 
 
 def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
-    """See :func:`halo_tensor.reference.packing.unpack_rows`."""
+    """Return unpacked codes, as :func:`halo_tensor.reference.packing.unpack_rows` does."""
     packed = packed.contiguous()
     codes = packed.new_empty((packed.shape[0], packed.shape[1] // 3 * 4), dtype=torch.float8_e4m3fn)
     _plan(unpack_kernel, format, codes.device)((codes.numel() // 4,), packed, codes.view(torch.uint8))
@@ -70,8 +75,8 @@ def unpack_rows(packed: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 @lru_cache
-def _plan(kernel, format: Format, device: torch.device) -> Planned:
-    """Takes the number of groups, and the bytes to read and to write."""
+def _plan(kernel: Any, format: Format, device: torch.device) -> Planned:
+    """Return the launch of either kernel. A call takes (number of groups), the bytes to read, and the bytes to write."""
     check_device((format,), device)
     constants = {"GROUPS": GROUPS, "MANTISSA": format.mantissa_bits, "LOWEST": format.min_exponent - FP8_E4M3.min_exponent + 1}
     launch = Launch(kernel, constants)

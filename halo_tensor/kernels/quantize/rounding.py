@@ -1,11 +1,12 @@
-"""How the Triton kernels round: the scale of a largest magnitude, and float32 to codes, to nearest or stochastically."""
+"""Rounding in the Triton kernels: the scale of a largest magnitude, and codes of float32, to nearest or stochastically."""
 
 import triton
 import triton.language as tl
 
-#: 2⁻¹²⁶: see reference.SMALLEST_SCALE.
+#: 2⁻¹²⁶, see reference.ops.SMALLEST_SCALE.
 SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
-FOLD_LIFT = tl.constexpr(128.0)  # see reference.FOLD_LIFT
+#: See reference.ops.FOLD_LIFT.
+FOLD_LIFT = tl.constexpr(128.0)
 #: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
 ROUNDER = tl.constexpr(12582912.0)
 
@@ -17,13 +18,14 @@ def maximum(a, b):
 
 @triton.jit
 def scale_from(amax, INVERSE_MAX: tl.constexpr):
-    """That of codes up to 1 / INVERSE_MAX, which are lifted where INVERSE_MAX is; a NaN stays one."""
+    """Return the scale of codes with the largest value 1 / INVERSE_MAX. If INVERSE_MAX is lifted, so is the scale. A NaN in
+    ``amax`` gives NaN."""
     return maximum(amax * INVERSE_MAX, tl.full(amax.shape, SMALLEST_SCALE, tl.float32))
 
 
 @triton.jit
 def unlifted(scale, STEP: tl.constexpr, FOLD: tl.constexpr):
-    """The scale to store of one that was lifted. ``FOLD``: whether what it scales was multiplied with a lifted fold."""
+    """Return the scale to store for a lifted ``scale``. FOLD: whether the matrix was multiplied with a lifted fold."""
     UNLIFT: tl.constexpr = STEP / FOLD_LIFT if FOLD else STEP
     return scale * UNLIFT if UNLIFT != 1.0 else scale
 
@@ -32,14 +34,17 @@ def unlifted(scale, STEP: tl.constexpr, FOLD: tl.constexpr):
 def round_to_code(
     y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, STEP: tl.constexpr
 ):
-    """float32 → codes, round to nearest even; NaN → NaN or, in an integer, anything: its scale is NaN. ``MANTISSA`` is −1 for
-    integers and −2 for formats that the hardware converts to. ``MAX`` above 0 saturates there. ``STEP``: what an integer 1 is
-    in ``y``, a power of two; 1 for other formats."""
-    if MAX > 0:  # a bare cast; a scaled value is inside already
+    """Return codes of float32 numbers, rounded to nearest even.
+
+    A NaN gives NaN. In an integer format it gives any code, since its scale is NaN. MANTISSA is −1 for integers and −2 for
+    formats that the hardware converts to. MAX above 0 is where codes saturate. STEP is the value in ``y`` that gives the
+    integer 1, a power of two; it is 1 for other formats.
+    """
+    if MAX > 0:  # for a bare cast; scaled values are in range
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA == -1:
         return (y + ROUNDER * STEP).to(tl.int32, bitcast=True).to(CODE)
-    if MANTISSA >= 0:  # a grid inside fp8's: round at the exponent's quantum
+    if MANTISSA >= 0:  # a grid coarser than fp8's: round to the quantum of the exponent
         exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
         rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
@@ -49,7 +54,7 @@ def round_to_code(
 
 @triton.jit
 def noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
-    """[T, WIDTH] uniform in [0, 1), other ones for every row and tile of the matrix: Philox, four numbers a time."""
+    """Return [T, WIDTH] uniform numbers in [0, 1), different ones for every row and tile. Philox gives four at a time."""
     quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
     row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
     a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
@@ -59,7 +64,7 @@ def noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """As :func:`round_to_code`, up or down so that the mean is exact."""
+    """Return codes like :func:`round_to_code`, rounded up or down so that the mean is exact."""
     y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     quantum = tl.full(y.shape, 1.0, tl.float32)
     inverse = quantum
@@ -68,5 +73,5 @@ def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT:
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
         quantum = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # At the largest number the noise may round up to a whole step: hence round_to_code's own limit.
+    # The noise may round the largest number up by a whole step, so round_to_code has to saturate again.
     return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX, 1.0)

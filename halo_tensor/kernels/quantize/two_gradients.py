@@ -1,9 +1,9 @@
-"""Two gradients of one elementwise function, each quantised in both orders, and neither written.
+"""Quantise two gradients of one elementwise function, each in both orders, without writing them.
 
-A gated MLP's backward makes E of gate and E of up from the same three matrices: the gradient of their product, gate and up.
-Written first, the two cost nine passes over a matrix: three reads and two writes to make them, and two reads of each to
-quantise, since a column's scale wants all tokens before its first code. Here both passes compute both from what they are made
-of: six reads. ``producers`` gives the function.
+The backward of a gated MLP computes the gradients E of gate and of up from the same three matrices: the gradient of their
+product, gate and up. If they are written first, they cost nine passes over a matrix: three reads and two writes to compute
+them, and two reads of each to quantise, because the scale of a column depends on all tokens. Here both passes compute both
+gradients from the three matrices, in six reads. :mod:`halo_tensor.compiler.producers` makes the function.
 """
 
 from functools import lru_cache
@@ -15,25 +15,27 @@ import triton.language as tl
 
 from halo_tensor.kernels.device import PRODUCER_INPUTS
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
+from halo_tensor.kernels.quantize.codes import code_matrix, dense, format_options
 from halo_tensor.kernels.quantize.fast_math import reciprocal
 from halo_tensor.kernels.quantize.kernels import load_vector, scale_of, write_scale
-from halo_tensor.kernels.quantize.plan import code_matrix, dense, format_options, quantize_pair
+from halo_tensor.kernels.quantize.plan import quantize_pair
 from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, round_to_code, unlifted
 from halo_tensor.recipe import Format
 from halo_tensor.reference.codes import aligned
 
-#: Rows and columns of a tile, tiles a program, stages, warps. Measured on one H100: docs/notes/quantisers.md.
+#: A kernel -> rows and columns of a tile, tiles per program, stages, warps. Measured on one H100: docs/notes/quantisers.md.
 TILES = {"amax_of_two": (16, 128, 8, 2, 2), "cast_two": (32, 64, 4, 2, 4)}
 
 
 @triton.jit
 def _raise(amax, index, count, most):
+    """Raise stored magnitudes to at least ``most``. As int32, the bits of non-negative floats have the order of the floats."""
     tl.atomic_max(amax + index, most.to(tl.int32, bitcast=True), mask=index < count, sem="relaxed")
 
 
 @triton.jit
 def _inside(rows, columns, M, K, EVEN: tl.constexpr):
-    """EVEN: whether all tiles are whole, and then no load or store needs a mask."""
+    """Return the mask of a tile. EVEN: whether all tiles are whole, so that loads and stores need no mask."""
     if EVEN:
         return tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
     return (rows < M)[:, None] & (columns < K)[None, :]
@@ -45,9 +47,11 @@ def amax_of_two(
     T: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     PRODUCER: tl.constexpr,
 ):  # fmt: skip
-    """Largest magnitudes, as float bits into zeroed int32, of a and b [M, K], which PRODUCER computes from x0, x1 and x2:
-    of the rows of a diag(fold_columns_a), M of them, then of the columns of diag(fold_rows_a) a, then b's. One program: STEPS
-    times T rows by WIDTH columns."""
+    """Find the largest magnitudes of a and b [M, K], which PRODUCER computes from x0, x1 and x2.
+
+    amax: zeroed int32 [2 (M + K)], which gets float bits: M for the rows of a diag(fold_columns_a), K for the columns of
+    diag(fold_rows_a) a, and the same for b. A program takes STEPS times T rows by WIDTH columns.
+    """
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     by_column_a = (load_vector(fold_columns_a, columns, K) * FOLD_LIFT)[None, :]
     by_column_b = (load_vector(fold_columns_b, columns, K) * FOLD_LIFT)[None, :]
@@ -69,7 +73,7 @@ def amax_of_two(
 
 @triton.jit
 def _inverse(amax, scales, index, count, other_tile, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
-    """1 / lifted scale of WIDTH rows or columns; the first of their tiles writes the scale."""
+    """Return 1 / lifted scale of WIDTH rows or columns. The program of their first tile stores the scale."""
     scale = scale_of(amax, index, count, INVERSE_MAX, 2, WIDTH)
     write_scale(scales, unlifted(scale, STEP, True), index, count, other_tile, 2)
     return reciprocal(scale)
@@ -82,6 +86,7 @@ def _cast(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
+    """Store the codes of one tile of a or b, and their transpose."""
     y = x.to(tl.float32) * by_column * _inverse(amax, scales, rows, M, tile_column, INVERSE_MAX, STEP, T)[:, None]
     q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
     tl.store(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], q, mask=inside)
@@ -101,9 +106,9 @@ def cast_two(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """Of each: codes [M, K] and codes_t [K, M], with the scales that follow from what :func:`amax_of_two` found; tiles as
-    there."""
-    # Backwards: amax_of_two has left the last tiles in L2.
+    """Store codes [M, K], transposed codes [K, M] and scales of both matrices, from the magnitudes and on the tiles of
+    :func:`amax_of_two`."""
+    # In reverse order, because amax_of_two has left the last tiles in L2.
     tile_row, tile_column = tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     columns = tile_column * WIDTH + tl.arange(0, WIDTH)
     by_column_a = (load_vector(fold_columns_a, columns, K) * FOLD_LIFT)[None, :]
@@ -134,16 +139,19 @@ def quantize_pairs(
     columns_b: torch.Tensor,
     rows_b: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """:func:`~halo_tensor.kernels.quantize.plan.quantize_pair` of a [m, k] and of b [m, k], with nothing rotated and folded
-    with columns_a [k], rows_a [m], and so on."""
-    # What stands for a in a compiled graph may have the producer of both.
+    """Return :func:`~halo_tensor.kernels.quantize.plan.quantize_pair` of a [m, k] and of b [m, k], without a rotation.
+
+    Args:
+        columns_a, rows_a, columns_b, rows_b: float32 [k] and [m], the folds of columns and of rows of a and of b.
+    """
+    # In a compiled graph, the stand-in for a may have the producer of both.
     function, inputs = getattr(a, "producer", None) or (None, [])
     if function is None or 0 in a.shape:
         return (*quantize_pair(a, None, format, columns_a, rows_a), *quantize_pair(b, None, format, columns_b, rows_b))
     m, k = a.shape
     amax_pass, cast_pass = plan_pairs(format, a.device, function)
     amax = a.new_zeros(2 * (m + k), dtype=torch.int32)
-    inputs = [*inputs, *[amax] * (PRODUCER_INPUTS - len(inputs))]  # any pointer for what is not there
+    inputs = [*inputs, *[amax] * (PRODUCER_INPUTS - len(inputs))]  # any pointer for a tensor that is not given
     operands = [*inputs, *map(dense, (rows_a, rows_b, columns_a, columns_b)), amax]
     amax_pass((m, k), *operands)
     made_of_a, made_of_b = (
@@ -161,7 +169,14 @@ def quantize_pairs(
 
 @lru_cache(maxsize=4096)
 def plan_pairs(format: Format, device: torch.device, producer: Any) -> tuple[Planned, Planned]:
-    """Both passes. The first takes (m, k), the second (m, k and the row strides of codes and codes_t); then their tensors."""
+    """Return the launches of both passes.
+
+    A call takes the numbers, (m, k) in the first pass and (m, k, row strides of codes and codes_t) in the second, and then the
+    tensors of its kernel.
+
+    Args:
+        producer: a Triton function that computes both matrices from the tensors of PRODUCER_INPUTS.
+    """
     options = format_options(format, device)
     return (
         _tiled(amax_of_two, producer, {"enable_fp_fusion": options["enable_fp_fusion"]}),
@@ -169,11 +184,12 @@ def plan_pairs(format: Format, device: torch.device, producer: Any) -> tuple[Pla
     )
 
 
-def _tiled(kernel, producer: Any, options: dict[str, Any]) -> Planned:
+def _tiled(kernel: Any, producer: Any, options: dict[str, Any]) -> Planned:
+    """Return the launches of one pass."""
     height, width, steps, stages, warps = TILES[kernel.fn.__name__]
 
     def are_whole(m: int, k: int, *strides: int) -> bool:
-        """The class of sizes: whether no tile reaches past the matrix."""
+        """Return the class of sizes: whether no tile reaches past the matrix."""
         return m % (height * steps) == 0 and k % width == 0
 
     def sizes(m: int, k: int, *strides: int) -> tuple:
