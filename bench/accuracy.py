@@ -103,6 +103,7 @@ def main() -> None:
                 "saved for backward": f"{saved / exact_saved * 2:.3f}× bf16's",
             }
         )
+    no_kernel = any(name in NO_KERNEL for name in args.recipes)
     results.write(
         args.name,
         f"Gradient fidelity on SmolLM2-135M-Instruct{' with outliers' if args.outliers else ''}, {args.tokens} tokens",
@@ -110,7 +111,8 @@ def main() -> None:
         f"High precision is float32, with a loss of {exact_loss:.4f}. Scales are per row (folded) unless 'tensor' is said. "
         "Balanced: on as many other tokens. "
         "What the converted layers save is counted with hooks, each storage once, parameters left out; bf16's is half of "
-        "what float32 saves.",
+        "what float32 saves."
+        + (" MXFP8 and NVFP4 have no kernel: the reference saves a byte for a code, and float32 scales." if no_kernel else ""),
         args.folder,
     )
 

@@ -26,7 +26,8 @@ from halo_tensor import halo_config
 from halo_tensor.operand import gains
 from halo_tensor.ops import rotate_quantize, scaled_mm
 from halo_tensor.products.backward import multiply_backward
-from halo_tensor.products.operands import quantize_operands, reuses_operand, weight_operand
+from halo_tensor.products.operands import quantize_operands, weight_operand
+from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import FP8_E4M3, INT8, Format, Recipe, Rotation, X
 from halo_tensor.reference import ops as reference
 from tests.helpers.older_gpu import SHARED, running_as

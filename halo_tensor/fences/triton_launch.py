@@ -36,7 +36,7 @@ def through_triton(compiled: Any, descriptors: Callable, described: int, constan
         constants: the arguments behind the integers.
     """
 
-    def launch(sizes, tensors, pointers, stream):
+    def launch(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
         arguments = *descriptors(sizes, tensors), *pointers[described:], *sizes.integers, *constants
         compiled[sizes.grid](*arguments, stream=stream)
 
@@ -53,23 +53,26 @@ def bare(launch: Run, compiled: Any, descriptors: Callable, described: int, cons
     if not _is_enough(compiled):
         return launch
     function, head = _bare(compiled, described)
-    encode = _encoder(compiled, described)
+    encoders = _encoders(compiled, described)
     hooks = knobs.runtime
     _ = hooks.launch_enter_hook.calls, hooks.launch_exit_hook.calls
     spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
-    remembered: dict[tuple, tuple] = {}
+    # For each descriptor: pointers and extents recur, and one of two operands is often a weight, whose pointer stays.
+    remembered: list[dict[tuple, tuple]] = [{} for _ in range(described)]
 
-    def launch_bare(sizes, tensors, pointers, stream):
+    def encoded_anew(index: int, key: tuple, sizes: Any, tensors: tuple) -> tuple:
+        if len(remembered[index]) >= _REMEMBERED:
+            remembered[index].clear()
+        found = remembered[index][key] = encoders[index](descriptors(sizes, tensors)[index])
+        return found
+
+    def launch_bare(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             return launch(sizes, tensors, pointers, stream)
-        encoded: Any = ()
-        if described:
-            key = (*pointers[:described], sizes.extents)
-            encoded = remembered.get(key)
-            if encoded is None:
-                if len(remembered) >= _REMEMBERED:
-                    remembered.clear()
-                encoded = remembered[key] = encode(descriptors(sizes, tensors))
+        encoded: tuple = ()
+        for index, extent in enumerate(sizes.extents):
+            key = pointers[index], extent
+            encoded += remembered[index].get(key) or encoded_anew(index, key, sizes, tensors)
         arguments = (*encoded, *pointers[described:], *sizes.integers, *constants)
         if spread:
             function(*sizes.grid, stream, *head, *arguments)
@@ -106,16 +109,19 @@ def _bare(compiled: Any, described: int) -> tuple[Callable, tuple]:
     return function, head
 
 
-def _encoder(compiled: Any, described: int) -> Callable[[list], tuple]:
-    """Return a function that turns descriptors into arguments of the C function. These keep no tensor alive."""
+def _encoders(compiled: Any, described: int) -> list[Callable[[Any], tuple]]:
+    """Return a function for each descriptor that turns it into arguments of the C function. These keep no tensor alive."""
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
     metas = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * described  # there is none without TMA
     unused = () if _VERSION in ("3.6", "3.7") else (None,)
 
-    def encode(descriptors):
-        encoded = [a for d, meta in zip(descriptors, metas, strict=True) for a in make_tensordesc_arg(d, meta, *unused)]
-        # Without TMA the argument is the tensor, whose address is passed.
-        return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
+    def encoder(meta: Any) -> Callable[[Any], tuple]:
+        def encode(descriptor: Any) -> tuple:
+            encoded = make_tensordesc_arg(descriptor, meta, *unused)
+            # Without TMA the argument is the tensor, whose address is passed.
+            return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
 
-    return encode
+        return encode
+
+    return [encoder(meta) for meta in metas]

@@ -71,6 +71,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def __new__(
         cls: type[Self], size: torch.Size, dtype: torch.dtype, tensors: dict[str, torch.Tensor | None], attributes: dict
     ) -> Self:
+        """Make a wrapper of this size and dtype, without memory of its own."""
         anchor = cast(torch.Tensor, tensors["codes"] if tensors["codes"] is not None else tensors["codes_t"])
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=anchor.device)
 
@@ -105,10 +106,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             format: the number format, or None to rotate only.
             granularity: the layout of the scales, or its name: "row", "column", "tensor", "32x32" or "unit" (no scales: a
                 bare cast that saturates). See :class:`~halo_tensor.recipe.Scales`.
-            row_rotation, column_rotation: rotations with a definite block. A dimension is padded with zeros to whole blocks.
-            fold_rows, fold_columns: float32 [r'], [c'] that multiply the rotated matrix before it is quantised: the scale of
-                another operand, which lies along the dimension that is contracted with this one.
-            rows, columns: which layouts to hold, ``codes`` and ``codes_t``.
+            row_rotation: the rotation of the rows, with a definite block. Rows of zeros are added up to whole blocks.
+            column_rotation: the rotation of the columns, likewise.
+            fold_rows: float32 [r'], a factor for each row of the rotated matrix, by which it is multiplied before it is
+                quantised: the scale of another operand, which lies along the dimension that is contracted with this one.
+            fold_columns: float32 [c'], a factor for each column, likewise.
+            rows: whether to hold ``codes``.
+            columns: whether to hold ``codes_t``.
             rounding: "nearest" or "stochastic".
             gains: float32 [c] that multiply the columns first, and their inverse.
 
@@ -296,8 +300,10 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return self.granularity.spread(self.scale, rows, columns)
 
     def dequantize(self) -> torch.Tensor:
-        """Return the matrix [r, c] that the codes stand for, in high precision and not rotated. The part that a rank has
-        dropped is zero."""
+        """Return the matrix [r, c] that the codes stand for, in high precision and not rotated.
+
+        The part that a rank has dropped is zero.
+        """
         y = reference.dequantize(self.any_codes(), self.scale, self.granularity)
         y = ops.unrotate(y, self.row_rotation, self.column_rotation, self.shape)
         if self.undo_gain is not None:

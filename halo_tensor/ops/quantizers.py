@@ -190,7 +190,7 @@ def requantize_(
         xs, codes, scales: the matrices, and what to overwrite, in the same order.
         gains: one for each matrix, or an empty list.
     """
-    if runs_kernels(xs[0].device) and not granularity.is_blocked:
+    if xs and runs_kernels(xs[0].device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import many
 
         many.requantize_(xs, row_rotation, column_rotation, format, granularity.name, codes, scales, gains)

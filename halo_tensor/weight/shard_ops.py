@@ -24,7 +24,10 @@ def _rows(weight: HaloWeight, start: int, stop: int, role: ShardRole) -> HaloWei
     operand = weight.operand
     if operand is not None:
         assert operand.codes is not None
-        scale = None if operand.scale is None else operand.granularity.cut(operand.scale, "rows", start, stop)
+        granularity, scale = operand.granularity, operand.scale
+        # A chunk that begins inside of a block takes the scale of that block. It is no shard: see _check_shardable.
+        first = start - start % (granularity.length("rows") or 1)
+        scale = None if scale is None else granularity.cut(scale, "rows", first, stop)
         size = torch.Size((stop - start, weight.shape[1]))
         operand = operand._with(size=size, codes=operand.codes[start:stop], scale=scale)
     rows = HaloWeight(master, operand, weight.recipe)

@@ -12,6 +12,7 @@ from halo_tensor import (
     hot_config,
     recipe_config,
 )
+from halo_tensor.recipe import TENSOR, Scales
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -35,8 +36,8 @@ def test_the_file_of_0_1_0_means_what_it_meant():
         "conv": {"error with scale=tensor": 0.25, "error with scale=tokens": 0.125},
         "model.layers.0.mlp.up_proj": {"cosine of candidate 0": 0.99},
     }
-    assert loaded.layers["head"].recipe.grad_input.left.scale == "tokens"
-    assert loaded.layers["conv"].recipe.grad_input.left.scale == "tensor"
+    assert loaded.layers["head"].recipe.grad_input.left.granularity == Scales.per(tokens=1)
+    assert loaded.layers["conv"].recipe.grad_input.left.granularity == TENSOR
 
 
 def test_files_have_every_field_so_that_defaults_may_change(tmp_path):

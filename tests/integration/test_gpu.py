@@ -1,4 +1,4 @@
-"""What only a GPU can show: real shapes, no synchronisation, CUDA graphs. Kernels one by one: test_kernels.py."""
+"""What only a GPU can show: real shapes, no synchronisation, CUDA graphs. Kernels one by one: tests/kernels."""
 
 import os
 import shutil
@@ -192,12 +192,12 @@ def test_a_step_does_not_synchronise():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool):
     """On small, ragged shapes. PyTorch's caching of memory would hide a write beyond the end of a tensor."""
-    module = Path(__file__).parents[2] / "tests/kernels/quantize/test_kernels.py"
+    modules = ["tests/kernels/quantize/test_kernels.py", "tests/kernels/matmul/test_plan.py"]
     small = (
         "test_into or test_every_fold or test_transposed or test_integer_products or test_nothing or padded_to_whole_blocks"
     )
     sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(module), "-k", small]
+    command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules, "-k", small]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

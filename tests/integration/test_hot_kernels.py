@@ -8,6 +8,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 from halo_tensor import hot_config, ops
+from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.recipe import FP4_E3M0, FP6_E2M3, FP8_E4M3, INT4, INT8, Rotation
 from halo_tensor.reference import ops as reference
@@ -71,6 +72,8 @@ def test_any_rank(tokens, features, rotation, of_rows, scale, format, fold, layo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tokens_by_their_definition(dtype, scale, rank):
     """In float64: 197 tokens padded to 208, projected on the slowest functions of each block, over 127 steps."""
+    if dtype == torch.float32 and not has_wgmma(DEVICE):
+        pytest.skip("there float32 is rotated first")
     x = torch.randn(197, 72, device=DEVICE).to(dtype)
     rotation = Rotation(16, None, rank)
     codes, codes_t, scales = quantizer.rotate_quantize(x, rotation, None, INT8, scale, None, None, False, True)

@@ -1,7 +1,7 @@
 """The kernels of GPUs before Hopper, run on a newer one: PTX for sm_80, sm_86 and sm_89 against the reference.
 
-``HALO_RUN_AS=89 python -m pytest tests/kernels/quantize/test_kernels.py`` runs any module like this; here some are run whole for sm_89, which
-has all formats, and what sm_80 has is tested one by one.
+``HALO_RUN_AS=89 python -m pytest tests/kernels/matmul/test_plan.py`` runs any module like this. Here some modules are run whole
+for sm_89, which has all formats; what sm_80 has is tested one by one.
 """
 
 import os
@@ -137,7 +137,9 @@ def test_the_kernel_is_what_these_gpus_get():
 
 
 @pytest.mark.parametrize(
-    "module", ["kernels/quantize/test_kernels", "kernels/quantize/test_two_gradients", "integration/test_hot_kernels"]
+    "module",
+    # Not test_two_gradients: Inductor asks the GPU that is there what it may generate.
+    ["kernels/quantize/test_kernels", "kernels/matmul/test_plan", "kernels/test_rotate", "integration/test_hot_kernels"],
 )
 def test_modules_of_kernels(module):
     command = [sys.executable, "-m", "pytest", f"tests/{module}.py", "-q", "-p", "no:cacheprovider", "-k", "not compile"]
@@ -145,4 +147,4 @@ def test_modules_of_kernels(module):
         command, cwd=Path(__file__).parents[2], env=os.environ | {"HALO_RUN_AS": "89"}, capture_output=True, text=True
     )
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) > 10, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and passed and int(passed[1]) > 2, done.stdout[-6000:] + done.stderr[-2000:]

@@ -119,6 +119,7 @@ def pair_quantizer(
 
 
 def _rotates_pair_on_tiles(x: torch.Tensor | Matrix, row_rotation: Rotation | None) -> bool:
+    """Whether the passes over tiles rotate the first operand of a pair themselves."""
     return row_rotation is None or (row_rotation.rank is None and fits_tiles(x, row_rotation, None))
 
 

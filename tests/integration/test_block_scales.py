@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import HadamardQuantTensor, quantize_, recipe_config
+from halo_tensor import HadamardQuantTensor, quantize_, recipe_config, report
 from halo_tensor.config import handler
 from halo_tensor.kernels.device import check_scales
 from halo_tensor.products.operands import quantize_operands
@@ -109,6 +109,19 @@ def test_a_gpu_is_refused_with_one_clear_error(name, monkeypatch):
     frozen = converted(nn.Linear(128, 128).requires_grad_(False), recipe_config("nvfp4"))
     with pytest.raises(RuntimeError, match="no kernel computes with scales per 16x16"):
         torch.ops.aten._to_copy(frozen.weight, device=torch.device("cuda"))
+
+
+def test_a_report_measures_them():
+    """The gradient's cosine is below 1 and near it, and MXFP8's is the larger one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
+    found = report(
+        model, torch.randn(64, 128), loss_fn=lambda model, x: model(x).square().mean(),
+        candidates=[recipe_config(name) for name in ("mxfp8", "nvfp4_plain")],
+    )  # fmt: skip
+    cosine = {candidate.name: candidate.cosine for candidate in found.candidates}
+    mxfp8, nvfp4 = (next(c for name, c in cosine.items() if part in name) for part in ("mxfp8", "nvfp4"))
+    assert 0.97 < nvfp4 < 0.99 < mxfp8 < 0.9999
 
 
 def test_a_shard_of_rows_has_the_scales_of_its_blocks():

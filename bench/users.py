@@ -1,0 +1,162 @@
+"""What users run: plain Hugging Face models in eager mode, with short inputs, lengths that vary, and generation.
+
+    python bench/users.py
+    python bench/users.py --contenders bf16 halo1-int8 --cases linear short
+
+The model has the shape of Llama-3.2-1B and random weights. A step is forward, loss, backward and a fused AdamW. Contenders run
+one after the other in one process; the host's speed is part of what is measured.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import results
+import torch
+from contenders import convert
+from torch import nn
+
+DEVICE = "cuda"
+NOTES = (
+    "Eager code, no graphs. Linear: microseconds of the CPU for one 2048×2048 linear with 256 tokens, until the call returns, "
+    "with gradients set to None after each backward; the median of 7 runs of 300 calls. Steps: milliseconds, medians of 12 "
+    "(2×512) and 8 (4×2048) after 5; lengths that vary: the mean of thirty steps after ten, 4 × 200 to 2048 tokens, the same "
+    "lengths for all contenders. Generate: 8 prompts of 64 tokens, 64 new ones, milliseconds of the second call. "
+    "× bf16: bf16's time divided by the contender's; more is better."
+)
+
+
+def llama_1b() -> nn.Module:
+    """Return a model of Llama-3.2-1B's shape with random weights in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def host_us(call: Callable[[], object], calls: int = 300) -> float:
+    """Return the microseconds until a call returns."""
+    for _ in range(30):
+        call()
+    found = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append((time.perf_counter() - start) / calls * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def linear(name: str) -> Iterator[tuple[str, float]]:
+    model = nn.Sequential(nn.Linear(2048, 2048, bias=False, device=DEVICE, dtype=torch.bfloat16))
+    convert(model, name)
+    x = torch.randn(256, 2048, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn_like(x)
+
+    def both() -> None:
+        model(x).backward(gradient)
+        x.grad = model[0].weight.grad = None
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(x)
+
+    yield "linear, forward and backward, µs of the CPU", host_us(both)
+    yield "linear, no_grad, µs of the CPU", host_us(evaluate)
+
+
+def steps(name: str, lengths: list[tuple[int, int]]) -> list[float]:
+    """Return the milliseconds of training steps with batches of these (sequences, tokens)."""
+    torch.manual_seed(0)
+    model = llama_1b()
+    convert(model, name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    found = []
+    for shape in lengths:
+        ids = torch.randint(0, 128256, shape, device=DEVICE)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def short(name: str) -> Iterator[tuple[str, float]]:
+    yield "1B step, 2×512", statistics.median(steps(name, [(2, 512)] * 17)[5:])
+
+
+def full(name: str) -> Iterator[tuple[str, float]]:
+    yield "1B step, 4×2048", statistics.median(steps(name, [(4, 2048)] * 13)[5:])
+
+
+def varying(name: str) -> Iterator[tuple[str, float]]:
+    draw = random.Random(0)
+    found = steps(name, [(4, draw.randint(200, 2048)) for _ in range(40)])
+    yield "1B step, 4 × 200 to 2048", statistics.mean(found[10:])
+
+
+def generate(name: str) -> Iterator[tuple[str, float]]:
+    model = llama_1b().eval()
+    convert(model, name)
+    ids = torch.randint(0, 128256, (8, 64), device=DEVICE)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+        torch.cuda.synchronize()
+        last = time.perf_counter() - start
+    yield "generate, 8 × 64", last * 1e3
+
+
+CASES = {case.__name__: case for case in (linear, short, full, varying, generate)}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", nargs="+", default=["bf16", "torchao-tensorwise", "halo1-int8", "halo0-fp8"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    results.add_arguments(parser, "users")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/users.py needs a CUDA device")
+    rows: list[dict] = []
+    why_not: dict[tuple[str, ...], str] = {}
+    for case in args.cases:
+        reference: dict[str, float] = {}
+        for name in args.contenders:
+            try:
+                for what, time_taken in CASES[case](name):
+                    reference.setdefault(what, time_taken)
+                    speedup = f"{reference[what] / time_taken:.2f}"
+                    rows.append({"case": what, "contender": name, "time": round(time_taken, 1), "× bf16": speedup})
+                    print(rows[-1], flush=True)
+            except Exception as error:
+                print(f"{case} {name}: {error!r:.300}", flush=True)
+                why_not[case, name] = results.reason(error)
+            torch.cuda.empty_cache()
+    results.write(args.name, "What users run, in eager mode", rows, NOTES, args.folder, panels=["case"], why_not=why_not)
+
+
+if __name__ == "__main__":
+    main()

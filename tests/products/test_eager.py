@@ -1,0 +1,157 @@
+"""The eager path: launches on plain tensors, which give what the operand path gives, bit for bit."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
+
+from halo_tensor import balance_, halo_config, quantize_
+from halo_tensor.kernels.launch import Launch
+from halo_tensor.products import eager
+from halo_tensor.products.eager import can_lower
+from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
+from tests.helpers import interpreter
+from tests.helpers.interpreter import DEVICE, runs_kernels
+
+# (config, with a bias, balanced)
+LAYERS = {
+    "int8 level 1": (halo_config(1, "int8", skip=""), False, False),
+    "int8 level 1, balanced": (halo_config(1, "int8", skip=""), True, True),
+    "int8 level 2": (halo_config(2, "int8", skip=""), True, False),
+    "fp8 level 0, no codes kept": (halo_config(0, "fp8", skip="", keep_codes=False), True, False),
+    "fp8, one scale": (halo_config(1, "fp8", skip="", granularity="tensor"), False, False),
+    "fp6 level 2": (halo_config(2, "fp6", skip=""), False, False),
+}
+
+
+@interpreter.runs_the_others
+def test_in_the_interpreter():
+    interpreter.run(__file__, at_least=10)
+
+
+def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    config, bias, balanced = LAYERS[name]
+    model = nn.Sequential(nn.Linear(128, 256, bias=bias), nn.Linear(256, 128, bias=bias)).to(DEVICE, torch.bfloat16)
+    x = torch.randn(2, 5, 128, device=DEVICE, dtype=torch.bfloat16)
+    x[..., 3] *= 30
+    quantize_(model, config)
+    if balanced:
+        balance_(model, x)
+    return model, x
+
+
+def results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output with and without autograd, and all gradients."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x * 1)
+    y.square().sum().backward()
+    with torch.no_grad():
+        evaluated = model(x)
+    return [y.detach(), evaluated, x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The results of the eager path, None for each call that it left to the operand path."""
+    calls, linear = [], eager.linear
+    monkeypatch.setattr(eager, "linear", lambda *args: (calls.append(linear(*args)), calls[-1])[1])
+    return calls
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_gives_what_the_operand_path_gives(name, taken, monkeypatch):
+    model, x = model_of(name)
+    taken.clear()
+    eagerly = results(model, x)
+    assert len(taken) == 4 and all(y is not None for y in taken)
+    monkeypatch.setattr(eager, "linear", lambda *args: None)
+    for actual, expected in zip(eagerly, results(model, x), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.abs().max() > 0
+
+
+@runs_kernels
+def test_what_is_launched(monkeypatch):
+    """Two kernels without autograd; nothing is made for backward."""
+    model, x = model_of("int8 level 1")
+    launched, call = [], Launch.__call__
+    monkeypatch.setattr(
+        Launch, "__call__", lambda self, *args: (launched.append(self.kernel.fn.__name__), call(self, *args))[1]
+    )
+    with torch.no_grad():
+        model[0](x)
+    assert len(launched) == 2 and launched[0] == "whole_rows" and launched[1] in ("scaled_mm_kernel", "mma_kernel")
+    launched.clear()
+    model[0](x.clone().requires_grad_()).sum().backward()
+    expected = {"whole_rows": 1, "transpose_codes": 2, "amax_tiles": 1, "cast_tiles": 1}
+    assert {name: launched.count(name) for name in expected} == expected and len(launched) == 8
+
+
+@runs_kernels
+def test_layers_that_follow_each_other_share_an_operand(monkeypatch):
+    model, x = model_of("int8 level 1")
+    other = nn.Linear(128, 64, bias=False, device=DEVICE, dtype=torch.bfloat16)
+    quantize_(other, halo_config(1, "int8", skip="", min_features=16), filter_fn=lambda *_: True)
+    launched, call = [], Launch.__call__
+    monkeypatch.setattr(
+        Launch, "__call__", lambda self, *args: (launched.append(self.kernel.fn.__name__), call(self, *args))[1]
+    )
+    h = x.clone().requires_grad_() * 1
+    model[0](h), other(h)
+    assert launched.count("whole_rows") == 1
+    with torch.no_grad():
+        h.mul_(2)
+    model[0](h)
+    assert launched.count("whole_rows") == 2, "h was written to"
+
+
+@runs_kernels
+def test_modes_transforms_and_tracers_take_the_operand_path(taken):
+    model, x = model_of("int8 level 1")
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert taken == [None, None] and counter.get_total_flops() == 2 * 2 * 10 * 128 * 256
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace"):
+        torch.jit.trace(model, x)
+    assert taken[2:] == [None]
+
+
+@runs_kernels
+def test_errors_are_those_of_the_operand_path():
+    model, x = model_of("int8 level 1")
+    with pytest.raises(ValueError, match="must be of one dtype"):
+        model(x.float())
+    with pytest.raises((ValueError, RuntimeError), match="128"):
+        model(x[..., :64])
+    y = model(x.clone().requires_grad_())
+    (gradient,) = torch.autograd.grad(y.sum(), model[0].weight, retain_graph=True)
+    assert gradient.isfinite().all()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(y.sum(), model[0].weight, create_graph=True)
+
+
+@runs_kernels
+def test_empty_inputs_and_vectors():
+    model, x = model_of("int8 level 2")
+    assert model(x[:0]).shape == (0, 5, 128)
+    assert torch.equal(model(x[0, 0]), model(x[:1, :1])[0, 0])
+
+
+@runs_kernels
+def test_autocast_gives_its_dtype(taken):
+    model, x = model_of("int8 level 1")
+    model.float()
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        y = model(x.float())
+    assert y.dtype == torch.bfloat16 and all(t is not None for t in taken)
+
+
+def test_which_recipes_are_lowered():
+    assert all(can_lower(halo(level, format)) for level in (0, 1, 2) for format in (INT8, FP8_E4M3))
+    assert can_lower(halo(1, INT8, "tensor"))
+    assert not any(map(can_lower, [hot(), RECIPES["switchback"], RECIPES["jetfire"], RECIPES["ideal_int8"], RECIPES["mxfp8"]]))
