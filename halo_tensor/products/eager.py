@@ -240,7 +240,8 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
         if k > longest or stride % 16:
             return in_any_launches(a, b_t, a_scale, b_scale, gain, bias, rows, shape)
         out = a.new_empty(shape, dtype=dtype)
-        planned((rows, k, rows, a.stride(0), stride), a, b_t, out, a_scale, b_scale, gain, bias)
+        matrix = out if len(shape) == 2 else out.view(rows, n)
+        planned((rows, k, rows, a.stride(0), stride), a, b_t, matrix, a_scale, b_scale, gain, bias)
         return out
 
     return in_one_launch

@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from halo_tensor import balance_, halo_config, quantize_
+from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.products import eager
 from halo_tensor.products.eager import can_lower
 from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
@@ -133,6 +135,32 @@ def test_errors_are_those_of_the_operand_path():
     assert gradient.isfinite().all()
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(y.sum(), model[0].weight, create_graph=True)
+
+
+@runs_kernels
+def test_every_backend_gets_a_matrix(monkeypatch):
+    """Backends write to a matrix, also where X has more dimensions."""
+    for name in ("gluon", "cublas", "tma", "sm80"):
+        monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
+    for cache in (product.plan.cache_clear, eager._lowered.clear):
+        cache()
+    model, x = model_of("fp8 level 0, no codes kept")
+    in_pytorch = results(model, x)
+    monkeypatch.undo()
+    for cache in (product.plan.cache_clear, eager._lowered.clear):
+        cache()
+    for actual, expected in zip(in_pytorch, results(model, x), strict=True):
+        assert actual.shape == expected.shape and (actual - expected).norm() <= 6e-2 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_the_vendors_library_gets_a_matrix(monkeypatch):
+    layer = nn.Linear(2048, 8192, bias=False, device="cuda", dtype=torch.bfloat16)
+    quantize_(layer, halo_config(0, "fp8"), filter_fn=lambda *_: True)
+    x = torch.randn(4, 2048, 2048, device="cuda", dtype=torch.bfloat16)
+    eagerly = results(layer, x)
+    monkeypatch.setattr(eager, "linear", lambda *args: None)
+    assert all(map(torch.equal, eagerly, results(layer, x)))
 
 
 @runs_kernels
