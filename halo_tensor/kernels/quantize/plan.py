@@ -5,7 +5,7 @@ Two families of launches serve it: :mod:`~halo_tensor.kernels.quantize.whole_row
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -207,8 +207,8 @@ def _quantize_by_tiles(
     Args:
         by_transpose: whether to rotate the columns of the transpose, see :func:`_rotates_transpose`.
     """
-    x, row_rotation, column_rotation, granularity, _ = task
-    assert isinstance(x, torch.Tensor)
+    row_rotation, column_rotation, granularity = task.row_rotation, task.column_rotation, task.granularity
+    x: Any = task.x  # a tensor, or what stands for one while a graph is compiled
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
     if by_transpose:
