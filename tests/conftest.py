@@ -3,6 +3,7 @@ import os
 
 import hypothesis
 import pytest
+import setuptools  # noqa: F401  Inductor imports it, and in the midst of a test it may find the standard library's distutils
 import torch
 
 pytest.register_assert_rewrite("tests.helpers")

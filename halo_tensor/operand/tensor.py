@@ -14,7 +14,7 @@ from halo_tensor.fences.pytorch import TorchAOBaseTensor, is_symbolic
 from halo_tensor.kernels.device import check_scales
 from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
-from halo_tensor.operand.old_pickles import present_state
+from halo_tensor.operand.old_names import accepts_old_names, old_attribute, present_state
 from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
@@ -84,6 +84,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             setattr(self, name, attributes.get(name))
 
     @classmethod
+    @accepts_old_names
     def from_hp(
         cls,
         x: torch.Tensor,
@@ -143,6 +144,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return made
 
     @classmethod
+    @accepts_old_names
     def pair_from_hp(
         cls,
         x: torch.Tensor,
@@ -185,6 +187,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             "granularity": granularity, "row_rotation": row_rotation, "column_rotation": column_rotation, "format": format,
         }  # fmt: skip
         return cls(x.shape, x.dtype, tensors, attributes)
+
+    left, right = old_attribute("left", "row_rotation"), old_attribute("right", "column_rotation")
+    scale_along = old_attribute("scale_along", "granularity")
 
     @property
     def parts(self) -> list[torch.Tensor]:

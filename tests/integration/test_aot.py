@@ -701,9 +701,9 @@ def test_a_plan_keeps_to_a_device(launched):
 
 def test_remembered_descriptors_keep_no_tensor_alive():
     """Where there is no TMA, there is no metadata of descriptors, and Triton hands the tensors on."""
-    encode = triton_launch._encoder(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
+    (encode,) = triton_launch._encoders(SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[])), 1)
     codes = torch.empty(256, 128, dtype=torch.int8)
-    encoded = encode([launching.describe(codes, (256, 128, 128), (128, 128))])
+    encoded = encode(launching.describe(codes, (256, 128, 128), (128, 128)))
     assert encoded[0] == codes.data_ptr() and not any(isinstance(a, torch.Tensor) for a in encoded)
 
 
@@ -731,7 +731,10 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
     descriptors = [launching.describe(tensors[0], (256, 128, 128), (128, 128))][:described]
     how = compiled, lambda sizes, tensors: descriptors, described, ("constant",)
-    ours, sizes = triton_launch.bare(triton_launch.through_triton(*how), *how), launching.Sizes((3, 2, 1), (7,), (), (0,))
+    ours, sizes = (
+        triton_launch.bare(triton_launch.through_triton(*how), *how),
+        launching.Sizes((3, 2, 1), (7,), ((256, 128, 128),)[:described], (0,)),
+    )
     for _ in range(2):
         ours(sizes, tensors, [t.data_ptr() for t in tensors], 5)
     compiled[3, 2, 1](*descriptors, *tensors[described:], 7, "constant", stream=5)

@@ -104,7 +104,7 @@ def test_the_example_takes_any_model_and_data(tmp_path):
     ("arguments", "message"),
     [
         (["--recipes", "halo7-int8"], "level must be one of 0, 1, 2; got 7"),
-        (["--recipes", "mine"], "recipe must be one of 'switchback'"),
+        (["--recipes", "mine"], "name must be one of 'switchback'"),
         (["--model", "/nowhere/model"], "cannot load the model '/nowhere/model'"),
     ],
 )

@@ -350,3 +350,15 @@ def test_flops_are_counted_as_for_a_plain_layer():
     with FlopCounterMode(display=False) as counter:
         ops.scaled_mm(a, b, None, None, None, None, None, (4, 8), torch.float32)
     assert counts == [3 * 2 * 10 * 128 * 256] * 2 and counter.get_total_flops() == 2 * 4 * 8 * 32
+
+
+def test_names_of_0_1_0_are_deprecated():
+    x, rotation = torch.randn(64, 128), Rotation(128)
+    with pytest.warns(DeprecationWarning, match="right is called column_rotation now"):
+        old = HadamardQuantTensor.from_hp(x, INT8, scale="row", right=rotation)
+    new = HadamardQuantTensor.from_hp(x, INT8, "row", column_rotation=rotation)
+    assert torch.equal(old.codes, new.codes) and old.granularity == new.granularity
+    with pytest.warns(DeprecationWarning, match="scale_along is called granularity now"):
+        assert (old.scale_along, old.right, old.left) == ("row", rotation, None)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        HadamardQuantTensor.from_hp(x, INT8, sideways=rotation)
