@@ -108,10 +108,11 @@ class Lowered:
         quantize = self.quantize_x if trains_w else self.quantize_x_for_output
         shared = shared_operands(x)
         key = id(self.x_operand), id(gain)
-        found = shared.get(key)
+        found, _ = shared.get(key, (None, None))
         if found is None or (trains_w and found.columns is None):
             matrix = x if x.ndim == 2 else x.reshape(-1, self.layer.in_features)
-            found = shared[key] = quantize(matrix, None, gain)
+            found = quantize(matrix, None, gain)
+            shared[key] = found, gain  # which so keeps its id
         return found
 
     def backward(
