@@ -263,16 +263,14 @@ class HaloWeight(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
                 weight.check_whole()
-                if not weight.shard_role.is_part and not is_compiling():
+            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.shard_role is not ShardRole.CHUNK:
+                if torch.compiler.is_exporting():
+                    refusals.refuse_export()
+                if not is_compiling():
                     if weight.master is not None:
                         weight.follow()
                     if (y := eager.linear(x, weight, bias)) is not None:
                         return y
-            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.shard_role is not ShardRole.CHUNK:
-                if torch.compiler.is_exporting():
-                    refusals.refuse_export()
-                if weight.master is not None and not is_compiling():
-                    weight.follow()
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
         elif func is torch.autograd.grad:
             return gradients.grad(cls, *args, **kwargs)

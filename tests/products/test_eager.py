@@ -124,6 +124,16 @@ def test_modes_transforms_and_tracers_take_the_operand_path(taken):
 
 
 @runs_kernels
+def test_products_with_views_leave_nothing_behind():
+    """A view of a weight has a recipe of its own, and so would be remembered in every call."""
+    model, x = model_of("int8 level 1")
+    before = len(eager._lowered)
+    with pytest.warns(UserWarning, match="runs in high precision"):
+        y = nn.functional.linear(x, model[0].weight[:64])
+    assert y.shape == (2, 5, 64) and len(eager._lowered) == before
+
+
+@runs_kernels
 def test_errors_are_those_of_the_operand_path():
     model, x = model_of("int8 level 1")
     with pytest.raises(ValueError, match="must be of one dtype"):
