@@ -8,8 +8,8 @@ import torch
 
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.operands import quantize_operands
-from halo_tensor.products.steps import reuses_operand
-from halo_tensor.recipe import PRODUCTS, E, Recipe, W
+from halo_tensor.products.steps import folded_products, reuses_operand
+from halo_tensor.recipe import E, Recipe, W
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,10 +48,10 @@ def multiply_backward(
         right["grad_input"] = w if reuses_operand(recipe) else quantize_operands(w, W, recipe, ["grad_input"])[0]
     if x is not None:
         right["grad_weight"] = x
-    for product, operand in right.items():
-        granularity, contracted = getattr(recipe, product).right.granularity, PRODUCTS[product][2]
-        if granularity.is_per(contracted) and isinstance(operand, HadamardQuantTensor):
-            folds[product], right[product] = operand.scale, operand.without_scale()
+    for product in folded_products(recipe, tuple(right)):
+        operand = right[product]
+        assert isinstance(operand, HadamardQuantTensor)  # it has a format
+        folds[product], right[product] = operand.scale, operand.without_scale()
     left = dict(zip(right, quantize_operands(e, E, recipe, list(right), folds), strict=True))
     grad_x = None if w is None else multiply(left["grad_input"], right["grad_input"], x_dtype)
     grad_w = None if x is None else multiply(left["grad_weight"].t(), right["grad_weight"], w_dtype)

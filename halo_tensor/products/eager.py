@@ -81,8 +81,11 @@ class Lowered:
     """The launches of a layer, as functions of plain tensors."""
 
     def __init__(self, layer: Layer):
+        from halo_tensor.kernels.rotate import transposed  # Triton, which a machine without a GPU may lack
+
         check_device(layer.recipe.formats, layer.device)
         self.layer = layer
+        self.transposed: Callable[..., torch.Tensor] = transposed
         (step,) = steps_for(layer.recipe, X, ("output", "grad_weight"))
         self.x_operand = _INTERNED.setdefault(step.operand, step.operand)
         self.quantize_x = _quantizer(layer, X, step, layer.x)
@@ -131,7 +134,7 @@ class Lowered:
         gain, undo_gain = gains or (None, None)
         grad_x = grad_w = None
         if w is not None:
-            a, b_t = left["grad_input"], transposed(w.rows)
+            a, b_t = left["grad_input"], self.transposed(w.rows)
             grad_x = self.grad_input(a.rows, b_t, a.scale, scale["grad_input"], undo_gain, None, e.shape[0], x_shape)
         if x is not None:
             a, shape = left["grad_weight"], (self.layer.out_features, self.layer.in_features)
@@ -141,12 +144,6 @@ class Lowered:
 
 #: An operand -> the first one that equals it, so that equal ones are known by their id.
 _INTERNED: dict[Operand, Operand] = {}
-
-
-def transposed(codes: Any) -> torch.Tensor:
-    from halo_tensor.kernels.rotate import transposed  # Triton, which a machine without a GPU may lack
-
-    return transposed(codes)
 
 
 def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:
@@ -313,6 +310,7 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             or (bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.stride(0) != 1))
             or (trains_w and master is None and not weight.is_gathered)
             or (operand is not None and (operand.is_packed or operand.codes is None))
+            or (operand is not None and operand.scale.ndim > 0 and operand.scale.stride(0) != 1)
         ):
             return None
         if operand is None:

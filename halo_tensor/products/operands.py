@@ -90,10 +90,11 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
 
 def _is_shared(owner: torch.Tensor) -> bool:
     """Whether operands of ``owner`` can be reused in another call."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # every replay of a graph must quantise anew
-        return False
     # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
-    return type(owner) is torch.Tensor and owner.grad_fn is not None and not is_recorded()
+    if type(owner) is not torch.Tensor or owner.grad_fn is None or is_recorded():
+        return False
+    # Every replay of a CUDA graph must quantise anew.
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def shared_operands(owner: torch.Tensor | None) -> dict:

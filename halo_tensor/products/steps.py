@@ -1,4 +1,4 @@
-"""Which quantisations a recipe asks for: decided once for each recipe, before there is a tensor.
+"""Decide which quantisations a recipe asks for, before there is a tensor.
 
 The operand path (:mod:`halo_tensor.products.operands`) and the eager path (:mod:`halo_tensor.products.eager`) follow the same
 steps. So one set of rules says what X, W and E are quantised to.

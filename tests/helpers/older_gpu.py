@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from halo_tensor.fences import triton_launch
+from halo_tensor.products import eager
 
 #: compute capability -> bytes of shared memory that a program may use
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
@@ -31,6 +32,7 @@ def forget_plans() -> None:
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, _lru_cache_wrapper):
             value.cache_clear()
+    eager._lowered.clear()
     for function in gc.get_objects():
         if isinstance(function, JITFunction):
             function.device_caches.clear()

@@ -50,7 +50,6 @@ def quantize_tiles(
     return quantize(x, fold_columns, fold_rows, seed)
 
 
-@lru_cache(maxsize=4096)
 def tile_quantizer(
     dtype: torch.dtype,
     device: torch.device,

@@ -74,7 +74,6 @@ def _holds_rotated_row(k: int, dtype: torch.dtype, device: torch.device, column_
     return 2 * operands <= shared_memory(device)
 
 
-@lru_cache(maxsize=4096)
 def row_quantizer(
     k: int,
     dtype: torch.dtype,
