@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import llama
 import results
 import torch
 from contenders import convert
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 DEVICE = "cuda"
 NOTES = (
@@ -30,20 +32,9 @@ NOTES = (
 
 
 def llama_1b() -> nn.Module:
-    """Return a model of Llama-3.2-1B's shape with random weights in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(DEVICE):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
+    """Return a plain model of Llama-3.2-1B's shape with random weights in bfloat16."""
+    with torch.device(DEVICE):
+        return LlamaForCausalLM._from_config(LlamaConfig(**llama.SHAPES["1b"]), dtype=torch.bfloat16)
 
 
 def host_us(call: Callable[[], object], calls: int = 300) -> float:
