@@ -1,4 +1,4 @@
-"""What a recipe costs and loses: counted from shapes, predicted for a GPU, and measured on batches."""
+"""The cost and the errors of a recipe: counted from shapes, predicted for a GPU, and measured on batches."""
 
 from halo_tensor.analysis.cost import Shape, bit_operations, saved_bytes, shapes
 from halo_tensor.analysis.saved_memory import Saved, measure_saved

@@ -22,7 +22,7 @@ class _Call:
 
 @dataclass
 class Operands:
-    """What reached one layer.
+    """The matrices that reached one layer.
 
     Attributes:
         tokens: rows of X in all calls.

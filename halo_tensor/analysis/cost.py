@@ -1,4 +1,4 @@
-"""What a recipe costs: bytes and bit operations, counted from its definition.
+"""Count the bytes and the bit operations of a recipe from its definition.
 
 The counts describe the method, not a device. A GPU without int4 units multiplies int4 values as int8, for example.
 """

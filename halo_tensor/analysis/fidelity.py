@@ -1,4 +1,4 @@
-"""How close two results are, and how heavy the tails of a matrix are."""
+"""Measures of the error of a matrix, and of how heavy its tails are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ LOSSLESS = 150.0  # dB: smaller differences are below the rounding of float32
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close a matrix is to the exact one.
+    """The error of a matrix, compared with the exact one.
 
     Attributes:
         cosine: the cosine of both matrices as vectors.

@@ -1,4 +1,4 @@
-"""What a forward saves for backward, measured."""
+"""Measure the memory that a forward saves for backward."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,1 +1,1 @@
-"""What is measured on batches before training: balances, and a config for each layer."""
+"""Measurements on batches before training: balances, and a config for each layer."""

@@ -111,7 +111,7 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
 
 
 class Statistics:
-    """What the inputs of layers are like.
+    """Statistics of the inputs of layers.
 
     Attributes:
         squares: name -> Σ x² over all rows, float32 [in].

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` does with the ops.
+"""Teach ``torch.compile`` the ops.
 
 Everything here uses private names of PyTorch. Each module is a fast path that can be switched off, and falls back if it cannot
 be prepared (:mod:`halo_tensor.fences.fast_paths`).

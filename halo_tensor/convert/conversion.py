@@ -1,4 +1,4 @@
-"""What became of each layer of a model, and the warnings about it."""
+"""The result of a conversion, layer by layer, and the warnings about it."""
 
 import warnings
 from collections.abc import Iterable

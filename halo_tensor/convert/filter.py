@@ -55,7 +55,7 @@ def layer_filter(model: nn.Module, config: LinearConfig) -> "LayerFilter":
 
 
 class LayerFilter:
-    """What :func:`layer_filter` returns."""
+    """The filter that :func:`layer_filter` returns."""
 
     def __init__(self, model: nn.Module, config: LinearConfig):
         self.config = config

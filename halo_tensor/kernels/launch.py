@@ -1,7 +1,7 @@
-"""Launching Triton kernels at little cost: what is compiled knows no sizes, and a launch brings its own.
+"""Launch Triton kernels at little cost: kernels are compiled without sizes, and each launch brings its own.
 
-Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run. What is left
-here is to look at pointers. And no number of tokens is part of what is planned or compiled: see :class:`Planned`.
+Triton's own dispatch looks at every argument of every call, which takes longer than the smaller kernels run. A launch here
+only looks at pointers. Neither plans nor compiled kernels depend on a number of tokens: see :class:`Planned`.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ from halo_tensor.fences.fast_paths import LAUNCHER, PRECOMPILED, Refusal
 from halo_tensor.fences.pytorch import current_device, current_raw_stream
 
 _DATA_PTR = torch.Tensor.data_ptr
-#: Triton's default until 3.9, which 3.10 turns round; 3.9 warns of a kernel that does not say.
+#: Triton's default until 3.9. Version 3.10 changes the default, and 3.9 warns of kernels that do not set the option.
 _DEFAULTS = {"enable_fp_fusion": True}
 #: Added to the kind of an integer that takes 64 bits.
 _WIDE = 64
-#: As many numbers as a plan remembers the sizes of.
+#: For this many numbers a plan remembers the sizes.
 _REMEMBERED = 1024
 
 
 class Sizes(NamedTuple):
-    """What differs between launches of one kernel. :meth:`Launch.sizes` makes it.
+    """The numbers that differ between launches of one kernel. :meth:`Launch.sizes` makes them.
 
     Attributes:
         grid: the numbers of programs.
         integers: the kernel's.
         extents: rows, columns and row stride of each matrix that is read through a descriptor.
-        kinds: what a compiled kernel knows of each integer: see :meth:`Launch.sizes`.
+        kinds: what the kernel is compiled for, of each integer: see :meth:`Launch.sizes`.
     """
 
     grid: tuple[int, int, int]
@@ -44,13 +44,14 @@ class Sizes(NamedTuple):
 
 
 def describe(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int, int], gluon: bool = False) -> Any:
-    """How a kernel reads ``base`` through a descriptor, which is TMA where the GPU has it: in blocks of a shape.
+    """Return a descriptor with which a kernel reads blocks of ``base``, by TMA where the GPU has it.
 
-    Of a copy if TMA cannot read it where it lies: in a compiled graph nothing is known of pointers.
+    TMA reads from multiples of 16 bytes only. Compiled graphs may pass other pointers; then the descriptor is of a copy.
 
     Args:
         extent: rows, columns and row stride.
-        gluon: for a kernel that says itself how blocks lie in shared memory.
+        block: the shape of a block.
+        gluon: whether the kernel is written in Gluon, and so needs the layout of blocks in shared memory.
     """
     rows, columns, stride = extent
     if base.data_ptr() % 16:
@@ -63,12 +64,12 @@ def describe(base: torch.Tensor, extent: tuple[int, int, int], block: tuple[int,
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton's own takes microseconds."""
+    """Return a / b, rounded up. Triton's own function takes microseconds."""
     return -(-a // b)
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; on a CPU, where Triton's interpreter runs it, those of an RTX 4090."""
+    """Return the bytes of shared memory that a program may have; on a CPU, for Triton's interpreter, those of an RTX 4090."""
     if device.type != "cuda":
         return 99 * 1024
     return triton_launch.shared_memory(torch.cuda.current_device() if device.index is None else device.index)
@@ -80,10 +81,10 @@ class Launch:
     Calling it with :class:`Sizes` and tensors launches it. It is compiled once for each of ``kinds`` of its integers.
 
     Args:
-        kernel: its signature must list tensors, then integers, then constants. An integer whose name is in capitals is a size,
-            and may be a number of tokens; others are strides.
+        kernel: its signature must list tensors, then integers, then constants. Integers with names in capitals are sizes, and
+            may be numbers of tokens; the others are strides.
         constants: may also hold Triton's options (num_warps, num_stages, enable_fp_fusion).
-        blocks: of the first tensors, which are read through descriptors, the shapes of blocks.
+        blocks: the shapes of blocks of the first tensors, which are read through descriptors.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], blocks: tuple[tuple[int, int], ...] = ()):
@@ -94,17 +95,17 @@ class Launch:
         self._runs: dict[tuple[int, ...], triton_launch.Run] = {}
 
     def sizes(self, grid: tuple[int, ...], integers: tuple[int, ...], extents: tuple[tuple[int, int, int], ...] = ()) -> Sizes:
-        """What a call takes.
+        """Return the sizes that a call takes.
 
         ``kinds`` says what the kernel is compiled for: 16 for an integer that is a multiple of 16, so that whole vectors are
         loaded and stored; 1 for a stride of 1; 0 for other integers, and for those that the kernel lists in
-        ``do_not_specialize``. So a number of tokens is of one of two kinds, and 1 is as good as any other odd number.
+        ``do_not_specialize``. So there are two kinds of numbers of tokens, and 1 is of the same kind as any other odd number.
         """
         x, y, z = (*grid, 1, 1)[:3]
         return Sizes((x, y, z), integers, extents, tuple(map(_kind, integers, self._parameters[-len(integers) :])))
 
     def sized(self, *args: Any) -> "SizedLaunch":
-        """A launch of :meth:`sizes` of these arguments."""
+        """Return a launch with the :meth:`sizes` of these arguments."""
         return SizedLaunch(self, self.sizes(*args))
 
     def __call__(self, sizes: Sizes, *tensors: Any) -> None:
@@ -131,7 +132,7 @@ class Launch:
         run(sizes, tensors, pointers, stream)
 
     def _launch_first(self, sizes: Sizes, tensors: tuple, pointers: list[int], index: int, stream: int) -> None:
-        """The first launch for these kinds of integers, which decides how the others are made."""
+        """Launch for the first time with these kinds of integers, and decide how later launches are made."""
         how = PRECOMPILED.attempt(self._precompiled, sizes, tensors, index)
         launch = (how and PRECOMPILED.attempt(triton_launch.through_triton, *how)) or self._by_triton
 
@@ -146,7 +147,7 @@ class Launch:
         self._runs[sizes.kinds] = bare or launch
 
     def _precompiled(self, sizes: Sizes, tensors: tuple, index: int) -> tuple:
-        """The compiled kernel, and what else :func:`triton_launch.through_triton` wants."""
+        """Return the arguments of :func:`triton_launch.through_triton`, the first of which is the compiled kernel."""
         compiled = self._compile(self._described(sizes, tensors), sizes, index)
         names = self.kernel.arg_names[len(tensors) + len(sizes.integers) :]
         return compiled, self._descriptors, len(self.blocks), tuple(self.constants[name] for name in names)
@@ -159,7 +160,7 @@ class Launch:
             self._compile(self._described(sizes, tensors), sizes, index)
 
     def _descriptors(self, sizes: Sizes, tensors: tuple) -> list:
-        """Of the first tensors, one for each of ``blocks``."""
+        """Return a descriptor of each of the first tensors, one for each of ``blocks``."""
         described = zip(tensors, sizes.extents, self.blocks, strict=False)
         return [describe(*tensor, self._gluon) for tensor in described]
 
@@ -167,7 +168,7 @@ class Launch:
         return [*self._descriptors(sizes, tensors), *tensors[len(self.blocks) :]]
 
     def _by_triton(self, sizes: Sizes, tensors: tuple, pointers: list[int] | None = None, stream: int = 0) -> None:
-        """A launch by Triton's own dispatch."""
+        """Launch by Triton's own dispatch."""
         arguments = *self._described(sizes, tensors), *sizes.integers
         while True:
             constants = self.constants
@@ -190,7 +191,7 @@ class Launch:
             self.constants = self._with_less(constants, compiled.metadata.shared, available, torch.cuda.get_device_name(index))
 
     def _with_less(self, constants: dict[str, Any], needed: int, available: int, device: str) -> dict[str, Any]:
-        """As many pipeline stages as there is shared memory for: launch tables were made on an H100, for bf16."""
+        """Return constants with a pipeline stage fewer, since shared memory is short. Launch tables are for bf16 on an H100."""
         stages = "STAGES" if "STAGES" in constants else "num_stages"
         if constants.get(stages, 1) == 1:
             raise Refusal(
@@ -201,7 +202,7 @@ class Launch:
 
 
 def _kind(integer: int, parameter: Any) -> int:
-    """What a compiled kernel knows of an integer: see :meth:`Launch.sizes`."""
+    """Return what a kernel is compiled for, of one integer: see :meth:`Launch.sizes`."""
     wide = _WIDE if integer >= 2**31 else 0
     if parameter.do_not_specialize:
         return wide
@@ -211,7 +212,7 @@ def _kind(integer: int, parameter: Any) -> int:
 
 
 class SizedLaunch:
-    """A launch with its sizes, as compiled graphs call it: with the tensors only."""
+    """A launch together with its sizes. Compiled graphs call it with tensors only."""
 
     def __init__(self, launch: Launch, sizes: Sizes):
         self.launch, self.sizes = launch, sizes
@@ -224,14 +225,14 @@ class SizedLaunch:
         self.launch(self.sizes, *tensors)
 
     def source(self) -> str:
-        """An expression that makes this launch again, where the modules of kernels are imported."""
+        """Return an expression that makes this launch again; generated code imports the modules of kernels."""
         function, (grid, integers, extents, _) = self.launch.kernel.fn, self.sizes
         kernel = f"{function.__module__}.{function.__name__}"
         return f"Launch({kernel}, {self.launch.constants}, {self.launch.blocks}).sized({grid}, {integers}, {extents})"
 
 
 class Variant(NamedTuple):
-    """How one class of sizes is launched.
+    """The launch for one class of sizes.
 
     Attributes:
         launch: a :class:`Launch`, or what is called like one.
@@ -245,14 +246,14 @@ class Variant(NamedTuple):
 
 
 class Planned:
-    """The launches of one kernel's work for any sizes. Numbers of tokens are arguments, and only their class is planned for.
+    """The launches of one kernel for any sizes. Numbers of tokens are arguments, and only their class is planned for.
 
     A call takes ``numbers``, then the tensors of the kernel without the matrices of its variant. None stands for a tensor that
     the kernel does not read.
 
     Args:
         prepare: makes the variant of a class of sizes, when the first launch of that class is made.
-        classify: the class of ``numbers``; without it there is one.
+        classify: returns the class of ``numbers``; without it, all are of one class.
     """
 
     def __init__(self, prepare: Callable[[Any], Variant], classify: Callable[..., Any] | None = None):
@@ -267,7 +268,7 @@ class Planned:
         launch(sizes, *[first if t is None else t for t in (*tensors, *matrices)])  # any pointer for what is not there
 
     def variant(self, numbers: tuple[int, ...]) -> Variant:
-        """How these numbers are launched."""
+        """Return the launch for these numbers."""
         size = None if self._classify is None else self._classify(*numbers)
         if size not in self.variants:
             new = self._prepare(size)
@@ -284,5 +285,5 @@ class Planned:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two launches of one plan are the same, though of two classes of sizes."""
+    """Whether two classes of sizes have the same launch."""
     return isinstance(a, Launch) and isinstance(b, Launch) and a.kernel is b.kernel and a.constants == b.constants

@@ -1,4 +1,4 @@
-"""How an op of ``torch.ops.halo`` is declared: by one typed function, from whose signature everything else follows.
+"""Declare ops of ``torch.ops.halo``: each is one typed function, and its signature gives everything else.
 
 ::
 
@@ -80,7 +80,7 @@ _CONVERSIONS: dict[Any, tuple[Callable, Callable]] = {
 
 
 class _Declared(NamedTuple):
-    """What is known of an op: the names of its parameters, and its body, which takes what the dispatcher passes."""
+    """An op: the names of its parameters, and its body, which takes the values that the dispatcher passes."""
 
     names: tuple[str, ...]
     decoders: tuple[tuple[int, Callable], ...]

@@ -36,7 +36,7 @@ class Codes(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the launches of a layer depend on. No number of tokens is part of it.
+    """Everything that the launches of a layer depend on. Numbers of tokens are not part of it.
 
     Attributes:
         recipe: one that :func:`can_lower` accepts.

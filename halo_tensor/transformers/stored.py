@@ -1,4 +1,4 @@
-"""What a quantised checkpoint holds of a weight.
+"""The tensors of a weight in a quantised checkpoint.
 
 ========================  ============================================================================================
 ``x.weight``              the codes in one row: int8, fp8 e4m3, or four fp6 codes in three bytes. A reader without this
