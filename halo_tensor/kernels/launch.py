@@ -191,7 +191,7 @@ class Launch:
             self.constants = self._with_less(constants, compiled.metadata.shared, available, torch.cuda.get_device_name(index))
 
     def _with_less(self, constants: dict[str, Any], needed: int, available: int, device: str) -> dict[str, Any]:
-        """Return constants with a pipeline stage fewer, since shared memory is short. Launch tables are for bf16 on an H100."""
+        """Return constants with one pipeline stage less. Launch tables are for bf16 on an H100, which has more memory."""
         stages = "STAGES" if "STAGES" in constants else "num_stages"
         if constants.get(stages, 1) == 1:
             raise Refusal(
