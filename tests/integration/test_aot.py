@@ -225,6 +225,7 @@ EVERYWHERE = {
     "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
+    "int8, 16 rows of 4096", "int8, 64 rows of 4096, gain", "fp8, 16 rows of 4096", "fp8, 64 rows of 4096, gain",
 }  # fmt: skip
 #: What sm_86 is compiled for: its code is sm_80's, with the shared memory of sm_89.
 ON_86 = {"rows", "rows, wide", "rows, full width", "pair", "pair, rotated", "int8", "int8, undo right"}
@@ -500,6 +501,11 @@ MULTIPLY = {
     "int8, few tiles": multiply(FEW, INT, None, None),
     "int8, thin": multiply(THIN, INT, None, H),
     "int8, undo both": multiply((8192, 8192, 4096), INT, H, H),
+    **{
+        f"{format}, {rows} rows of {n}{extra}": multiply((rows, n, 4096), codes, None, None, gain=bool(extra))
+        for format, codes in (("int8", INT), ("fp8", FP8))
+        for rows, n, extra in ((16, 1024, ""), (16, 4096, ""), (32, 4096, ""), (64, 4096, ", gain"), (64, 14336, ""))
+    },
 }
 
 
@@ -528,7 +534,7 @@ def test_multiplying(launched, capability, name):
         else "f32.e4m3.e4m3"
     )
     assert any(i.startswith(unit) and kind in i for i in instructions(kernel)), instructions(kernel)
-    copies = "cp.async.bulk.tensor" if capability >= 90 else "cp.async.cg.shared.global"
+    copies = "cp.async.bulk.tensor" if capability >= 90 and "rows" not in name else "cp.async.cg.shared.global"
     assert copies in kernel.asm["ptx"], "operands are not copied ahead of the products"
     check_subnormal([kernel])
     check_fit([kernel, *passes], capability)
