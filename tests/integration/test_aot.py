@@ -225,7 +225,7 @@ EVERYWHERE = {
     "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
-    "int8, 16 rows of 4096", "int8, 64 rows of 4096, gain", "fp8, 16 rows of 4096", "fp8, 64 rows of 4096, gain",
+    "rows, few", "rows, few, gain", "int8, 16 rows of 4096", "int8, 64 rows of 4096, gain", "fp8, 16 rows of 4096", "fp8, 64 rows of 4096, gain",
 }  # fmt: skip
 #: What sm_86 is compiled for: its code is sm_80's, with the shared memory of sm_89.
 ON_86 = {"rows", "rows, wide", "rows, full width", "pair", "pair, rotated", "int8", "int8, undo right"}
@@ -298,6 +298,12 @@ QUANTIZE = {
         "whole_rows transpose_codes",
     ),
     "rows, full width, gain": (quantize((1000, 4096), None, Rotation(4096), "row", gain=True), "whole_rows transpose_codes"),
+    "rows, few": (quantize((16, 4096), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, gain": (quantize((16, 8192), None, H, "row", columns=False, gain=True), "whole_rows"),
+    "rows, few, narrow": (quantize((16, 512), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, plain": (quantize((16, 4096), None, None, "row", columns=False), "whole_rows"),
+    "rows, few, wide": (quantize((16, 14336), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, fp32": (quantize((16, 8192), None, H, "row", FP32, columns=False), "whole_rows"),
     "many": (many(H), "whole_rows_of_many"),
     "many, plain": (many(None), "whole_rows_of_many"),
     "many, wide, gain": (many(H, gain=True, width=14336), "whole_rows_of_many"),
