@@ -6,7 +6,7 @@ Nothing has been computed by then, so a path never fails half-way.
 
 The environment variable ``HALO_DISABLE`` switches paths off. It holds names of :data:`FAST_PATHS`, separated by commas, for
 example ``HALO_DISABLE=gluon,launcher``, and is read once, when the library is imported. The backends of products are among
-these names: ``HALO_DISABLE=cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()`` lists the
+these names: ``HALO_DISABLE=few_rows,cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()`` lists the
 paths, with the reason for each that is off.
 """
 

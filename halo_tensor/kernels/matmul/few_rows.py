@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
-from halo_tensor.kernels.matmul.epilogue import finish
 from halo_tensor.kernels.matmul.request import Request, multiprocessors
 
 
@@ -40,47 +39,82 @@ def tile_for(n: int, few: int, multiprocessors: int, shared: int) -> Tile:
 def few_rows_kernel(
     a, b, out, a_scale, b_scale, gain, bias,
     M, N, K, stride_a, stride_b,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
     INTEGER: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, GAIN: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Store out [M, N] = diag(a_scale) a bᵀ diag(b_scale) diag(gain) + bias, with M at most BM.
 
-    a [M, K] and b [N, K] are codes, whose rows begin at multiples of 16 bytes. PARTS: how many products [BN, BK / PARTS] ×
-    [BK / PARTS, BM] make up a step along K. Each is a warp's, if there are as many warps. The other constants are those of
-    :func:`halo_tensor.kernels.matmul.epilogue.finish`.
+    a [M, K] and b [N, K] are codes, whose rows begin at multiples of 16 bytes. The tile is computed transposed, [BN, BM].
+    PARTS: how many products [BN, BK / PARTS] × [BK / PARTS, BM] make up a step along K. Each is a warp's, if there are as many
+    warps. The other constants are those of :func:`halo_tensor.kernels.matmul.epilogue.finish`, which computes the same.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     accumulator_type: tl.constexpr = tl.int32 if INTEGER else tl.float32
     PART: tl.constexpr = BK // PARTS
     stride_a, stride_b = tl.multiple_of(stride_a, 16), tl.multiple_of(stride_b, 16)
     first = tl.program_id(0) * BN
-    rows = tl.arange(0, BM)
+    rows, columns = tl.arange(0, BM), first + tl.arange(0, BN)
+    # What is multiplied at the end is read first. It would take as long as the product of a small weight otherwise.
+    SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.ops.SHIFT
+    if B_SCALE == 2:
+        by_column = tl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT)
+    by_row = tl.full((BM,), 1.0, tl.float32)
+    if A_SCALE == 2:
+        by_row = tl.load(a_scale + rows, mask=rows < M, other=0.0) * SHIFT
+    if A_SCALE == 1:
+        by_row = by_row * (tl.load(a_scale) * SHIFT)
+    if B_SCALE == 1:
+        by_row = by_row * tl.load(b_scale)
+    if GAIN:
+        by_gain = tl.load(gain + columns, mask=columns < N, other=0.0)
+    if BIASED:
+        added = tl.load(bias + columns, mask=columns < N, other=0.0)
     # Instead of columns beyond the last one, the last one is read again, and not stored.
-    columns = tl.minimum(tl.arange(0, BN), N - 1 - first)
-    depth = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    a_at = a + (rows[None, :, None] * stride_a + depth)
-    b_at = b + first.to(tl.int64) * stride_b + (columns[None, :, None] * stride_b + depth)
-    sums = tl.zeros((PARTS, BN, BM), dtype=accumulator_type)
+    within = tl.minimum(tl.arange(0, BN), N - 1 - first)
+    b += first.to(tl.int64) * stride_b
     whole = K // 16 * 16
-    for k in range(0, whole, BK):
-        near = depth < whole - k
-        b_tile = tl.load(b_at, mask=near, other=0.0)
-        a_tile = tl.load(a_at, mask=(rows < M)[None, :, None] & near, other=0.0)
-        sums = tl.dot(b_tile, tl.permute(a_tile, (0, 2, 1)), sums, out_dtype=accumulator_type)
-        a_at += BK
-        b_at += BK
-    acc = tl.sum(sums, 0)
+    if PARTS == 1:
+        depth = tl.arange(0, BK)
+        a_at, b_at = a + (rows[:, None] * stride_a + depth), b + (within[:, None] * stride_b + depth)
+        acc = tl.zeros((BN, BM), dtype=accumulator_type)
+        for k in range(0, whole, BK):
+            near = (depth < whole - k)[None, :]
+            b_tile = tl.load(b_at, mask=near, other=0.0)
+            a_tile = tl.load(a_at, mask=(rows < M)[:, None] & near, other=0.0)
+            acc = tl.dot(b_tile, a_tile.T, acc, out_dtype=accumulator_type)
+            a_at += BK
+            b_at += BK
+    else:
+        depth = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+        a_at, b_at = a + (rows[None, :, None] * stride_a + depth), b + (within[None, :, None] * stride_b + depth)
+        sums = tl.zeros((PARTS, BN, BM), dtype=accumulator_type)
+        for k in range(0, whole, BK):
+            near = depth < whole - k
+            b_tile = tl.load(b_at, mask=near, other=0.0)
+            a_tile = tl.load(a_at, mask=(rows < M)[None, :, None] & near, other=0.0)
+            sums = tl.dot(b_tile, tl.permute(a_tile, (0, 2, 1)), sums, out_dtype=accumulator_type)
+            a_at += BK
+            b_at += BK
+        acc = tl.sum(sums, 0)
     if K > whole:  # what follows the last code of a row must not be multiplied, so these few are read one by one
         rest = tl.arange(0, 32)
-        b_rest = b + first.to(tl.int64) * stride_b + whole + (columns[:, None] * stride_b + rest[None, :])
-        a_rest = a + whole + (rows[:, None] * stride_a + rest[None, :])
         inside = (rest < K - whole)[None, :]
-        last_b = tl.load(b_rest, mask=inside, other=0.0)
-        last_a = tl.load(a_rest, mask=(rows < M)[:, None] & inside, other=0.0)
+        last_b = tl.load(b + whole + (within[:, None] * stride_b + rest), mask=inside, other=0.0)
+        last_a = tl.load(a + whole + (rows[:, None] * stride_a + rest), mask=(rows < M)[:, None] & inside, other=0.0)
         acc = tl.dot(last_b, last_a.T, acc, out_dtype=accumulator_type)
-    finish(
-        tl.trans(acc), out, a_scale, b_scale, gain, bias, a, a, 0, tl.program_id(0), M, N, M, N,
-        A_SCALE, B_SCALE, GAIN, BIASED, False, False, 1.0, BN,
-    )  # fmt: skip
+    y = acc.to(tl.float32)
+    if B_SCALE == 2:
+        y = y * by_column[:, None]
+    if A_SCALE > 0 or B_SCALE == 1:
+        y = y * by_row[None, :]
+    if GAIN:
+        y = y * by_gain[:, None]
+    if BIASED:
+        y = y + added.to(tl.float32)[:, None]
+    y = tl.trans(y).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * N + columns[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 def why_not(request: Request) -> str | None:
@@ -97,7 +131,7 @@ def plan(request: Request) -> Variant:
     n, device = request.n, request.device
     tile = tile_for(n, request.size.few, multiprocessors(device), shared_memory(device))
     constants = {
-        "BM": request.size.few, "BN": tile.n, "BK": tile.k, "PARTS": tile.parts, **request.constants,
+        "BM": request.size.few, "BN": tile.n, "BK": tile.k, "PARTS": tile.parts, "PDL": False, **request.constants,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 

@@ -19,8 +19,9 @@ from halo_tensor.reference.hadamard import block_diagonal, factors, hadamard_fac
 
 #: The most elements of a row that a program holds in registers.
 LARGEST_ROW = 32768
-#: Up to this many rows each has a program of its own. There are more multiprocessors than such programs.
-FEW = 64
+#: Up to this many rows each has a program of its own, because there are more multiprocessors. Triton's interpreter runs
+#: programs one after the other.
+FEW = {"cuda": 64, "cpu": 8}
 
 
 def quantize_rows(
@@ -136,6 +137,7 @@ def plan_whole_rows(
     all, the gain, the fold of columns, the codes and the scales.
     """
     launch, constants, matrices = row_constants(k, dtype, device, column_rotation, format, gained, folded, producer)
+    few = FEW[device.type]
 
     def prepare(steps: int) -> Variant:
         chosen = launch._replace(steps=steps) if steps else launch.for_few(constants["CHUNKS"], constants["WIDTH"])
@@ -146,7 +148,7 @@ def plan_whole_rows(
 
         return Variant(Launch(kernels.whole_rows, constants | options), sizes, matrices)
 
-    return Planned(prepare, lambda m, *strides: 0 if m <= FEW else launch.steps_for(m))
+    return Planned(prepare, lambda m, *strides: 0 if m <= few else launch.steps_for(m))
 
 
 def row_constants(
@@ -213,7 +215,7 @@ class RowLaunch(NamedTuple):
         return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
 
     def for_few(self, chunks: int, width: int) -> "RowLaunch":
-        """Return the launch for at most FEW rows of ``chunks`` pieces of ``width`` elements.
+        """Return the launch for few rows of ``chunks`` pieces of ``width`` elements.
 
         A program takes one row, or as many as have 16 pieces, which is the height of a product (docs/notes/quantisers.md).
         """
