@@ -10,6 +10,7 @@ A step with so few tokens reads all weights and computes little. In eager code t
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
 
@@ -25,8 +26,9 @@ DEVICE = "cuda"
 KEPT, ROOM = 128, 256
 NOTES = (
     f"One token for each sequence, with {KEPT} tokens in a static cache for {ROOM}. The model is Hugging Face's in bf16, with "
-    "random weights and sdpa; lm_head stays in bf16. Eager: the median of 20 steps after 5, each until the GPU is done. Graph: "
-    "the median of 50 replays of one CUDA graph of the step. × bf16: bf16's time divided by the contender's; more is better."
+    "random weights and sdpa; lm_head stays in bf16. Eager: the median of 20 steps after 5, each until the GPU is done. "
+    "Graph: the median of 50 replays of one CUDA graph of the step. × bf16: bf16's time divided by the contender's; more is "
+    "better."
 )
 
 
@@ -80,7 +82,7 @@ def graph_ms(step: Callable[[], object], replays: int = 50) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return median(a.elapsed_time(b) for a, b in pairwise(marks))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

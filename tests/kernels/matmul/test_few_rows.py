@@ -8,16 +8,15 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from halo_tensor import ops
-from halo_tensor.fences.fast_paths import FAST_PATHS, FEW_ROWS
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.fences.fast_paths import FAST_PATHS
+from halo_tensor.kernels.launch import Launch, cdiv
 from halo_tensor.kernels.matmul import few_rows, tma
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.matmul.request import multiprocessors, size_class
 from halo_tensor.recipe import FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
-from halo_tensor.reference.codes import aligned, code_dtype
+from halo_tensor.reference.codes import aligned
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
-from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
+from tests.helpers.interpreter import DEVICE, GPU, INTERPRETED, runs_kernels
 from tests.helpers.kernel_checks import DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
 
 BF16 = torch.bfloat16
@@ -32,9 +31,7 @@ def test_in_the_interpreter():
 def launched(monkeypatch):
     """The names of the kernels that run."""
     names, call = [], Launch.__call__
-    monkeypatch.setattr(
-        Launch, "__call__", lambda self, *args: (names.append(self.kernel.fn.__name__), call(self, *args))[1]
-    )
+    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.fn.__name__), call(self, *args))[1])
     return names
 
 
@@ -74,7 +71,7 @@ def switch_off(monkeypatch):
 )
 @example(1, 1, 1, (INT8, INT8), ("vector", "vector"), True, True, torch.float32, ("beside others",) * 2)
 @example(64, 129, 1100, (FP8_E4M3, FP8_E4M3), ("vector", "vector"), True, True, BF16, ("beside others",) * 2)
-@settings(max_examples=25 if GPU else 40, phases=[Phase.explicit, Phase.generate], deadline=None)
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate], deadline=None)
 def test_every_epilogue(m, n, k, formats, scales, biased, gained, dtype, layouts):
     assume(dtype != torch.float16 or None not in scales)  # sums of codes are too large for it
     a, b_t = (
@@ -117,6 +114,8 @@ def test_integers_as_the_other_backends(launched, switch_off, m):
 @runs_kernels
 @pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
 def test_a_nan_stays_in_its_row(launched, format):
+    if format is not INT8 and INTERPRETED:
+        pytest.skip("Triton's interpreter makes 384 of a NaN in fp8")
     a, b_t, scale = codes_of((9, 256), format), codes_of((40, 256), format), torch.ones(9, device=DEVICE)
     if format is INT8:
         scale[3] = torch.nan
@@ -127,16 +126,30 @@ def test_a_nan_stays_in_its_row(launched, format):
     assert y[3].isnan().all() and y.isnan().sum() == 40
 
 
-# Where it is used.
+# Where it is used, and its tiles.
+
+
+@pytest.mark.parametrize(("multiprocessors", "shared"), [(108, 163), (82, 99), (128, 99), (132, 227), (170, 99)])
+@pytest.mark.parametrize("by_wgmma", [False, True])
+def test_the_tiles(multiprocessors, shared, by_wgmma):
+    """They fit, most multiprocessors have one, and enough is on its way to hide the latency of memory."""
+    for n in (512, 1024, 2048, 3072, 4096, 6144, 8192, 14336, 128256):
+        for few in (16, 32, 64):
+            tile = few_rows.tile_for(n, few, by_wgmma, multiprocessors, shared * 1024)
+            assert tile.k % (32 * tile.parts) == 0 and tile.stages >= 3
+            assert (tile.stages - 1) * (tile.n + few) * tile.k <= shared * 1024
+            programs = min(cdiv(n, tile.n), multiprocessors)
+            assert programs >= (0.2 if few == 64 or by_wgmma else 0.45) * min(n / 16, multiprocessors)
+            assert programs * (tile.stages - 1) * tile.n * tile.k >= 2**20 or n < 1024  # 4.8 TB/s for 200 ns
 
 
 def kernel_for(m: int, **different) -> tuple[str, int]:
     """The kernel that is planned for ``m`` rows, and the launches that its plan holds."""
     options = {"a": torch.int8, "n": 4096, "row": None, "column": None} | different
-    planned = product.plan(
-        torch.device("cpu"), options["a"], options["a"], options["n"], 2, 2, False, None, options["row"], options["column"], BF16
-    )
-    return planned.variant((m, 4096, m, 4096, 4096)).launch.kernel.fn.__name__, len({id(v.launch) for v in planned.variants.values()})
+    a, n, rotations = options["a"], options["n"], (options["row"], options["column"])
+    planned = product.plan(torch.device("cpu"), a, a, n, 2, 2, False, None, *rotations, BF16)
+    name = planned.variant((m, 4096, m, 4096, 4096)).launch.kernel.fn.__name__
+    return name, len({id(variant.launch) for variant in planned.variants.values()})
 
 
 @pytest.mark.parametrize("a", [torch.int8, torch.float8_e4m3fn], ids=str)
