@@ -155,7 +155,7 @@ JOINT_GRAPH = FastPath(
 FEW_ROWS = FastPath(
     "few_rows",
     "matrix products of at most 64 rows, as in generation, in Triton",
-    "they take 1.1 to 3 times as long",
+    "they take 1.1 to 3.2 times as long",
     "triton",
 )
 CUBLAS = FastPath(
