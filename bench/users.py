@@ -28,8 +28,8 @@ NOTES = (
     "with gradients set to None after each backward; the median of 7 runs of 300 calls. Steps: milliseconds, medians of 12 "
     "(2×512) and 8 (4×2048) after 5; lengths that vary: the mean of thirty steps after ten, 4 × 200 to 2048 tokens, the same "
     "lengths for all contenders. LoRA: PEFT's adapters of rank 16 on all linears of a frozen Llama-3-8B shape, whose layers "
-    "are recomputed in the backward; the median of 7 steps after 4. Generate: 8 prompts of 64 tokens, 64 new ones, milliseconds of "
-    "the second call. "
+    "are recomputed in the backward; the median of 7 steps after 4. Generate: 8 prompts of 64 tokens, 64 new ones, "
+    "milliseconds of the second call. "
     "× bf16: bf16's time divided by the contender's; more is better."
 )
 
