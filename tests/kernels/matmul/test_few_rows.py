@@ -12,6 +12,7 @@ from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Launch, cdiv
 from halo_tensor.kernels.matmul import few_rows, tma
 from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.quantize import whole_rows
 from halo_tensor.recipe import FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference.codes import aligned
 from tests.helpers import interpreter
@@ -124,6 +125,54 @@ def test_a_nan_stays_in_its_row(launched, format):
     y = ops.scaled_mm(a, b_t, scale, None, None, None, None, (9, 40), BF16)
     assert launched == ["few_rows_kernel"]
     assert y[3].isnan().all() and y.isnan().sum() == 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the interpreter takes too long")
+@pytest.mark.parametrize("format", [INT8, FP8_E4M3], ids=str)
+@pytest.mark.parametrize("size", [(16, 1024), (33, 512), (64, 1024), (8, 3072), (64, 4096), (16, 14336)])
+def test_real_products(launched, switch_off, size, format):
+    """Tiles of every width, as the other backends multiply, and the same in every call."""
+    (m, n), k = size, 4096
+    a, b_t = codes_of((m, k), format), codes_of((n, k), format)
+    arguments = a, b_t, *scales_of(("vector", "vector"), (m, n), [format.max] * 2), None, None, None, (m, n), torch.float32
+    y = ops.scaled_mm(*arguments)
+    assert set(launched) == {"few_rows_kernel"} and all(torch.equal(ops.scaled_mm(*arguments), y) for _ in range(20))
+    switch_off("few_rows")
+    other = ops.scaled_mm(*arguments)
+    assert torch.equal(y, other) if format is INT8 else relative_error(y, other) < 4e-3
+    assert launched[-1] != "few_rows_kernel"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the interpreter launches one kernel after the other")
+@pytest.mark.parametrize("captured", [False, True])
+def test_launches_wait_for_each_other(captured):
+    """A program that starts early reads nothing before the kernel ahead of it is done: each product reads the last one."""
+    weights = [codes_of((2048, 2048), INT8) for _ in range(12)]
+    x, scale = torch.randn(8, 2048, device=DEVICE, dtype=BF16), torch.rand(2048, device=DEVICE) / 2000
+
+    def chain(wait: bool) -> torch.Tensor:
+        y = x
+        for weight in weights:
+            codes, by_row = whole_rows.quantize_rows(y, Rotation(128), INT8, None, None, None)
+            y = product.scaled_mm(codes, weight, by_row, scale, None, None, None, (8, 2048), BF16)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    expected = chain(wait=True)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(wait=False)
+    for _ in range(50):
+        if captured:
+            y.zero_()
+            graph.replay()
+        else:
+            y = chain(wait=False)
+        assert torch.equal(y, expected) and expected.isfinite().all()
 
 
 # Where it is used, and its tiles.
