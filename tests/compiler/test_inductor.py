@@ -14,6 +14,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 pytest.importorskip("triton")
 from halo_tensor import halo_config, hot_config, ops, quantize_, recipe_config
 from halo_tensor.compiler import joint_graph
+from halo_tensor.fences.fast_paths import FEW_ROWS
 from halo_tensor.kernels.matmul import cublas
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.recipe import INT8, Rotation
@@ -331,6 +332,7 @@ def test_the_vendors_product_in_a_graph(monkeypatch):
     def multiply(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum, out):
         return out.copy_(a.float() @ b.float() * scale_a * scale_b)
 
+    monkeypatch.setattr(FEW_ROWS, "disabled", True)
     monkeypatch.setattr(cublas, "is_faster", lambda *sizes: True)
     monkeypatch.setattr(cublas, "why_not", lambda request: None)
     product.plan.cache_clear()
