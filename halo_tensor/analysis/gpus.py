@@ -77,7 +77,7 @@ _NEUTRAL = re.compile(r"NVIDIA|GEFORCE|AC|SXM\d*|HBM\d\w*|\d+GB", re.IGNORECASE)
 
 
 def modelled(gpu: str | None, device: torch.device) -> Ceilings:
-    """Return the ceilings of the GPU to model.
+    """Return the ceilings of the GPU to model. If its rates are not known, another GPU stands in for it, with a note.
 
     Args:
         gpu: a name in GPUS, or None.
@@ -86,25 +86,46 @@ def modelled(gpu: str | None, device: torch.device) -> Ceilings:
     Raises:
         ValueError: the rates of ``gpu`` are not known.
     """
-    if gpu is not None:
-        name = _listed(gpu)
-        if name is None:
-            raise ValueError(f"gpu={gpu!r} is not known; known are {', '.join(GPUS)}. Pass ceilings=Ceilings(...) for another")
-        return ceilings_of(name)
-    if device.type != "cuda" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type != "cuda" or torch.version.hip is not None:
-        return _standing_in(
-            "H100", "This machine has no NVIDIA GPU, so an H100 is modelled; gpu='RTX 4090' would model that card."
-        )
-    own = torch.cuda.get_device_name(device)
-    if name := _listed(own):
-        return ceilings_of(name)
-    capability = torch.cuda.get_device_capability(device)
+    known, why_not = known_ceilings(gpu, device)
+    if known is not None:
+        return known
+    if not (own := name_of(device)):
+        return _standing_in("H100", f"{why_not}, so an H100 is modelled; gpu='RTX 4090' would model that card.")
+    capability = torch.cuda.get_device_capability(device if device.type == "cuda" else None)
     like = next((name for name, published in GPUS.items() if published.capability == capability), None)
     if like is None:
         return _standing_in("H100", f"The rates of {own} are not known, and an H100, of another generation, is modelled.")
     return _standing_in(like, f"The rates of {own} are not known, and {like}, of the same generation, is modelled.")
+
+
+def known_ceilings(gpu: str | None, device: torch.device) -> tuple[Ceilings | None, str]:
+    """Return the ceilings of one GPU, without another one in its place.
+
+    Args:
+        gpu: a name in GPUS or a device's name, as "NVIDIA H200"; or None.
+        device: whose GPU is meant if ``gpu`` is None. For a CPU it is this machine's GPU.
+
+    Returns:
+        the ceilings, and ""; or None, and the reason as a clause.
+
+    Raises:
+        ValueError: the rates of ``gpu`` are not known.
+    """
+    if gpu is not None:
+        if (name := _listed(gpu)) is None:
+            raise ValueError(f"gpu={gpu!r} is not known; known are {', '.join(GPUS)}. Pass ceilings=Ceilings(...) for another")
+        return ceilings_of(name), ""
+    if not (own := name_of(device)):
+        return None, "This machine has no NVIDIA GPU"
+    name = _listed(own)
+    return (None, f"The rates of {own} are not known") if name is None else (ceilings_of(name), "")
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of an NVIDIA GPU: ``device``, or this machine's current one if ``device`` is none; "" without one."""
+    if torch.version.hip is not None or not (device.type == "cuda" or torch.cuda.is_available()):
+        return ""
+    return torch.cuda.get_device_name(device if device.type == "cuda" else torch.cuda.current_device())
 
 
 def ceilings_of(name: str) -> Ceilings:

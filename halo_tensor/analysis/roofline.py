@@ -47,6 +47,9 @@ class Ceilings:
     rotate_wide: float
     source: str
     notes: tuple[str, ...] = ()
+    launch: float = 0.0
+    multiprocessors: int = 1
+    measured: bool = False
 
     @property
     def a_name(self) -> str:
@@ -104,6 +107,11 @@ def seconds(
                 once = elements * (HP_BYTES + len(contracted) * CODE_BYTES) / _quantizing_rate(operand, ceilings)
                 time += once / sharing if dims == X else once
     return time
+
+
+def seconds_of(recipe, shape, products=tuple(PRODUCTS), *, trained=True, ceilings=H100) -> float:
+    sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
+    return shape.groups * seconds(recipe, sizes, products, trained=trained, ceilings=ceilings)
 
 
 def lacking(recipe: Recipe, ceilings: Ceilings) -> set[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from halo_tensor.analysis import roofline
@@ -28,6 +29,14 @@ class Candidates:
 
     configs: dict[str, LinearConfig]
     balanced: set[str]
+
+    def has_kernels(self, name: str) -> bool:
+        """Whether a GPU runs a candidate. MXFP8 and NVFP4 run on a CPU only, for accuracy studies."""
+        try:
+            check_scales(self.configs[name].recipe.granularities, torch.device("cuda"))
+        except RuntimeError:
+            return False
+        return True
 
     @property
     def rotation(self) -> Rotation:

@@ -1,0 +1,199 @@
+"""The speed that the model of time predicts for the layers of a conversion, compared with bf16's."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from halo_tensor.analysis import gpus, roofline
+from halo_tensor.analysis.cost import Shape
+from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.layers import kinds as layers
+from halo_tensor.recipe import PRODUCTS, Recipe
+
+#: Tokens of a step for which ``quantize_`` predicts by default: a full batch, as 4 sequences of 2048.
+TOKENS = 8192
+#: How many widths a text lists.
+SHOWN = 8
+
+
+@dataclass
+class Prediction:
+    """The predicted speed of converted layers, × bf16. ``print`` shows it by width.
+
+    It is of forward and backward, compiled, with launches that cost the CPU nothing, as in CUDA graphs. See
+    :mod:`halo_tensor.analysis.roofline`. Layers that share their input are a little faster than predicted.
+
+    Args:
+        tokens: rows of a linear layer's input in a step; output positions of a convolution.
+        gpu: the name of the GPU; "" if there is no prediction.
+        why_not: why there is none.
+        measured: whether the model was compared with measurements on this GPU.
+        seconds: qualified name of a layer -> predicted seconds of a step in bf16, and under the layer's recipe.
+        sides: qualified name of a layer -> its in and out features, as text.
+
+    Example:
+        >>> import torch
+        >>> from halo_tensor import halo_config, quantize_
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.Linear(4096, 128)).bfloat16()
+        >>> predicted = quantize_(model, halo_config(1, "int8"), gpu="H200", min_gain=1.0).predicted
+        >>> list(predicted.gains), predicted.gain > 1.2
+        (['0'], True)
+    """
+
+    tokens: int
+    gpu: str = ""
+    why_not: str = ""
+    measured: bool = False
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sides: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """Qualified name of a layer -> predicted speed, × bf16."""
+        return {name: high / low for name, (high, low) in self.seconds.items()}
+
+    @property
+    def gain(self) -> float | None:
+        """The predicted speed of all layers together, × bf16; None without a prediction."""
+        if not self.seconds:
+            return None
+        return sum(high for high, _ in self.seconds.values()) / sum(low for _, low in self.seconds.values())
+
+    @property
+    def slower(self) -> list[str]:
+        """The layers that are predicted to be slower than in bf16."""
+        return [name for name, gain in self.gains.items() if gain < 1]
+
+    @property
+    def where(self) -> str:
+        """The GPU and the number of tokens, in words."""
+        return where(self.gpu, self.tokens)
+
+    def __str__(self) -> str:
+        if not self.gpu:
+            return f"no gain is predicted: {self.why_not[:1].lower() + self.why_not[1:]}; gpu='H200' names one"
+        if self.gain is None:
+            return ""
+        rates = "" if self.measured else ", by published rates, where nothing was measured"
+        head = f"predicted speed of these layers, compiled, {self.where}{rates}: {self.gain:.2f}× bf16"
+        return "\n".join([head, *self._lines(self.seconds)])
+
+    def _lines(self, names: Iterable[str]) -> list[str]:
+        """Return a line for each width and gain, the slowest first."""
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for name in sorted(names, key=self.gains.__getitem__):
+            kinds.setdefault((self.sides[name], f"{self.gains[name]:.2f}×"), []).append(name)
+        lines = [f"  {gain} {sides}: {together(of)}" for (sides, gain), of in kinds.items()]
+        more = lines[SHOWN:]
+        return lines[:SHOWN] + [f"  and {len(more)} other widths, which are faster"] * bool(more)
+
+
+def where(gpu: str, tokens: int) -> str:
+    """Return a GPU and a number of tokens in words."""
+    return f"on {article(gpu)} {gpu} with {tokens} tokens"
+
+
+def article(noun: str) -> str:
+    """Return "a" or "an", as a name of a GPU wants it."""
+    return "an" if noun[:1] in tuple("AEFHILMNORSX8") else "a"
+
+
+def kind_of(name: str) -> str:
+    """Return a layer's name without its numbers: layers.3.mlp.up -> layers.*.mlp.up."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "the model"
+
+
+def together(names: Iterable[str]) -> str:
+    """Name layers, those that differ in numbers only together: "layers.*.q (12 layers), head"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return ", ".join(of[0] or kind if len(of) == 1 else f"{kind} ({len(of)} layers)" for kind, of in kinds.items())
+
+
+class Predictor:
+    """Predicts the gain of layers on one GPU. Layers of equal widths are predicted once.
+
+    Args:
+        gpu: the name of a GPU, its ceilings, or None for the one that is at hand.
+        device: where the model is.
+        tokens: see :class:`Prediction`.
+
+    Raises:
+        ValueError: ``tokens`` is no positive integer, or the rates of ``gpu`` are not known.
+    """
+
+    def __init__(self, gpu: str | Ceilings | None, device: torch.device, tokens: int):
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"tokens must be a positive integer, the tokens of a training step; got {tokens!r}")
+        self.tokens = tokens
+        self.ceilings, self.why_not = (gpu, "") if isinstance(gpu, Ceilings) else gpus.known_ceilings(gpu, device)
+        self._known: dict[tuple, tuple[float, float]] = {}
+
+    @property
+    def where(self) -> str:
+        """The GPU and the number of tokens, in words."""
+        return where(self.ceilings.name, self.tokens) if self.ceilings else ""
+
+    def seconds(self, module: Any, recipe: Recipe, frozen: bool) -> tuple[float, float] | None:
+        """Return the predicted seconds of a layer in bf16 and under ``recipe``; None without a prediction."""
+        if self.ceilings is None:
+            return None
+        shape = shape_of(module, self.tokens)
+        key = shape, id(recipe), frozen
+        if key not in self._known:
+            products = [name for name in PRODUCTS if not (frozen and name == "grad_weight")]
+            high, low = (
+                roofline.seconds_of(r, shape, products, trained=not frozen, ceilings=self.ceilings) for r in (Recipe(), recipe)
+            )
+            self._known[key] = high, low
+        return self._known[key]
+
+    def of(self, model: nn.Module, names: Iterable[str]) -> Prediction:
+        """Predict the converted layers of a model."""
+        if self.ceilings is None:
+            return Prediction(self.tokens, why_not=self.why_not)
+        found = Prediction(self.tokens, self.ceilings.name, measured=self.ceilings.measured)
+        for name in names:
+            module: Any = model.get_submodule(name)
+            recipe = layers.recipe_of(module)
+            seconds = recipe and self.seconds(module, recipe, not module.weight.requires_grad)
+            if seconds:
+                found.seconds[name], found.sides[name] = seconds, sides_of(module)
+        return found
+
+
+def shape_of(module: Any, tokens: int) -> Shape:
+    """Return the shape of a layer's work in a step. Each group of a convolution is a product of its own."""
+    sides = layers.features(module)
+    assert sides is not None
+    if not isinstance(module, nn.Conv2d):
+        return Shape(tokens, *sides, 1, (tokens, sides[0]))
+    window, stride = prod(module.kernel_size), prod(module.stride)
+    return Shape(tokens, sides[0] * window, sides[1], module.groups, (tokens if window == 1 else tokens * stride, sides[0]))
+
+
+def sides_of(module: Any) -> str:
+    """Return the widths of a layer as text, with the kernel of a convolution."""
+    sides = layers.features(module)
+    assert sides is not None
+    kernel = f", {'×'.join(map(str, module.kernel_size))}" if isinstance(module, nn.Conv2d) else ""
+    return f"{sides[0]}→{sides[1]}{kernel}"
+
+
+def warn_of_slower(prediction: Prediction, stacklevel: int = 4) -> None:
+    """Warn once of the layers that are predicted to be slower than in bf16."""
+    if slower := prediction.slower:
+        lines = "\n".join(prediction._lines(slower))
+        warnings.warn(
+            f"{len(slower)} of {len(prediction.seconds)} converted layers are predicted to be slower than in bf16 "
+            f"{prediction.where}:\n{lines}\n"
+            "quantize_(..., min_gain=1.0) leaves them in high precision; tokens= says how many tokens your steps have",
+            stacklevel=stacklevel,
+        )
