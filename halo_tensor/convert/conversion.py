@@ -80,7 +80,7 @@ class Conversion:
 
     @property
     def is_partial(self) -> bool:
-        """Whether less than half is converted, not counting what the caller left out by ``filter_fn``, ``skip``, ``min_gain`` or name."""
+        """Whether less than half is converted, not counting what the caller left out, as by ``skip`` or ``min_gain``."""
         left_out = [n for n, reason in self.skipped.items() if reason == CHOICE or reason.startswith((SKIPPED, SLOW))]
         candidates = sum(self.sizes.values()) - self._elements(left_out)
         return self._elements(self.converted) < LEAST_SHARE * candidates

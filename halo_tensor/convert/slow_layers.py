@@ -40,8 +40,8 @@ class SlowLayers:
             raise ValueError(f"min_gain must be a speed, × bf16, as 1.0; got {min_gain!r}")
         if predictor.ceilings is None:
             raise ValueError(
-                f"min_gain={min_gain:g} needs a prediction. {predictor.why_not}: name the GPU on which the model will be trained, "
-                f"gpu='H200' for example. Known are {', '.join(GPUS)}"
+                f"min_gain={min_gain:g} needs a prediction. {predictor.why_not}: name the GPU on which the model will be "
+                f"trained, gpu='H200' for example. Known are {', '.join(GPUS)}"
             )
 
     def includes(self, module: Any, name: str, config: object) -> bool:
@@ -89,8 +89,8 @@ def restore_layer(name: str, module: nn.Module) -> None:
     weight: Any = getattr(module, "weight", None)
     if is_sharded(weight) or (layers.recipe_of(module) and isinstance(weight, DTensor)):
         raise ValueError(
-            f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain tensors, "
-            "which load into a plain model"
+            f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
+            "tensors, which load into a plain model"
         )
     if layers.recipe_of(module) is not None:
         layers.restore(module)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[1:1] = [str(ROOT / "bench"), str(ROOT / "examples")]
 import accuracy  # noqa: E402
 import contenders  # noqa: E402
+import gain  # noqa: E402
 import gemm  # noqa: E402
 import hot  # noqa: E402
 import linear  # noqa: E402
@@ -220,3 +221,21 @@ def test_fsdp_steps_on_a_cpu(tmp_path):
     )
     assert record["command"].startswith("torchrun --standalone --nproc-per-node 2 bench/fsdp.py --tiny")
     assert "torchao-rowwise" in record["missing"] and "halo1-int8" not in record["missing"]
+
+
+def test_predicted_and_measured_speeds(monkeypatch, tmp_path):
+    times = {"bf16": 4.0, "halo1-int8": 2.5, "bf16-frozen": 3.0, "halo1-int8-frozen": 1.5}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        gain.results, "made", lambda: {"date": "2026-01-01", "device": "d", "halo_tensor": "0.1.0", "command": "c"}
+    )
+    monkeypatch.setattr(gain.linear, "measure", lambda name, *_, **__: (times[name], None, 0.0) if name in times else fail())
+    monkeypatch.setattr(gain, "predicted", lambda name, *_: 1.84 if name.endswith("frozen") else 1.6)
+    options = ["--shapes", "512x1024", "--contenders", *times, "hot"]
+    record = table(gain, monkeypatch, tmp_path, *options)
+    rows = record["rows"]
+    assert column(rows, "× bf16") == ["1.00", "1.60", "1.00", "2.00"] and column(rows, "predicted")[1::2] == ["1.60", "1.84"]
+    assert column(rows, "error") == ["+0 %", "+0 %", "+0 %", "-8 %"] and column(rows, "µs")[1] == 2500
+    assert record["missing"]["hot"] == "RuntimeError: does not run"
+    why_not = {}
+    assert not gain.rows_of(gain.parse_args([*options, "--seconds=-1"]), why_not) and not why_not, "no time is left"

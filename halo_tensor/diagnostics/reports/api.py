@@ -137,9 +137,9 @@ def report(
         min_cosine: the least cosine of the whole gradient. 0.97 is a relative error of 24 %, about the difference between the
             exact gradients of two batches of a thousand tokens.
         min_sqnr: the least SQNR of each product of a layer, in dB. 20 is a relative error of 10 %.
-        min_gain: the least predicted speed of a layer, × bf16. None is 1.0 if the rates of the GPU are known: it is named, or at
-            hand and listed. If another GPU stands in for it, None is 0. Candidates without a kernel (MXFP8, NVFP4) are measured
-            but never recommended.
+        min_gain: the least predicted speed of a layer, × bf16. None is 1.0 if the rates of the GPU are known: it is named, or
+            at hand and listed. If another GPU stands in for it, None is 0. Candidates without a kernel (MXFP8, NVFP4) are
+            measured, but never recommended.
         tokens: evenly spaced rows of X and E with which each layer's own products are measured. On SmolLM2's 210 layers, 128
             rows give SQNRs that differ from those of all 512 rows by 0.06 dB in output and 0.2 dB in grad_input (int8 HALO-1,
             medians). grad_weight contracts over the sampled rows, and its SQNR is 1.8 dB higher: pass more rows for it.

@@ -19,7 +19,7 @@ def recommend(found: ReportData, run_mixture: Callable[[dict[str, str], bool], C
     """
     converting = [c for c in found.candidates if any(c.name in layer.fidelity for layer in found.layers) and c.has_kernels]
     if not converting:
-        _recommend_high_precision(found, "none of the candidates runs on a GPU, where no kernel computes with scales of blocks")
+        _recommend_high_precision(found, "none of the candidates runs on a GPU: no kernel computes with their scales")
         return
     faithful = [c for c in converting if c.cosine >= found.min_cosine]
     best = fastest(faithful) if faithful else max(converting, key=lambda c: c.cosine)
