@@ -79,8 +79,8 @@ class Ceilings:
         return f"{'an' if self.name[:1] in tuple('AEFHILMNORSX8') else 'a'} {self.name}"
 
 
-#: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds. A test
-#: recomputes them. ``noisy`` is the H200's.
+#: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
+#: A test recomputes them. ``noisy`` is the H200's.
 H100 = Ceilings(
     name="H100 80GB HBM3",
     products={"bf16": 718e12, "int8": 1529e12, "fp8": 1407e12},

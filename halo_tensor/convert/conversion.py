@@ -29,7 +29,7 @@ class Conversion:
             layers.
         sizes: qualified name -> number of parameters that multiply activations, of all of these, including 3-D stacks of
             experts. Input and output embeddings and adapters are not counted.
-        predicted: the predicted speed of the converted layers; None if nothing was asked.
+        predicted: the predicted speed of the converted layers, and of which GPU.
 
     Example:
         >>> import torch
@@ -52,7 +52,8 @@ class Conversion:
         layers = len(self.converted) + len(self.skipped)
         share = f", with {percent(self.share)} of the linear layers' parameters" if self.sizes else ""
         head = f"{len(self.converted)} of {layers} layers follow {self.config}{share}"
-        return "\n".join(part for part in (head, self.reasons, str(self.predicted or "")) if part)
+        predicted = str(self.predicted) if self.predicted and self.converted else ""
+        return "\n".join(part for part in (head, self.reasons, predicted) if part)
 
     @property
     def share(self) -> float:

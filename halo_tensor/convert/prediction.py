@@ -13,6 +13,7 @@ from torch import nn
 from halo_tensor.analysis import gpus, roofline
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.kernels.device import runs_scales
 from halo_tensor.layers import kinds as layers
 from halo_tensor.recipe import PRODUCTS, Recipe
 
@@ -24,32 +25,30 @@ SHOWN = 8
 
 @dataclass
 class Prediction:
-    """The predicted speed of converted layers, × bf16. ``print`` shows it by width.
+    """The predicted speed of converted layers, × bf16. ``print`` shows it by width, the slowest first.
 
-    It is of forward and backward, compiled, with launches that cost the CPU nothing, as in CUDA graphs. See
-    :mod:`halo_tensor.analysis.roofline`. Layers that share their input are a little faster than predicted.
+    It is the speed of forward and backward in compiled code, where launches cost the CPU nothing, as in CUDA graphs. Layers
+    that share their input are a little faster. :mod:`halo_tensor.analysis.roofline` is the model.
 
     Args:
         tokens: rows of a linear layer's input in a step; output positions of a convolution.
-        gpu: the name of the GPU; "" if there is no prediction.
-        why_not: why there is none.
-        measured: whether the model was compared with measurements on this GPU.
-        seconds: qualified name of a layer -> predicted seconds of a step in bf16, and under the layer's recipe.
-        sides: qualified name of a layer -> its in and out features, as text.
+        ceilings: the rates of the GPU; None if there is no prediction.
+        why_not: why there is none, or none for some layers, as a sentence without its full stop.
+        seconds: qualified name of a layer -> predicted seconds of a step in bf16, and as converted.
+        sides: qualified name of a layer -> its widths, as text.
 
     Example:
         >>> import torch
         >>> from halo_tensor import halo_config, quantize_
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.Linear(4096, 128)).bfloat16()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.Linear(4096, 128)).to("meta")
         >>> predicted = quantize_(model, halo_config(1, "int8"), gpu="H200", min_gain=1.0).predicted
         >>> list(predicted.gains), predicted.gain > 1.2
         (['0'], True)
     """
 
     tokens: int
-    gpu: str = ""
+    ceilings: Ceilings | None = None
     why_not: str = ""
-    measured: bool = False
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     sides: dict[str, str] = field(default_factory=dict)
 
@@ -73,35 +72,23 @@ class Prediction:
     @property
     def where(self) -> str:
         """The GPU and the number of tokens, in words."""
-        return where(self.gpu, self.tokens)
+        return f"on {self.ceilings.a_name} with {self.tokens} tokens" if self.ceilings else ""
 
     def __str__(self) -> str:
-        if not self.gpu:
-            return f"no gain is predicted: {self.why_not[:1].lower() + self.why_not[1:]}; gpu='H200' names one"
-        if self.gain is None:
-            return ""
-        rates = "" if self.measured else ", by published rates, where nothing was measured"
+        if self.gain is None or self.ceilings is None:
+            return f"no speed is predicted: {self.why_not}. gpu='H200', for example, names a GPU" if self.why_not else ""
+        rates = "" if self.ceilings.measured else " (by published rates; not measured there)"
         head = f"predicted speed of these layers, compiled, {self.where}{rates}: {self.gain:.2f}× bf16"
-        return "\n".join([head, *self._lines(self.seconds)])
+        return "\n".join([head, *self.by_width(self.seconds)])
 
-    def _lines(self, names: Iterable[str]) -> list[str]:
-        """Return a line for each width and gain, the slowest first."""
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for name in sorted(names, key=self.gains.__getitem__):
-            kinds.setdefault((self.sides[name], f"{self.gains[name]:.2f}×"), []).append(name)
+    def by_width(self, names: Iterable[str]) -> list[str]:
+        """Return a line for each width and gain of these layers, the slowest first."""
+        gains, kinds = self.gains, dict[tuple[str, str], list[str]]()
+        for name in sorted(names, key=gains.__getitem__):
+            kinds.setdefault((self.sides[name], f"{gains[name]:.2f}×"), []).append(name)
         lines = [f"  {gain} {sides}: {together(of)}" for (sides, gain), of in kinds.items()]
-        more = lines[SHOWN:]
-        return lines[:SHOWN] + [f"  and {len(more)} other widths, which are faster"] * bool(more)
-
-
-def where(gpu: str, tokens: int) -> str:
-    """Return a GPU and a number of tokens in words."""
-    return f"on {article(gpu)} {gpu} with {tokens} tokens"
-
-
-def article(noun: str) -> str:
-    """Return "a" or "an", as a name of a GPU wants it."""
-    return "an" if noun[:1] in tuple("AEFHILMNORSX8") else "a"
+        more = len(lines) - SHOWN
+        return lines if more <= 0 else [*lines[:SHOWN], f"  and {more} more widths, which are faster"]
 
 
 def kind_of(name: str) -> str:
@@ -136,17 +123,21 @@ class Predictor:
         self.ceilings, self.why_not = (gpu, "") if isinstance(gpu, Ceilings) else gpus.known_ceilings(gpu, device)
         self._known: dict[tuple, tuple[float, float]] = {}
 
-    @property
-    def where(self) -> str:
-        """The GPU and the number of tokens, in words."""
-        return where(self.ceilings.name, self.tokens) if self.ceilings else ""
-
-    def seconds(self, module: Any, recipe: Recipe, frozen: bool) -> tuple[float, float] | None:
-        """Return the predicted seconds of a layer in bf16 and under ``recipe``; None without a prediction."""
+    def obstacle(self, recipe: Recipe) -> str:
+        """Return why the speed of a recipe cannot be predicted, as a sentence without its full stop; "" if it can."""
         if self.ceilings is None:
-            return None
+            return self.why_not
+        if lacking := roofline.lacking(recipe, self.ceilings):
+            return f"{self.ceilings.a_name} cannot multiply {', '.join(sorted(lacking))}"
+        return (
+            "" if runs_scales(recipe.granularities, torch.device("cuda")) else "No kernel computes with scales of its blocks"
+        )
+
+    def seconds(self, module: Any, recipe: Recipe, frozen: bool) -> tuple[float, float]:
+        """Return the predicted seconds of a layer in bf16 and under a ``recipe`` without an :meth:`obstacle`."""
+        assert self.ceilings is not None
         shape = shape_of(module, self.tokens)
-        key = shape, id(recipe), frozen
+        key = shape, recipe, frozen
         if key not in self._known:
             products = [name for name in PRODUCTS if not (frozen and name == "grad_weight")]
             high, low = (
@@ -157,15 +148,16 @@ class Predictor:
 
     def of(self, model: nn.Module, names: Iterable[str]) -> Prediction:
         """Predict the converted layers of a model."""
-        if self.ceilings is None:
-            return Prediction(self.tokens, why_not=self.why_not)
-        found = Prediction(self.tokens, self.ceilings.name, measured=self.ceilings.measured)
+        found = Prediction(self.tokens, self.ceilings, self.why_not)
         for name in names:
             module: Any = model.get_submodule(name)
-            recipe = layers.recipe_of(module)
-            seconds = recipe and self.seconds(module, recipe, not module.weight.requires_grad)
-            if seconds:
-                found.seconds[name], found.sides[name] = seconds, sides_of(module)
+            if (recipe := layers.recipe_of(module)) is None:
+                continue
+            if obstacle := self.obstacle(recipe):
+                found.why_not = obstacle
+                continue
+            found.seconds[name] = self.seconds(module, recipe, not module.weight.requires_grad)
+            found.sides[name] = sides_of(module)
         return found
 
 
@@ -190,10 +182,11 @@ def sides_of(module: Any) -> str:
 def warn_of_slower(prediction: Prediction, stacklevel: int = 4) -> None:
     """Warn once of the layers that are predicted to be slower than in bf16."""
     if slower := prediction.slower:
-        lines = "\n".join(prediction._lines(slower))
+        lines = "\n".join(prediction.by_width(slower))
         warnings.warn(
             f"{len(slower)} of {len(prediction.seconds)} converted layers are predicted to be slower than in bf16 "
             f"{prediction.where}:\n{lines}\n"
-            "quantize_(..., min_gain=1.0) leaves them in high precision; tokens= says how many tokens your steps have",
+            "quantize_(..., min_gain=1.0) leaves them in high precision, and min_gain=0 converts them without this warning. "
+            "tokens= says how many tokens your steps have",
             stacklevel=stacklevel,
         )

@@ -57,7 +57,8 @@ def quantize_(
             about containers, norms and embeddings.
         device: where to move each layer before it is converted, as in torchao; None leaves layers where they are.
         min_gain: leave layers in high precision whose predicted speed, × bf16, is lower: 1.0 for all that would be slower.
-            None converts them too, with a warning, so that what is converted depends on the model alone and not on the GPU.
+            None converts them too, with a warning, and 0 without one. What is converted then depends on the model alone, and
+            not on the GPU.
         tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution.
         gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
             :class:`~halo_tensor.analysis.roofline.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
@@ -91,17 +92,17 @@ def quantize_(
     """
     fences.warn_of_untested_versions()
     _check_arguments(model, config)
+    if min_gain is not None and not _has_our_config(config):
+        raise ValueError(f"min_gain needs a config of this library, whose speed is modelled; got {config!r:.200}")
     predictor = Predictor(gpu, _device_of(model, device), tokens)
     slow = SlowLayers(predictor, min_gain)
-    if isinstance(config, LinearConfig):
-        filter_fn = filter_fn or layer_filter(model, config)
     tied = ties.tied_parameters(model)
     before = _marks(model)
-    chosen = filter_fn
-    for_torchao = _for_torchao(config, before.keys())
+    chosen, for_torchao = filter_fn, _for_torchao(config, before.keys())
     if isinstance(for_torchao, FqnToConfig):
         for_torchao = slow.left_out_of(for_torchao, model)
     elif isinstance(config, LinearConfig):
+        filter_fn = filter_fn or layer_filter(model, config)
         chosen = _of_layers(filter_fn, lambda module, name: not slow.includes(module, name, config))
     torchao.quantization.quantize_(model, for_torchao, filter_fn=chosen, device=device)
     slow.restore(model)
@@ -120,7 +121,8 @@ def quantize_(
     if _has_our_config(config) and converted:
         warn_of_share(model, conversion)
     warn_of_unrotated(model, conversion)
-    warn_of_slower(conversion.predicted)
+    if min_gain is None:
+        warn_of_slower(conversion.predicted)
     watch_trainers()
     logger.info("%s", conversion)
     return conversion

@@ -33,30 +33,34 @@ class SlowLayers:
 
     def __init__(self, predictor: Predictor, min_gain: float | None):
         self.reasons: dict[str, str] = {}
-        self._predictor, self._min_gain = predictor, min_gain
+        self._predictor, self._min_gain, self._where = predictor, min_gain, predictor.of(nn.Module(), ()).where
         if min_gain is None:
             return
         if isinstance(min_gain, bool) or not isinstance(min_gain, int | float) or not min_gain >= 0:
             raise ValueError(f"min_gain must be a speed, × bf16, as 1.0; got {min_gain!r}")
-        if predictor.ceilings is None:
-            raise ValueError(
-                f"min_gain={min_gain:g} needs a prediction. {predictor.why_not}: name the GPU on which the model will be "
-                f"trained, gpu='H200' for example. Known are {', '.join(GPUS)}"
-            )
+        if min_gain and predictor.ceilings is None:
+            raise self._impossible(predictor.why_not)
 
     def includes(self, module: Any, name: str, config: object) -> bool:
         """Whether a layer would be too slow under ``config``. If it is, note why."""
-        if self._min_gain is None or not isinstance(config, LinearConfig) or layers.features(module) is None:
+        if not self._min_gain or not isinstance(config, LinearConfig) or layers.features(module) is None:
             return False
         if layers.misfit(module, config.recipe) or layers.is_empty(module) or module._parameters.get("weight") is None:
             return False  # it cannot be converted, and an error or a reason says why
         frozen = not module.weight.requires_grad if config.frozen is None else config.frozen
-        seconds = self._predictor.seconds(module, config.recipe, frozen)
-        assert seconds is not None
-        gain = seconds[0] / seconds[1]
+        if obstacle := self._predictor.obstacle(config.recipe):
+            raise self._impossible(obstacle)
+        high, low = self._predictor.seconds(module, config.recipe, frozen)
+        gain = high / low
         if gain < self._min_gain:
-            self.reasons[name] = f"{SLOW}{gain:.2f}× bf16's speed {self._predictor.where}, below min_gain={self._min_gain:g}"
+            self.reasons[name] = f"{SLOW}{gain:.2f}× bf16's speed {self._where}, below min_gain={self._min_gain:g}"
         return name in self.reasons
+
+    def _impossible(self, why: str) -> ValueError:
+        return ValueError(
+            f"min_gain={self._min_gain:g} needs a prediction. {why}: name the GPU on which the model will be trained, "
+            f"gpu='H200' for example. Known are {', '.join(GPUS)}"
+        )
 
     def left_out_of(self, config: FqnToConfig, model: nn.Module) -> FqnToConfig:
         """Return ``config`` with None for the slow layers."""
@@ -74,7 +78,7 @@ class SlowLayers:
     def warn_if_all(self, model: nn.Module) -> None:
         """Warn that nothing was converted."""
         warnings.warn(
-            f"no layer of this {type(model).__name__} reaches min_gain={self._min_gain:g} {self._predictor.where}, so that it "
+            f"no layer of this {type(model).__name__} reaches min_gain={self._min_gain:g} {self._where}, so that it "
             f"stays in high precision: {together(self.reasons)}",
             stacklevel=5,
         )
