@@ -10,6 +10,7 @@ what quantize_ returns for the same layer. "-frozen": the weight needs no gradie
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 
 import linear
 import results
@@ -34,7 +35,7 @@ def predicted(name: str, tokens: int, k: int, n: int) -> float:
     frozen = name.endswith(FROZEN)
     layer = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(not frozen)
     config = (HALO | RECIPES)[name.removesuffix(FROZEN)]
-    (gain,) = quantize_(layer, config, filter_fn=lambda *_: True, tokens=tokens).predicted.gains.values()
+    (gain,) = quantize_(layer, config, filter_fn=lambda *_: True, tokens=tokens, min_gain=0).predicted.gains.values()
     return gain
 
 
@@ -49,15 +50,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def rows_of(args: argparse.Namespace, why_not: dict) -> list[dict]:
-    """Measure and predict all layers. Layers without a row get a reason in ``why_not``."""
+def rows_of(args: argparse.Namespace, why_not: dict) -> Iterator[list[dict]]:
+    """Measure and predict the layers. Yield all rows after each new one. Layers without one get a reason in ``why_not``."""
     start, rows = time.perf_counter(), []
     for shape in args.shapes:
         k, n = map(int, shape.split("x"))
         times: dict[str, float] = {}
         for name in args.contenders:
             if time.perf_counter() - start > args.seconds:
-                return rows
+                return
             try:
                 graph, *_ = linear.measure(name, args.tokens, k, n, args.reps, plain=False)
                 times[name] = graph
@@ -67,19 +68,23 @@ def rows_of(args: argparse.Namespace, why_not: dict) -> list[dict]:
             except Exception as error:
                 print(f"{shape} {name}: {error!r:.300}")
                 why_not[shape, name] = results.reason(error)
-                continue
-            rows.append(
-                {
-                    "in×out": shape,
-                    "contender": name,
-                    "µs": round(1e3 * graph, 1),
-                    "× bf16": measured and f"{measured:.2f}",
-                    "predicted": f"{gain:.2f}",
-                    "error": measured and f"{100 * (gain / measured - 1):+.0f} %",
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            else:
+                rows.append(row(shape, name, graph, measured, gain))
+                print(rows[-1], flush=True)
+            if rows:
+                yield rows
+
+
+def row(shape: str, name: str, ms: float, measured: float | None, gain: float) -> dict:
+    """Return a row of the table. ``measured`` is None if bf16 has no row."""
+    return {
+        "in×out": shape,
+        "contender": name,
+        "µs": round(1e3 * ms, 1),
+        "× bf16": measured and f"{measured:.2f}",
+        "predicted": f"{gain:.2f}",
+        "error": measured and f"{100 * (gain / measured - 1):+.0f} %",
+    }
 
 
 def main() -> None:
@@ -87,8 +92,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench/gain.py needs a CUDA device")
     why_not = {(shape, name): results.ENDED for shape in args.shapes for name in args.contenders}
-    if rows := rows_of(args, why_not):
-        options = {"panels": ["in×out"], "expected": DEFAULT, "why_not": why_not}
+    options = {"panels": ["in×out"], "expected": DEFAULT, "why_not": why_not}
+    for rows in rows_of(args, why_not):
         results.write(args.name, TITLE.format(args.tokens), rows, NOTES, args.folder, quiet=True, **options)
 
 

@@ -50,7 +50,7 @@ def test_products_reach_the_modelled_part_of_published_rates_on_an_h100():
     """An H100 modelled from its published rates would be close to the measured one."""
     published = gpus.GPUS["H100"]
     for unit, rate in roofline.H100.products.items():
-        assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.06)
+        assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.09)
     assert 0.8 * published.bandwidth < roofline.H100.copy / 1e12 < published.bandwidth
     assert gpus.ceilings_of("H100") is roofline.H100
     h200 = gpus.ceilings_of("H200")

@@ -36,6 +36,8 @@ CEILINGS = roofline.Ceilings(
 SLOW_MEMORY = replace(CEILINGS, products=dict.fromkeys(CEILINGS.products, 1e9), copy=10.0, launch=0.0)
 SIZES = {"tokens": T, "in_features": I, "out_features": O}
 OPERATIONS = 2 * T * I * O
+#: A product in int8 that contracts a dimension takes so many times the time of its operations.
+INT8 = {dimension: 1 + roofline.WAITING["int8"] / size for dimension, size in SIZES.items()}
 X, W, E = T * I, I * O, T * O
 
 
@@ -53,7 +55,8 @@ def test_time_in_high_precision():
 def test_time_in_eight_bits():
     """HALO-1 in int8: X and W are rotated along in_features, so grad_input and grad_weight undo one rotation each."""
     recipe = halo_config(1, "int8").recipe
-    products = OPERATIONS / 200 + 2 * OPERATIONS / (200 * 0.5) + 2 * (E + X + W) / 40  # int8 results are written after all
+    products = OPERATIONS / 200 * (INT8["in_features"] + INT8["out_features"] / 0.5 + INT8["tokens"] / 0.5)
+    products += 2 * (E + X + W) / 40  # int8 results are written after all
     x, w = (n * 3 / 4 + n * 2 / 40 for n in (X, W))  # read in bf16, written as codes, and transposed
     e = E * (2 + 4) / 3  # its largest magnitudes, then two codes of each element
     launches = 3 + 2 + 2 + 3  # of products, of X, of W, and of E, whose magnitudes begin with zeros
@@ -62,14 +65,14 @@ def test_time_in_eight_bits():
     frozen = seconds(recipe, trained=False)  # one layout exists; the other is a copy of codes: read and written
     assert frozen == pytest.approx(products + x + e + 2 * W / 40 + 1e-3 * (launches - 1))
     forward = seconds(recipe, "output")
-    assert forward == pytest.approx(OPERATIONS / 200 + 2 * E / 40 + (X + W) * 3 / 4 + 3e-3)
+    assert forward == pytest.approx(OPERATIONS / 200 * INT8["in_features"] + 2 * E / 40 + (X + W) * 3 / 4 + 3e-3)
     assert seconds(recipe, "output", trained=False) == pytest.approx(forward - W * 3 / 4 - 1e-3)
     fp8 = halo_config(0, "fp8").recipe
     assert seconds(fp8, "output") == pytest.approx(OPERATIONS / 250 + 0.6 * E / 40 + (X + W) * 3 / 5 + 3e-3), "not rotated"
     sizes = SIZES | {"in_features": 512}
     for block, rate in ((256, 4), (512, 2), (None, 2)):
         wide = roofline.seconds(halo_config(1, "int8", block_size=block).recipe, sizes, ("output",), ceilings=CEILINGS)
-        assert wide == pytest.approx(16 * OPERATIONS / 200 + 2 * E / 40 + 16 * (X + W) * 3 / rate + 3e-3)
+        assert wide == pytest.approx((16 + 4) * OPERATIONS / 200 + 2 * E / 40 + 16 * (X + W) * 3 / rate + 3e-3)
 
 
 def test_time_of_what_no_epilogue_and_no_whole_row_does():
@@ -79,25 +82,27 @@ def test_time_of_what_no_epilogue_and_no_whole_row_does():
     wide = halo_config(1, "int8", block_size=256).recipe
     sizes = SIZES | {"in_features": 256}
     assert roofline.seconds(wide, sizes, ("grad_weight",), ceilings=CEILINGS) == pytest.approx(
-        8 * OPERATIONS / 200  # no epilogue undoes a block of 256
+        8 * OPERATIONS / 200 * INT8["tokens"]  # no epilogue undoes a block of 256
         + 8 * W * (2 / 40 + 4 / 4)
         + 8 * X * (3 / 4 + 2 / 40)
         + E * 5 / 3
         + 1e-3 * (1 + 1 + 2 + 3)
     )
     one_number = seconds(RECIPES["switchback"], "output")  # of W
-    assert one_number == pytest.approx(OPERATIONS / 200 + 2 * E / 40 + X * 3 / 5 + W * 5 / 3 + 1e-3 * (1 + 1 + 3 + 2))
+    assert one_number == pytest.approx(
+        OPERATIONS / 200 * INT8["in_features"] + 2 * E / 40 + X * 3 / 5 + W * 5 / 3 + 1e-3 * (1 + 1 + 3 + 2)
+    )
 
 
 def test_time_of_hot():
     """Half of the tokens is kept for grad_weight, and E is rounded stochastically for grad_input."""
     recipe, once = hot_config().recipe, 1e-3 * (roofline.ONE_NUMBER + 2)
     assert seconds(recipe, "output") == seconds(Recipe(), "output"), "as it is"
-    grad_input = OPERATIONS / 200 + 2 * X / 40 + 1e-3
+    grad_input = OPERATIONS / 200 * INT8["out_features"] + 2 * X / 40 + 1e-3
     grad_input += E * (2 / 3 + 3 / 1.5) + W * 5 / 3 + 2 * once
     assert seconds(recipe, "grad_input") == pytest.approx(grad_input)
     assert seconds(recipe, "grad_input", trained=False) == pytest.approx(grad_input), "HOT holds no codes"
-    grad_weight = OPERATIONS / 2 / 200 + 2 * W / 40 + 1e-3 + (E + X) * 4.5 / 3 + 2 * once
+    grad_weight = OPERATIONS * (1 / 2 + roofline.WAITING["int8"] / T) / 200 + 2 * W / 40 + 1e-3 + (E + X) * 4.5 / 3 + 2 * once
     assert seconds(recipe, "grad_weight") == pytest.approx(grad_weight)
 
 
@@ -162,7 +167,9 @@ def test_ceilings_are_what_the_benchmarks_measured():
             if row["contender"] == contender:
                 m, n, k = map(int, row["M×N×K"].split("×"))
                 time = float(row["µs"]) * 1e-6 - h100.launch - roofline.EXPOSED[unit] * 2 * m * n / h100.copy
-                found.append(2 * m * n * k / time / roofline._busy(unit, m, n, h100.multiprocessors))
+                found.append(
+                    2 * m * n * (k + roofline.WAITING[unit]) / time / roofline._busy(unit, m, n, h100.multiprocessors)
+                )
         assert len(found) == 5
         return statistics.mean(found)
 
@@ -189,20 +196,38 @@ def predicted(contender, n_in, n_out, tokens, ceilings):
     return roofline.seconds(Recipe(), sizes, **options) / roofline.seconds(recipe, sizes, **options)
 
 
-@pytest.mark.parametrize(
-    ("record", "ceilings", "tolerance", "at_least"),
-    [("linear", roofline.H100, 0.08, 24), ("linear_now", roofline.H200, 0.08, 8)],
-)
-def test_predicted_speeds_are_near_the_measured_ones(record, ceilings, tolerance, at_least):
-    """Of layers of which no rate of the H100 was taken. Those of the H200 were adjusted to such layers."""
+def errors_of(record, ceilings):
+    """(in×out, contender) -> by how much the predicted speed is above the recorded one, of HALO's and HOT's rows."""
     errors = {}
     for row in rows(record):
         if row["contender"].startswith(("halo", "hot")):
             n_in, n_out = map(int, row["in×out"].split("x"))
             gain = predicted(row["contender"], n_in, n_out, 8192, ceilings)
             errors[row["in×out"], row["contender"]] = gain / float(row["× bf16"]) - 1
-    assert len(errors) >= at_least
-    assert max(errors.values()) < tolerance and min(errors.values()) > -tolerance, errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("record", "ceilings", "most", "at_least"), [("linear", roofline.H100, 0.08, 24), ("linear_now", roofline.H200, 0.05, 8)]
+)
+def test_predicted_speeds_of_wide_layers_are_near_the_measured_ones(record, ceilings, most, at_least):
+    """The rates of the H100 are of other benchmarks; those of the H200 were adjusted to these layers."""
+    errors = errors_of(record, ceilings)
+    assert len(errors) >= at_least and max(map(abs, errors.values())) < most, errors
+
+
+def test_predicted_speeds_of_narrow_layers_are_near_the_measured_ones():
+    """Of layers that lose and of layers that gain, with trained and with frozen weights."""
+    errors = errors_of("gain", roofline.H200)
+    frozen = {at: error for at, error in errors.items() if at[1].endswith("-frozen")}
+    trained = {at: error for at, error in errors.items() if at not in frozen}
+    assert len(trained) >= 17 and max(map(abs, trained.values())) < 0.13, trained
+    assert len(frozen) >= 5 and max(map(abs, frozen.values())) < 0.17, frozen
+    measured = {(row["in×out"], row["contender"]): float(row["× bf16"]) for row in rows("gain")}
+    assert sum(measured[at] < 1 for at in errors) >= 15 and sum(measured[at] > 1 for at in errors) >= 5
+    for (widths, contender), gain in measured.items():
+        if (widths, contender) in errors and not 0.95 < gain < 1.05:
+            assert (gain * (1 + errors[widths, contender]) < 1) == (gain < 1), "the right side of 1"
 
 
 def test_time_counts_what_is_computed():
