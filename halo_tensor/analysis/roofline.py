@@ -99,8 +99,8 @@ H100 = Ceilings(
     multiprocessors=132,
     measured=True,
 )
-#: From the kernels in profiles of small and large layers, adjusted to bench/results/gain.json and linear_now.json, with which a
-#: test compares it. Kernels that rotate are as fast as on an H100, whose memory is slower: they are bound by computing.
+#: From the kernels in profiles of small and large layers, adjusted to bench/results/gain.json and linear_now.json, with which
+#: a test compares it. Kernels that rotate are as fast as on an H100, whose memory is slower: they are bound by computing.
 H200 = replace(
     H100,
     name="H200",
@@ -151,6 +151,7 @@ def seconds_of(
     products: Collection[str] = tuple(PRODUCTS),
     *,
     trained: bool = True,
+    sharing: int = 1,
     ceilings: Ceilings = H100,
 ) -> float:
     """Predict the time of a linear layer or a convolution in one training step.
@@ -158,7 +159,7 @@ def seconds_of(
     Args:
         recipe: the recipe of the layer.
         shape: the sizes of its products.
-        products, trained, ceilings: as for :func:`seconds`.
+        products, trained, sharing, ceilings: as for :func:`seconds`.
 
     Returns:
         seconds.
@@ -166,7 +167,7 @@ def seconds_of(
     sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
     unfolded = shape.in_features > shape.saved[1] and not recipe.is_identity
     if not unfolded:
-        return shape.groups * seconds(recipe, sizes, products, trained=trained, ceilings=ceilings)
+        return shape.groups * seconds(recipe, sizes, products, trained=trained, sharing=sharing, ceilings=ceilings)
     whole = _whole_rank(recipe)
     time = seconds(whole, sizes, products, trained=trained, ceilings=ceilings)
     passes = [Pass(HP_BYTES * shape.tokens * shape.in_features, "copy")] * sum(WINDOW_PASSES.get(name, 0) for name in products)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,6 +19,11 @@ from halo_tensor.recipe import PRODUCTS, Recipe
 
 #: Tokens of a step for which ``quantize_`` predicts by default: a full batch, as 4 sequences of 2048.
 TOKENS = 8192
+#: Names of layers that are called with one input.
+SHARING = (
+    *(("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("to_q", "to_k", "to_v")),
+    *(("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1")),
+)
 #: How many widths a text lists.
 SHOWN = 8
 
@@ -28,7 +33,8 @@ class Prediction:
     """The predicted speed of converted layers, × bf16. ``print`` shows it by width, the slowest first.
 
     It is the speed of forward and backward in compiled code, where launches cost the CPU nothing, as in CUDA graphs. Layers
-    that share their input are a little faster. :mod:`halo_tensor.analysis.roofline` is the model.
+    that share their input, as q, k and v do, share the time in which it is quantised; they are known by their names.
+    :mod:`halo_tensor.analysis.roofline` is the model.
 
     Args:
         tokens: rows of a linear layer's input in a step; output positions of a convolution.
@@ -133,15 +139,15 @@ class Predictor:
             "" if runs_scales(recipe.granularities, torch.device("cuda")) else "No kernel computes with scales of its blocks"
         )
 
-    def seconds(self, module: Any, recipe: Recipe, frozen: bool) -> tuple[float, float]:
+    def seconds(self, module: Any, recipe: Recipe, frozen: bool, sharing: int = 1) -> tuple[float, float]:
         """Return the predicted seconds of a layer in bf16 and under a ``recipe`` without an :meth:`obstacle`."""
         assert self.ceilings is not None
-        shape = shape_of(module, self.tokens)
-        key = shape, recipe, frozen
+        key = shape_of(module, self.tokens), recipe, frozen, sharing
         if key not in self._known:
             products = [name for name in PRODUCTS if not (frozen and name == "grad_weight")]
             high, low = (
-                roofline.seconds_of(r, shape, products, trained=not frozen, ceilings=self.ceilings) for r in (Recipe(), recipe)
+                roofline.seconds_of(r, key[0], products, trained=not frozen, sharing=sharing, ceilings=self.ceilings)
+                for r in (Recipe(), recipe)
             )
             self._known[key] = high, low
         return self._known[key]
@@ -149,16 +155,31 @@ class Predictor:
     def of(self, model: nn.Module, names: Iterable[str]) -> Prediction:
         """Predict the converted layers of a model."""
         found = Prediction(self.tokens, self.ceilings, self.why_not)
+        converted: dict[str, tuple[Any, Recipe]] = {}
         for name in names:
-            module: Any = model.get_submodule(name)
-            if (recipe := layers.recipe_of(module)) is None:
-                continue
-            if obstacle := self.obstacle(recipe):
-                found.why_not = obstacle
-                continue
-            found.seconds[name] = self.seconds(module, recipe, not module.weight.requires_grad)
+            module = model.get_submodule(name)
+            recipe = layers.recipe_of(module)
+            obstacle = self.obstacle(recipe) if recipe is not None else ""
+            found.why_not = obstacle or found.why_not
+            if recipe is not None and not obstacle:
+                converted[name] = module, recipe
+        sharing = sharing_of(converted)
+        for name, (module, recipe) in converted.items():
+            found.seconds[name] = self.seconds(module, recipe, not module.weight.requires_grad, sharing[name])
             found.sides[name] = sides_of(module)
         return found
+
+
+def sharing_of(converted: Mapping[str, tuple[nn.Module, Recipe]]) -> dict[str, int]:
+    """Return how many layers read the input of each layer, by qualified name, as far as their names tell."""
+    groups: dict[tuple, list[str]] = {}
+    for name, (module, recipe) in converted.items():
+        parent, _, leaf = name.removesuffix(".base_layer").rpartition(".")  # as PEFT wraps layers
+        family = next((names for names in SHARING if leaf in names), name)
+        sides = layers.features(module)
+        assert sides is not None
+        groups.setdefault((parent, family, sides[0], recipe), []).append(name)
+    return {name: len(names) for names in groups.values() for name in names}
 
 
 def shape_of(module: Any, tokens: int) -> Shape:

@@ -103,7 +103,10 @@ def quantize_(
         for_torchao = slow.left_out_of(for_torchao, model)
     elif isinstance(config, LinearConfig):
         filter_fn = filter_fn or layer_filter(model, config)
-        chosen = _of_layers(filter_fn, lambda module, name: not slow.includes(module, name, config))
+        accepted = {name: m for name, m in model.named_modules() if model_parts.is_layer(m) and filter_fn(m, name)}
+        slow.choose({name: (m, config) for name, m in accepted.items()})
+        wanted = {m for name, m in accepted.items() if name not in slow.reasons}
+        chosen = _once(wanted)
     torchao.quantization.quantize_(model, for_torchao, filter_fn=chosen, device=device)
     slow.restore(model)
     ties.tie_again(tied)
@@ -177,15 +180,13 @@ def _why_left(module: nn.Module, config: object) -> str:
     return obstacle or (EMPTY if layers.is_empty(module) else CHOICE)
 
 
-def _of_layers(filter_fn: Filter, also: Filter) -> Filter:
-    """``filter_fn`` and then ``also``, asked once about each layer of a kind that can be converted."""
-    seen = set()
+def _once(wanted: set[nn.Module]) -> Filter:
+    """Return a filter that accepts each of ``wanted`` once. torchao visits a layer that two modules hold twice."""
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not model_parts.is_layer(module) or module in seen:  # torchao visits a layer that two modules hold twice
-            return False
-        seen.add(module)
-        return filter_fn(module, name) and also(module, name)
+        found = module in wanted
+        wanted.discard(module)
+        return found
 
     return accept
 

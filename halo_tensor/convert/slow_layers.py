@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from torchao.quantization import FqnToConfig
 from halo_tensor.analysis.gpus import GPUS
 from halo_tensor.config import LinearConfig
 from halo_tensor.convert.filter import SLOW
-from halo_tensor.convert.prediction import Predictor, together
+from halo_tensor.convert.prediction import Predictor, sharing_of, together
 from halo_tensor.layers import kinds as layers
 from halo_tensor.weight.sharded_parameters import is_sharded
 
@@ -41,20 +42,33 @@ class SlowLayers:
         if min_gain and predictor.ceilings is None:
             raise self._impossible(predictor.why_not)
 
-    def includes(self, module: Any, name: str, config: object) -> bool:
-        """Whether a layer would be too slow under ``config``. If it is, note why."""
-        if not self._min_gain or not isinstance(config, LinearConfig) or layers.features(module) is None:
-            return False
-        if layers.misfit(module, config.recipe) or layers.is_empty(module) or module._parameters.get("weight") is None:
-            return False  # it cannot be converted, and an error or a reason says why
+    def choose(self, asked: Mapping[str, tuple[Any, Any]]) -> None:
+        """Find the slow layers among those that would be converted. If one is left out, those that share its input pay more
+        for it, and are judged anew.
+
+        Args:
+            asked: qualified name -> layer and config.
+        """
+        if not self._min_gain:
+            return
+        judged = {name: (module, config) for name, (module, config) in asked.items() if _is_judged(module, config)}
+        for _, config in judged.values():
+            if obstacle := self._predictor.obstacle(config.recipe):
+                raise self._impossible(obstacle)
+        slow: dict[str, float] = {}
+        while judged:
+            sharing = sharing_of({name: (module, config.recipe) for name, (module, config) in judged.items()})
+            slow = {name: gain for name in judged if (gain := self._gain(*judged[name], sharing[name])) < self._min_gain}
+            if not slow:
+                return
+            for name, gain in slow.items():
+                self.reasons[name] = f"{SLOW}{gain:.2f}× bf16's speed {self._where}, below min_gain={self._min_gain:g}"
+                del judged[name]
+
+    def _gain(self, module: Any, config: LinearConfig, sharing: int) -> float:
         frozen = not module.weight.requires_grad if config.frozen is None else config.frozen
-        if obstacle := self._predictor.obstacle(config.recipe):
-            raise self._impossible(obstacle)
-        high, low = self._predictor.seconds(module, config.recipe, frozen)
-        gain = high / low
-        if gain < self._min_gain:
-            self.reasons[name] = f"{SLOW}{gain:.2f}× bf16's speed {self._where}, below min_gain={self._min_gain:g}"
-        return name in self.reasons
+        high, low = self._predictor.seconds(module, config.recipe, frozen, sharing)
+        return high / low
 
     def _impossible(self, why: str) -> ValueError:
         return ValueError(
@@ -63,11 +77,11 @@ class SlowLayers:
         )
 
     def left_out_of(self, config: FqnToConfig, model: nn.Module) -> FqnToConfig:
-        """Return ``config`` with None for the slow layers."""
-        slow = [name for name, m in model.named_modules() if self.includes(m, name, _config_of(config, m, name))]
-        if not slow:
+        """Choose among the layers that ``config`` names, and return it with None for the slow ones."""
+        self.choose({name: (m, _config_of(config, m, name)) for name, m in model.named_modules()})
+        if not self.reasons:
             return config
-        left = {key: None for name in slow for key in (name, _weight(name))}
+        left = {key: None for name in self.reasons for key in (name, _weight(name))}
         return FqnToConfig(OrderedDict({**config.fqn_to_config, **left}))
 
     def restore(self, model: nn.Module) -> None:
@@ -82,6 +96,13 @@ class SlowLayers:
             f"stays in high precision: {together(self.reasons)}",
             stacklevel=5,
         )
+
+
+def _is_judged(module: Any, config: object) -> bool:
+    """Whether the layer can be converted. If not, an error or a reason says why."""
+    if not isinstance(config, LinearConfig) or layers.features(module) is None:
+        return False
+    return not layers.misfit(module, config.recipe) and not layers.is_empty(module) and "weight" in module._parameters
 
 
 def restore_layer(name: str, module: nn.Module) -> None:

@@ -118,3 +118,34 @@ def test_what_cannot_be_judged():
     m = model()
     m["small"].weight = nn.Parameter(torch.zeros(768, 768, dtype=torch.int8), requires_grad=False)
     assert quantize_(m, INT8, **GAIN).converted == ["large", "other"]
+
+
+def test_layers_that_share_an_input_are_judged_again_if_one_is_left_out():
+    """The third of quantising X that k and v leave to q makes q slower."""
+
+    def attention():
+        with torch.device("meta"):
+            return nn.ModuleDict(
+                {"q_proj": nn.Linear(1600, 1600), "k_proj": nn.Linear(1600, 400), "v_proj": nn.Linear(1600, 400)}
+            )
+
+    with pytest.warns(UserWarning, match="slower than in bf16"):
+        together = quantize_(attention(), INT8, gpu="H200").predicted.gains
+    with pytest.warns(UserWarning, match="2 of 2|slower than in bf16|left alone"):
+        alone = quantize_(nn.Sequential(attention()["q_proj"]), INT8, gpu="H200", filter_fn=lambda *_: True).predicted.gains[
+            "0"
+        ]
+    assert together["k_proj"] == together["v_proj"] < alone < together["q_proj"]
+    between = (alone + together["q_proj"]) / 2
+    with pytest.warns(UserWarning, match="no layer of this ModuleDict reaches"):
+        skipped = quantize_(attention(), INT8, gpu="H200", min_gain=between).skipped
+    assert f"{alone:.2f}×" in skipped["q_proj"]
+    kept = quantize_(attention(), INT8, gpu="H200", min_gain=alone)
+    assert kept.converted == ["q_proj"] and kept.predicted.gains["q_proj"] == alone
+
+
+def test_a_filter_is_asked_once_about_each_layer():
+    m, asked = model("cpu"), []
+    m["again"] = m["small"]
+    quantize_(m, INT8, filter_fn=lambda module, name: asked.append(name) or True)
+    assert asked == ["small", "large", "other"]
