@@ -112,6 +112,20 @@ def set_local_tensor(tensor: DTensor, shard: torch.Tensor) -> None:
     tensor._local_tensor = shard
 
 
+def let_optimizers_use_foreach(kind: type[torch.Tensor]) -> None:
+    """Have optimisers treat parameters of this class as plain ones where they choose an implementation themselves, as PyTorch
+    does for DTensor. Otherwise one such parameter makes them loop over all."""
+    from torch.optim.optimizer import _foreach_supported_types
+
+    if kind not in _foreach_supported_types:
+        _foreach_supported_types.append(kind)
+
+
+def copy_all_(targets: list, sources: list) -> None:
+    """Copy each source to its target, by one op."""
+    torch._foreach_copy_(targets, sources)
+
+
 def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> AbstractContextManager:
     """Return a context in which writes to ``tensors`` do not change their versions, so that autograd does not see them."""
     return torch.autograd._unsafe_preserve_version_counter(tensors)
@@ -120,6 +134,7 @@ def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> Abstr
 __all__ = [
     "ALLOWED_AO_MODULES",
     "TorchAOBaseTensor",
+    "copy_all_",
     "current_device",
     "current_raw_stream",
     "hidden_from_modes",
@@ -128,6 +143,7 @@ __all__ = [
     "is_symbolic",
     "is_traceable_wrapper_subclass",
     "is_transformed",
+    "let_optimizers_use_foreach",
     "local_tensor",
     "multiply_integers",
     "preserved_version",

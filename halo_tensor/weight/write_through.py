@@ -4,17 +4,17 @@
 handle ops whose result is a weight.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
 from halo_tensor.fences.pytorch import is_symbolic, preserved_version, tree_map_only
-from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.weight.copies import plain_view
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.product_warnings import PRODUCTS, name_of, warn_of_product, watch_graph
+from halo_tensor.weight.requantize import defer, requantize_all
 from halo_tensor.weight.tensor import HaloWeight, dense_value
 
 #: Namespaces whose schemas name every argument that an op writes to.
@@ -68,17 +68,18 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """
     if is_symbolic():
         watch_graph()
-    values = [*args, *kwargs.values()]
-    weights = {id(t): t for t in tensors_in(values) if isinstance(t, HaloWeight)}
+    names, given = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
+    held = {name: weights for name, value in zip(names, given, strict=True) if (weights := _weights_in(value))}
+    weights = {id(w): w for found in held.values() for w in found}
     if op.namespace == "aten" and name_of(op.overloadpacket) in PRODUCTS:
         for weight in weights.values():
             weight.check_whole()
             _warn_of_product(op, weight)
     dense = {key: weight.dequantize() for key, weight in weights.items()}
-    plain = [_replaced(value, dense) for value in values]
+    plain = [_replaced(value, dense) if name in held else value for name, value in zip(names, given, strict=True)]
     # Both keep the order of the arguments, which is the same in every step of an optimiser.
-    declared = _given(_declared(op), args, kwargs, weights)
-    suspected = _given(_suspected(op, is_symbolic()), args, kwargs, weights)
+    declared = _held_by(_declared(op), held)
+    suspected = _held_by(_suspected(op, is_symbolic()), held)
     written = declared | suspected
     before = {key: dense[key].clone() for key in written if _has_comparable_codes(weights[key])}
     out = op(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
@@ -91,6 +92,8 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
     if suspected:
         _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
+    if out is None:
+        return None
     owner = {id(dense[key]): weights[key] for key in counted}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
@@ -118,12 +121,11 @@ def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]], counted: b
     if counted:  # autograd counts versions above __torch_dispatch__, and has only seen the wrappers
         masters = [weight.master for weight in [*(w for w, _ in whole.values()), *(w for w, _ in written)]]
         torch.autograd.graph.increment_version(list({id(m): m for m in masters if m is not None}.values()))
-    coded = [(w, w.operand, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
-    parts = () if counted else tuple(part for _, operand, _ in coded for part in operand.parts)
-    with preserved_version(parts):
-        HadamardQuantTensor.requantize_all_([operand for _, operand, _ in coded], [dense for _, _, dense in coded])
-    for weight, _, _ in coded:
-        weight.mark_in_step()
+    coded = [(w, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
+    if not (counted and defer(w for w, _ in coded)):
+        parts = () if counted else tuple(part for w, _ in coded if w.operand is not None for part in w.operand.parts)
+        with preserved_version(parts):
+            requantize_all(coded)
     if any(dense is None for _, dense in whole.values()):
         raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
 
@@ -156,15 +158,32 @@ def _replaced(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:
     """Return ``value``, a tensor or a list, with tensors replaced by those that ``by_id`` has for them."""
     if isinstance(value, torch.Tensor):
         return by_id.get(id(value), value)
-    return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
+    if type(value) not in (list, tuple):
+        return value
+    return type(value)([_replaced(v, by_id) if type(v) in (list, tuple) else by_id.get(id(v), v) for v in value])
 
 
-def _given(
-    arguments: Iterable[tuple[int, str]], args: tuple, kwargs: Mapping[str, Any], weights: Collection[int]
-) -> dict[int, None]:
-    """Return the ids of the weights among the values of these arguments, in their order."""
-    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in arguments]
-    return dict.fromkeys(id(t) for t in tensors_in(values) if id(t) in weights)
+def _weights_in(value: Any) -> list[HaloWeight]:
+    """Return the weights in an argument of an op: a value, or a list of values.
+
+    The lists of an optimiser's step have hundreds of tensors, so types are looked at before values.
+    """
+    if not isinstance(value, list | tuple):
+        return [value] if isinstance(value, HaloWeight) else []
+    if not any(issubclass(kind, (HaloWeight, list, tuple)) for kind in set(map(type, value))):
+        return []
+    return [weight for v in value for weight in ((v,) if isinstance(v, HaloWeight) else _weights_in(v))]
+
+
+def _held_by(arguments: Iterable[tuple[int, str]], held: Mapping[int | str, list[HaloWeight]]) -> dict[int, None]:
+    """Return the ids of the weights that these arguments hold, in their order.
+
+    Args:
+        arguments: place and name of each.
+        held: the place of an argument that was passed by its place, or the name of one that was passed by its name -> its
+            weights.
+    """
+    return dict.fromkeys(id(w) for i, name in arguments for w in held.get(i, held.get(name, ())))
 
 
 def _is_written(argument: torch.Argument) -> bool:

@@ -44,12 +44,43 @@ def round_to_code(
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA == -1:
         return (y + ROUNDER * STEP).to(tl.int32, bitcast=True).to(CODE)
-    if MANTISSA >= 0:  # a grid coarser than fp8's: round to the quantum of the exponent
-        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
-        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
-        rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
-        y = (y + rounder) - rounder
+    if MANTISSA >= 0:
+        y = _on_grid(y, MANTISSA, MIN_EXPONENT)
     return y.to(CODE)
+
+
+@triton.jit
+def _on_grid(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    """Return float32 numbers rounded to a grid that is coarser than fp8's: to the quantum of their exponent."""
+    exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+    rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
+    return (y + rounder) - rounder
+
+
+@triton.jit
+def packed_words(
+    y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the codes of six bits of float32 numbers [ROWS, WIDTH], rounded to nearest even, in their packed storage.
+
+    Each sixteen of them are three int32 words, of which the first, second and third [ROWS, WIDTH / 16] are returned. No code
+    is ever an fp8 value here: Triton 3.6 miscompiles those that are used twice.
+    """
+    y = _on_grid(y, MANTISSA, MIN_EXPONENT)
+    whole = y.to(tl.int32, bitcast=True)
+    magnitude = whole & 0x7FFFFFFF
+    normal = (magnitude >> (23 - MANTISSA)) - ((126 + MIN_EXPONENT) << MANTISSA)
+    subnormal = (tl.abs(y) * 2.0 ** (MANTISSA - MIN_EXPONENT)).to(tl.int32)
+    bits = tl.where((magnitude >> 23) >= 127 + MIN_EXPONENT, normal, subnormal)
+    bits = tl.minimum(bits, 31) | (((whole >> 31) & 1) << 5)  # NaN, which the scale has too, stays within its bits
+    field = tl.arange(0, 4)[None, None, :]
+    four = tl.sum(tl.reshape(bits, (ROWS, WIDTH // 4, 4)) << (6 * field), axis=2)  # 24 bits each
+    four = tl.reshape(four, (ROWS, WIDTH // 16, 4))
+    low = tl.sum(tl.where(field < 2, four << (24 * (field & 1)), 0), axis=2)
+    middle = tl.sum(tl.where(field == 1, four >> 8, tl.where(field == 2, four << 16, 0)), axis=2)
+    high = tl.sum(tl.where(field == 2, four >> 16, tl.where(field == 3, four << 8, 0)), axis=2)
+    return low, middle, high
 
 
 @triton.jit
