@@ -24,9 +24,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "default": {}}
 NOTES = (
-    "AdamW of bf16 parameters. GPU: milliseconds that a step keeps the GPU busy, by events, with the step issued while the GPU "
-    "still waits, so that the CPU is not part of it. CPU: milliseconds until step() returns, from an idle GPU. Both: until the "
-    "GPU is idle again. Medians of 15. Extra: above bf16 with the same optimiser. 1b: the parameters of Llama-3.2-1B. "
+    "AdamW of bf16 parameters. GPU: milliseconds that a step keeps the GPU busy, by events, with the step issued while the "
+    "GPU waits, so that the CPU is not part of it. CPU: milliseconds until step() returns, from an idle GPU. Both: until the "
+    "GPU is idle again. Medians. Extra: above bf16 with the same optimiser. 1b: the parameters of Llama-3.2-1B. "
     "8b_blocks: those of four blocks of Llama-3-8B. default: what AdamW chooses by itself."
 )
 

@@ -81,16 +81,11 @@ class _PreAllGather:
             return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
         if operand.scale is not None and operand.granularity == TENSOR and not state.has_common_scale(operand):
             share_scales([shard], mesh)
+        if state.sent is None and ranks > 1 and outer_size[0] % ranks == 0 and can_be_sent_in_rows(operand):
+            state.sent, state.scales_in_rows = _rows_to_send(operand, outer_size)
         if state.sent is not None:
             if not state.sends_scales:
                 send_scales([shard])
-            return state.sent
-        if ranks > 1 and outer_size[0] % ranks == 0 and can_be_sent_in_rows(operand):
-            put_in_rows(operand)  # they are already, unless the shard was copied or loaded
-            rows, codes = rows_of(operand), cast(torch.Tensor, operand.codes)
-            state.sent = (rows,), {"rows": outer_size[0], "dtype": codes.dtype, "width": codes.shape[1]}
-            state.scales_in_rows = scales_in(rows, codes.shape[1])
-            send_scales([shard])
             return state.sent
         sent = _to_send(operand, mesh, outer_size)
         # Kept only if no copy was made: copies would take memory for as long as the shard lives, and become out of date.
@@ -101,6 +96,14 @@ class _PreAllGather:
 
 
 _PreAllGather.__signature__ = inspect.signature(_PreAllGather(cast(Any, None)))
+
+
+def _rows_to_send(operand: HadamardQuantTensor, outer_size: torch.Size) -> tuple[Sent, torch.Tensor]:
+    """Return the rows in which codes and scales lie, to be sent, and the scales in them."""
+    put_in_rows(operand)  # they are already, unless the shard was copied or loaded
+    rows, codes = rows_of(operand), cast(torch.Tensor, operand.codes)
+    metadata = {"rows": outer_size[0], "dtype": codes.dtype, "width": codes.shape[1]}
+    return ((rows,), metadata), scales_in(rows, codes.shape[1])
 
 
 def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.Size) -> Sent:

@@ -69,7 +69,7 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if is_symbolic():
         watch_graph()
     names, given = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
-    held = {name: weights for name, value in zip(names, given, strict=True) if (weights := _weights_in(value))}
+    held = {name: found for name, value in zip(names, given, strict=True) if (found := _weights_in(value))}
     weights = {id(w): w for found in held.values() for w in found}
     if op.namespace == "aten" and name_of(op.overloadpacket) in PRODUCTS:
         for weight in weights.values():

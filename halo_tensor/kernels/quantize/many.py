@@ -89,7 +89,7 @@ def requantize_(
     gains: list[torch.Tensor],
 ) -> None:
     """Quantise each matrix again in place of its codes and scales, as :func:`halo_tensor.ops.requantize_` does."""
-    dense_gains = [dense(gain) for gain in gains]
+    dense_gains: list[Any] = [dense(gain) for gain in gains]
     pointers = tuple(map(_DATA_PTR, chain(xs, codes, scales, dense_gains)))
     layouts = tuple([(x.shape, x.stride(), x.dtype, c.stride()) for x, c in zip(xs, codes, strict=True)])
     how = row_rotation, column_rotation, format, granularity, xs[0].device, codes[0].dtype
