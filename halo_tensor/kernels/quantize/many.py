@@ -14,13 +14,17 @@ from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
 from halo_tensor.kernels.quantize import kernels, packing
 from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.quantize.plan import Task, rotate_quantize
-from halo_tensor.kernels.quantize.whole_rows import row_constants
+from halo_tensor.kernels.quantize.whole_rows import RowLaunch, row_constants
 from halo_tensor.kernels.rotate import Matrix
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
 
 _DATA_PTR = torch.Tensor.data_ptr
+#: The elements that a program holds at a time, unless a row has more.
+_TILE = 8192
+#: With so many rows, programs that take 32 or more of them keep every GPU busy.
+_MANY_ROWS = 16384
 #: The most plans that are remembered.
 _REMEMBERED = 1024
 
@@ -158,13 +162,27 @@ def _can_be_grouped(weight: _Weight, task: Task, packed: bool) -> bool:
 
 def _plan_group(group: list[_Weight], like: int, column_rotation: Rotation | None, format: Format, packed: bool) -> _Group:
     (x, stride, _), gained = group[0], group[0].gained
-    rows, options, matrices = row_constants(x.shape[1], x.dtype, x.device, column_rotation, format, gained, False)
-    steps = rows.steps_for(sum(weight.x.shape[0] for weight in group))
+    launch, options, matrices = row_constants(x.shape[1], x.dtype, x.device, column_rotation, format, gained, False)
+    launch = _for_many(launch, options["CHUNKS"] * options["WIDTH"], sum(weight.x.shape[0] for weight in group))
     entries, programs = [], 0
     for weight in group:
         entries.append((programs, weight.x.shape[0], *weight.pointers))
-        programs += cdiv(weight.x.shape[0], rows.rows * steps)
+        programs += cdiv(weight.x.shape[0], launch.rows * launch.steps)
     table = torch.tensor(entries, dtype=torch.int64).t().contiguous().to(x.device)
-    constants = options | {"STEPS": steps, "ENTRIES": triton.next_power_of_2(len(group)), "PACK": packed}
-    launch = Launch(kernels.whole_rows_of_many, constants)
-    return _Group(launch.sized((programs,), (len(group), x.shape[1], *x.stride, stride)), like, table, matrices)
+    shape = {"ROWS": launch.rows, "STEPS": launch.steps, "num_warps": launch.warps}
+    constants = options | shape | {"ENTRIES": triton.next_power_of_2(len(group)), "PACK": packed}
+    sized = Launch(kernels.whole_rows_of_many, constants).sized((programs,), (len(group), x.shape[1], *x.stride, stride))
+    return _Group(sized, like, table, matrices)
+
+
+def _for_many(launch: RowLaunch, row: int, m: int) -> RowLaunch:
+    """Return how programs go through ``m`` rows of ``row`` elements in all, as measured on an H200 (docs/notes/quantisers.md).
+
+    There are more rows than one matrix has. So a program takes more of them, and loads the rotation less often. A launch
+    whose number of steps does not depend on the rows is left as it is.
+    """
+    if launch.steps or m < _MANY_ROWS:
+        return launch._replace(steps=launch.steps_for(m))
+    rows = max(min(launch.rows, _TILE // row), 1)
+    warps = 4 if rows * row <= _TILE else launch.warps
+    return launch._replace(rows=rows, steps=max(32, 16 * _TILE // row) // rows, warps=warps)

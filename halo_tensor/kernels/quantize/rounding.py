@@ -44,18 +44,12 @@ def round_to_code(
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if MANTISSA == -1:
         return (y + ROUNDER * STEP).to(tl.int32, bitcast=True).to(CODE)
-    if MANTISSA >= 0:
-        y = _on_grid(y, MANTISSA, MIN_EXPONENT)
+    if MANTISSA >= 0:  # a grid coarser than fp8's: round to the quantum of the exponent
+        exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
+        rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
+        y = (y + rounder) - rounder
     return y.to(CODE)
-
-
-@triton.jit
-def _on_grid(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    """Return float32 numbers rounded to a grid that is coarser than fp8's: to the quantum of their exponent."""
-    exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
-    rounder = (((exponent + 23) << 23) | (1 << 22)).to(tl.float32, bitcast=True)  # 1.5·2²³ quanta
-    return (y + rounder) - rounder
 
 
 @triton.jit
@@ -65,20 +59,30 @@ def packed_words(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, ROWS: tl
     Each sixteen of them are three int32 words, of which the first, second and third [ROWS, WIDTH / 16] are returned. No code
     is ever an fp8 value here: Triton 3.6 miscompiles those that are used twice.
     """
-    y = _on_grid(y, MANTISSA, MIN_EXPONENT)
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    SMALL: tl.constexpr = 2.0 ** (SHIFT + MIN_EXPONENT)  # adding it rounds to the quantum of subnormal numbers
     whole = y.to(tl.int32, bitcast=True)
     magnitude = whole & 0x7FFFFFFF
-    normal = (magnitude >> (23 - MANTISSA)) - ((126 + MIN_EXPONENT) << MANTISSA)
-    subnormal = (tl.abs(y) * 2.0 ** (MANTISSA - MIN_EXPONENT)).to(tl.int32)
-    bits = tl.where((magnitude >> 23) >= 127 + MIN_EXPONENT, normal, subnormal)
-    bits = tl.minimum(bits, 31) | (((whole >> 31) & 1) << 5)  # NaN, which the scale has too, stays within its bits
-    field = tl.arange(0, 4)[None, None, :]
-    four = tl.sum(tl.reshape(bits, (ROWS, WIDTH // 4, 4)) << (6 * field), axis=2)  # 24 bits each
-    four = tl.reshape(four, (ROWS, WIDTH // 16, 4))
-    low = tl.sum(tl.where(field < 2, four << (24 * (field & 1)), 0), axis=2)
-    middle = tl.sum(tl.where(field == 1, four >> 8, tl.where(field == 2, four << 16, 0)), axis=2)
-    high = tl.sum(tl.where(field == 2, four >> 16, tl.where(field == 3, four << 8, 0)), axis=2)
-    return low, middle, high
+    normal = ((magnitude + ((magnitude >> SHIFT) & 1) + ((1 << (SHIFT - 1)) - 1)) >> SHIFT) - (
+        (126 + MIN_EXPONENT) << MANTISSA
+    )
+    subnormal = (tl.abs(y) + SMALL).to(tl.int32, bitcast=True) - ((127 + SHIFT + MIN_EXPONENT) << 23)
+    bits = tl.where(magnitude < ((127 + MIN_EXPONENT) << 23), subnormal, normal)
+    bits = tl.minimum(bits, 31)  # NaN, which the scale has too, stays within its bits
+    bits = tl.where(bits == 0, 0, bits | ((whole >> 26) & 32))  # the sign, but of zero none, as in round_to_code
+    a, b, c, d = _every_fourth(bits.to(tl.uint8), ROWS, WIDTH)
+    four = a.to(tl.int32) | b.to(tl.int32) << 6 | c.to(tl.int32) << 12 | d.to(tl.int32) << 18  # 24 bits
+    a, b, c, d = _every_fourth(four, ROWS, WIDTH // 4)
+    return a | b << 24, b >> 8 | c << 16, c >> 16 | d << 8
+
+
+@triton.jit
+def _every_fourth(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the columns 0, 4, 8, …, then 1, 5, …, then 2, 6, … and 3, 7, … of a matrix [ROWS, WIDTH]."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, WIDTH // 4, 2, 2)))  # columns 0 and 2, columns 1 and 3
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit

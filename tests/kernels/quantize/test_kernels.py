@@ -16,6 +16,7 @@ from halo_tensor import ops
 from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.quantize import many
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.kernels.quantize.codes import code_matrix
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, Rotation
@@ -292,19 +293,36 @@ def test_many_alike_are_one_launch(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", noted)
     narrow, wide = [matrix(m, 128) for m in (3, 70, 5)], [matrix(m, 256) for m in (9, 2)]
-    many = "whole_rows_of_many"
+    of_many = "whole_rows_of_many"
     for right in (None, Rotation(64)):
-        assert launches_of([*narrow, *wide], right) == [(many, 3), (many, 2)]
-        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(many, 3), (many, 2)]
+        assert launches_of([*narrow, *wide], right) == [(of_many, 3), (of_many, 2)]
+        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(of_many, 3), (of_many, 2)]
     halves = [x.bfloat16() for x in narrow[:2]]
-    assert launches_of([*halves, *narrow], None) == [(many, 2), (many, 3)]
+    assert launches_of([*halves, *narrow], None) == [(of_many, 2), (of_many, 3)]
     packed = [torch.empty(x.shape[0], 96, dtype=torch.uint8, device=DEVICE) for x in narrow]
     launched.clear()
     ops.requantize_(narrow, None, None, FP6_E2M3, "row", packed, [torch.empty(x.shape[0], device=DEVICE) for x in narrow], [])
-    assert launched == [(many, 3)]
+    assert launched == [(of_many, 3)]
     # Those that the kernel cannot take have launches of their own.
     odd = [matrix(4, 128, layout="misaligned"), matrix(4, 128, torch.float64), matrix(4, 100)]
-    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(many, 3), *[("whole_rows", 4)] * 3]
+    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(of_many, 3), *[("whole_rows", 4)] * 3]
+
+
+@runs_kernels
+@pytest.mark.parametrize("width", [128, 1024])
+def test_programs_of_many_rows(width, monkeypatch):
+    """As weights with some ten thousand rows have them."""
+    monkeypatch.setattr(many, "_MANY_ROWS", 0)
+    monkeypatch.setattr(many, "_TILE", 2048)
+    many._plans.clear()
+    xs = [matrix(m, width, torch.bfloat16) for m in (70, 3, 33)]
+    for codes, scales, x in zip(*requantized(xs, Rotation(64), INT8, "row", []), xs, strict=True):
+        expected, _, expected_scales = ops.rotate_quantize(x, None, Rotation(64), INT8, "row")
+        assert_same_bytes(codes, expected)
+        assert torch.equal(scales, expected_scales)
+    (plan,) = many._plans.values()
+    assert plan.groups[0].launch.constants["STEPS"] >= 16 and not plan.single
+    many._plans.clear()
 
 
 @runs_kernels
