@@ -130,6 +130,11 @@ def let_optimizers_use_foreach(kind: type[torch.Tensor]) -> None:
         _foreach_supported_types.append(kind)
 
 
+def list_updates() -> list[Callable]:
+    """Return the functions with which optimisers write to a list of tensors, their first argument, by one op."""
+    return [f for name, f in vars(torch).items() if name.startswith(("_foreach_", "_fused_")) and name.endswith("_")]
+
+
 def copy_all_(targets: list, sources: list) -> None:
     """Copy each source to its target, by one op."""
     torch._foreach_copy_(targets, sources)
@@ -154,6 +159,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "let_optimizers_use_foreach",
+    "list_updates",
     "local_tensor",
     "multiply_integers",
     "preserved_version",

@@ -142,10 +142,7 @@ def _post_all_gather(
         return None if out is not None else (_gathered(shard, outputs[0][:rows], None), ())
     width = metadata.get("width")  # if codes and scales lie in rows
     if out is not None:  # its codes are views of the outputs, and so up to date already
-        scale = metadata["scale"] if width is None else out.codes_state.scales_in_rows
-        if scale is not None:
-            assert out.scale is not None
-            _overwrite(out.scale, scale)
+        _bring_scales_up_to_date(shard, out, metadata["scale"] if width is None else out.codes_state.scales_in_rows)
         return None
     if width is None:
         codes, scale = outputs[0].view(metadata["dtype"])[:rows], metadata["scale"]
@@ -156,6 +153,20 @@ def _post_all_gather(
     weight = _gathered_operand(shard, rows, param_dtype, codes, scales.clone(memory_format=torch.contiguous_format))
     weight.codes_state.scales_in_rows = scales
     return weight, ()
+
+
+def _bring_scales_up_to_date(shard: HaloWeight, gathered: HaloWeight, scale: torch.Tensor | None) -> None:
+    """Copy the scales that ranks have sent, float32 [out] or [], to those of a weight that was gathered before.
+
+    In backward a weight is gathered again to be what it was in forward. Its scales, unlike its codes, were not freed.
+    """
+    if scale is None:
+        return
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not (in_backward and shard.codes_state.has_sent_scales):
+        assert gathered.scale is not None
+        _overwrite(gathered.scale, scale)
+    shard.codes_state.has_sent_scales = shard.codes_state.sends_scales
 
 
 def _gathered_operand(

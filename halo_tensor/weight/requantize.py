@@ -113,10 +113,13 @@ def defer(weights: Iterable[HaloWeight]) -> bool:
     """
     if not _step.runs or is_compiling():
         return False
-    weights = list(weights)
-    if any(w.master is None or w.master.is_inference() or type(w.master) is not torch.Tensor for w in weights):
-        return False
-    _step.written.update((id(w), w) for w in weights)
+    written = {}
+    for weight in weights:
+        master = weight.master
+        if type(master) is not torch.Tensor or master.is_inference():
+            return False
+        written[id(weight)] = weight
+    _step.written.update(written)
     return True
 
 
@@ -131,10 +134,10 @@ def _end(*args: Any) -> None:
         return
     _step.runs = False
     if _step.written:
-        behind = [w for w in _step.written.values() if w.is_behind]
+        pairs = [(w, w.master) for w in _step.written.values() if w.master is not None]
         _step.written.clear()
         with torch.no_grad():
-            requantize_all([(w, w.master) for w in behind if w.master is not None])
+            requantize_all(pairs)
 
 
 FOREACH.attempt(let_optimizers_use_foreach, HaloWeight)

@@ -73,7 +73,7 @@ def send_scales(weights: list[HaloWeight]) -> None:
         return
     copy_all_([w.codes_state.scales_in_rows for w in behind], [w.scale for w in behind])
     for weight in behind:
-        weight.codes_state.sends_scales = True
+        weight.codes_state.sends_scales, weight.codes_state.has_sent_scales = True, False
 
 
 def alias(tensor: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:

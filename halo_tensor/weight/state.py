@@ -27,6 +27,7 @@ class CodesState:
         scales_in_rows: the scales in the rows that a shard sends, or that a gathered weight was made of, float32 [rows]: see
             :mod:`halo_tensor.weight.sent_rows`.
         sends_scales: whether a shard's scales have been copied there since they were last computed.
+        has_sent_scales: whether the gathered weight has got them since then.
     """
 
     version: MasterVersion | None = None
@@ -37,6 +38,7 @@ class CodesState:
     sent: tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None = None
     scales_in_rows: torch.Tensor | None = None
     sends_scales: bool = False
+    has_sent_scales: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodesState":
         return CodesState()

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from halo_tensor.fences.pytorch import is_symbolic, preserved_version, tree_map_only
+from halo_tensor.fences.pytorch import (
+    is_recorded,
+    is_symbolic,
+    is_transformed,
+    list_updates,
+    preserved_version,
+    tree_map_only,
+)
 from halo_tensor.weight.copies import plain_view
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.product_warnings import PRODUCTS, name_of, warn_of_product, watch_graph
@@ -60,6 +67,23 @@ def _set_data(func: Any, weight: HaloWeight, value: torch.Tensor) -> None:
     weight.requantize(value.detach())
 
 
+@implements(*list_updates())
+def _update_list(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an optimiser's update of a list of weights and plain tensors, on their dense values.
+
+    :func:`run` would do the same, but the dispatcher converts lists of hundreds of tensors twice before it arrives there.
+    """
+    held = _weights_in(args[0]) if args else []
+    others = [value for value in (*args[1:], *kwargs.values()) if _weights_in(value)]
+    plain = not (torch.is_grad_enabled() or is_recorded() or is_transformed() or others)
+    if not plain or any(weight.whole.master is None for weight in held):
+        return func(*args, **kwargs)
+    dense = {id(weight): weight.dequantize() for weight in held}
+    out = func(_replaced(args[0], dense), *args[1:], **kwargs)
+    _bring_up_to_date([(weight, dense[id(weight)]) for weight in held])
+    return _replaced(out, {id(dense[id(weight)]): weight for weight in held}) if out is not None else None
+
+
 def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an op with dense values in place of weights.
 
@@ -81,12 +105,12 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     declared = _held_by(_declared(op), held)
     suspected = _held_by(_suspected(op, is_symbolic()), held)
     written = declared | suspected
-    before = {key: dense[key].clone() for key in written if _has_comparable_codes(weights[key])}
+    before = {key: dense[key].clone() for key in written if weights[key].whole.master is None and _has_values(weights[key])}
     out = op(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
     if written and op.namespace in _COLLECTIVES:
         _wait(op, out, [dense[key] for key in written])
     # DDP sends every weight to itself: frozen codes that have not changed must not be rounded a second time.
-    changed = [key for key in written if key not in before or not torch.equal(before[key], dense[key])]
+    changed = [key for key in written if not (key in before and torch.equal(before[key], dense[key]))] if before else written
     # Autograd knows of writes only what a schema declares. It need not hear of writes that may not have happened.
     counted = written if op.namespace == "c10d" else declared
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
@@ -115,12 +139,17 @@ def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]], counted: b
         written: weights and their dense values. Several may be views of one weight.
         counted: tell autograd of the writes.
     """
-    whole: dict[int, tuple[HaloWeight, torch.Tensor | None]] = {
-        id(w.whole): (w.whole, dense if w.base is None else w.base.master) for w, dense in written
-    }
+    whole: dict[int, tuple[HaloWeight, torch.Tensor | None]] = {}
+    masters: dict[int, torch.Tensor | None] = {}
+    for weight, dense in written:
+        masters[id(weight.master)] = weight.master
+        if (base := weight.base) is None:
+            whole[id(weight)] = weight, dense
+        else:
+            whole[id(base)] = base, base.master
+            masters[id(base.master)] = base.master
     if counted:  # autograd counts versions above __torch_dispatch__, and has only seen the wrappers
-        masters = [weight.master for weight in [*(w for w, _ in whole.values()), *(w for w, _ in written)]]
-        torch.autograd.graph.increment_version(list({id(m): m for m in masters if m is not None}.values()))
+        torch.autograd.graph.increment_version([master for master in masters.values() if master is not None])
     coded = [(w, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
     if not (counted and defer(w for w, _ in coded)):
         parts = () if counted else tuple(part for w, _ in coded if w.operand is not None for part in w.operand.parts)
@@ -130,9 +159,9 @@ def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]], counted: b
         raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
 
 
-def _has_comparable_codes(weight: HaloWeight) -> bool:
-    """Whether a weight has only codes, with values that can be compared."""
-    return weight.whole.master is None and not (is_symbolic() or weight.is_meta)
+def _has_values(weight: HaloWeight) -> bool:
+    """Whether the values of a weight can be compared."""
+    return not (is_symbolic() or weight.is_meta)
 
 
 def _warn_of_product(op: Any, weight: HaloWeight) -> None:

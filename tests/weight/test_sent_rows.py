@@ -91,6 +91,37 @@ def test_the_gathered_weight_reads_what_was_sent():
     assert torch.equal(weight.scale[half:], 2 * weight.scale[:half])
 
 
+def test_scales_that_have_not_changed_are_not_copied_again_in_backward():
+    linear, shard = shard_of("int8")
+
+    def gather():
+        (rows,), metadata = send(linear, shard)
+        weight, _ = gathered or shard.fsdp_post_all_gather((torch.cat([rows, rows]),), metadata, torch.float32)
+        memory = weight.operand.codes.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(memory, 0, (12, rows.shape[1])).copy_(torch.cat([rows, rows]))
+        with torch.no_grad():
+            shard.fsdp_post_all_gather((), metadata, torch.float32, out=weight)
+        return weight, ()
+
+    def gather_in_backward():
+        x = torch.ones(1, requires_grad=True)
+        x.register_hook(lambda gradient: (gather(), gradient)[1])
+        x.sum().backward()
+
+    gathered = None
+    gathered = gather()
+    weight, scales = gathered[0], gathered[0].scale.clone()
+    weight.scale.fill_(7.0)  # to see what is copied
+    gather_in_backward()
+    assert (weight.scale == 7.0).all(), "forward has them already"
+    gather()
+    assert torch.equal(weight.scale, scales), "another rank may have written to its rows since the last step"
+    with torch.no_grad():
+        shard.mul_(2)
+    gather_in_backward()
+    assert torch.equal(weight.scale, 2 * scales)
+
+
 def test_a_shard_that_was_copied_sends_rows_too():
     """As one that is offloaded: a copy has its codes in memory of its own."""
     linear, shard = shard_of("int8")
