@@ -140,6 +140,12 @@ INDUCTOR = FastPath(
     "compiled models call ops, each of which costs the CPU some 80 µs",
     "torch",
 )
+FOREACH = FastPath(
+    "foreach",
+    "optimisers that write all weights by one op, where they choose so themselves",
+    "a step of an optimiser without foreach=True or fused=True takes the CPU several times longer",
+    "torch",
+)
 PRODUCERS = FastPath(
     "producers",
     "elementwise operations computed inside of the quantiser that reads their result",
@@ -176,7 +182,7 @@ DERIVED = FastPath(
     "such a product runs in high precision without a warning",
     "torch",
 )
-_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, TMA, SM80, DERIVED)
+_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, CUBLAS, TMA, SM80, DERIVED)
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 

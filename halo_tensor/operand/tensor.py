@@ -224,28 +224,6 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 ops.pack_rows_(codes, self.format, packed)
         torch.autograd.graph.increment_version(self.parts)
 
-    @staticmethod
-    def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
-        """Call :meth:`requantize_` for many operands, each with its matrix. One op serves all that are quantised alike."""
-        alike: dict[tuple, list[tuple[HadamardQuantTensor, torch.Tensor]]] = {}
-        for operand, x in zip(operands, matrices, strict=True):
-            rotations = operand.row_rotation, operand.column_rotation
-            how: tuple = (*rotations, operand.format, operand.granularity, x.device, operand.gain is None)
-            traced = type(operand.codes) is not torch.Tensor  # or fake
-            if operand.format is None or operand.scale is None or operand.is_packed or traced:
-                how = (id(operand),)  # unlike any other
-            alike.setdefault(how, []).append((operand, x))
-        for group in alike.values():
-            first, x = group[0]
-            if len(group) == 1:
-                first.requantize_(x)
-                continue
-            codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
-            xs, gains = [x for _, x in group], [] if first.gain is None else gains
-            format, rotations = cast(Format, first.format), (first.row_rotation, first.column_rotation)
-            ops.requantize_(xs, *rotations, format, first.granularity, codes, scales, gains)
-            torch.autograd.graph.increment_version([*codes, *scales])
-
     def _with(
         self, *, size: torch.Size | None = None, dtype: torch.dtype | None = None, **changes: Any
     ) -> "HadamardQuantTensor":

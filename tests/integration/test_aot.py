@@ -105,6 +105,7 @@ def forget_plans():
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
+    requantize._plans.clear()
 
 
 def check_arguments(kernel, arguments):
@@ -257,10 +258,12 @@ def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, colu
     return request
 
 
-def many(right, dtype=BF16, gain=False, width=4096):
+def many(right, dtype=BF16, gain=False, width=4096, packed=False):
     def request(empty, format):
         xs = [empty(rows, width, dtype=dtype) for rows in (4096, 1024, 14336)]
         codes = [layout_of_codes.code_matrix(x, *x.shape, format) for x in xs]
+        if packed:
+            codes = [empty(x.shape[0], width // 4 * 3, dtype=torch.uint8) for x in xs]
         gains = [empty(width) for x in xs if gain]
         requantize.requantize_(xs, None, right, format, "row", codes, [empty(x.shape[0]) for x in xs], gains)
 
@@ -450,6 +453,8 @@ def test_packing(launched, capability):
         packed = empty(1000, 3072, dtype=torch.uint8)
         packing_kernels.pack_rows_(codes, FP6_E2M3, packed)
         packing_kernels.unpack_rows(packed, FP6_E2M3)
+        for width in (4096, 14336):
+            many(H, width=width, packed=True)(empty, FP6_E2M3)
 
     if capability < 89:
         with pytest.raises(
@@ -458,7 +463,8 @@ def test_packing(launched, capability):
             launched(capability, request)
         return
     kernels = launched(capability, request)
-    assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel"]
+    assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel", *["whole_rows_of_many"] * 2]
+    check_fit(kernels, capability)
     assert "st.global.b32" in kernels[1].asm["ptx"], "codes are not stored four at a time"
 
 
