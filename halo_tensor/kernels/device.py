@@ -59,6 +59,11 @@ def has_wgmma(device: torch.device) -> bool:
     return _capability(device)[0] in (9, 10)
 
 
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel can start while the kernel ahead of it ends (CUDA's programmatic dependent launch)."""
+    return device.type == "cuda" and has_tma(device) and torch.version.hip is None
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     """Raise Refusal, a RuntimeError, if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:

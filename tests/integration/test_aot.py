@@ -226,6 +226,7 @@ EVERYWHERE = {
     "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
+    "rows, few", "rows, few, gain",
 }  # fmt: skip
 #: What sm_86 is compiled for: its code is sm_80's, with the shared memory of sm_89.
 ON_86 = {"rows", "rows, wide", "rows, full width", "pair", "pair, rotated", "int8", "int8, undo right"}
@@ -300,6 +301,12 @@ QUANTIZE = {
         "whole_rows transpose_codes",
     ),
     "rows, full width, gain": (quantize((1000, 4096), None, Rotation(4096), "row", gain=True), "whole_rows transpose_codes"),
+    "rows, few": (quantize((16, 4096), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, gain": (quantize((16, 8192), None, H, "row", columns=False, gain=True), "whole_rows"),
+    "rows, few, narrow": (quantize((16, 512), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, plain": (quantize((16, 4096), None, None, "row", columns=False), "whole_rows"),
+    "rows, few, wide": (quantize((16, 14336), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, fp32": (quantize((16, 8192), None, H, "row", FP32, columns=False), "whole_rows"),
     "many": (many(H), "whole_rows_of_many"),
     "many, plain": (many(None), "whole_rows_of_many"),
     "many, wide, gain": (many(H, gain=True, width=14336), "whole_rows_of_many"),
@@ -539,6 +546,35 @@ def test_multiplying(launched, capability, name):
     check_subnormal([kernel])
     check_fit([kernel, *passes], capability)
     check_registers([kernel, *passes], capability, name)
+
+
+#: (rows, columns) that take each tile of the product of few rows.
+FEW_ROWS = [(16, 1024), (64, 4096), (32, 14336), (32, 1024), (64, 1024), (16, 3072), (32, 3072), (16, 14336), (64, 14336)]
+
+
+def few_rows_on_every_gpu():
+    for capability in (80, 89, 90, 100, 120):
+        for size in FEW_ROWS if capability == 90 else FEW_ROWS[:3]:
+            yield capability, size, INT
+            if capability >= 89:
+                yield capability, size, FP8
+    yield 90, (16, 3072), (torch.float8_e5m2, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(("capability", "size", "codes"), few_rows_on_every_gpu())
+def test_multiplying_few_rows(launched, capability, size, codes):
+    (m, n), integer = size, codes == INT
+    (kernel,) = launched(capability, multiply((m, n, 4096), codes, None, None, gain=True))
+    ptx = kernel.asm["ptx"]
+    assert kernel.name == "few_rows_kernel" and instructions(kernel)
+    assert ptx.count("cp.async.cg.shared.global") >= 8 and "bulk.tensor" not in ptx, "codes are not copied ahead"
+    assert "cp.async.ca" not in ptx, "copies are narrow"
+    if capability == 90 and not integer and n > 2112:
+        assert all(i.startswith("wgmma") for i in instructions(kernel)), "codes are converted"
+    assert ("griddepcontrol.wait" in ptx) == (capability >= 90 and n < 14336)
+    check_subnormal([kernel])
+    check_fit([kernel], capability)
+    check_registers([kernel], capability, "few rows")
 
 
 @pytest.mark.parametrize("name", ["fp8, undo right", "int8, undo right, gain"])

@@ -479,8 +479,10 @@ def test_the_kernels_are_what_is_tested(monkeypatch):
     check(matrix(3, 64), None, Rotation(64), INT8, "row")
     check(matrix(3, 64), None, None, INT8, "column")
     rotating.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
-    product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
-    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
+    for m in (3, 65):
+        a, b_t = codes_of((m, 64), INT8), codes_of((3, 64), INT8)
+        product.scaled_mm(a, b_t, None, None, None, None, None, (m, 3), torch.float32)
+    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles few_rows_kernel scaled_mm_kernel"
     assert launched == set(expected.split())
     gain, like = gain_of(64), codes_of((64, 64), INT8)
     for x, right in ((matrix(3, 64), Rotation(64)), (matrix(3, 64), None)):
