@@ -46,7 +46,7 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
     backward = _after(graph, _tangents(graph))
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
-        x, row_rotation, *_, fold_rows, fold_columns, rows, columns, seed, _ = arguments
+        x, row_rotation, *_, fold_rows, fold_columns, rows, columns, seed, _, _ = arguments
         # With a rotation of rows, kernels may take other tiles if only the transpose is wanted, and a code may differ.
         repeatable = not row_rotation and fold_rows is None and fold_columns is None and seed is None
         tagged = "recompute" in node.meta  # by activation checkpointing
@@ -103,13 +103,13 @@ def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
 def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
     """Let a copy of a quantisation, which the partitioner puts into backward, make the transposed codes."""
     arguments: Any = node.args
-    *same, _, _, seed, gain = arguments
+    *same, _, _, seed, gain, turned = arguments
     codes, codes_t, scales = node.meta["val"]
     nothing = codes.new_empty(0)
     with node.graph.inserting_before(node):
         again = node.graph.node_copy(node)
-    node.args, node.meta["val"] = (*same, True, False, seed, gain), (codes, nothing, scales)
-    again.args, again.meta["val"] = (*same, False, True, seed, gain), (nothing, codes_t, scales)
+    node.args, node.meta["val"] = (*same, True, False, seed, gain, turned), (codes, nothing, scales)
+    again.args, again.meta["val"] = (*same, False, True, seed, gain, turned), (nothing, codes_t, scales)
     again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # neither saved nor computed in forward
     for codes_t in transposed:
         codes_t.replace_input_with(node, again)
@@ -135,7 +135,7 @@ def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
 def _is_computed(pair: fx.Node) -> bool:
     """Whether E is the result of elementwise operations, read by nothing else, and is not rotated."""
     arguments: Any = pair.args
-    e, row_rotation, _, *folds = arguments
+    e, row_rotation, _, *folds, _ = arguments
     known = all("val" in used.meta for used in pair.all_input_nodes)
     if row_rotation or None in folds or not known or not runs_kernels(e.meta["val"].device):
         return False
@@ -156,7 +156,7 @@ def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
     one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
     # Sizes may be symbols; these functions add no guards.
     alike = one.dtype == other.dtype and statically_known_true(sym_eq(one.shape, other.shape))
-    if a.args[2] != b.args[2] or not alike:
+    if a.args[2] != b.args[2] or a.args[-1] != b.args[-1] or not alike:
         return False
     later = _after(graph, [a])
     return not any(used in later for used in b.all_input_nodes)
@@ -178,10 +178,10 @@ def _sources(e: Any) -> set[fx.Node]:
 
 def _merge(a: fx.Node, b: fx.Node) -> None:
     """Replace the quantisations a and b by one op in the place of b."""
-    e_a, _, format, *folds_a = a.args
-    e_b, _, _, *folds_b = b.args
+    e_a, _, format, *folds_a, turned = a.args
+    e_b, _, _, *folds_b, _ = b.args
     with b.graph.inserting_before(b):
-        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b))
+        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b, turned))
     # Inductor keeps the strides of these values for an op that needs exact strides.
     inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)
     both.meta = b.meta | {"val": (*a.meta["val"], *b.meta["val"]), "eager_input_vals": (inputs, {})}
