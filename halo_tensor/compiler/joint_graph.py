@@ -36,6 +36,7 @@ REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
+_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
@@ -139,6 +140,11 @@ def _is_computed(pair: fx.Node) -> bool:
     known = all("val" in used.meta for used in pair.all_input_nodes)
     if row_rotation or None in folds or not known or not runs_kernels(e.meta["val"].device):
         return False
+    return _is_made_alone(e)
+
+
+def _is_made_alone(e: Any) -> bool:
+    """Whether ``e`` is the result of elementwise operations, and one node reads it."""
     while _is_view(e) and len(e.users) == 1:
         e = e.args[0]
     return _is_elementwise(e) and len(e.users) == 1
@@ -203,6 +209,24 @@ def _rewrite(graph: fx.Graph) -> None:
             quantize_two_gradients_at_once(each)
 
 
+def _compile_kernels(graph: fx.Graph) -> None:
+    """Start to compile the kernels of all ops, except of those whose input may be computed in the kernel."""
+    first = next(n for n in graph.nodes if n.target in _QUANTISERS)
+    if runs_kernels(first.args[0].meta["val"].device):
+        from halo_tensor.compiler import kernels_ahead  # Triton, which a machine without a GPU may lack
+
+        kernels_ahead.start([n for n in graph.nodes if not _may_have_producer(n)])
+
+
+def _may_have_producer(node: fx.Node) -> bool:
+    """Whether :mod:`halo_tensor.compiler.producers` may let a quantiser's kernel compute its input."""
+    if node.target not in _QUANTISERS:
+        return False
+    x: Any = node.args[0]
+    constant = not any(isinstance(n, torch.SymInt) for n in x.meta["val"].shape)  # else the op stays an op
+    return constant and (node.target is _PAIRS or _is_made_alone(x))
+
+
 class _Pass(CustomGraphPass):
     """The passes of this module, after ``others``.
 
@@ -215,8 +239,9 @@ class _Pass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.others:
             other(graph)
-        if any(node.target in (_QUANTIZE, _PAIR) for node in graph.nodes):
+        if any(node.target in _QUANTISERS for node in graph.nodes):
             JOINT_GRAPH.attempt(_rewrite, graph)
+            JOINT_GRAPH.attempt(_compile_kernels, graph)
 
     def uuid(self) -> tuple | None:
         """Return the part of the key of cached graphs; None, and graphs are not cached, if one of the others has none."""
