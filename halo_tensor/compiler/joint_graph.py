@@ -26,7 +26,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
-from halo_tensor.fences.fast_paths import JOINT_GRAPH, disabled
+from halo_tensor.fences.fast_paths import AHEAD, JOINT_GRAPH, disabled
 from halo_tensor.kernels.device import PRODUCER_INPUTS, runs_kernels
 from halo_tensor.version import fingerprint
 
@@ -241,7 +241,7 @@ class _Pass(CustomGraphPass):
             other(graph)
         if any(node.target in _QUANTISERS for node in graph.nodes):
             JOINT_GRAPH.attempt(_rewrite, graph)
-            JOINT_GRAPH.attempt(_compile_kernels, graph)
+            AHEAD.attempt(_compile_kernels, graph)
 
     def uuid(self) -> tuple | None:
         """Return the part of the key of cached graphs; None, and graphs are not cached, if one of the others has none."""

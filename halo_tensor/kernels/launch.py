@@ -15,7 +15,7 @@ from triton import JITFunction, OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.fences import triton_launch
-from halo_tensor.fences.fast_paths import LAUNCHER, PRECOMPILED, Refusal
+from halo_tensor.fences.fast_paths import AHEAD, LAUNCHER, PRECOMPILED, Refusal
 from halo_tensor.fences.pytorch import current_device, current_raw_stream
 from halo_tensor.kernels import ahead
 
@@ -194,7 +194,7 @@ class Launch:
 
     def _compile(self, tensors: tuple, sizes: Sizes, index: int) -> Any:
         """Return the kernel compiled for such tensors. Threads that want the same one do not compile it twice."""
-        what = self.kernel, repr(self.constants), self.blocks, tuple(t.dtype for t in tensors), sizes.kinds, index
+        what = id(self.kernel), repr(self.constants), self.blocks, tuple(t.dtype for t in tensors), sizes.kinds, index
         return ahead.one_at_a_time(what, partial(self._warmed_up, self._described(sizes, tensors), sizes, index))
 
     def _warmed_up(self, arguments: list, sizes: Sizes, index: int) -> Any:
@@ -244,7 +244,7 @@ class SizedLaunch:
 
     def ahead(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> "SizedLaunch":
         """Return this launch, and compile its kernel in another thread: see :meth:`Launch.compile`."""
-        if self.launch.compiles:
+        if self.launch.compiles and AHEAD.why_off() is None:
             ahead.start(partial(self.launch.compile, device, dtypes, self.sizes))
         return self
 
