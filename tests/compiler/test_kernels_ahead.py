@@ -29,7 +29,9 @@ def started(monkeypatch):
     """What was to be compiled ahead. Bodies of ops run in another thread, which has no fake tensors."""
     found, threads = [], ThreadPoolExecutor(1)
     monkeypatch.setattr(ahead, "start", lambda compile: threads.submit(compile).result())
-    monkeypatch.setattr(SizedLaunch, "ahead", lambda self, device, dtypes: found.append(what(self.launch, self.sizes, dtypes)) or self)
+    monkeypatch.setattr(
+        SizedLaunch, "ahead", lambda self, device, dtypes: found.append(what(self.launch, self.sizes, dtypes)) or self
+    )
     return found
 
 

@@ -47,7 +47,9 @@ def test_a_product_of_turned_codes(format):
     for turned in (False, True):
         _, e_t, _, e_scales = ops.quantize_pair(e, None, format, None, fold, turned)
         _, x_t, _ = ops.rotate_quantize(x, None, None, format, "tensor", rows=False, columns=True, turned=turned)
-        results.append((e_t, x_t, ops.scaled_mm(e_t, x_t, e_scales, None, None, None, None, (32, 64), torch.float32, None, turned)))
+        results.append(
+            (e_t, x_t, ops.scaled_mm(e_t, x_t, e_scales, None, None, None, None, (32, 64), torch.float32, None, turned))
+        )
     for plain, view in zip(results[0][:2], results[1][:2], strict=True):
         assert_turned(view, plain)
     assert torch.equal(results[0][2], results[1][2])
