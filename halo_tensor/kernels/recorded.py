@@ -12,19 +12,18 @@ from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 from halo_tensor.fences.pytorch import allocator, current_device, current_raw_stream
 from halo_tensor.fences.triton_launch import is_observed
 from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
+from halo_tensor.kernels.quantize import kernels
 from halo_tensor.kernels.stand_ins import Memory, StandIn, Unsupported
 
 #: For this many shapes a function remembers what it launches.
 _REMEMBERED = 1024
 #: Temporary matrices begin at multiples of this many bytes.
 _ALIGNMENT = 256
-#: How many elements a program of :func:`fill` writes.
+#: How many elements a program of the kernel that fills memory writes.
 _FILLED = 2048
 
 
@@ -139,7 +138,8 @@ class Program:
             return None
         empty = self._empty
         made = [empty(*how) for how in self._made]
-        storages = (*tensors, *made, empty((self.temporary_bytes,), (1,), torch.uint8), *self.constants)
+        temporary = empty((self.temporary_bytes,), (1,), torch.uint8) if self.temporary_bytes else None
+        storages = (*tensors, *made, temporary, *self.constants)
         firsts = [0 if t is None else t.data_ptr() for t in storages]
         pointers = [firsts[storage] + offset for storage, offset in self._places]
         if reduce(or_, pointers, 0) & 15:
@@ -232,11 +232,4 @@ def _fill(memory: Memory, recording: list[tuple]) -> tuple[Any, tuple]:
 
 @lru_cache
 def _fill_launch(device: torch.device, dtype: torch.dtype, value: float) -> Launch:
-    return Launch(fill, {"VALUE": value, "WIDTH": _FILLED, "num_warps": 4})
-
-
-@triton.jit
-def fill(out, N, VALUE: tl.constexpr, WIDTH: tl.constexpr):
-    """Store VALUE to all N elements of ``out``."""
-    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    tl.store(out + index, tl.full((WIDTH,), VALUE, out.dtype.element_ty), mask=index < N)
+    return Launch(kernels.fill, {"VALUE": value, "WIDTH": _FILLED, "num_warps": 4})

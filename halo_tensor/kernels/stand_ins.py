@@ -51,7 +51,7 @@ class StandIn:
     """
 
     memory_type: type[Any] = Memory
-    producer: tuple[Any, list["StandIn"]] | None = None
+    producer: tuple[Any, list[Any]] | None = None
 
     def __init__(
         self,

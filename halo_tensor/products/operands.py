@@ -113,8 +113,11 @@ def _is_shared(owner: torch.Tensor) -> bool:
     # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
     if type(owner) is not torch.Tensor or owner.grad_fn is None or is_recorded():
         return False
-    # Every replay of a CUDA graph must quantise anew.
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not _is_captured(owner)  # every replay of a CUDA graph must quantise anew
+
+
+def _is_captured(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def shared_operands(owner: torch.Tensor | None) -> dict:
