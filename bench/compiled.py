@@ -23,7 +23,7 @@ from contenders import convert
 from transformers import LlamaConfig, LlamaForCausalLM
 
 NOTES = (
-    "Llama-3.2-1B's shape with --layers layers and random weights, torch.compile of the whole model, fused AdamW. First steps: "
+    "The 1B shape with --layers layers and random weights, torch.compile of the whole model, fused AdamW. First steps: "
     "seconds of the first two, of 4×2048 tokens, with cold caches and in a new process. Lengths: a new compilation of the "
     "model, 2 × 1000 tokens and then 2 × other numbers, odd ones and multiples of 16: milliseconds of the slowest first visit "
     "after the second length, the graphs that Dynamo made in all, and milliseconds of a step of 2×509 tokens by the dynamic "

@@ -138,6 +138,8 @@ def _launches(body: Callable, produced: int, args: tuple) -> Any:
             made = body(*first, *rest)
     except Unsupported:
         return None
+    if any(x.strides != x.memory.stride for x in (made if isinstance(made, tuple) else (made,))):
+        return None  # a view: sizes were symbols when the op was traced
     constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
     # Inductor loads constants of the root graph only: https://github.com/pytorch/pytorch/issues/185482 (torch 2.11 to 2.15).
     if constant and isinstance(V.graph, SubgraphLowering):

@@ -2,6 +2,8 @@
 
 A graph's kernels would be compiled one after the other, at their first launches. Here the bodies of its ops run on stand-ins
 as soon as the graph of forward and backward was traced, and threads compile what they launch.
+
+Private API: ``hint`` of a symbolic size's node. Tested with torch 2.11 to 2.13.
 """
 
 from functools import partial

@@ -20,7 +20,7 @@ _lock = Lock()
 
 @lru_cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="halo_tensor")
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="halo_tensor")
 
 
 def start(compile: Callable[[], object]) -> None:

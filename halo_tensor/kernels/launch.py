@@ -167,8 +167,9 @@ class Launch:
 
     def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> None:
         """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
-        tensors = tuple(torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
-        index = tensors[0].get_device()
+        # On the CPU, since a thread that compiles must not allocate while another one captures a CUDA graph.
+        tensors = tuple(torch.empty(16, dtype=dtype, device="cpu") for dtype in dtypes)
+        index = torch.cuda.current_device() if device.index is None else device.index
         with nullcontext() if index == current_device() else torch.cuda.device(index):
             self._compile(tensors, sizes, index)
 

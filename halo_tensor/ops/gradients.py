@@ -38,8 +38,8 @@ def quantize_pair(
     if runs_kernels(x.device):
         from halo_tensor.kernels.quantize import plan
 
-        codes, codes_t, *scales = plan.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
-        return codes, viewed(codes_t, turned), *scales
+        codes, codes_t, row_scales, column_scales = plan.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
+        return codes, viewed(codes_t, turned), row_scales, column_scales
     return _pair(x, row_rotation, format, fold_columns, fold_rows, turned)
 
 
