@@ -158,6 +158,12 @@ JOINT_GRAPH = FastPath(
     "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
     "torch",
 )
+AHEAD = FastPath(
+    "ahead",
+    "kernels of a compiled graph compiled in threads, while PyTorch compiles the graph",
+    "the first step of a compiled model takes longer",
+    "triton",
+)
 FEW_ROWS = FastPath(
     "few_rows",
     "matrix products of at most 64 rows, as in generation, in Triton",
@@ -189,7 +195,7 @@ DERIVED = FastPath(
     "torch",
 )
 _PATHS = (
-    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, FEW_ROWS, CUBLAS, TMA, SM80, DERIVED,
+    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80, DERIVED,
 )  # fmt: skip
 FAST_PATHS = {path.name: path for path in _PATHS}
 

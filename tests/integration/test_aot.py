@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,13 @@ from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc  
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
-from triton.runtime.jit import mangle_type  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from halo_tensor.compiler import kernels_ahead  # noqa: E402
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
+from halo_tensor.kernels import ahead  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
@@ -803,6 +806,49 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
     monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     assert launch._compile([], launch.sizes((1,), ()), 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
+
+
+def test_threads_compile_what_one_thread_does(launched, monkeypatch, tmp_path):
+    """The kernels of a layer's ops on an sm_90, each compiled once, while this thread compiles them too."""
+    triton.knobs.cache.dir = str(tmp_path)
+    compiled, compile, errors = [], JITFunction._do_compile, []
+
+    def noting(self, key, *args, **kwargs):
+        compiled.append((self.fn.__name__, key))
+        return compile(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", noting)
+
+    def fake(compile):
+        try:
+            with FakeTensorMode():
+                compile()
+        except Exception as error:  # which the pool drops
+            errors.append(error)
+
+    def request(empty):
+        with ThreadPoolExecutor(4) as pool:
+            monkeypatch.setattr(ahead, "start", lambda compile: pool.submit(fake, compile))
+            device, rotation, dtype = torch.device("cuda", 90), Rotation(128), torch.int8
+            x, codes = ((4096, 2048), (2048, 1), BF16, device), ((4096, 2048), (2048, 1), dtype, device)
+            vector, w = ((4096,), (1,), FP32, device), ((2048, 2048), (2048, 1), dtype, device)
+            calls = [
+                ("rotate_quantize", (x, (), (128, 0), "int8", "row", None, None, True, True, None, None, False)),
+                ("quantize_pair", (x, (), "int8", None, vector, False)),
+                ("scaled_mm", (codes, w, vector, None, None, (), (128, 0), (4096, 2048), BF16, None, False)),
+            ]
+            bodies = [pool.submit(fake, partial(kernels_ahead._compile, *call)) for call in calls]
+            product.scaled_mm(
+                empty(4096, 2048, dtype=dtype), empty(2048, 2048, dtype=dtype), empty(4096), None, None, None, rotation,
+                (4096, 2048), BF16,
+            )  # fmt: skip
+            wait(bodies)  # which submit others
+
+    kernels = launched(90, request)
+    assert not errors and [kernel.name for kernel in kernels] == ["wgmma_kernel"]
+    names = [name for name, _ in compiled]
+    assert sorted(names) == ["amax_tiles", "cast_tiles", "transpose_codes", "wgmma_kernel", "whole_rows"]
+    check_fit(kernels, 90)
 
 
 class Compiled:
