@@ -213,7 +213,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         The operand must hold rows only, and have been made without folds.
         """
         assert self.codes is not None and self.codes_t is None
-        rotations = self.row_rotation, self.column_rotation
+        rotations, x = (self.row_rotation, self.column_rotation), self.as_matrix(x)
         if self.format is None:
             self.codes.copy_(ops.rotate(x, *rotations))
         else:
@@ -222,7 +222,15 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             ops.rotate_quantize_(x, *rotations, self.format, self.granularity, codes, scale, self.gain)
             if packed is not None:
                 ops.pack_rows_(codes, self.format, packed)
+        self.after_requantize()
         torch.autograd.graph.increment_version(self.parts)
+
+    def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of this operand's shape as the matrix that its codes were made of."""
+        return x
+
+    def after_requantize(self) -> None:
+        """Bring what was computed from the codes up to date."""
 
     @staticmethod
     def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
@@ -241,10 +249,12 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 first.requantize_(x)
                 continue
             codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
-            xs, gains = [x for _, x in group], [] if first.gain is None else gains
+            xs, gains = [o.as_matrix(x) for o, x in group], [] if first.gain is None else gains
             format, rotations = cast(Format, first.format), (first.row_rotation, first.column_rotation)
             ops.requantize_(xs, *rotations, format, first.granularity, codes, scales, gains)
-            torch.autograd.graph.increment_version([*codes, *scales])
+            for operand, _ in group:
+                operand.after_requantize()
+            torch.autograd.graph.increment_version([part for operand, _ in group for part in operand.parts])
 
     def _with(
         self, *, size: torch.Size | None = None, dtype: torch.dtype | None = None, **changes: Any
@@ -341,6 +351,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def __tensor_unflatten__(
         cls, tensors: dict[str, torch.Tensor], attributes: dict[str, Any], size: torch.Size, stride: tuple[int, ...]
     ) -> "HadamardQuantTensor":
+        cls = attributes.get("class", cls)
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
     def _apply_fn_to_data(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "HadamardQuantTensor":
