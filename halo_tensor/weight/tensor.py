@@ -189,6 +189,11 @@ class HaloWeight(torch.Tensor):
         return getattr(self.operand, "turned", None)
 
     @property
+    def in_features_first(self) -> bool:
+        """Whether it is the weight of experts [experts, in, out], and not [experts, out, in]."""
+        return getattr(self.operand, "in_features_first", False)
+
+    @property
     def gain(self) -> torch.Tensor | None:
         """Powers of two, float32 [in], by which ``balance_`` has multiplied columns before they were quantised; or None."""
         return None if self.operand is None else self.operand.gain
