@@ -212,8 +212,9 @@ def _(x: Tensor, index: Tensor | None, format: Format) -> tuple[Tensor, Tensor]:
 
 @op("quantize_groups_t")
 def quantize_groups_t(
-    x: Tensor, index: Tensor | None, weight: Tensor | None, fold: Tensor, tiles: Tensor, starts: Tensor, format: Format
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, index: Tensor | None, weight: Tensor | None, fold: Tensor, tiles: Tensor, starts: Tensor, summed: bool,
+    format: Format,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantise the columns of E for grad_weight: :func:`halo_tensor.reference.experts.quantize_groups_t`.
 
     Args:
@@ -222,29 +223,37 @@ def quantize_groups_t(
         weight: float32 [rows], multiplies rows of x first; or None.
         fold: float32 [rows].
         tiles, starts: of :func:`group_tiles`.
+        summed: whether to return the sums of columns too, which gradients of biases are.
         format: of the codes.
 
     Returns:
-        Transposed codes [c, TILE · tiles], float32 scales [experts, c], and the sums of columns, float32 [experts, c].
+        Transposed codes [c, TILE · tiles], float32 scales [experts, c], and the sums, float32 [experts, c], or [0].
     """
     if runs_kernels(x.device):
         from halo_tensor.kernels.experts import quantizers
 
-        return quantizers.quantize_groups_t(x, index, weight, fold, tiles, starts, format)
-    return reference.quantize_groups_t(x, index, weight, fold, tiles, starts, format)
+        return quantizers.quantize_groups_t(x, index, weight, fold, tiles, starts, summed, format)
+    return _with_sums(reference.quantize_groups_t(x, index, weight, fold, tiles, starts, format), summed)
 
 
 @fake("quantize_groups_t")
-def _(x: Tensor, tiles: Tensor, starts: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_t(x, x.shape[1], tiles, starts, format)
+def _(x: Tensor, tiles: Tensor, starts: Tensor, summed: bool, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_t(x, x.shape[1], tiles, starts, summed, format)
 
 
-def _empty_t(x: Tensor, columns: int, tiles: Tensor, starts: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+def _with_sums(quantised: tuple[Tensor, Tensor, Tensor], summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes_t, scales, sums = quantised
+    return codes_t, scales, sums if summed else sums.new_empty(0)
+
+
+def _empty_t(
+    x: Tensor, columns: int, tiles: Tensor, starts: Tensor, summed: bool, format: Format
+) -> tuple[Tensor, Tensor, Tensor]:
     experts = starts.shape[0] - 2
     return (
         x.new_empty([columns, TILE * tiles.shape[0]], dtype=code_dtype(format)),
         x.new_empty([experts, columns], dtype=torch.float32),
-        x.new_empty([experts, columns], dtype=torch.float32),
+        x.new_empty([experts, columns] if summed else [0], dtype=torch.float32),
     )
 
 
@@ -318,20 +327,21 @@ def _(h: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
 
 @op("quantize_gated_grad_t")
 def quantize_gated_grad_t(
-    h: Tensor, grad: Tensor, weight: Tensor | None, gate: Gate, fold: Tensor, tiles: Tensor, starts: Tensor, format: Format
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, grad: Tensor, weight: Tensor | None, gate: Gate, fold: Tensor, tiles: Tensor, starts: Tensor,
+    summed: bool, format: Format,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradient of h, and do :func:`quantize_groups_t` with it. The arguments are those of both."""
     if runs_kernels(h.device):
         from halo_tensor.kernels.experts import quantizers
 
-        return quantizers.quantize_gated_grad_t(h, grad, weight, gate, fold, tiles, starts, format)
+        return quantizers.quantize_gated_grad_t(h, grad, weight, gate, fold, tiles, starts, summed, format)
     grad_h, _ = reference.activate_backward(h, grad, weight, gate)
-    return reference.quantize_groups_t(grad_h, None, None, fold, tiles, starts, format)
+    return _with_sums(reference.quantize_groups_t(grad_h, None, None, fold, tiles, starts, format), summed)
 
 
 @fake("quantize_gated_grad_t")
-def _(h: Tensor, tiles: Tensor, starts: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_t(h, h.shape[1], tiles, starts, format)
+def _(h: Tensor, tiles: Tensor, starts: Tensor, summed: bool, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_t(h, h.shape[1], tiles, starts, summed, format)
 
 
 @op("combine")

@@ -267,7 +267,7 @@ class _GroupedLinear(torch.autograd.Function):
             fold = torch.ones_like(e[:, 0], dtype=torch.float32) if scales is None else scales
             if routing.source is not None and scales is not None:
                 fold = scales[routing.source.long()]
-            e_t, e_scales, sums = ops.quantize_groups_t(e, None, None, fold, tiles, starts, stack.format)
+            e_t, e_scales, sums = ops.quantize_groups_t(e, None, None, fold, tiles, starts, wants_bias, stack.format)
             grad_bias = sums.to(ctx.bias_dtype) if wants_bias else None
         if wants_w:
             grad_w = _grad_weight(e_t, e_scales, ops.turn_codes(codes, routing.source, tiles), stack, routing)
@@ -331,7 +331,9 @@ class _Experts(torch.autograd.Function):
         if wants_second or wants_down_bias:
             ones = None if a_scales is not None else e.new_ones(h.shape[0], dtype=torch.float32)
             fold = a_scales if ones is None else ones
-            e_t, e_scales, sums = ops.quantize_groups_t(e, routing.source, weight, fold, tiles, starts, second.format)
+            e_t, e_scales, sums = ops.quantize_groups_t(
+                e, routing.source, weight, fold, tiles, starts, wants_down_bias, second.format
+            )  # fmt: skip
             grads[5] = sums.to(ctx.bias_dtypes[1]) if wants_down_bias else None
         if wants_second:
             grads[3] = _grad_weight(e_t, e_scales, ops.turn_codes(a_codes, None, tiles), second, routing)
@@ -348,7 +350,7 @@ class _Experts(torch.autograd.Function):
         if wants_first or wants_bias:
             fold = h.new_ones(h.shape[0], dtype=torch.float32) if row_scales is None else row_scales
             e_t, e_scales, sums = ops.quantize_gated_grad_t(
-                h, grad_a, weight, gate, fold, tiles, starts, first.format
+                h, grad_a, weight, gate, fold, tiles, starts, wants_bias, first.format
             )  # fmt: skip
             grads[4] = sums.to(ctx.bias_dtypes[0]) if wants_bias else None
         if wants_first:
