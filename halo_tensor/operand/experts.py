@@ -22,9 +22,9 @@ class ExpertsOperand(HadamardQuantTensor):
         in_features_first: whether the parameter is [experts, in, out], as gpt-oss stores it.
     """
 
-    _parts = (*HadamardQuantTensor._parts, "turned")
-    _tensors = (*HadamardQuantTensor._tensors, "turned")
-    _attributes = (*HadamardQuantTensor._attributes, "in_features_first")
+    _parts: tuple[str, ...] = (*HadamardQuantTensor._parts, "turned")
+    _tensors: tuple[str, ...] = (*HadamardQuantTensor._tensors, "turned")
+    _attributes: tuple[str, ...] = (*HadamardQuantTensor._attributes, "in_features_first")
 
     turned: torch.Tensor | None = None
     in_features_first: bool = False
@@ -109,5 +109,3 @@ class ExpertsOperand(HadamardQuantTensor):
 def all_rows(stack: torch.Tensor, in_features_first: bool) -> torch.Tensor:
     """Return the rows of all matrices as one matrix [experts · out, in]."""
     return (stack.transpose(1, 2) if in_features_first else stack).flatten(0, 1)
-
-

@@ -52,9 +52,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         torch.Size([8, 16])
     """
 
-    _parts = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
-    _tensors = (*_parts, "gain", "undo_gain")
-    _attributes = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis")
+    _parts: tuple[str, ...] = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
+    _tensors: tuple[str, ...] = (*_parts, "gain", "undo_gain")
+    _attributes: tuple[str, ...] = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None

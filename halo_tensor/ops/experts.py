@@ -1,7 +1,7 @@
 """The ops of experts: products of tokens that are grouped by expert, their quantisers, and the copies to and from experts.
 
-:mod:`halo_tensor.reference.experts` defines each of them, and the layout of ``tiles`` and ``starts``. No op asks the device for
-the sizes of groups, so graphs of CUDA can be captured.
+:mod:`halo_tensor.reference.experts` defines each of them, and the layout of ``tiles`` and ``starts``. No op waits for the
+device to learn the sizes of groups, so CUDA graphs can be captured.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def grouped_grad(
     """Multiply along each expert's tokens: :func:`halo_tensor.reference.experts.grouped_grad`.
 
     Args:
-        a_t, b_t: transposed codes [n, TILE · tiles] and [k, TILE · tiles], of :func:`quantize_groups_t` and :func:`turn_codes`.
+        a_t, b_t: transposed codes [n, TILE · tiles] and [k, TILE · tiles]; see :func:`quantize_groups_t`, :func:`turn_codes`.
         starts: of :func:`group_tiles`.
         a_scale: float32 [experts, n].
         column_rotation: the rotation to undo on the result.
@@ -366,7 +366,9 @@ def _count_grouped_mm(a_shape: Sequence[int], b_shape: Sequence[int], *args: Any
 
 
 @register_flop_formula(torch.ops.halo.grouped_grad)
-def _count_grouped_grad(a_t_shape: Sequence[int], b_t_shape: Sequence[int], starts_shape: Sequence[int], *_: Any, **__: Any) -> int:
+def _count_grouped_grad(
+    a_t_shape: Sequence[int], b_t_shape: Sequence[int], starts_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
     """Count two operations per multiply-accumulate of every row; the gaps between groups are bounded, not known."""
     columns = a_t_shape[1] - TILE * (starts_shape[0] - 1)
     return 2 * a_t_shape[0] * b_t_shape[0] * max(columns, 0)

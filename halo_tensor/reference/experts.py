@@ -9,6 +9,7 @@ with zeros up to the next one, since the product adds whole tiles.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -42,9 +43,9 @@ def group_tiles(offs: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tens
         rows: of the matrix.
 
     Returns:
-        int32 [tile_count, 4], of each tile the expert, its first row, the end of its rows and 0. The expert is −1 for rows that
-        belong to none, and for tiles that are not needed, which have no rows. And int32 [experts + 2]: the first tile of each
-        expert, of the rows of no expert, and the number of tiles.
+        int32 [tile_count, 4], of each tile the expert, its first row, the end of its rows and 0. The expert is −1 for rows
+        that belong to none, and for tiles that are not needed, which have no rows. And int32 [experts + 2]: the first tile of
+        each expert, of the rows of no expert, and the number of tiles.
     """
     experts = offs.shape[0]
     tiles = torch.zeros(tile_count(rows, experts), 4, dtype=torch.int32)
@@ -131,7 +132,7 @@ def grouped_grad(
     """
     first = (starts * TILE).tolist()
     out = a_t.new_zeros((len(first) - 2, a_t.shape[0], b_t.shape[0]), dtype=dtype)
-    for expert, (start, end) in enumerate(zip(first[:-2], first[1:-1], strict=True)):
+    for expert, (start, end) in enumerate(pairwise(first[:-1])):
         if end > start:
             out[expert] = reference.scaled_mm(
                 a_t[:, start:end], b_t[:, start:end], a_scale[expert], None, None, None, column_rotation,
@@ -203,7 +204,7 @@ def quantize_groups_t(
     codes_t = x.new_zeros((c, TILE * tiles.shape[0]), dtype=code_dtype(format))
     scales, sums = (x.new_zeros((experts, c), dtype=torch.float32) for _ in range(2))
     table, first_tiles = tiles.tolist(), starts.tolist()
-    for expert, (first, end) in enumerate(zip(first_tiles[:-2], first_tiles[1:-1], strict=True)):
+    for expert, (first, end) in enumerate(pairwise(first_tiles[:-1])):
         start, stop = (table[first][1], table[end - 1][2]) if end > first else (0, 0)
         rows = x[start:stop]
         codes, scales[expert] = reference.rotate_quantize(rows, None, None, format, "column", fold[start:stop], None)
@@ -220,7 +221,7 @@ def halves(h: torch.Tensor, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def activate(h: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """Return (up + shift) · gate · sigmoid(alpha · gate) of h [rows, 2f], computed in float32 and rounded to the dtype of h."""
+    """Return (up + shift) · gate · sigmoid(alpha · gate) of h [rows, 2f], computed in float32, in the dtype of h."""
     g, u = halves(h, gate)
     if gate.limit is not None:
         g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)

@@ -22,9 +22,9 @@ from halo_tensor.fences.pytorch import hidden_from_modes, is_symbolic, preserved
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products import eager
-from halo_tensor.products.experts import stack_operand
 from halo_tensor.products.linear import linear
 from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.stacks import stack_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
@@ -142,6 +142,7 @@ class HaloWeight(torch.Tensor):
         if not (frozen or keep_codes or in_features_first):
             return cls(master, None, recipe)
         gains = moved(gains, master.device)
+        operand: HadamardQuantTensor | None
         if master.ndim == 3:
             operand = stack_operand(master, recipe, gains, in_features_first=in_features_first, turned=not frozen)
         else:

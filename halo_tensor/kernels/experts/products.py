@@ -1,8 +1,8 @@
 """Grouped products: the first backend that does not decline serves each.
 
-A backend is a module with two functions, as for dense products (:mod:`halo_tensor.kernels.matmul.backends`): ``why_not(request)``
-returns the reason to decline, or None, and ``plan(request)`` the arguments of a :class:`~halo_tensor.kernels.launch.Planned`, or
-None after a warning if it could not be prepared.
+A backend is a module with two functions, as for dense products (:mod:`halo_tensor.kernels.matmul.backends`).
+``why_not(request)`` returns the reason to decline, or None. ``plan(request)`` returns a
+:class:`~halo_tensor.kernels.launch.Planned`, or None after a warning if it could not be prepared.
 """
 
 from functools import lru_cache
@@ -83,9 +83,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _rest(
-    y: torch.Tensor, column_rotation: Rotation, gain: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def _rest(y: torch.Tensor, column_rotation: Rotation, gain: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Undo in a pass of its own what the epilogue cannot."""
     y = unrotate(y, None, column_rotation, (y.shape[0], y.shape[1]), y.dtype)
     y = y if gain is None else y.mul_(gain)
@@ -113,4 +111,4 @@ def plan(
     check_device((INT8 if code == torch.int8 else FP8_E4M3,), device)
     request = GroupedRequest(device, code, along_tokens, scaled, bias, weighted, gain, rotation, dtype)
     willing = (backend for backend in BACKENDS if backend.why_not(request) is None)
-    return Planned(*next(made for backend in willing if (made := backend.plan(request)) is not None))
+    return next(made for backend in willing if (made := backend.plan(request)) is not None)

@@ -76,7 +76,10 @@ def gated_rows(
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Quantise ROWS rows of the gate of h [M, 2F], each as CHUNKS pieces of WIDTH columns, rotated by matrix [WIDTH, WIDTH]."""
+    """Quantise ROWS rows of the gate of h [M, 2F], each as CHUNKS pieces of WIDTH columns.
+
+    ROTATE: pieces are multiplied with matrix [WIDTH, WIDTH] from the right.
+    """
     piece = tl.arange(0, ROWS * CHUNKS)
     row = tl.program_id(0) * ROWS + piece // CHUNKS
     first = (piece % CHUNKS)[:, None] * WIDTH

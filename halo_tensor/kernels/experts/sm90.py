@@ -3,7 +3,7 @@
 Loads run ahead from tile to tile, also across experts. Which rows, columns and depths a tile has is read from the device.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from halo_tensor.fences.gluon import (
 )
 from halo_tensor.kernels.device import INTERPRETED, is_hopper
 from halo_tensor.kernels.experts.request import GroupedRequest
-from halo_tensor.kernels.launch import Launch, Variant, cdiv
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.matmul.request import multiprocessors
 from halo_tensor.kernels.matmul.sm90 import EDGE, _in_order, _matrix, _rows_of_eight
 from halo_tensor.kernels.matmul.tile_order import place_of
@@ -27,8 +27,8 @@ from halo_tensor.reference.experts import TILE
 
 
 class Config(NamedTuple):
-    """The columns of a tile of TILE rows, its depth, pipeline stages, warps, programs that share a multiprocessor, and the rows
-    of tiles in a group (see place_of)."""
+    """How a product is cut: the columns of a tile of TILE rows and its depth, pipeline stages, warps, programs that share a
+    multiprocessor, and the rows of tiles in a group (see place_of)."""
 
     columns: int
     depth: int
@@ -125,7 +125,8 @@ def grouped_wgmma_kernel(
 ):  # fmt: skip
     """Do what :func:`halo_tensor.kernels.experts.triton_products.grouped_kernel` does.
 
-    RIGHT: ``right`` [128, 128], with its columns in the order of halo_tensor/kernels/matmul/sm90.py, undoes a rotation of columns.
+    RIGHT: ``right`` [128, 128], with its columns in the order of halo_tensor/kernels/matmul/sm90.py, undoes a rotation of
+    columns.
     """
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
@@ -257,13 +258,15 @@ def why_not(request: GroupedRequest) -> str | None:
     return None
 
 
-def plan(request: GroupedRequest) -> Any:
-    """Return the launches of a product; None after a warning if the kernel does not compile. A call takes (rows, experts, tiles,
-    m, n, k, row strides of a and of b)."""
+def plan(request: GroupedRequest) -> Planned | None:
+    """Return the launches of a product; None after a warning if the kernel does not compile.
+
+    A call takes (rows, experts, tiles, m, n, k, row strides of a and of b).
+    """
     return GLUON.attempt(_plan, request)
 
 
-def _plan(request: GroupedRequest) -> tuple:
+def _plan(request: GroupedRequest) -> Planned:
     config = TOKENS if request.along_tokens else ROWS
     most = multiprocessors(request.device) * config.resident
     constants = {
@@ -282,7 +285,7 @@ def _plan(request: GroupedRequest) -> tuple:
     launch = Launch(grouped_wgmma_kernel, constants, ((TILE, config.depth), (config.columns, config.depth)))
     example = launch.sizes(*sizes(TILE, 16, 16, TILE, EDGE, TILE, TILE, TILE))
     launch.compile(request.device, _dtypes(request), example)
-    return lambda _: Variant(launch, sizes, (matrix,)), None
+    return Planned(lambda _: Variant(launch, sizes, (matrix,)))
 
 
 def _dtypes(request: GroupedRequest) -> tuple[torch.dtype, ...]:

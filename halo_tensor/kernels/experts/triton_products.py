@@ -4,7 +4,7 @@ Persistent programs compute tiles of results. Which expert a tile belongs to is 
 of experts are never known to the CPU. Where the GPU has TMA, operands are read through descriptors, and else by pointers.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from halo_tensor.kernels.device import has_tma
 from halo_tensor.kernels.experts.request import GroupedRequest
 from halo_tensor.kernels.experts.rows import load_tile
-from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
+from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.matmul.request import multiprocessors
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.kernels.quantize.kernels import load_square
@@ -35,15 +35,16 @@ class Tile(NamedTuple):
     part: int
 
 
-def tile_for(generation: int, integer: bool, rotated: bool, shared: int) -> Tile:
-    """Return the tile of a product, as dense products have it (halo_tensor/kernels/matmul/tma.py, sm80.py)."""
-    if generation in (9, 10):
-        return Tile(128, 4, 3, 2, EDGE if generation == 9 else 64)
+def tile_for(generation: int, integer: bool) -> Tile:
+    """Return the tile of a product: that of dense products (halo_tensor/kernels/matmul/tma.py, sm80.py) whose kernels spill no
+    registers."""
+    if generation == 9:
+        return Tile(128, 4, 3, 2, 64)
+    if generation == 10:
+        return Tile(128, 4 if integer else 8, 3, 2, 64)
     if generation == 12:
         return Tile(64, 4, 4, 2, 32)
-    if not integer:
-        return Tile(64, 8, 4, 1, 64)
-    return Tile(128, 4, 3, 1, 64) if shared >= 160 * 1024 else Tile(64, 4, 4, 1, 64)
+    return Tile(64, 4, 4, 2, 64) if integer else Tile(64, 8, 4, 1, 64)
 
 
 @triton.jit
@@ -194,12 +195,12 @@ def why_not(request: GroupedRequest) -> str | None:
     return None
 
 
-def plan(request: GroupedRequest) -> Any:
+def plan(request: GroupedRequest) -> Planned:
     """Return the launches of a product. A call takes (rows, experts, tiles, m, n, k, row strides of a and of b)."""
     device = request.device
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    tile = tile_for(generation, request.integer, request.rotation is not None, shared_memory(device))
-    programs, tma = multiprocessors(device) * 2, has_tma(device)
+    tile = tile_for(generation, request.integer)
+    programs, tma = multiprocessors(device) * tile.resident, has_tma(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrix = block_diagonal(request.rotation, EDGE, dtype, device, transposed=True) if request.rotation else None
 
@@ -221,4 +222,4 @@ def plan(request: GroupedRequest) -> Any:
     def classify(rows: int, experts: int, tiles: int, m: int, n: int, k: int, *strides: int) -> bool:
         return k % tile.k == 0
 
-    return prepare, classify
+    return Planned(prepare, classify)
