@@ -15,7 +15,7 @@ from halo_tensor import ops
 from halo_tensor.products.backward import backward_of_rounding
 from halo_tensor.products.grouped import check_rows, grouped_linear, product_in_graph
 from halo_tensor.products.linear import product_dtype, refuse_tracing
-from halo_tensor.products.routing import Combine, Routing, route
+from halo_tensor.products.routing import Combine, Routing, Sorted, route
 from halo_tensor.products.stacks import (
     STACK_TENSORS,
     Stack,
@@ -198,8 +198,7 @@ def experts(
     refuse_tracing()
     routing = route(top_k_index, gate_up.shape[0])
     check_rows(hidden_states, gate_up, routing.offs, gate_up_bias, in_features_first)
-    assert routing.order is not None
-    weight = top_k_weights.reshape(-1).to(torch.float32)[routing.order]
+    weight: torch.Tensor = Sorted.apply(top_k_weights, routing.order, routing.position)  # type: ignore[no-untyped-call]
     return experts_of_rows(
         hidden_states, weight, gate_up, down, routing, gate, gate_up_bias=gate_up_bias, down_bias=down_bias, recipe=recipe,
         in_features_first=in_features_first,

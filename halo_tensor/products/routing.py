@@ -41,13 +41,30 @@ def route(top_k_index: torch.Tensor, experts: int) -> Routing:
     """
     flat = top_k_index.reshape(-1).to(torch.int32)
     ids = torch.where((flat < 0) | (flat > experts), experts, flat)
-    by_expert, order = torch.sort(ids, stable=True)
+    # A GPU sorts in as many passes as a key has bytes.
+    key = torch.uint8 if experts < 2**8 else torch.int16 if experts < 2**15 else torch.int32
+    by_expert, order = torch.sort(ids.to(key), stable=True)
     bounds = torch.arange(experts, dtype=torch.int32, device=ids.device)
-    offs = torch.searchsorted(by_expert, bounds, right=True, out_int32=True)
+    offs = torch.searchsorted(by_expert.to(torch.int32), bounds, right=True, out_int32=True)
     rows = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
     position = torch.empty_like(rows).scatter_(0, order, rows).view(top_k_index.shape)
     source = (order // top_k_index.shape[1]).to(torch.int32)
     return Routing(offs, *ops.group_tiles(offs, ids.shape[0]), source, position, order)
+
+
+class Sorted(torch.autograd.Function):
+    """The routing weights [tokens, top_k] in the order of rows, in float32. Backward moves each gradient, and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, order: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(position)
+        ctx.dtype = weights.dtype
+        return weights.reshape(-1)[order].to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (position,) = ctx.saved_tensors
+        return grad_output[position.long()].to(ctx.dtype), None, None
 
 
 class Combine(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Launches of the quantisers of experts. :mod:`halo_tensor.reference.experts` defines what they compute."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,46 @@ from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.experts import TILE
 from halo_tensor.reference.hadamard import block_diagonal
 
-#: The widest piece of a row that a program of ``group_rows`` and one of ``gated_grad_rows`` hold.
-_WIDEST, _WIDEST_GATED = 8192, 4096
-#: Elements that such a program holds at a time, over its rows.
-_ELEMENTS, _ELEMENTS_GATED = 8192, 4096
-#: Rows and columns of a step of ``group_columns`` and ``gated_grad_columns``, with warps and pipeline stages.
-COLUMNS, COLUMNS_GATED = (64, 64, 4, 2), (32, 64, 4, 1)
+
+class Rows(NamedTuple):
+    """How a program takes rows: in pieces of ``width`` columns, ``rows`` at a time, ``steps`` times, with so many warps."""
+
+    width: int
+    rows: int
+    steps: int
+    warps: int
+
+
+class Columns(NamedTuple):
+    """How a program takes columns: ``columns`` of them, ``rows`` at a time, with so many warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+#: Of ``group_columns`` and of ``gated_grad_columns``.
+COLUMNS, COLUMNS_GATED = Columns(64, 64, 4, 2), Columns(32, 64, 4, 1)
+
+
+def group_rows(c: int) -> Rows:
+    """Return how ``group_rows`` takes rows of ``c``."""
+    width = min(triton.next_power_of_2(c), 8192)
+    return Rows(width, max(8192 // width, 1), 1 if width < 1024 else 4, 8)
+
+
+def gated_rows(f: int) -> tuple[int, int]:
+    """Return how many rows of ``f`` a program of ``gated_rows`` takes, and its warps."""
+    width = max(triton.next_power_of_2(f), TILE)
+    rows = max(4096 // width, 1)
+    return rows, 4 if width <= 4096 else 8 if width <= 8192 else 16
+
+
+def gated_grad_rows(f: int) -> Rows:
+    """Return how ``gated_grad_rows`` takes rows of ``f``."""
+    width = min(triton.next_power_of_2(f), 4096)
+    return Rows(width, min(max(4096 // width, 1), 16), 1 if width < 1024 else 4, 8)
 
 
 def _gate_options(gate: Gate) -> dict[str, Any]:
@@ -31,14 +65,13 @@ def _gate_options(gate: Gate) -> dict[str, Any]:
     return {"ALPHA": gate.alpha, "LIMIT": gate.limit or 0.0, "SHIFT": gate.shift, "INTERLEAVED": gate.interleaved}
 
 
-def _row_shape(width: int, widest: int, elements: int) -> dict[str, int]:
-    """Return how a program takes rows of ``width``: pieces of a row, rows at a time, and steps."""
-    piece = triton.next_power_of_2(width)
-    if piece > widest:  # the wider of the two pieces that leave the fewer columns empty
-        piece = min((widest, widest // 2), key=lambda p: cdiv(width, p) * p)
-    rows = min(max(elements // piece, 1), 16)
-    steps = max(min(16 // rows, 4), 1)
-    return {"WIDTH": piece, "CHUNKS": cdiv(width, piece), "ROWS": rows, "STEPS": steps}
+def _row_options(shape: Rows, width: int) -> tuple[dict[str, int], int]:
+    """Return the constants of a kernel that takes rows of ``width``, and how many programs a tile has."""
+    constants = {
+        "WIDTH": shape.width, "CHUNKS": cdiv(width, shape.width), "ROWS": shape.rows, "STEPS": shape.steps, "T": TILE,
+        "num_warps": shape.warps,
+    }  # fmt: skip
+    return constants, TILE // (shape.rows * shape.steps)
 
 
 def quantize_groups(
@@ -54,10 +87,8 @@ def quantize_groups(
 
 @lru_cache(maxsize=4096)
 def _plan_rows(c: int, dtype: torch.dtype, device: torch.device, format: Format, indexed: bool) -> Planned:
-    shape = _row_shape(c, _WIDEST, _ELEMENTS)
-    parts = TILE // (shape["ROWS"] * shape["STEPS"])
-    constants = {"INDEXED": indexed, "T": TILE, **shape, "num_warps": 8, **format_options(format, device)}
-    launch = Launch(row_kernels.group_rows, constants)
+    options, parts = _row_options(group_rows(c), c)
+    launch = Launch(row_kernels.group_rows, {"INDEXED": indexed, **options, **format_options(format, device)})
     return Planned(lambda _: Variant(launch, lambda tiles, stride, c: ((tiles * parts,), (stride, c))))
 
 
@@ -129,12 +160,11 @@ def _plan_gated(
     matrix = None
     if column_rotation is not None:
         matrix = block_diagonal(column_rotation, TILE, product_dtype(dtype, device), device, transposed=False)
-    chunks = triton.next_power_of_2(cdiv(f, TILE))
-    count = max(4096 // (chunks * TILE), 1)
+    count, warps = gated_rows(f)
     constants = {
-        "ROWS": count, "CHUNKS": chunks, "WIDTH": TILE, "GAIN": gained, "ROTATE": matrix is not None,
-        "NORM": norm(column_rotation), "num_warps": 4 if count * chunks * TILE <= 4096 else 8 if chunks <= 64 else 16,
-        **_gate_options(gate), **format_options(format, device),
+        "ROWS": count, "CHUNKS": triton.next_power_of_2(cdiv(f, TILE)), "WIDTH": TILE, "GAIN": gained,
+        "ROTATE": matrix is not None, "NORM": norm(column_rotation), "num_warps": warps, **_gate_options(gate),
+        **format_options(format, device),
     }  # fmt: skip
     launch = Launch(row_kernels.gated_rows, constants)
     return Planned(lambda _: Variant(launch, lambda rows, f: ((cdiv(rows, count),), (rows, f)), (matrix,)))
@@ -162,11 +192,8 @@ def quantize_gated_grad(
 def _plan_gated_grad(
     f: int, dtype: torch.dtype, grad: torch.dtype, device: torch.device, gate: Gate, format: Format, weighted: bool
 ) -> Planned:
-    shape = _row_shape(f, _WIDEST_GATED, _ELEMENTS_GATED)
-    parts = TILE // (shape["ROWS"] * shape["STEPS"])
-    constants = {
-        "WEIGHTED": weighted, "T": TILE, **shape, "num_warps": 8, **_gate_options(gate), **format_options(format, device)
-    }  # fmt: skip
+    options, parts = _row_options(gated_grad_rows(f), f)
+    constants = {"WEIGHTED": weighted, **options, **_gate_options(gate), **format_options(format, device)}
     launch = Launch(row_kernels.gated_grad_rows, constants)
     return Planned(lambda _: Variant(launch, lambda tiles, f: ((tiles * parts,), (f,))))
 
