@@ -9,7 +9,7 @@ with zeros up to the next one, since the product adds whole tiles.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 
@@ -59,6 +59,14 @@ def group_tiles(offs: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tens
     return tiles.to(offs.device), torch.tensor([*starts, count], dtype=torch.int32, device=offs.device)
 
 
+def _spans(tiles: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (expert, first row, end) of neighbouring tiles of one expert, which must be neighbouring rows too."""
+    there = [tile for tile in tiles.tolist() if tile[0] >= 0 and tile[2] > tile[1]]
+    for expert, of_one in groupby(there, lambda tile: tile[0]):
+        mine = list(of_one)
+        yield expert, mine[0][1], mine[-1][2]
+
+
 def combine(y: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the sum of the rows of y that ``position`` [tokens, top_k] names for each token, added in their order."""
     total = y.new_zeros((position.shape[0], y.shape[1]), dtype=torch.float32)
@@ -96,9 +104,7 @@ def grouped_mm(
         [rows, n] in ``dtype``; zeros in rows of no expert.
     """
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=dtype)
-    for expert, first, end, _ in tiles.tolist():
-        if expert < 0 or end <= first:
-            continue
+    for expert, first, end in _spans(tiles):
         part = slice(first, end)
         y = reference.scaled_mm(
             a[part], b[expert], a_scale[part], None if b_scale is None else b_scale[expert],
@@ -170,10 +176,9 @@ def quantize_groups(
     """
     x = x if index is None else x[index.long()]
     codes, scales = x.new_zeros(x.shape, dtype=code_dtype(format)), x.new_zeros(x.shape[0], dtype=torch.float32)
-    for expert, first, end, _ in tiles.tolist():
-        if expert >= 0 and end > first:
-            part = slice(first, end)
-            codes[part], scales[part] = reference.rotate_quantize(x[part], None, None, format, "row", None, fold[expert])
+    for expert, first, end in _spans(tiles):
+        part = slice(first, end)
+        codes[part], scales[part] = reference.rotate_quantize(x[part], None, None, format, "row", None, fold[expert])
     return codes, scales
 
 
