@@ -65,8 +65,7 @@ def group_columns(
         most = maximum(most, tl.abs(y * by_row[:, None]))
     scale = scale_from(tl.reduce(most, 0, maximum), INVERSE_MAX)
     inverse = tl.div_rn(tl.full((BC,), 1.0, tl.float32), scale)
-    for back in tl.range(0, steps, num_stages=STAGES):
-        i = steps - 1 - back  # the last rows are still in a cache
+    for i in tl.range(0, steps, num_stages=STAGES):
         row = first + i * BM + tl.arange(0, BM)
         y, by_row = _load_rows(x, index, weight, fold, row, end, columns, stride_row, C, INDEXED, WEIGHTED)
         q = round_to_code(y * by_row[:, None] * inverse[None, :], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
@@ -130,8 +129,7 @@ def gated_grad_columns(
     at_gate = 2 * columns if INTERLEAVED else columns
     at_up = 2 * columns + 1 if INTERLEAVED else columns + F
     beyond_gate = 2 * F if INTERLEAVED else F
-    for back in tl.range(0, steps, num_stages=STAGES):
-        i = steps - 1 - back  # the last rows are still in a cache
+    for i in tl.range(0, steps, num_stages=STAGES):
         row = first + i * BM + tl.arange(0, BM)
         d_gate, d_up, by_row = _load_gradients(
             h, grad, weight, fold, row, end, first_column, F, WEIGHTED, BC, ALPHA, LIMIT, SHIFT, INTERLEAVED

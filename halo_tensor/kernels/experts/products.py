@@ -46,6 +46,8 @@ def grouped_mm(
         y = grouped_mm(a, b, tiles, starts, a_scale, b_scale, None, None, None, _wide(dtype), None)
         return _rest(y, column_rotation, gain, dtype)
     out = a.new_empty((rows, n), dtype=dtype)
+    if rows == 0:
+        return out
     if k > LONGEST_SUM:
         raise ValueError(f"experts of {k} features need sums of integers that int32 cannot hold: convert their layer in fp8")
     planned = plan(

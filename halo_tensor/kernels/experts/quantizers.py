@@ -41,9 +41,15 @@ class Columns(NamedTuple):
 COLUMNS, COLUMNS_GATED = Columns(64, 64, 4, 2), Columns(32, 64, 4, 1)
 
 
+def _piece(width: int, widest: int) -> int:
+    """Return the width of the pieces of a row: the whole row, or of two widths that which leaves the fewer columns empty."""
+    whole = triton.next_power_of_2(width)
+    return whole if whole <= widest else min((widest, widest // 2), key=lambda piece: cdiv(width, piece) * piece)
+
+
 def group_rows(c: int) -> Rows:
     """Return how ``group_rows`` takes rows of ``c``."""
-    width = min(triton.next_power_of_2(c), 8192)
+    width = _piece(c, 8192)
     return Rows(width, max(8192 // width, 1), 1 if width < 1024 else 4, 8)
 
 
@@ -56,7 +62,7 @@ def gated_rows(f: int) -> tuple[int, int]:
 
 def gated_grad_rows(f: int) -> Rows:
     """Return how ``gated_grad_rows`` takes rows of ``f``."""
-    width = min(triton.next_power_of_2(f), 4096)
+    width = _piece(f, 4096)
     return Rows(width, min(max(4096 // width, 1), 16), 1 if width < 1024 else 4, 8)
 
 

@@ -3,7 +3,6 @@
 Loads run ahead from tile to tile, also across experts. Which rows, columns and depths a tile has is read from the device.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,9 @@ from halo_tensor.kernels.device import INTERPRETED, is_hopper
 from halo_tensor.kernels.experts.request import GroupedRequest
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.matmul.request import multiprocessors
-from halo_tensor.kernels.matmul.sm90 import EDGE, _in_order, _order, _rows_of_eight
+from halo_tensor.kernels.matmul.sm90 import EDGE, _in_order, _matrix, _rows_of_eight
 from halo_tensor.kernels.matmul.tile_order import place_of
-from halo_tensor.recipe import Rotation
 from halo_tensor.reference.experts import TILE
-from halo_tensor.reference.hadamard import block_diagonal
 
 
 class Config(NamedTuple):
@@ -41,8 +38,10 @@ class Config(NamedTuple):
     group: int
 
 
-#: The tile of products of rows, and of those along tokens.
-ROWS, TOKENS = Config(256, 128, 4, 8, 1, 8), Config(256, 128, 4, 8, 1, 8)
+#: The tile of products of rows and of those along tokens; and that of int8 products of rows without an un-rotation that sum
+#: at most SHORT elements, where a second program multiplies while one stores (docs/notes/experts.md).
+ROWS, TOKENS, SHORT_ROWS = Config(256, 128, 4, 8, 1, 8), Config(256, 128, 4, 8, 1, 8), Config(128, 128, 3, 4, 2, 8)
+SHORT = 4096
 
 _place_of = gluon.jit(place_of.fn)
 
@@ -91,13 +90,13 @@ def _load(a, b, a_tiles, b_tiles, arrived, slot, a_row, b_row, k, wanted):
 
 @gluon.jit
 def _store(
-    out, y, gain, bias, weight, place, first_column, GAIN: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr
+    out, y, gain, bias, weight, expert, at_row, first, end, first_column, N, valid,
+    GAIN: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
-    """Store y [rows, …] to ``out`` [·, N], from column first_column on.
+    """Store y [rows, …] to ``out`` [·, N], from row at_row and column first_column on; rows ``first`` to ``end`` exist.
 
-    place: the expert, the row of ``out``, the first row and the end of those that exist, N, and 0 to store zeros.
+    valid: 0 stores zeros.
     """
-    expert, at_row, first, end, N, valid = place
     ROWS: gl.constexpr = y.shape[0]
     WIDTH: gl.constexpr = y.shape[1]
     columns = first_column + gl.arange(0, WIDTH, gl.SliceLayout(0, y.type.layout))
@@ -118,50 +117,29 @@ def _store(
     gl.store(out + (at_row + rows.to(gl.int64))[:, None] * N + columns[None, :], y, mask=inside)
 
 
-@gluon.jit
-def _halves(y, HALVED: gl.constexpr):
-    """Return both halves of the columns of y [·, 128]. HALVED: their sum and their difference, which is the first step of an
-    un-rotation of 128 columns; products with 64 rows of its matrix are the rest."""
-    y0, y1 = gl.split(y.reshape([y.shape[0], 2, 64]).permute([0, 2, 1]))
-    if HALVED:
-        return y0 + y1, y0 - y1
-    else:
-        return y0, y1
-
-
-@gluon.jit
-def _undo(
-    out, y, h, gain, bias, weight, place, first_column, GAIN: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr
-):  # fmt: skip
-    """Multiply y [·, 64] with h, and store it."""
-    unrotated: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 64, 16])
-    y = gl.convert_layout(y.to(gl.bfloat16), gl.DotOperandLayout(0, unrotated, 2), assert_trivial=True)
-    nothing = gl.zeros([y.shape[0], 64], gl.float32, unrotated)
-    y = warpgroup_mma(y, h, nothing, use_acc=False, is_async=True)
-    y = warpgroup_mma_wait(0, deps=(y,))
-    _store(out, _in_order(y), gain, bias, weight, place, first_column, GAIN, BIASED, WEIGHTED)
-
-
 @gluon.jit(do_not_specialize=["ROWS", "EXPERTS", "TILES"])
 def grouped_wgmma_kernel(
     a, b, out, tiles, starts, a_scale, b_scale, bias, weight, gain, right,
     ROWS, EXPERTS, TILES, M, N, K, stride_a, stride_b,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, T: gl.constexpr,
     ALONG_TOKENS: gl.constexpr, INTEGER: gl.constexpr, SCALED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
-    GAIN: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr, HALVED: gl.constexpr,
+    GAIN: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """Do what :func:`halo_tensor.kernels.experts.triton_products.grouped_kernel` does.
 
-    RIGHT: ``right`` [2, 64, 64], of :func:`_undoing`, undoes a rotation of columns. HALVED: its blocks have 128 columns.
+    RIGHT: ``right`` [128, 128], with its columns in the order of halo_tensor/kernels/matmul/sm90.py, undoes a rotation of
+    columns.
     """
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
+    UNDONE: gl.constexpr = 128
     WARPS: gl.constexpr = gl.num_warps()
     accumulator_type: gl.constexpr = gl.int32 if INTEGER else gl.float32
     # Triton's integer wgmma is at most 128 columns wide.
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128 if INTEGER else BN, 32])
+    unrotated: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNDONE, 16])
 
     steps, tiles_n = gl.cdiv(K, BK), gl.cdiv(N, BN)
     if ALONG_TOKENS:
@@ -175,12 +153,11 @@ def grouped_wgmma_kernel(
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BN, BK], b.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if RIGHT:
-        at: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-        row, column = gl.arange(0, 64, gl.SliceLayout(1, at)), gl.arange(0, 64, gl.SliceLayout(0, at))
-        matrix = right + row[:, None] * 64 + column[None, :]
-        swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
-        h0 = gl.allocate_shared_memory(gl.bfloat16, [64, 64], swizzled, gl.load(matrix))
-        h1 = gl.allocate_shared_memory(gl.bfloat16, [64, 64], swizzled, gl.load(matrix + 64 * 64))
+        at: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+        row, column = gl.arange(0, UNDONE, gl.SliceLayout(1, at)), gl.arange(0, UNDONE, gl.SliceLayout(0, at))
+        matrix = gl.load(right + row[:, None] * UNDONE + column[None, :])
+        swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNDONE, UNDONE], gl.bfloat16)
+        h = gl.allocate_shared_memory(gl.bfloat16, [UNDONE, UNDONE], swizzled, matrix)
     for i in gl.static_range(STAGES):
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
@@ -243,22 +220,37 @@ def grouped_wgmma_kernel(
         if RIGHT:
             row_scale = row_scale * NORM
         y = y * row_scale[:, None]
-        place = (expert, at_row, first, beyond, N, valid)
         if RIGHT:
-            if BN == 128:
-                y0, y1 = _halves(y, HALVED)
-                _undo(out, y0, h0, gain, bias, weight, place, tile_n * BN, GAIN, BIASED, WEIGHTED)
-                _undo(out, y1, h1, gain, bias, weight, place, tile_n * BN + 64, GAIN, BIASED, WEIGHTED)
+            operand: gl.constexpr = gl.DotOperandLayout(0, unrotated, 2)
+            nothing = gl.zeros([BM, UNDONE], gl.float32, unrotated)
+            if BN == UNDONE:
+                y = gl.convert_layout(y.to(gl.bfloat16), operand, assert_trivial=True)
+                y = warpgroup_mma(y, h, nothing, use_acc=False, is_async=True)
+                y = warpgroup_mma_wait(0, deps=(y,))
+                _store(
+                    out, _in_order(y), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid,
+                    GAIN, BIASED, WEIGHTED,
+                )  # fmt: skip
             else:
-                left, right_half = gl.split(y.reshape([BM, 2, 128]).permute([0, 2, 1]))
-                y0, y1 = _halves(left, HALVED)
-                _undo(out, y0, h0, gain, bias, weight, place, tile_n * BN, GAIN, BIASED, WEIGHTED)
-                _undo(out, y1, h1, gain, bias, weight, place, tile_n * BN + 64, GAIN, BIASED, WEIGHTED)
-                y0, y1 = _halves(right_half, HALVED)
-                _undo(out, y0, h0, gain, bias, weight, place, tile_n * BN + 128, GAIN, BIASED, WEIGHTED)
-                _undo(out, y1, h1, gain, bias, weight, place, tile_n * BN + 192, GAIN, BIASED, WEIGHTED)
+                y0, y1 = gl.split(y.to(gl.bfloat16).reshape([BM, 2, UNDONE]).permute([0, 2, 1]))
+                y0 = gl.convert_layout(y0, operand, assert_trivial=True)
+                y1 = gl.convert_layout(y1, operand, assert_trivial=True)
+                y0 = warpgroup_mma(y0, h, nothing, use_acc=False, is_async=True)
+                y1 = warpgroup_mma(y1, h, nothing, use_acc=False, is_async=True)
+                y0 = warpgroup_mma_wait(1, deps=(y0,))
+                _store(
+                    out, _in_order(y0), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid,
+                    GAIN, BIASED, WEIGHTED,
+                )  # fmt: skip
+                y1 = warpgroup_mma_wait(0, deps=(y1,))
+                _store(
+                    out, _in_order(y1), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN + UNDONE, N, valid,
+                    GAIN, BIASED, WEIGHTED,
+                )  # fmt: skip
         else:
-            _store(out, y, gain, bias, weight, place, tile_n * BN, GAIN, BIASED, WEIGHTED)
+            _store(
+                out, y, gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid, GAIN, BIASED, WEIGHTED
+            )  # fmt: skip
 
 
 def why_not(request: GroupedRequest) -> str | None:
@@ -277,11 +269,24 @@ def plan(request: GroupedRequest) -> Planned | None:
 
 
 def _plan(request: GroupedRequest) -> Planned:
-    config = TOKENS if request.along_tokens else ROWS
+    usual = _variant(request, TOKENS if request.along_tokens else ROWS)
+    if request.along_tokens or request.rotation is not None or not request.integer:
+        return Planned(lambda _: usual)
+    short = _variant(request, SHORT_ROWS)
+
+    def is_short(rows: int, experts: int, tiles: int, m: int, n: int, k: int, *strides: int) -> bool:
+        return k <= SHORT
+
+    return Planned(lambda is_short: short if is_short else usual, is_short)
+
+
+def _variant(request: GroupedRequest, config: Config) -> Variant:
+    """Return the launch of products that are cut as ``config`` says. The kernel is compiled here, where another backend can
+    still take its place."""
     most = multiprocessors(request.device) * config.resident
     constants = {
         "STAGES": config.stages, "GROUP": config.group, "PROGRAMS": most, "T": TILE, **request.constants,
-        "HALVED": request.rotation is not None and request.rotation.edge == 128, "num_warps": config.warps,
+        "num_warps": config.warps,
     }  # fmt: skip
 
     def sizes(rows: int, experts: int, tiles: int, m: int, n: int, k: int, stride_a: int, stride_b: int) -> tuple:
@@ -291,25 +296,11 @@ def _plan(request: GroupedRequest) -> Planned:
         extents = ((height, k, stride_a), (b_rows, k, stride_b))
         return grid, (rows, experts, tiles, m, n, k, stride_a, stride_b), extents
 
-    matrix = _undoing(request.rotation, request.device) if request.rotation else None
+    matrix = _matrix(request.rotation, request.device) if request.rotation else None
     launch = Launch(grouped_wgmma_kernel, constants, ((TILE, config.depth), (config.columns, config.depth)))
     example = launch.sizes(*sizes(TILE, 16, 16, TILE, EDGE, TILE, TILE, TILE))
     launch.compile(request.device, _dtypes(request), example)
-    return Planned(lambda _: Variant(launch, sizes, (matrix,)))
-
-
-@lru_cache(maxsize=256)
-def _undoing(rotation: Rotation, device: torch.device) -> torch.Tensor:
-    """Return what undoes a rotation of 128 columns by two products of 64, bfloat16 [2, 64, 64].
-
-    H₁₂₈ = H₂ ⊗ H₆₄, so with halves of columns y₀ and y₁, (y₀ + y₁) is multiplied with the first rows of the first half of the
-    matrix, and (y₀ − y₁) with those of its second half. Smaller blocks undo each half by itself. This takes half of the
-    operations of one product of 128. Columns are in the order of halo_tensor/kernels/matmul/sm90.py.
-    """
-    matrix = block_diagonal(rotation, EDGE, torch.bfloat16, device, transposed=True)
-    first, second = matrix[:64, :64], matrix[:64, 64:] if rotation.edge == EDGE else matrix[64:, 64:]
-    order = _order()[:64].to(device)
-    return torch.stack([first[:, order], second[:, order]]).contiguous()
+    return Variant(launch, sizes, (matrix,))
 
 
 def _dtypes(request: GroupedRequest) -> tuple[torch.dtype, ...]:
