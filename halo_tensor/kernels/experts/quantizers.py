@@ -47,10 +47,16 @@ def _piece(width: int, widest: int) -> int:
     return whole if whole <= widest else min((widest, widest // 2), key=lambda piece: cdiv(width, piece) * piece)
 
 
+def _rows(width: int, elements: int) -> Rows:
+    """Return how a program takes pieces of ``width``, about ``elements`` at a time, and at most 16 rows in all."""
+    rows = min(max(elements // width, 1), 16)
+    return Rows(width, rows, min(16 // rows, 4), 8)
+
+
 def group_rows(c: int) -> Rows:
     """Return how ``group_rows`` takes rows of ``c``."""
     width = _piece(c, 8192)
-    return Rows(width, max(8192 // width, 1), 1 if width < 1024 else 4, 8)
+    return _rows(width, 8192)
 
 
 def gated_rows(f: int) -> tuple[int, int]:
@@ -63,7 +69,7 @@ def gated_rows(f: int) -> tuple[int, int]:
 def gated_grad_rows(f: int) -> Rows:
     """Return how ``gated_grad_rows`` takes rows of ``f``."""
     width = _piece(f, 4096)
-    return Rows(width, min(max(4096 // width, 1), 16), 1 if width < 1024 else 4, 8)
+    return _rows(width, 4096)
 
 
 def _gate_options(gate: Gate) -> dict[str, Any]:

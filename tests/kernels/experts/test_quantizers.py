@@ -76,6 +76,23 @@ def test_rows(groups, format, indexed):
     assert torch.equal(scales[used], expected_scales[used])
 
 
+@pytest.mark.parametrize("how", [quantizers.group_rows, quantizers.gated_grad_rows])
+def test_programs_share_a_tile(how):
+    """Whatever the width, all of its rows are taken."""
+    for width in (16, 32, 48, 768, 2048, 2880, 14336, 28672):
+        shape = how(width)
+        assert shape.rows * shape.steps <= 16 and reference.TILE % (shape.rows * shape.steps) == 0
+
+
+@runs_kernels
+def test_narrow_rows(groups):
+    tiles, _, used, _ = groups
+    x, fold = random(ROWS, 16), positive(len(SIZES), 16)
+    codes, scales = ops.quantize_groups(x, None, fold, tiles, INT8)
+    expected, expected_scales = reference.quantize_groups(x, None, fold, tiles, INT8)
+    assert torch.equal(codes[used], expected[used]) and torch.equal(scales[used], expected_scales[used])
+
+
 @runs_kernels
 def test_rows_in_pieces(groups, monkeypatch):
     """Rows that no program holds are read twice."""
