@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     granularity: Scales
     device: torch.device
     packed: bool
+    stacked: bool  #: whether the weights are stacks of experts
 
 
 #: A kind -> the first one that equals it, so that equal ones are known by their id.
@@ -80,8 +81,15 @@ def requantize_all(pairs: list[tuple[HaloWeight, torch.Tensor]]) -> None:
         codes: list[Any] = [operand.codes for operand in operands]
         scales: list[Any] = [operand.scale for operand in operands]
         gains: list[Any] = [] if operands[0].gain is None else [operand.gain for operand in operands]
+        if kind.stacked:
+            xs = [operand.as_matrix(x) for operand, x in zip(operands, xs, strict=True)]
         ops.requantize_(xs, kind.row_rotation, kind.column_rotation, kind.format, kind.granularity, codes, scales, gains)
-        torch.autograd.graph.increment_version([*codes, *scales])
+        written = [*codes, *scales]
+        if kind.stacked:
+            for operand in operands:
+                operand.after_requantize()
+            written = [part for operand in operands for part in operand.parts]
+        torch.autograd.graph.increment_version(written)
     for weight, _ in pairs:
         weight.mark_in_step()
     send_scales([weight for weight, _ in pairs])
@@ -97,7 +105,7 @@ def _kind_of(weight: HaloWeight, operand: HadamardQuantTensor) -> Kind | None:
     if codes is None or operand.format is None or operand.scale is None or traced:
         return None
     rotations = operand.row_rotation, operand.column_rotation
-    kind = Kind(*rotations, operand.format, operand.granularity, codes.device, operand.is_packed)
+    kind = Kind(*rotations, operand.format, operand.granularity, codes.device, operand.is_packed, operand.ndim == 3)
     kind = _KINDS.setdefault(kind, kind)
     weight.codes_state.kind = operand, kind
     return kind

@@ -24,6 +24,7 @@ from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
 from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.stacks import stack_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
@@ -122,23 +123,30 @@ class HaloWeight(torch.Tensor):
         frozen: bool = False,
         gains: Gains | None = None,
         keep_codes: bool = True,
+        in_features_first: bool = False,
     ) -> "HaloWeight":
         """Convert a dense weight.
 
         Args:
-            master: [out, in], of a floating dtype.
+            master: [out, in], or of experts [experts, out, in], of a floating dtype.
             recipe: what the weight follows.
             frozen: hold only codes, if the recipe uses the same codes in both products with W. Any other weight keeps the
                 master.
             gains: the balance of the columns, float32 [in] and its inverse, or None.
             keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
+            in_features_first: whether the master of experts is [experts, in, out]. It needs codes.
 
         Returns:
             A whole weight, whose codes are up to date.
         """
-        if not (frozen or keep_codes):
+        if not (frozen or keep_codes or in_features_first):
             return cls(master, None, recipe)
-        operand = weight_operand(master, recipe, moved(gains, master.device))
+        gains = moved(gains, master.device)
+        operand: HadamardQuantTensor | None
+        if master.ndim == 3:
+            operand = stack_operand(master, recipe, gains, in_features_first=in_features_first, turned=not frozen)
+        else:
+            operand = weight_operand(master, recipe, gains)
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
         weight = cls(master, operand, recipe)
@@ -175,6 +183,16 @@ class HaloWeight(torch.Tensor):
     def scale(self) -> torch.Tensor | None:
         """The float32 scales of the codes, or None."""
         return None if self.operand is None else self.operand.scale
+
+    @property
+    def turned_stack(self) -> torch.Tensor | None:
+        """The codes of experts in the order of grad_input, [experts, in, out], if they are held."""
+        return getattr(self.operand, "turned_stack", None)
+
+    @property
+    def in_features_first(self) -> bool:
+        """Whether it is the weight of experts [experts, in, out], and not [experts, out, in]."""
+        return getattr(self.operand, "in_features_first", False)
 
     @property
     def gain(self) -> torch.Tensor | None:

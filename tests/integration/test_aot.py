@@ -38,6 +38,11 @@ from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, 
 from halo_tensor.kernels import ahead  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
+from halo_tensor.kernels.experts import products as grouped  # noqa: E402
+from halo_tensor.kernels.experts import quantizers as of_experts  # noqa: E402
+from halo_tensor.kernels.experts import rows as moving  # noqa: E402
+from halo_tensor.kernels.experts import sm90 as grouped_sm90  # noqa: E402
+from halo_tensor.kernels.experts import triton_products  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
 from halo_tensor.kernels.matmul import (  # noqa: E402
     cublas,
@@ -53,7 +58,8 @@ from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
 from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
-from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
+from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotation  # noqa: E402
+from halo_tensor.reference import experts as reference_of_experts  # noqa: E402
 from halo_tensor.reference import ops as reference  # noqa: E402
 from halo_tensor.reference.codes import aligned  # noqa: E402
 
@@ -104,7 +110,10 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two):
+    for module in (
+        layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, grouped, of_experts,
+        moving, grouped_sm90,
+    ):  # fmt: skip
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -144,9 +153,10 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue):
+    for module in (whole_rows, tiles, rotating, epilogue, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
-    monkeypatch.setattr(sm90, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
+    for module in (sm90, grouped_sm90):
+        monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(whole_rows, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
         whole_rows, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
@@ -590,6 +600,89 @@ def test_multiplying_without_tma(launched, monkeypatch, capability, name):
     assert kernel.name == "mma_kernel" and "cp.async.bulk.tensor" not in kernel.asm["ptx"]
     check_subnormal([kernel])
     check_fit([kernel], capability)
+
+
+# Experts: experts, top_k · tokens, in_features and the width between the products of three models, and their gates.
+
+EXPERTS = {
+    "qwen": (128, 65536, 2048, 768, Gate(), Rotation(128)),
+    "gpt-oss": (32, 32768, 2880, 2880, Gate(1.702, 7.0, 1.0, interleaved=True), Rotation(64)),
+    "mixtral": (8, 16384, 4096, 14336, Gate(), Rotation(128)),
+}
+
+
+def cut(empty, experts, rows):
+    count = reference_of_experts.tile_count(rows, experts)
+    return empty(count, 4, dtype=torch.int32), empty(experts + 2, dtype=torch.int32)
+
+
+def multiply_groups(model, code):
+    """All kinds of products of a layer: with a bias and a routing weight, un-rotated, and along tokens."""
+    experts, rows, d, f, _, rotation = EXPERTS[model]
+
+    def request(empty):
+        tiles, starts = cut(empty, experts, rows)
+        a, b = empty(rows, d, dtype=code), empty(experts, 2 * f, d, dtype=code)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), empty(experts, 2 * f), None, None, None, BF16, None)
+        bias, weight = empty(experts, 2 * f, dtype=BF16), empty(rows)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), empty(experts, 2 * f), bias, weight, None, BF16, None)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), None, None, None, rotation, BF16, None)
+        a_t, b_t = (empty(width, tiles.shape[0] * 128, dtype=code) for width in (d, f))
+        grouped.grouped_grad(a_t, b_t, starts, empty(experts, d), rotation, BF16, None)
+
+    return request
+
+
+@pytest.mark.parametrize(("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))])
+def test_grouped_products(launched, capability, code):
+    kernels = launched(capability, multiply_groups("qwen", code))
+    # In Gluon int8 products of rows have two tiles, for short and for long sums.
+    assert {k.name for k in kernels} == {"grouped_wgmma_kernel" if capability == 90 else "grouped_kernel"}
+    for kernel in kernels:
+        assert "cp.async" in kernel.asm["ptx"], "operands are not copied ahead of the products"
+        assert instructions(kernel) and not kernel.metadata.serialized
+    if capability == 90:
+        assert all("1" in in_flight(kernel) for kernel in kernels)
+        assert all("st.global.v4" in kernel.asm["ptx"] for kernel in kernels), "stores are narrow"
+    check_subnormal(kernels)
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "grouped")
+
+
+@pytest.mark.parametrize("code", [INT[0], FP8[0]])
+def test_grouped_products_without_gluon(launched, monkeypatch, code):
+    monkeypatch.setattr(GLUON, "disabled", True)
+    kernels = launched(90, multiply_groups("qwen", code))
+    assert {kernel.name for kernel in kernels} == {"grouped_kernel"}
+    check_fit(kernels, 90)
+    check_registers(kernels, 90, "grouped")
+
+
+@pytest.mark.parametrize(("capability", "model"), [*((90, model) for model in EXPERTS), (80, "qwen"), (120, "qwen")])
+def test_quantising_for_experts(launched, capability, model):
+    experts, rows, d, f, gate, rotation = EXPERTS[model]
+
+    def request(empty):
+        tiles, starts = cut(empty, experts, rows)
+        index, format = empty(rows, dtype=torch.int32), INT8
+        moving.group_tiles(empty(experts, dtype=torch.int32), rows)
+        moving.gather_codes(empty(8192, d, dtype=torch.int8), empty(8192), index)
+        moving.turn_codes(empty(8192, d, dtype=torch.int8), index, tiles)
+        moving.turn_stack(empty(experts, d, f, dtype=torch.int8))
+        moving.combine(empty(rows, d, dtype=BF16), empty(8192, 8, dtype=torch.int32), BF16)
+        x, h, grad = empty(8192, d, dtype=BF16), empty(rows, 2 * f, dtype=BF16), empty(rows, f, dtype=BF16)
+        of_experts.quantize_groups(x, index, empty(experts, d), tiles, format)
+        of_experts.quantize_groups_t(x, index, empty(rows), empty(rows), tiles, starts, True, format)
+        of_experts.quantize_gated(h, gate, rotation, format, empty(f))
+        of_experts.quantize_gated_grad(h, grad, empty(rows), gate, empty(experts, 2 * f), tiles, format)
+        of_experts.quantize_gated_grad_t(h, grad, empty(rows), gate, empty(rows), tiles, starts, True, format)
+
+    kernels = launched(capability, request)
+    assert len(kernels) == 10
+    check_nan(kernels)
+    check_subnormal(kernels)
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "experts")
 
 
 # What ptxas makes of them.
