@@ -1,9 +1,12 @@
-"""A warning of trainers of TRL whose reference model is not quantised as the model in training is.
+"""What happens between the making of a transformers Trainer and its training.
+
+A trainer of TRL whose reference model is not quantised as the model in training is gives a warning.
 
 Without a reference model, ``DPOTrainer``, ``GRPOTrainer``, ``KTOTrainer`` and ``RLOOTrainer`` load one from the path in
 ``model.config``, in high precision, even if ``quantize_`` has converted the model (TRL 1.16; a related change is
 https://github.com/huggingface/trl/pull/6312). They have no hook between this and the training, so ``Trainer.train``, which all
-of them inherit, is wrapped when a model is converted.
+of them inherit, is wrapped when a model is converted. A callback of this library that has ``halo_before_training`` is called
+there, with the trainer, before anything is wrapped or sharded.
 """
 
 import sys
@@ -26,6 +29,10 @@ def watch_trainers() -> None:
 
     @wraps(train)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "halo_before_training"):
+                callback.halo_before_training(self, resumed)
         _warn_of_reference(self.model, getattr(self, "ref_model", None))
         return train(self, *args, **kwargs)
 
