@@ -3,11 +3,13 @@
 Every host reads its flag with :meth:`Switch.of`, so one text means the same in Trainer, Axolotl, Lightning and torchtitan.
 """
 
+import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from halo_tensor.config import HaloConfig, LayerConfigs, LinearConfig, RecipeConfig
@@ -73,8 +75,13 @@ class Switch:
         """Convert a plain model in place.
 
         Raises:
-            ValueError: no layer was converted, or some are converted already.
+            ValueError: no layer was converted, some are converted already, or an optimizer holds parameters of the model.
         """
+        if (holder := _optimizer_of(model)) is not None:
+            raise ValueError(
+                f"the conversion replaces weights, and an {type(holder).__name__} holds the old ones, which it would go on "
+                "updating: make the optimizer after the model was converted"
+            )
         if count := converted_weights(model):
             raise ValueError(
                 f"{count} layers of this {type(model).__name__} are converted already: call quantize_, or switch the library on "
@@ -89,6 +96,17 @@ def converted_weights(model: nn.Module) -> int:
     return sharded + sum(
         isinstance(m._parameters.get("weight"), HaloWeight) or kinds.recipe_of(m) is not None for m in model.modules()
     )
+
+
+def _optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
+    """Return an optimizer that holds a parameter of the model, if there is one."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):  # isinstance would ask proxies for their class
+            groups = found.__dict__.get("param_groups", [])
+            if any(id(parameter) in own for group in groups for parameter in group["params"]):
+                return found
+    return None
 
 
 def _keys_of(value: Any) -> dict[str, Any]:

@@ -81,11 +81,6 @@ class HaloCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Convert the model. The trainer calls this at the end of its ``__init__``."""
-        if kwargs.get("optimizer") is not None:
-            raise ValueError(
-                "HaloCallback replaces weights, and this trainer has got an optimizer that holds the old ones: call "
-                "quantize_(model, config) before you make the optimizer, instead of HaloCallback, or let the trainer make it"
-            )
         self.conversion = self.switch.convert(kwargs["model"])
 
     def halo_before_training(self, trainer: Any, resumed: str | bool | None) -> None:

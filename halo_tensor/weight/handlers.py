@@ -42,7 +42,7 @@ def run_op(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def run_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an ordinary function of torch on converted weights, eagerly, with ``__torch_function__`` disabled."""
-    if func in _handlers:
+    if func in _handlers and not isinstance(func, torch._ops.OpOverload):  # an op comes to run_op, beneath autograd
         return _handlers[func](func, *args, **kwargs)
     out = func(*args, **kwargs)
     if not isinstance(out, torch.Tensor | list | tuple) or getattr(func, "__name__", "") in _ATTRIBUTES:
