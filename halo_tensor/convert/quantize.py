@@ -20,7 +20,7 @@ from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.layers.linear import restore_weight
-from halo_tensor.trainers import watch_trainers
+from halo_tensor.trainers import watch_deepspeed, watch_trainers
 from halo_tensor.weight.sharded_parameters import is_sharded
 
 logger = logging.getLogger("halo_tensor")
@@ -99,6 +99,7 @@ def quantize_(
     if _has_our_config(config):
         warn_of_share(model, conversion)
     watch_trainers()
+    watch_deepspeed()
     logger.info("%s", conversion)
     return conversion
 

@@ -14,6 +14,7 @@ from halo_tensor.calibration.balance_state import balance_of, set_balance
 from halo_tensor.convert import Conversion
 from halo_tensor.diagnostics.reports.api import Report, report
 from halo_tensor.switch import Switch, converted_weights
+from halo_tensor.trainers import NO_DEEPSPEED
 from halo_tensor.transformers.batches import first_batches, inputs_of
 
 logger = logging.getLogger("halo_tensor")
@@ -81,6 +82,8 @@ class HaloCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Convert the model. The trainer calls this at the end of its ``__init__``."""
+        if getattr(args, "deepspeed", None):
+            raise ValueError(NO_DEEPSPEED)
         self.conversion = self.switch.convert(kwargs["model"])
 
     def halo_before_training(self, trainer: Any, resumed: str | bool | None) -> None:
