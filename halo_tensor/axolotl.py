@@ -42,13 +42,17 @@ class HaloArgs(BaseModel):
         if not isinstance(data, dict) or NAME not in (data.get("plugins") or []):
             return data
         if unknown := sorted(key for key in data if key.startswith("halo") and key != "halo"):
-            raise ValueError(f"there is no key {unknown[0]!r}: options stand under halo, as in halo: {{dtype: int8, balance: 4}}")
+            raise ValueError(
+                f"there is no key {unknown[0]!r}: options stand under halo, as in halo: {{dtype: int8, balance: 4}}"
+            )
         if data.get("halo") is None:
             raise ValueError(f"{NAME} trains in what halo says: add halo: int8, for example, or remove the plugin")
         Switch.of(data["halo"])
         for key in ("load_in_4bit", "load_in_8bit", "gptq"):
             if data.get(key):
-                raise ValueError(f"{key} quantises the base weights in its own way, which halo cannot convert: remove one of them")
+                raise ValueError(
+                    f"{key} quantises the base weights in its own way, which halo cannot convert: remove one of them"
+                )
         if data.get("fsdp_config") and data.get("fsdp_version", 1) == 1:
             raise ValueError("halo works with FSDP2, and not with FSDP1: set fsdp_version: 2")
         return data

@@ -25,13 +25,13 @@ OTHERS = {
 class HaloPrecision(Precision):
     """Converts the model that a Lightning ``Trainer`` or ``Fabric`` sets up, before optimisers exist.
 
-    ``Trainer(plugins=HaloPrecision("int8", precision="bf16-mixed"))``. With ``Fabric(plugins=HaloPrecision("int8"))``, make the
-    optimizer of the parameters of what ``fabric.setup_module(model)`` returns, since the conversion replaces parameters: an
-    optimizer that is older is refused.
+    ``Trainer(plugins=HaloPrecision("int8", precision="bf16-mixed"))``. With ``Fabric(plugins=HaloPrecision("int8"))``, make
+    the optimizer of the parameters of what ``fabric.setup_module(model)`` returns, since the conversion replaces parameters:
+    an optimizer that is older is refused.
 
     Args:
-        value: a dtype ("int8"), the name of a recipe, the path of a file that ``LayerConfigs.save`` wrote, a mapping of options,
-            or a config.
+        value: a dtype ("int8"), the name of a recipe, the path of a file that ``LayerConfigs.save`` wrote, a mapping of
+            options, or a config.
         precision: of everything else: "32-true", "bf16-true" or "bf16-mixed", as Lightning's own plugins.
         **options: ``level``, ``dtype`` and other fields of :class:`~halo_tensor.HaloConfig`, or ``recipe``. Without ``level``,
             fp8 is not rotated (level 0), and int8 gets level 1.
@@ -98,7 +98,10 @@ class HaloPrecision(Precision):
 
     def backward(self, tensor: torch.Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
         """Run the backward."""
-        (super() if _has_trainer(model) else self.other).backward(tensor, model, *args, **kwargs)
+        if _has_trainer(model):
+            super().backward(tensor, model, *args, **kwargs)
+        else:
+            self.other.backward(tensor, model, *args, **kwargs)
 
     def post_backward(self, tensor: torch.Tensor, module: Any) -> Any:
         """Call the hooks of a LightningModule; Fabric has none."""

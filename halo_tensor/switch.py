@@ -84,8 +84,8 @@ class Switch:
             )
         if count := converted_weights(model):
             raise ValueError(
-                f"{count} layers of this {type(model).__name__} are converted already: call quantize_, or switch the library on "
-                "here, not both"
+                f"{count} layers of this {type(model).__name__} are converted already: call quantize_, or switch the library "
+                "on here, not both"
             )
         return quantize_(model, self.config)
 
@@ -150,7 +150,9 @@ def _config_of(keys: dict[str, Any]) -> LinearConfig | LayerConfigs:
         value, kind = keys.pop(named[0]), named[0]
         if kind != "recipe":
             if keys:
-                raise ValueError(f"a {'config' if kind == 'config' else 'file of LayerConfigs'} is complete; got {min(keys)!r} too")
+                raise ValueError(
+                    f"a {'config' if kind == 'config' else 'file of LayerConfigs'} is complete; got {min(keys)!r} too"
+                )
             return value if kind == "config" else LayerConfigs.load(value)
         _check_keys(keys, RecipeConfig, {"name"})
         return RecipeConfig(value, **keys)

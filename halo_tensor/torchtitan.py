@@ -77,8 +77,8 @@ def halo_linear(cfg: Linear.Config, /, **options: Any) -> Linear.Config:
         raise ValueError("halo_linear takes no balance, report and layers: torchtitan hands over one layer's config at a time")
     if "skip" in options or switch.config.frozen is not None or switch.config.adapters:
         raise ValueError(
-            "halo_linear takes no skip, frozen and adapters: an override of your own chooses layers by @override(fqns=...), as "
-            "help(halo_tensor.torchtitan) shows"
+            "halo_linear takes no skip, frozen and adapters: an override of your own chooses layers by @override(fqns=...), "
+            "as help(halo_tensor.torchtitan) shows"
         )
     if (reason := _why_not(cfg, switch.config)) is not None:
         logger.warning(f"halo_tensor leaves a {type(cfg).__qualname__} {[cfg.out_features, cfg.in_features]} alone: {reason}")

@@ -20,8 +20,8 @@ from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import HaloWeight
 
 NO_DEEPSPEED = (
-    "DeepSpeed replaces and flattens parameters in ways that a converted model does not survive: train it with FSDP2, which sends "
-    "codes and shards optimiser states as ZeRO does, or with DDP"
+    "DeepSpeed replaces and flattens parameters in ways that a converted model does not survive: train it with FSDP2, which "
+    "sends codes and shards optimiser states as ZeRO does, or with DDP"
 )
 
 
@@ -48,9 +48,9 @@ def watch_trainers() -> None:
 def watch_deepspeed() -> None:
     """Make ``deepspeed.initialize``, if deepspeed has been imported, refuse converted models.
 
-    Its engine refers to parameters weakly and then calls ``module.to``, which must swap a parameter of a tensor subclass, so that
-    PyTorch raises "Couldn't swap Linear.weight" (deepspeed 0.19.8). Its flat buffers also change weights in ways that count no
-    versions, which codes cannot follow.
+    Its engine refers to parameters weakly and then calls ``module.to``, which must swap a parameter of a tensor subclass, so
+    that PyTorch raises "Couldn't swap Linear.weight" (deepspeed 0.19.8). Its flat buffers also change weights in ways that
+    count no versions, which codes cannot follow.
     """
     deepspeed: Any = sys.modules.get("deepspeed")
     if deepspeed is None or getattr(deepspeed.initialize, "refuses_halo", False):

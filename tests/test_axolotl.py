@@ -10,12 +10,12 @@ from tests.helpers.recording import OpLog
 
 pytest.importorskip("transformers")
 pytest.importorskip("axolotl", reason="axolotl is not installed")
-from axolotl.integrations.base import PluginManager  # noqa: E402
-from axolotl.integrations.config import merge_input_args  # noqa: E402
-from axolotl.utils.dict import DictDefault  # noqa: E402
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.utils.dict import DictDefault
 
-from halo_tensor.axolotl import NAME  # noqa: E402
-from tests.helpers.trainers import Rows, arguments, losses, save_chat_model  # noqa: E402
+from halo_tensor.axolotl import NAME
+from tests.helpers.trainers import Rows, arguments, losses, save_chat_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hosts" / "with_axolotl.yaml"
 

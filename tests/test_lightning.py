@@ -9,9 +9,9 @@ from tests.helpers.recording import OpLog
 from tests.helpers.training import make
 
 pytest.importorskip("lightning", reason="lightning is not installed")
-import lightning  # noqa: E402
+import lightning
 
-from halo_tensor.lightning import HaloPrecision  # noqa: E402
+from halo_tensor.lightning import HaloPrecision
 
 
 class Module(lightning.LightningModule):

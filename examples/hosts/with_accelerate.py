@@ -1,6 +1,6 @@
 """accelerate: quantize_ before prepare. One script for one GPU, DDP and FSDP2.
 
-    accelerate launch --num-processes 8 examples/hosts/with_accelerate.py --model meta-llama/Llama-3.1-8B --fsdp
+accelerate launch --num-processes 8 examples/hosts/with_accelerate.py --model meta-llama/Llama-3.1-8B --fsdp
 """
 
 import argparse

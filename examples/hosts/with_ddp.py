@@ -1,6 +1,6 @@
 """DistributedDataParallel, compiled, with a Hugging Face model.
 
-    torchrun --standalone --nproc-per-node 2 examples/hosts/with_ddp.py --model HuggingFaceTB/SmolLM2-135M
+torchrun --standalone --nproc-per-node 2 examples/hosts/with_ddp.py --model HuggingFaceTB/SmolLM2-135M
 """
 
 import argparse

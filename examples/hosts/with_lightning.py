@@ -1,6 +1,6 @@
 """Lightning: train a language model in low precision.
 
-    python examples/hosts/with_lightning.py --model HuggingFaceTB/SmolLM2-135M --steps 100
+python examples/hosts/with_lightning.py --model HuggingFaceTB/SmolLM2-135M --steps 100
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """torch.distributed.pipelining: each rank has a part of the layers, and converts it.
 
-    torchrun --standalone --nproc-per-node 2 examples/hosts/with_pipeline.py
+torchrun --standalone --nproc-per-node 2 examples/hosts/with_pipeline.py
 """
 
 import argparse
@@ -18,7 +18,10 @@ WIDTH = 128
 
 def layers(count: int) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(count)]
+    return [
+        nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        for _ in range(count)
+    ]
 
 
 def main(words: list[str] | None = None) -> tuple[nn.Module, list[float]]:

@@ -1,6 +1,6 @@
 """transformers' Trainer: fine-tune a causal LM in low precision.
 
-    python examples/hosts/with_trainer.py --model HuggingFaceTB/SmolLM2-135M --output_dir out --halo int8 --halo_balance 1
+python examples/hosts/with_trainer.py --model HuggingFaceTB/SmolLM2-135M --output_dir out --halo int8 --halo_balance 1
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """TRL: preference training (DPO) in low precision. The reference model is converted in the same way.
 
-    python examples/hosts/with_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --output_dir out --halo int8
+    python examples/hosts/with_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --halo int8
 
 Each line of the data has "prompt", "chosen" and "rejected".
 """

@@ -1,6 +1,7 @@
 """A model's balance as a dict of tensors, which state dicts do not contain: to save it, and to give it to another model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from halo_tensor.weight.tensor import HaloWeight
 
 def balance_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return log₂ s of each balanced layer: qualified name -> int8 [in_features] on the CPU. Not for sharded models."""
-    weights = {name: m._parameters.get("weight") for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights: dict[str, Any] = {
+        name: m._parameters.get("weight") for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
     return {
         name: weight.gain.log2().round().to("cpu", torch.int8)
         for name, weight in weights.items()
@@ -37,11 +40,13 @@ def set_balance(model: nn.Module, balance: Mapping[str, torch.Tensor]) -> int:
     for name, exponents in balance.items():
         weight = getattr(layers.get(name), "weight", None)
         if not isinstance(weight, HaloWeight) or weight.operand is None:
-            raise ValueError(f"the balance names {name}, which is no converted layer with codes of this {type(model).__name__}")
+            raise ValueError(
+                f"the balance names {name}, which is no converted layer with codes of this {type(model).__name__}"
+            )
         if list(exponents.shape) != [weight.shape[1]] or exponents.abs().max() > LARGEST_EXPONENT:
             raise ValueError(
-                f"the balance of {name} has shape {list(exponents.shape)} and exponents up to {exponents.abs().max()}; expected "
-                f"{[weight.shape[1]]} and at most {LARGEST_EXPONENT}"
+                f"the balance of {name} has shape {list(exponents.shape)} and exponents up to {exponents.abs().max()}; "
+                f"expected {[weight.shape[1]]} and at most {LARGEST_EXPONENT}"
             )
     pairs: dict[tuple, gains.Gains] = {}  # layers with equal gains share them, so that X is quantised once for all of them
     for name, exponents in balance.items():

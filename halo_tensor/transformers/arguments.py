@@ -34,7 +34,9 @@ class HaloArguments:
     halo: str | None = field(
         default=None, metadata={"help": "Low precision: int8, fp8, fp6, a recipe, a .json of LayerConfigs, or a JSON object"}
     )
-    halo_level: int | None = field(default=None, metadata={"help": "HALO's level: 0, 1 or 2 (by default what suits the dtype)"})
+    halo_level: int | None = field(
+        default=None, metadata={"help": "HALO's level: 0, 1 or 2 (by default what suits the dtype)"}
+    )
     halo_balance: int | None = field(default=None, metadata={"help": "Balance the model on so many batches of training data"})
     halo_report: bool = field(default=False, metadata={"help": "Measure the candidate recipes on the first batch"})
 

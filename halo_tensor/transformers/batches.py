@@ -24,7 +24,8 @@ def first_batches(trainer: Any, count: int) -> list[Mapping[str, Any]]:
     if hasattr(loader, "end"):  # accelerate's, which counts on being read to its end
         loader.end()
     if trainer.accelerator.num_processes > 1:
-        batches = broadcast_object_list([batches])[0]
+        shared: Any = broadcast_object_list([batches])
+        batches = shared[0]
     if len(batches) < count:
         raise ValueError(f"the training data have {len(batches)} batches, fewer than balance={count}")
     return batches
@@ -51,8 +52,8 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     """Restore the random states of Python, NumPy and PyTorch."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what samplers and collators draw from
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         yield
     random.setstate(python)
-    np.random.set_state(numpy)
+    np.random.set_state(numpy)  # noqa: NPY002

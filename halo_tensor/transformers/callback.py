@@ -36,7 +36,8 @@ class HaloCallback(TrainerCallback):
         value: a dtype ("int8"), the name of a recipe ("hot_llm"), the path of a file that ``LayerConfigs.save`` wrote, a JSON
             object, a mapping of options, or a config of :func:`~halo_tensor.halo_config` or others.
         balance: how many batches of training data to balance the model on, or these batches themselves, as mappings of tensors
-            for the model's forward. The data are taken from the trainer's own dataloader, those of the first rank on all ranks.
+            for the model's forward. The data are taken from the trainer's own dataloader, and all ranks take those of the
+            first one.
         report: whether to call :func:`~halo_tensor.report` on the first batch. Its result is written to ``halo_report.html``
             in ``output_dir``, and its cosines go to the loggers.
         **options: ``level``, ``dtype`` and other fields of :class:`~halo_tensor.HaloConfig`, or ``recipe``. Without ``level``,
@@ -48,8 +49,8 @@ class HaloCallback(TrainerCallback):
         report: the :class:`~halo_tensor.Report`, if one was asked for and training has begun.
 
     Raises:
-        ValueError: an option is not valid; no layer was converted; the model is converted already; the trainer got an optimiser
-            of its own; or the model that is trained is not the one that was converted (``model_init``).
+        ValueError: an option is not valid. Later: no layer was converted; the model is converted already; an optimiser was made
+            before; DeepSpeed is used; or the model that is trained is not the one that was converted (``model_init``).
 
     Example:
         >>> from halo_tensor.transformers import HaloCallback
@@ -78,9 +79,7 @@ class HaloCallback(TrainerCallback):
         self.report: Report | None = None
         self._trainer: Any = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Convert the model. The trainer calls this at the end of its ``__init__``."""
         if getattr(args, "deepspeed", None):
             raise ValueError(NO_DEEPSPEED)
@@ -94,7 +93,7 @@ class HaloCallback(TrainerCallback):
         reference = getattr(trainer, "ref_model", None)
         if reference is not None and not converted_weights(reference):
             self.switch.convert(reference)
-        folder = get_last_checkpoint(trainer.args.output_dir) if resumed is True else resumed
+        folder = get_last_checkpoint(trainer.args.output_dir) if resumed is True else resumed or None
         saved = Path(folder) / BALANCE_FILE if folder else None
         if self.switch.balance and not self.balance:
             if saved is not None and saved.exists():
@@ -107,9 +106,7 @@ class HaloCallback(TrainerCallback):
         if self.switch.report and self.report is None:
             self._report(trainer)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse to train a model that is not converted, and log the conversion."""
         if self.conversion is None:
             raise ValueError(

@@ -71,7 +71,7 @@ def _alias(op: Any, weight: HaloWeight, *args: Any, **kwargs: Any) -> HaloWeight
 
 @implements(aten.view.default)
 def _view_alike(op: Any, weight: HaloWeight, size: Sequence[int]) -> Any:
-    """Return a view of the same shape, which follows the recipe: ``DTensor.from_local`` makes one of the tensor it is given."""
+    """Return a view of the same shape, which follows the recipe: ``DTensor.from_local`` makes one of its tensor."""
     return alias(weight) if tuple(size) == tuple(weight.shape) else NotImplemented
 
 

@@ -16,6 +16,8 @@ from tests.helpers.recording import OpLog
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from halo_tensor.transformers import HaloCallback
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "hosts"
 
 
@@ -33,6 +35,11 @@ def folder(tmp_path_factory) -> str:
     return str(save_chat_model(tmp_path_factory.mktemp("model")))
 
 
+@pytest.fixture(params=[False, True], ids=["ddp", "fsdp2"])
+def fsdp(request) -> bool:
+    return request.param
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
 def test_an_example_is_short(path):
     if path.is_file():
@@ -42,8 +49,18 @@ def test_an_example_is_short(path):
 def test_trainer(folder, tmp_path):
     main, losses = example("with_trainer").main, lambda t: [e["loss"] for e in t.state.log_history if "loss" in e]
     words = ["--model", folder, "--output_dir", str(tmp_path), "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1"]
-    words += ["--length", "32", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
-    words += ["--halo", "int8", "--halo_balance", "1"]
+    words += [
+        "--length",
+        "32",
+        "--per_device_train_batch_size",
+        "2",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "--disable_tqdm",
+        "True",
+    ]
+    words += ["--halo", "int8", "--halo_balance", "1", "--learning_rate", "2e-3"]
     with OpLog() as log:
         whole = main(words)
     assert log.products().count(torch.int8) == (4 * 3 + 1) * 14
@@ -55,13 +72,31 @@ def test_trl(folder, tmp_path):
     pytest.importorskip("trl")
     rows = [{"prompt": f"t{i % 7}?", "chosen": f" {i % 7} rows", "rejected": " none"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    words = ["--model", folder, "--data", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
-    words += ["--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True", "--bf16", "False"]
+    words = [
+        "--model",
+        folder,
+        "--data",
+        str(tmp_path / "pairs.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "1",
+    ]
+    words += [
+        "--per_device_train_batch_size",
+        "2",
+        "--report_to",
+        "none",
+        "--use_cpu",
+        "--disable_tqdm",
+        "True",
+        "--bf16",
+        "False",
+    ]
     with OpLog() as log:
         trained = example("with_trl").main([*words, "--halo", "int8"])
     assert log.products().count(torch.int8) >= 14 * (3 + 1)
     assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
-
 
     """The environment of a rank as torchrun sets it; accelerate reads it."""
 
@@ -72,20 +107,57 @@ def test_trl(folder, tmp_path):
     return set_up
 
 
-def accelerate_losses(*words: str) -> list[float]:
+def forget_accelerate() -> None:
+    """Make accelerate forget the plugins of an earlier Accelerator in this process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))]:
+        del os.environ[name]
+
+
+def accelerate_losses(*words: str) -> list[float]:
+    forget_accelerate()
     torch.manual_seed(0)
     return example("with_accelerate").main(list(words))
+
+
+def of_torchrun(world: int) -> None:
+    """Set the environment of a rank as torchrun does; accelerate reads it."""
+    values = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_PORT="29500", ACCELERATE_USE_CPU="1")
+
+
+@on_ranks(2)
+def test_the_trainer_balances_alike_on_all_ranks(world, folder, tmp_path, fsdp):
+    of_torchrun(world)
+    forget_accelerate()
+    words = ["--model", folder, "--output_dir", str(tmp_path), "--max_steps", "3", "--logging_steps", "1", "--length", "32"]
+    words += ["--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
+    words += ["--save_strategy", "no", "--halo", "int8", "--halo_balance", "1", "--learning_rate", "2e-3"]
+    if fsdp:
+        words += [
+            "--fsdp",
+            "full_shard auto_wrap",
+            "--fsdp_config",
+            '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}',
+        ]
+    with OpLog() as log:
+        trainer = example("with_trainer").main(words)
+    assert log.products().count(torch.int8) == (3 * 3 + 1) * 14
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, HaloCallback))
+    every = [None] * world
+    dist.all_gather_object(every, {name: exponents.tolist() for name, exponents in callback.balance.items()})
+    assert len(every[0]) == 14 and every[0] == every[1]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 @on_ranks(2)
 def test_accelerate(world, folder, tmp_path, fsdp):
     """It accumulates micro-batches, FSDP2 trains as DDP does, and from a saved state both go on exactly."""
-    values = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_PORT="29500", ACCELERATE_USE_CPU="1")
+    of_torchrun(world)
     words = ["--model", folder, "--accumulate", "2", "--steps", "4"] + ["--fsdp"] * fsdp
     with OpLog() as log:
         whole = accelerate_losses(*words, "--save", f"{tmp_path}/state")
@@ -94,11 +166,6 @@ def test_accelerate(world, folder, tmp_path, fsdp):
     assert whole[-1] < whole[0]
     if fsdp:
         assert accelerate_losses(*words[:-1]) == pytest.approx(whole, rel=1e-4), "as DDP does"
-
-
-@pytest.fixture(params=[False, True], ids=["ddp", "fsdp2"])
-def fsdp(request) -> bool:
-    return request.param
 
 
 @on_ranks(2)

@@ -97,7 +97,9 @@ def test_batches_may_be_given(folder, tmp_path):
     by_hand = plain(folder)
     quantize_(by_hand, halo_config(1, "int8"))
     balance_(by_hand, **batch)
-    assert all(torch.equal(2.0 ** callback.balance[name.removesuffix(".weight")], w.gain) for name, w in weights(by_hand).items())
+    assert all(
+        torch.equal(2.0 ** callback.balance[name.removesuffix(".weight")], w.gain) for name, w in weights(by_hand).items()
+    )
     with pytest.raises(ValueError, match=r"fewer than balance=9"):
         trainer(plain(folder), tmp_path, [HaloCallback("int8", balance=9)]).train()
 
