@@ -37,7 +37,7 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it takes nothing of it.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, whose forward names no arguments
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # of PEFT, whose forward names no arguments
     names = inspect.signature(base.forward).parameters
     taken = {name: value for name, value in batch.items() if name in names} if isinstance(batch, Mapping) else {}
     if not any(isinstance(value, torch.Tensor) for value in taken.values()):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -49,8 +50,8 @@ class HaloCallback(TrainerCallback):
         report: the :class:`~halo_tensor.Report`, if one was asked for and training has begun.
 
     Raises:
-        ValueError: an option is not valid. Later: no layer was converted; the model is converted already; an optimiser was made
-            before; DeepSpeed is used; or the model that is trained is not the one that was converted (``model_init``).
+        ValueError: an option is not valid. Later: no layer was converted; the model is converted already; an optimiser was
+            made before; DeepSpeed is used; or the model that is trained is not the one that was converted (``model_init``).
 
     Example:
         >>> from halo_tensor.transformers import HaloCallback
@@ -99,10 +100,12 @@ class HaloCallback(TrainerCallback):
             if saved is not None and saved.exists():
                 set_balance(trainer.model, torch.load(saved, weights_only=True))
             else:
-                self._balance(trainer)
+                self._balance(trainer, trainer.model)
             self.balance = balance_of(trainer.model)
-            if reference is not None:
+            if reference is not None and _are_alike(reference, trainer.model):
                 set_balance(reference, self.balance)
+            elif reference is not None:
+                self._balance(trainer, reference)
         if self.switch.report and self.report is None:
             self._report(trainer)
 
@@ -127,13 +130,13 @@ class HaloCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the balance into the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.balance and state.is_world_process_zero and folder.is_dir():
             torch.save(self.balance, folder / BALANCE_FILE)
 
-    def _balance(self, trainer: Any) -> None:
+    def _balance(self, trainer: Any, model: nn.Module) -> None:
         batches = self.batches or first_batches(trainer, self.switch.balance)
-        balance_over(trainer.model, [((), inputs_of(trainer.model, batch)) for batch in batches])
+        balance_over(model, [((), inputs_of(model, batch)) for batch in batches])
 
     def _report(self, trainer: Any) -> None:
         """Measure on the first process alone; nothing is wrapped yet, so the others need not take part."""
@@ -146,3 +149,9 @@ class HaloCallback(TrainerCallback):
         Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
         self.report.to_html(Path(trainer.args.output_dir) / "halo_report.html")
         logger.info("%s", self.report)
+
+
+def _are_alike(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same parameters, so that one can be balanced as the other is."""
+    shapes = [{name: parameter.shape for name, parameter in m.named_parameters()} for m in (model, other)]
+    return shapes[0] == shapes[1]
