@@ -77,15 +77,15 @@ class Switch:
         Raises:
             ValueError: no layer was converted, some are converted already, or an optimizer holds parameters of the model.
         """
-        if (holder := _optimizer_of(model)) is not None:
-            raise ValueError(
-                f"the conversion replaces weights, and an {type(holder).__name__} holds the old ones, which it would go on "
-                "updating: make the optimizer after the model was converted"
-            )
         if count := converted_weights(model):
             raise ValueError(
                 f"{count} layers of this {type(model).__name__} are converted already: call quantize_, or switch the library "
                 "on here, not both"
+            )
+        if (holder := _optimizer_of(model)) is not None:
+            raise ValueError(
+                f"the conversion replaces weights, and an {type(holder).__name__} holds the old ones, which it would go on "
+                "updating: make the optimizer after the model was converted"
             )
         return quantize_(model, self.config)
 
