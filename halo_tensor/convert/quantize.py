@@ -22,7 +22,7 @@ from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.layers.linear import restore_weight
-from halo_tensor.trainers import watch_trainers
+from halo_tensor.trainers import watch_deepspeed, watch_trainers
 
 logger = logging.getLogger("halo_tensor")
 Filter = Callable[[nn.Module, str], bool]
@@ -127,6 +127,7 @@ def quantize_(
     if min_gain is None:
         warn_of_slower(conversion.predicted)
     watch_trainers()
+    watch_deepspeed()
     logger.info("%s", conversion)
     return conversion
 

@@ -46,7 +46,7 @@ def run_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an ordinary function of torch on converted weights, eagerly, with ``__torch_function__`` disabled."""
     if type(func) is MethodWrapperType and len(args) == 1:  # reads an attribute
         return func(*args)
-    if func in _handlers:
+    if func in _handlers and not isinstance(func, torch._ops.OpOverload):  # an op comes to run_op, beneath autograd
         return _handlers[func](func, *args, **kwargs)
     out = func(*args, **kwargs)
     if not isinstance(out, _MAY_BE_WEIGHTS) or type(func) is MethodWrapperType:
