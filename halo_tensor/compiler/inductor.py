@@ -104,6 +104,7 @@ _IMPORTS = (
     "import triton",
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
+    "import halo_tensor.kernels.quantize.blocks",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -188,3 +189,5 @@ _lower("quantize_pairs", produced=2)
 _lower("scaled_mm")
 _lower("rotate")
 _lower("unrotate")
+_lower("compress")
+_lower("decompress")

@@ -5,6 +5,7 @@ A compiler sees each as one node. Kernels run on a GPU (:mod:`halo_tensor.kernel
 mechanism.
 """
 
+from halo_tensor.ops.blocks import compress, decompress
 from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
 from halo_tensor.ops.products import scaled_mm
@@ -12,6 +13,8 @@ from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quan
 from halo_tensor.ops.rotations import rotate, unrotate
 
 __all__ = [
+    "compress",
+    "decompress",
     "pack_rows_",
     "quantize_pair",
     "quantize_pairs",

@@ -68,6 +68,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Scales: "str",
     str: "str",
     bool: "bool",
+    int: "int",
     Sequence[int]: "SymInt[]",
     torch.dtype: "ScalarType",
 }

@@ -248,12 +248,15 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
+        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
     ) -> torch.Tensor:
         wants_x, wants_w = ctx.needs_input_grad[:2]
         operand = lowered.quantized_x(x, gains and gains[1], wants_w)
         saved_x = (operand.columns, operand.scale) if wants_w else (None, None)
         saved_w = (w.rows, w.scale) if wants_x else (None, None)
+        ctx.quantises_w = wants_x and weight.operand is None
+        if ctx.quantises_w:  # codes that are saved take as much memory as codes that are held
+            saved_w = weight.master, None
         ctx.save_for_backward(*saved_x, *saved_w)
         ctx.lowered, ctx.gains, ctx.x_shape = lowered, gains, x.shape
         return _output(lowered, operand, w, bias, x.shape)
@@ -265,7 +268,10 @@ class _Linear(torch.autograd.Function):
         x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
         e = e if e.ndim == 2 else e.reshape(-1, lowered.layer.out_features)
         x = None if x_columns is None else Codes(None, x_columns, x_scale)
-        w = None if w_rows is None else Codes(w_rows, None, w_scale)
+        if ctx.quantises_w:
+            w = lowered.quantize_w(w_rows.detach())
+        else:
+            w = None if w_rows is None else Codes(w_rows, None, w_scale)
         grad_x, grad_w = lowered.backward(e, x, w, ctx.gains, ctx.x_shape)
         grad_bias = e.sum(0, dtype=torch.float32).to(lowered.layer.bias) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None, None, None

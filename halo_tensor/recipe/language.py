@@ -24,9 +24,10 @@ and W can be quantised once and serve two products each. Blocks of scales along 
 operands before they are multiplied, as matrix units for MXFP8 and NVFP4 do.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from halo_tensor.recipe.activations import Activations
 from halo_tensor.recipe.formats import Constant, Format
 from halo_tensor.recipe.scales import AXES, TENSOR, Scales
 
@@ -153,6 +154,10 @@ class Product:
 class Recipe(Constant):
     """A training method: what each operand of the three products carries.
 
+    Attributes:
+        output, grad_input, grad_weight: the products.
+        activations: how the tensors between converted layers are saved for backward; None saves them as they are.
+
     Raises:
         ValueError: an operand or a product breaks a rule of the language; the message says which.
     """
@@ -160,6 +165,7 @@ class Recipe(Constant):
     output: Product = Product()
     grad_input: Product = Product()
     grad_weight: Product = Product()
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
@@ -190,7 +196,7 @@ class Recipe(Constant):
 
     @property
     def _operands(self) -> list[Operand]:
-        products = [getattr(self, field.name) for field in fields(self)]
+        products = [getattr(self, name) for name in PRODUCTS]
         return [operand for product in products for operand in (product.left, product.right)]
 
 
