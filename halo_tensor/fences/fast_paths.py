@@ -152,6 +152,12 @@ JOINT_GRAPH = FastPath(
     "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
     "torch",
 )
+SAVED = FastPath(
+    "saved",
+    "8-bit activations in compiled graphs, for configs that ask for them",
+    "compiled models save them in high precision, and need the memory for that",
+    "torch",
+)
 CUBLAS = FastPath(
     "cublas",
     "cuBLAS for large fp8 products on GPUs of compute capability 9.0",
@@ -176,7 +182,7 @@ DERIVED = FastPath(
     "such a product runs in high precision without a warning",
     "torch",
 )
-_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, TMA, SM80, DERIVED)
+_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, SAVED, CUBLAS, TMA, SM80, DERIVED)
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 

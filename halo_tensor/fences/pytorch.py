@@ -7,6 +7,7 @@ torchao 0.17 and 0.18.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -99,7 +100,27 @@ def _multiply_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def is_compiled() -> bool:
     """Whether AOTAutograd traces a graph. It is false if ops only run in a fake tensor mode."""
-    return torch._guards.TracingContext.try_get() is not None
+    return tracing_context() is not None
+
+
+def tracing_context() -> Any:
+    """Return the context of the graph that is being compiled, or None."""
+    return torch._guards.TracingContext.try_get()
+
+
+def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    """Return the innermost hooks on saved tensors of this thread, pack and unpack; None if there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def push_saved_tensors_hooks(pack: Callable, unpack: Callable) -> None:
+    """Enter ``torch.autograd.graph.saved_tensors_hooks``, which is a context manager only."""
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def pop_saved_tensors_hooks() -> None:
+    """Leave the innermost ``torch.autograd.graph.saved_tensors_hooks``."""
+    torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def local_tensor(tensor: DTensor) -> torch.Tensor:
@@ -130,8 +151,12 @@ __all__ = [
     "is_transformed",
     "local_tensor",
     "multiply_integers",
+    "pop_saved_tensors_hooks",
     "preserved_version",
+    "push_saved_tensors_hooks",
     "return_and_correct_aliasing",
     "set_local_tensor",
+    "top_saved_tensors_hooks",
+    "tracing_context",
     "tree_map_only",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
 from halo_tensor.products.operands import quantize_operands, weight_operand
@@ -129,10 +130,13 @@ def linear(
         raise ValueError(f"linear: a bias of shape {list(bias.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     if devices := {str(t.device) for t in (weight, bias) if t is not None and t.device != x.device}:
         raise ValueError(f"linear: the input is on {x.device} and the layer on {', '.join(sorted(devices))}; move one of them")
+    recipe = recipe or weight.recipe
+    if recipe.activations is not None and (partition := loaded_partition()) is not None:
+        partition.request(recipe.activations)
     dtype = product_dtype("linear", x, weight, bias)
     device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
     with torch.autocast(device, enabled=False):
-        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)
+        return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain)
 
 
 def _check_trainable(weight: Any) -> None:

@@ -22,6 +22,7 @@ FLOORS = [
     "weight",
     "products",
     "operand",
+    "activations",
     "checkpointing",
     "compiler",
     "ops",
