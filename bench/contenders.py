@@ -71,7 +71,16 @@ FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
 BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balance_ after converting
 DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
-HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
+#: Suffixes of names -> fields that trade speed for memory (docs/memory.md).
+MEMORY = {
+    "no-codes": {"memory": "balanced"},
+    "low": {"memory": "low"},
+    "low-int6": {"memory": "low", "activations": "int6"},
+    "8-bit-activations": {"activations": "int8"},
+}
+HALO |= {
+    f"{name}-{suffix}": replace(config, **options) for name, config in HALO.items() for suffix, options in MEMORY.items()
+}
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
