@@ -46,7 +46,12 @@ def bits_of(x: torch.Tensor, activations: Activations, in_norm: bool) -> int | N
         return None
     if _source(x.grad_fn) in _AS_THEY_ARE:
         return None
-    return activations.norms if in_norm else activations.attention if x.ndim == 4 else activations.inner
+    return activations.norms if in_norm else activations.attention if _has_heads(x) else activations.inner
+
+
+def _has_heads(x: torch.Tensor) -> bool:
+    """Whether a tensor has a dimension of heads, or is a view [batch·heads, tokens, features] of one that has."""
+    return x.ndim == 4 or len(getattr(x.grad_fn, "_saved_self_sym_sizes", ())) == 4
 
 
 def _source(function: Any) -> str:

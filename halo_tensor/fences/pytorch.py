@@ -5,6 +5,7 @@ torchao 0.17 and 0.18.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -76,6 +77,51 @@ def is_recorded() -> bool:
     an earlier call.
     """
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Observed(threading.local):
+    modes = 0
+
+
+_observed = _Observed()
+
+
+@contextmanager
+def observed() -> Iterator[None]:
+    """A block in which one more dispatch mode is active that only looks at results, so that calls may still share them."""
+    _observed.modes += 1
+    try:
+        yield
+    finally:
+        _observed.modes -= 1
+
+
+def must_repeat() -> bool:
+    """Whether a dispatch mode is active that must see every op, see :func:`is_recorded`."""
+    return torch._C._len_torch_dispatch_stack() > _observed.modes
+
+
+def partition_only() -> Callable:
+    """Return a backend of ``torch.compile`` that partitions graphs as Inductor does, and then runs their ops one by one.
+
+    Inductor's own passes are left out, since they remove what is computed on the meta device. The passes and the partitioner
+    of its configuration run.
+    """
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+
+    def run(graph: Any, inputs: Any) -> Callable:
+        return make_boxed_func(graph)
+
+    def partition(graph: Any, inputs: Any, **options: Any) -> Any:
+        passes: Any = config.joint_custom_post_pass  # later versions accept a list
+        for each in passes if isinstance(passes, list | tuple) else [passes] if passes else []:
+            each(graph.graph)
+        return (config.custom_partitioner_fn or min_cut_rematerialization_partition)(graph, inputs, **options)
+
+    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=select_decomp_table())
 
 
 def is_transformed() -> bool:
@@ -151,6 +197,9 @@ __all__ = [
     "is_transformed",
     "local_tensor",
     "multiply_integers",
+    "must_repeat",
+    "observed",
+    "partition_only",
     "pop_saved_tensors_hooks",
     "preserved_version",
     "push_saved_tensors_hooks",

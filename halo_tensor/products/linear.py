@@ -12,7 +12,13 @@ import torch
 
 from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
-from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
+from halo_tensor.products.backward import (
+    backward_of_rounding,
+    multiply,
+    multiply_backward,
+    take_apart,
+    without_autocast,
+)
 from halo_tensor.products.operands import quantize_operands, weight_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import Recipe, X
@@ -134,8 +140,7 @@ def linear(
     if recipe.activations is not None and (partition := loaded_partition()) is not None:
         partition.request(recipe.activations)
     dtype = product_dtype("linear", x, weight, bias)
-    device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x.device):
         return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain)
 
 

@@ -5,7 +5,7 @@ of ROWS blocks, so that the rotation matrix is read once for many.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,28 +16,41 @@ from halo_tensor.kernels.quantize.kernels import load_square, product
 from halo_tensor.kernels.quantize.rounding import ROUNDER, SMALLEST_SCALE, maximum
 from halo_tensor.kernels.rotate import product_dtype
 from halo_tensor.reference.blocks import BLOCK, ROTATION, UNDO, bits_of, largest
-from halo_tensor.reference.hadamard import block_diagonal
+from halo_tensor.reference.hadamard import block_diagonal, power
 
-#: Blocks of a tile, and tiles of a program if there are at least LARGE elements.
-ROWS, STEPS, LARGE = 64, 8, 2**23
+
+
+class How(NamedTuple):
+    """How a program goes through blocks: how many it takes at a time, how often, and Triton's options of a launch."""
+
+    rows: int
+    steps: int
+    warps: int
+    stages: int
+
+
+#: Fewer elements than LARGE are given to programs of one step each.
+COMPRESS, DECOMPRESS, LARGE = How(64, 8, 4, 3), How(64, 8, 4, 4), 2**23
 
 
 @triton.jit(do_not_specialize=["COUNT"])
 def compress_kernel(
     x, codes, scales, matrix, COUNT,
-    BITS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, INVERSE_MAX: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Compress COUNT elements of x. A program takes STEPS tiles."""
+    """Compress COUNT elements of x. A program takes STEPS tiles. RAGGED: whether the last block is not full."""
     WIDE: tl.constexpr = x.dtype.element_ty == tl.float32
     column = tl.arange(0, BLOCK)
     rotation = load_square(matrix, BLOCK)
     first = tl.program_id(0).to(tl.int64) * (STEPS * ROWS)
-    for step in tl.range(0, STEPS, num_stages=2):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         row = first + step * ROWS + tl.arange(0, ROWS)
         index = row[:, None] * BLOCK + column[None, :]
-        tile = tl.load(x + index, mask=index < COUNT, other=0.0)
-        y = product(tile if WIDE else tile.to(rotation.dtype), rotation).to(tl.float32)
         inside = row * BLOCK < COUNT
+        # A mask of elements would forbid vectors.
+        exists = index < COUNT if RAGGED else inside[:, None]
+        tile = tl.load(x + index, mask=exists, other=0.0)
+        y = product(tile if WIDE else tile.to(rotation.dtype), rotation).to(tl.float32)
         scale = tl.reduce(tl.abs(y), 1, maximum) * INVERSE_MAX
         is_nan = scale != scale
         finite = tl.where(is_nan | (scale < SMALLEST_SCALE), SMALLEST_SCALE, scale)
@@ -107,20 +120,21 @@ def _load(codes, row, inside, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
 @triton.jit(do_not_specialize=["COUNT"])
 def decompress_kernel(
     codes, scales, x, matrix, COUNT,
-    BITS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, UNDO: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, UNDO: tl.constexpr,
 ):  # fmt: skip
     """Do the inverse of :func:`compress_kernel`."""
     column = tl.arange(0, BLOCK)
     rotation = load_square(matrix, BLOCK)
     first = tl.program_id(0).to(tl.int64) * (STEPS * ROWS)
-    for step in tl.range(0, STEPS, num_stages=2):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row * BLOCK < COUNT
         code = _load(codes, row, inside, BITS, ROWS, BLOCK)
         scale = tl.load(scales + row, mask=inside, other=0.0).to(tl.float32) * UNDO
-        y = tl.dot(code.to(rotation.dtype), rotation) * scale[:, None]
+        y = tl.dot(code.to(rotation.dtype), rotation).to(tl.float32) * scale[:, None]
         index = row[:, None] * BLOCK + column[None, :]
-        tl.store(x + index, y.to(x.dtype.element_ty), mask=index < COUNT)
+        exists = index < COUNT if RAGGED else inside[:, None]
+        tl.store(x + index, y.to(x.dtype.element_ty), mask=exists)
 
 
 def compress(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,14 +154,16 @@ def decompress(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]
     return x
 
 
-def _planned(kernel: Any, constants: dict[str, Any], matrix: torch.Tensor) -> Planned:
+def _planned(kernel: Any, how: How, constants: dict[str, Any], matrix: torch.Tensor) -> Planned:
     """Return the launches of a kernel for any number of elements."""
 
-    def prepare(steps: int) -> Variant:
-        launch = Launch(kernel, constants | {"STEPS": steps, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": 4})
-        return Variant(launch, lambda count: ((cdiv(count, steps * ROWS * BLOCK),), (count,)), (matrix,))
+    def prepare(size: tuple[int, bool]) -> Variant:
+        steps, ragged = size
+        options = {"ROWS": how.rows, "STEPS": steps, "STAGES": how.stages, "RAGGED": ragged, "num_warps": how.warps}
+        launch = Launch(kernel, constants | options | {"BLOCK": BLOCK})
+        return Variant(launch, lambda count: ((cdiv(count, steps * how.rows * BLOCK),), (count,)), (matrix,))
 
-    return Planned(prepare, lambda count: STEPS if count >= LARGE else 1)
+    return Planned(prepare, lambda count: (how.steps if count >= LARGE else 1, count % BLOCK != 0))
 
 
 @lru_cache
@@ -156,12 +172,16 @@ def plan_compress(bits: int, dtype: torch.dtype, device: torch.device) -> Planne
     # Fused multiply-adds would round other codes than the reference does.
     constants = {"BITS": bits, "INVERSE_MAX": 1.0 / largest(bits), "enable_fp_fusion": False}
     matrix = block_diagonal(ROTATION, BLOCK, product_dtype(dtype, device), device, transposed=False)
-    return _planned(compress_kernel, constants, matrix)
+    return _planned(compress_kernel, COMPRESS, constants, matrix)
 
 
 @lru_cache
 def plan_decompress(bits: int, dtype: torch.dtype, device: torch.device) -> Planned:
     """Return the launch that decompresses to ``dtype``. A call takes (elements,), codes, scales and the tensor to write."""
-    of = torch.bfloat16 if device.type == "cuda" else torch.float32  # codes are exact in either
-    matrix = block_diagonal(ROTATION, BLOCK, of, device, transposed=True)
-    return _planned(decompress_kernel, {"BITS": bits, "UNDO": UNDO}, matrix)
+    # Tensor cores multiply codes as integers. Triton's interpreter multiplies float32.
+    whole = device.type == "cuda"
+    matrix = block_diagonal(ROTATION, BLOCK, torch.float32, device, transposed=True)
+    if whole:
+        matrix = (matrix / power(BLOCK)).to(torch.int8)
+    undo = UNDO * power(BLOCK) if whole else UNDO
+    return _planned(decompress_kernel, DECOMPRESS, {"BITS": bits, "UNDO": undo}, matrix)
