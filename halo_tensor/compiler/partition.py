@@ -129,8 +129,10 @@ def choose(
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple, value: Any) -> fx.Node:
+    """Add a call. Inductor gives the op inputs with the strides of these values, since codes follow the order in memory."""
     node = graph.call_function(target, args)
-    node.meta["val"] = value
+    inputs = tuple(a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
+    node.meta |= {"val": value, "eager_input_vals": (inputs, {})}
     return node
 
 

@@ -63,7 +63,7 @@ def step(model, f=None):
     x = torch.randn(2, TOKENS // 2, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = (f or model)(x)
+        y = (model if f is None else f)(x)
     y.float().square().sum().backward()
     held = {part.data_ptr() for p in model.parameters() for part in getattr(p, "operand", None) and p.operand.parts or ()}
     found = [t for t in saved if t.data_ptr() not in held and t.numel() >= 2**9]

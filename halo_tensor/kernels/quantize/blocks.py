@@ -139,6 +139,7 @@ def decompress_kernel(
 
 def compress(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes and scales of a contiguous ``x``, as :func:`halo_tensor.reference.blocks.compress` does."""
+    x = x if x.is_contiguous() else x.contiguous()
     count = x.numel()
     blocks = cdiv(count, BLOCK)
     codes = x.new_empty((blocks, BLOCK * bits // 8), dtype=torch.int8)
@@ -149,6 +150,7 @@ def compress(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decompress(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Do the inverse of :func:`compress`, as :func:`halo_tensor.reference.blocks.decompress` does."""
+    codes = codes if codes.is_contiguous() else codes.contiguous()
     x = codes.new_empty(shape, dtype=dtype)
     plan_decompress(bits_of(codes), dtype, codes.device)((x.numel(),), codes, scales, x)
     return x
