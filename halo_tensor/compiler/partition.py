@@ -153,8 +153,9 @@ def _compress_in_forward(graph: fx.Graph, results: int, chosen: list[Chosen]) ->
             one.codes = graph.call_function(getitem, (made, 0))
         with graph.inserting_after(one.codes):
             one.scales = graph.call_function(getitem, (made, 1))
+        checked = {key: one.node.meta[key] for key in ("saved_tensor_with_no_vc_check",) if key in one.node.meta}
         for node, value in zip((one.codes, one.scales), one.made, strict=True):
-            node.meta["val"] = value
+            node.meta |= {"val": value} | checked
         replaced[one.node] = one.codes, one.scales
     (outputs,) = output.args
     saved = [new for old in outputs[results:] for new in replaced.get(old, (old,))]  # type: ignore[index, union-attr]

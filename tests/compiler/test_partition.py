@@ -9,6 +9,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from halo_tensor import halo_config, quantize_
 from halo_tensor.activations import choice
+from halo_tensor.analysis.saved_memory import storages
 from halo_tensor.compiler import partition
 from halo_tensor.fences.fast_paths import SAVED
 from halo_tensor.fences.pytorch import partition_only
@@ -65,8 +66,8 @@ def step(model, f=None):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = (model if f is None else f)(x)
     y.float().square().sum().backward()
-    held = {part.data_ptr() for p in model.parameters() for part in getattr(p, "operand", None) and p.operand.parts or ()}
-    found = [t for t in saved if t.data_ptr() not in held and t.numel() >= 2**9]
+    held = {storage.data_ptr() for p in model.parameters() for storage in storages(p)}
+    found = [t for t in saved if t.untyped_storage().data_ptr() not in held and t.numel() >= 2**9]
     return torch.cat([p.grad.float().flatten() for p in [x, *model.parameters()]]), found
 
 
@@ -82,23 +83,21 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("keep_codes", [True, False])
 def test_a_block(keep_codes):
     exact, plain = step(*[model := make(keep_codes=keep_codes)], compiled(model))
-    high = [t for t in plain if t.is_floating_point()]
+    assert len([t for t in plain if t.is_floating_point()]) >= 6
+    blocks = TOKENS * WIDTH // 128
+    # The input and the result of o, of which backward computes the stream again; q, k, v and the result of attention; gate and
+    # up.
+    expected = {"int8": [(blocks, 128)] * 6 + [(2 * blocks, 128)] * 2}
+    expected["int6"] = [(blocks, 64), (blocks, 96)] + [(blocks, 128)] * 4 + [(2 * blocks, 96)] * 2
     for activations, least, most in (("int8", 1e-6, 1.5e-4), ("int6", 5e-5, 1e-3)):
         torch._dynamo.reset()
         model = make(activations=activations, keep_codes=keep_codes)
         gradient, saved = step(model, compiled(model))
         assert least < distance(gradient, exact) < most
-        masters = {p.master.data_ptr() for p in model.parameters() if getattr(p, "master", None) is not None}
-        assert not [t for t in saved if t.is_floating_point() and t.data_ptr() not in masters], "all are compressed"
-        codes = [t for t in saved if t.dtype == torch.int8]
-        if activations == "int8":  # x, the stream after attention, q, k, v, the result of attention, gate and up
-            own = [t for t in codes if t.shape[1] == 128 and TOKENS not in t.shape]
-            count = TOKENS * WIDTH // 128
-            assert sorted(len(t) for t in codes if t.shape[1] == 128) >= [count] * 6 + [2 * count] * 2, own
-        else:
-            widths = sorted(t.shape[1] for t in codes if t.shape[1] in (64, 96) and t.shape[1] != TOKENS)
-            assert widths == [96, 96], "gate and up"
-    assert len(high) >= 6
+        assert not any(t.is_floating_point() for t in saved), "all are compressed"
+        # X's codes are saved for grad_weight, transposed: of both norms and of the product of gate and up.
+        own = [(WIDTH, TOKENS)] * 2 + [(INNER, TOKENS)]
+        assert sorted(tuple(t.shape) for t in saved) == sorted(expected[activations] + own)
 
 
 def test_eager_and_compiled_save_alike():
@@ -112,9 +111,7 @@ def test_eager_and_compiled_save_alike():
 def test_logits_and_parameters_stay():
     model = make(Head, "int8")
     _, saved = step(model, compiled(model))
-    shapes = {(tuple(t.shape), t.dtype) for t in saved}
-    assert ((1024, WIDTH), torch.bfloat16) in shapes or ((WIDTH, 1024), torch.bfloat16) in shapes, "the weight of the head"
-    assert any(1024 in t.shape and t.is_floating_point() and t.numel() == 1024 * TOKENS for t in saved), "logits"
+    assert sorted(t.numel() for t in saved if t.is_floating_point()) == [1024 * TOKENS], "logits, and no parameter is copied"
 
 
 def test_a_graph_that_does_not_ask():

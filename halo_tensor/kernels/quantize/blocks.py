@@ -30,7 +30,7 @@ class How(NamedTuple):
 
 
 #: Fewer elements than LARGE are given to programs of one step each.
-COMPRESS, DECOMPRESS, LARGE = How(64, 8, 4, 3), How(64, 8, 4, 4), 2**23
+COMPRESS, DECOMPRESS, LARGE = How(64, 8, 4, 3), How(64, 8, 4, 3), 2**23
 
 
 @triton.jit(do_not_specialize=["COUNT"])
