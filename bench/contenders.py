@@ -78,9 +78,7 @@ MEMORY = {
     "low-int6": {"memory": "low", "activations": "int6"},
     "8-bit-activations": {"activations": "int8"},
 }
-HALO |= {
-    f"{name}-{suffix}": replace(config, **options) for name, config in HALO.items() for suffix, options in MEMORY.items()
-}
+HALO |= {f"{name}-{suffix}": replace(config, **options) for name, config in HALO.items() for suffix, options in MEMORY.items()}
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),

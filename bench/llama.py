@@ -72,8 +72,8 @@ class Llama(nn.Module):
         """Compile the model.
 
         Args:
-            one: "model" compiles one graph. "blocks" compiles each layer and the loss separately; equal layers share code. "no"
-                compiles nothing.
+            one: "model" compiles one graph. "blocks" compiles each layer and the loss separately; equal layers share code.
+                "no" compiles nothing.
             **options: of torch.compile.
         """
         if one == "model":

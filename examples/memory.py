@@ -30,6 +30,7 @@ SHAPES = {
 }
 #: name -> the optimiser in halo_tensor.analysis.OPTIMIZERS whose state takes as much
 OPTIMIZERS = {"adamw": "adamw", "adamw8bit": "adamw8bit", "stochastic": "adamw", "offloaded": "offloaded"}
+MODES = ["speed", "balanced", "low"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -95,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SHAPES, default="tiny")
-    parser.add_argument("--memory", nargs="+", choices=["bf16", "speed", "balanced", "low"], default=["speed", "balanced", "low"])
+    parser.add_argument("--memory", nargs="+", choices=["bf16", *MODES], default=MODES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, help="tokens in a sequence (default: 2048, or 64 of the small shape)")

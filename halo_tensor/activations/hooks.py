@@ -101,8 +101,8 @@ def leave_norm(module: nn.Module, args: tuple, output: Any) -> None:
 def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) -> list[str]:
     """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before.
 
-    A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is in
-    no block makes the whole model one.
+    A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is
+    in none has the whole model as its block.
 
     Args:
         model: whose modules get hooks.

@@ -22,7 +22,9 @@ def inverse(order: Sequence[int]) -> list[int]:
 
 
 def in_memory_order(x: torch.Tensor) -> tuple[torch.Tensor, list[int] | None]:
-    """Return a contiguous tensor with the elements of ``x``, and the order of dimensions that makes it: a view, if ``x`` has no
-    gaps, else a copy in the order of ``x``, with None."""
+    """Return a contiguous tensor with the elements of ``x``, and the order of dimensions that makes it.
+
+    It is a view, if ``x`` has no gaps, else a copy in the order of ``x``, with None.
+    """
     order = memory_order(x.shape, x.stride())
     return (x.contiguous(), None) if order is None else (x.permute(order), order)

@@ -24,14 +24,13 @@ class Packed:
     def __init__(self, x: torch.Tensor, bits: int, outer: tuple[Hook, Hook] | None = None):
         contiguous, self.order = in_memory_order(x)
         self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
-        codes, scales = ops.compress(contiguous, bits)
-        self.codes, self.scales = (codes, scales) if outer is None else (outer[0](codes), outer[0](scales))
+        pack: Hook = (lambda part: part) if outer is None else outer[0]
+        self.codes, self.scales = map(pack, ops.compress(contiguous, bits))
 
     def unpack(self) -> torch.Tensor:
         """Return the tensor, but for rounding, with the strides that it had if it had no gaps."""
-        codes, scales = self.codes, self.scales
-        if self.outer is not None:
-            codes, scales = self.outer[1](codes), self.outer[1](scales)
+        unpack: Hook = (lambda part: part) if self.outer is None else self.outer[1]
+        codes, scales = unpack(self.codes), unpack(self.scales)
         x = ops.decompress(codes, scales, self.shape, self.dtype)
         return x if self.order is None else x.permute(inverse(self.order))
 
@@ -40,12 +39,10 @@ class Kept:
     """A tensor that is saved as it is. PyTorch counts no writes to tensors that pass through hooks, so this class does."""
 
     def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
-        # Not x itself: its gradient function would hold it, and it the function.
-        self.tensor = x if x.grad_fn is None else x.detach()
         self.version = None if x.is_inference() else x._version
-        self.held, self.outer = None, outer
-        if outer is not None:
-            self.held, self.tensor = outer[0](x), None
+        self.outer = outer
+        # Not x itself: its gradient function would hold it, and it the function.
+        self.held: Any = outer[0](x) if outer is not None else x if x.grad_fn is None else x.detach()
 
     def unpack(self) -> torch.Tensor:
         """Return the tensor.
@@ -55,13 +52,12 @@ class Kept:
         """
         if self.outer is not None:
             return self.outer[1](self.held)
-        assert self.tensor is not None
-        if self.version is not None and self.tensor._version != self.version:
+        if self.version is not None and self.held._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {list(self.tensor.shape)} that backward needs was modified by an inplace operation: it is "
-                f"at version {self.tensor._version}; expected version {self.version} instead. Write to it after backward"
+                f"a tensor of shape {list(self.held.shape)} that backward needs was modified by an inplace operation: it is "
+                f"at version {self.held._version}; expected version {self.version} instead. Write to it after backward"
             )
-        return self.tensor
+        return self.held
 
 
 class Pool:

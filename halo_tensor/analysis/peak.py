@@ -78,17 +78,16 @@ class Peak:
         return "\n".join(f"{name:22}{size / GIB:8.2f} GiB" for name, size in rows.items())
 
 
-def predict_peak(
-    model: nn.Module, *args: Any, optimizer: str = "adamw", compiled: str | None = None, **kwargs: Any
-) -> Peak:
+def predict_peak(model: nn.Module, *args: Any, optimizer: str = "adamw", compiled: str | None = None, **kwargs: Any) -> Peak:
     """Predict the peak of memory of a step: forward, backward, and an optimiser that updates in place (``fused=True``).
 
     Args:
         model: on any device; one that was made on the meta device needs no memory. It is not changed.
-        *args, **kwargs: of its forward. Tensors may be on any device; only their shapes and dtypes matter.
+        *args: arguments of its forward. Tensors may be on any device; only their shapes and dtypes matter.
         optimizer: "adamw", "adamw8bit" (torchao's), "momentum", "sgd", or "offloaded" (torchao's CPUOffloadOptimizer).
         compiled: None for eager code; "model" for a model that is compiled as one graph; "blocks" if its blocks are compiled,
             the modules in its ModuleLists.
+        **kwargs: more arguments of its forward.
 
     Returns:
         The bytes of each part, and the peak.
@@ -190,16 +189,16 @@ def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute attention by one op, as kernels on GPUs do. On meta tensors, PyTorch would compute it by products and softmax."""
+    """Compute attention by one op, as kernels on GPUs do. On meta tensors, PyTorch would take products and a softmax."""
     return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Let models run on meta tensors: attention is one op, and a condition on values, such as "is nothing padded?", is true."""
+    """Let models run on meta tensors: attention is one op, and a condition on values ("is nothing padded?") is true."""
     attention = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = _attention
-    torch.Tensor.__bool__ = lambda t: True if t.is_meta else _bool(t)  # type: ignore[method-assign]
+    torch.Tensor.__bool__ = lambda self: True if self.is_meta else _bool(self)  # type: ignore
     try:
         yield
     finally:

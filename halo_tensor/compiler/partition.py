@@ -10,6 +10,7 @@ outputs and backward's inputs, by the same names; an attribute of ``torch._guard
 2.15 (:data:`halo_tensor.fences.fast_paths.SAVED`).
 """
 
+import warnings
 from collections.abc import Sequence
 from operator import getitem
 from typing import Any
@@ -21,13 +22,17 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from halo_tensor.activations.layout import inverse, memory_order
-from halo_tensor.compiler.saved_values import bits_of, root_of
+from halo_tensor.compiler.saved_values import bits_of, is_dynamic, root_of
 from halo_tensor.fences.fast_paths import SAVED, disabled
 from halo_tensor.fences.pytorch import tracing_context
 from halo_tensor.recipe import Activations
 from halo_tensor.version import fingerprint
 
 _NAME = "halo_activations"
+_DYNAMIC = (
+    "halo_tensor: a graph with dynamic shapes was compiled, and activations whose sizes it does not know are saved as they "
+    "are, in spite of activations= or memory= in the config. Pad to few lengths and use torch.compile(dynamic=False)"
+)
 _aten, _halo = torch.ops.aten, torch.ops.halo
 
 
@@ -93,9 +98,7 @@ class Chosen:
         self.made = _halo.compress.default(self.flat, bits)
 
 
-def choose(
-    forward: fx.Graph, backward: fx.Graph, results: int, static: set[int], activations: Activations
-) -> list[Chosen]:
+def choose(forward: fx.Graph, backward: fx.Graph, results: int, static: set[int], activations: Activations) -> list[Chosen]:
     """Return the saved values to compress.
 
     Args:
@@ -104,13 +107,14 @@ def choose(
         static: the indices of inputs that are alive in any case, such as parameters.
         activations: the bits of each kind.
     """
-    (outputs,) = forward.output_node().args
+    outputs: Any = forward.output_node().args[0]
     placeholders = forward.find_nodes(op="placeholder")
-    alive = {placeholders[i] for i in static if i < len(placeholders)} | set(outputs[:results])  # type: ignore[index]
+    alive = {placeholders[i] for i in static if i < len(placeholders)} | set(outputs[:results])
     readers = {node.name: node for node in backward.find_nodes(op="placeholder")}
     chosen: list[Chosen] = []
+    dynamic = False
     firsts: dict[tuple[fx.Node, int], Chosen] = {}
-    for node in outputs[results:]:  # type: ignore[index]
+    for node in outputs[results:]:
         if not isinstance(node, fx.Node) or node.name not in readers:
             continue
         root = root_of(node)
@@ -118,6 +122,7 @@ def choose(
             continue
         bits = bits_of(node, readers[node.name], activations)
         if bits is None:
+            dynamic |= is_dynamic(node)
             continue
         value = node.meta["val"]
         whole = memory_order(value.shape, value.stride()) is not None and value.numel() == root.meta["val"].numel()
@@ -125,6 +130,8 @@ def choose(
         if whole:
             firsts.setdefault((root, bits), one)
         chosen.append(one)
+    if dynamic:
+        warnings.warn(_DYNAMIC, stacklevel=2)
     return chosen
 
 
@@ -157,9 +164,9 @@ def _compress_in_forward(graph: fx.Graph, results: int, chosen: list[Chosen]) ->
         for node, value in zip((one.codes, one.scales), one.made, strict=True):
             node.meta |= {"val": value} | checked
         replaced[one.node] = one.codes, one.scales
-    (outputs,) = output.args
-    saved = [new for old in outputs[results:] for new in replaced.get(old, (old,))]  # type: ignore[index, union-attr]
-    output.args = ([*outputs[:results], *saved],)  # type: ignore[index]
+    outputs: Any = output.args[0]
+    saved = [new for old in outputs[results:] for new in replaced.get(old, (old,))]
+    output.args = ([*outputs[:results], *saved],)
     _describe(output, results, len(saved))
 
 

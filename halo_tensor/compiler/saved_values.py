@@ -1,7 +1,7 @@
 """Which of the values that a compiled graph saves are compressed, and in how many bits.
 
-A value is known by the op that made it and by those that read it. What is not known is saved as it is: probabilities and logits
-span decades, which a uniform grid cannot hold.
+A value is known by the op that made it and by those that read it. What is not known is saved as it is: probabilities and
+logits span decades, which a uniform grid cannot hold.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,14 @@ def root_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_dynamic(node: fx.Node) -> bool:
+    """Whether a value is a matrix, in high precision, of a size that is not known."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2 or value.shape[-1] == 1:
+        return False
+    return not all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
 def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | None:
     """Return the bits in which a saved value is kept; None to save it as it is.
 
@@ -50,9 +58,7 @@ def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | N
         activations: the bits of each kind of value.
     """
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
-        return None
-    if not has_size(value):
+    if not isinstance(value, torch.Tensor) or is_dynamic(node) or not has_size(value):
         return None
     maker = root_of(node)
     while maker.target in _CASTS:

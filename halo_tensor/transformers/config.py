@@ -23,8 +23,8 @@ class HaloQuantConfig(QuantizationConfigMixin):
     """HALO as a ``quantization_config`` of transformers' ``from_pretrained``, which then loads weights as codes.
 
     Its fields are those of :class:`~halo_tensor.HaloConfig`, with the same defaults, except ``frozen``, ``memory``,
-    ``keep_codes``, ``activations`` and ``adapters``: a model that is loaded quantised holds its weights as codes only, and adapters come later.
-    ``save_pretrained`` writes the fields to ``config.json``.
+    ``keep_codes``, ``activations`` and ``adapters``: a model that is loaded quantised holds its weights as codes only, and
+    adapters come later. ``save_pretrained`` writes the fields to ``config.json``.
 
     Args:
         *args: ``level`` and ``dtype``, which may be positional.

@@ -43,12 +43,11 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
 from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
-from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
@@ -102,7 +101,8 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, blocks):
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
+    for module in (*quantisers, rotating, product, cublas, tma):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()

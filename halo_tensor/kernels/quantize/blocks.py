@@ -19,7 +19,6 @@ from halo_tensor.reference.blocks import BLOCK, ROTATION, UNDO, bits_of, largest
 from halo_tensor.reference.hadamard import block_diagonal, power
 
 
-
 class How(NamedTuple):
     """How a program goes through blocks: how many it takes at a time, how often, and Triton's options of a launch."""
 
@@ -36,7 +35,8 @@ COMPRESS, DECOMPRESS, LARGE = How(64, 8, 4, 3), How(64, 8, 4, 3), 2**23
 @triton.jit(do_not_specialize=["COUNT"])
 def compress_kernel(
     x, codes, scales, matrix, COUNT,
-    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, INVERSE_MAX: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, INVERSE_MAX: tl.constexpr,
 ):  # fmt: skip
     """Compress COUNT elements of x. A program takes STEPS tiles. RAGGED: whether the last block is not full."""
     WIDE: tl.constexpr = x.dtype.element_ty == tl.float32
@@ -120,7 +120,8 @@ def _load(codes, row, inside, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.
 @triton.jit(do_not_specialize=["COUNT"])
 def decompress_kernel(
     codes, scales, x, matrix, COUNT,
-    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, UNDO: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr, UNDO: tl.constexpr,
 ):  # fmt: skip
     """Do the inverse of :func:`compress_kernel`."""
     column = tl.arange(0, BLOCK)
