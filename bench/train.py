@@ -34,8 +34,8 @@ PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values
 NOTES = (
     "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
     "every linear are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused "
-    "AdamW. torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, and the "
-    "loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
+    "AdamW. torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
+    "and the loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
     "activation_memory_budget. Names that end in no-codes have memory='balanced', in low memory='low' (docs/memory.md). ms: "
     "median of plain calls. Saved: what the forward leaves allocated besides the loss. Peak: in "
     "one step, weights, gradients and the optimiser's state included. First two steps: in seconds, compilation included. "

@@ -45,7 +45,7 @@ OPTIMIZERS: dict[str, Callable[[torch.Tensor], int]] = {
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakMemory:
     """Bytes of a training step.
 
     Attributes:
@@ -78,7 +78,9 @@ class Peak:
         return "\n".join(f"{name:22}{size / GIB:8.2f} GiB" for name, size in rows.items())
 
 
-def predict_peak(model: nn.Module, *args: Any, optimizer: str = "adamw", compiled: str | None = None, **kwargs: Any) -> Peak:
+def predict_peak(
+    model: nn.Module, *args: Any, optimizer: str = "adamw", compiled: str | None = None, **kwargs: Any
+) -> PeakMemory:
     """Predict the peak of memory of a step: forward, backward, and an optimiser that updates in place (``fused=True``).
 
     Args:
@@ -118,7 +120,7 @@ def predict_peak(model: nn.Module, *args: Any, optimizer: str = "adamw", compile
     beside = sum(s.nbytes() for s in codes.values())
     with _without_values():
         saved, step = _measure(model, args, kwargs, compiled, gradients)
-    return Peak(
+    return PeakMemory(
         weights=sum(s.nbytes() for s in held.values()) - beside,
         codes=beside,
         optimizer=sum(map(OPTIMIZERS[optimizer], trained)),

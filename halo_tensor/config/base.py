@@ -31,22 +31,15 @@ class LinearConfig(AOBaseConfig):
         frozen: whether weights of ``nn.Linear`` are held as codes only, without a high-precision copy. They then take at most
             half of bf16's memory and cannot be trained. The weight of a ``Conv1D`` keeps its high-precision value. None
             freezes those weights that do not require a gradient when they are converted.
-        memory: the trade between speed and memory, "speed", "balanced" or "low". It chooses ``keep_codes`` and
-            ``activations`` where they are None (docs/memory.md has what each costs and saves):
-
-            =========== ============== =============
-            ``memory``  ``keep_codes`` ``activations``
-            =========== ============== =============
-            "speed"     True           "plain"
-            "balanced"  False          "plain"
-            "low"       False          "int8"
-            =========== ============== =============
+        memory: the trade between speed and memory (docs/memory.md has what each costs and saves). "speed" holds codes beside
+            trained weights; "balanced" holds none, as ``keep_codes=False``; "low" also saves activations in 8 bits, as
+            ``activations="int8"``. The two fields change one part of that.
         keep_codes: whether the codes of a trained ``nn.Linear`` are held beside its weight, one byte an element, and renewed
             after each write to it. False quantises the weight in every forward and again in backward, and neither holds nor
             saves codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales them, need True.
         activations: how tensors between converted layers are saved for backward: "plain", as they are; "int8", in rotated
             blocks of 128 integers of 8 bits; "int6", with 6 bits between the layers of an MLP, 4 for inputs of norms and 8
-            for attention.
+            for attention. None leaves the choice to ``memory``.
         adapters: whether PEFT's adapters are converted too, whatever their rank.
 
     Raises:
@@ -68,7 +61,7 @@ class LinearConfig(AOBaseConfig):
     min_features: int = 128
     frozen: bool | None = None
     memory: str = "speed"
-    keep_codes: bool | None = None
+    keep_codes: bool = True
     activations: str | None = None
     adapters: bool = False
 
@@ -93,10 +86,10 @@ class LinearConfig(AOBaseConfig):
             raise ValueError(f"min_features must be an integer; got {self.min_features!r}")
         one_of("frozen", self.frozen, (True, False, None))
         one_of("memory", self.memory, tuple(MEMORY))
-        one_of("keep_codes", self.keep_codes, (True, False, None))
+        one_of("keep_codes", self.keep_codes, (True, False))
         one_of("activations", self.activations, (*ACTIVATIONS, None))
         one_of("adapters", self.adapters, (True, False))
-        if self.frozen and self.keep_codes is False:
+        if self.frozen and not self.keep_codes:
             raise ValueError("frozen=True holds weights as codes only: keep_codes=False is for weights that are trained")
 
     def __repr__(self) -> str:
@@ -108,8 +101,8 @@ class LinearConfig(AOBaseConfig):
 
     @property
     def holds_codes(self) -> bool:
-        """Whether codes are held beside trained weights, as ``keep_codes`` or ``memory`` says."""
-        return MEMORY[self.memory][0] if self.keep_codes is None else self.keep_codes
+        """Whether codes are held beside trained weights, as ``keep_codes`` and ``memory`` say."""
+        return self.keep_codes and MEMORY[self.memory][0]
 
     @property
     def saved_activations(self) -> str:

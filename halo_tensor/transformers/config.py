@@ -12,7 +12,7 @@ from halo_tensor.config import HaloConfig
 METHOD = "halo"
 #: Fields of HaloConfig that have one valid value in a model that is loaded quantised.
 FIXED: dict[str, Any] = {
-    "frozen": True, "memory": "speed", "keep_codes": True, "activations": "plain", "adapters": False,
+    "frozen": True, "memory": "speed", "keep_codes": True, "activations": None, "adapters": False,
 }  # fmt: skip
 #: The other fields. config.json has them.
 FIELDS = tuple(name for name in signature(HaloConfig).parameters if name not in FIXED)
