@@ -133,13 +133,14 @@ def predict_peak(
 def _measure(model: nn.Module, args: Any, kwargs: Any, compiled: str | None, gradients: int) -> tuple[int, int]:
     """Return the bytes that forward saves, and the most that forward and backward need."""
     if compiled is None:
-        with LiveBytes() as live:
+        with LiveBytes(model) as live:
             with measure_saved(model) as saved:
                 loss = _loss(model(*args, **kwargs))
             loss.backward()
         return saved.total, live.peak
+    backend = partition_only()  # one for all, since equal modules share code that has the same backend
     for module in _compiled(model, compiled):
-        module.compile(backend=partition_only())
+        module.compile(backend=backend)
     with measure_saved(model) as saved:
         _loss(model(*args, **kwargs))
     return saved.total, max(saved.total + saved.largest, gradients)
@@ -195,31 +196,50 @@ def _attention(
     return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
+def _cross_entropy(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Compute the loss by ops that have gradients on the meta device too. PyTorch's op loses them once Inductor is imported."""
+    if input.ndim != 2 or target.is_floating_point():
+        return _FUNCTIONS["cross_entropy"](
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    kind = ("none", "mean", "sum").index(reduction)
+    return torch.ops.aten.nll_loss_forward(input.log_softmax(1), target, weight, kind, ignore_index)[0]
+
+
+_FUNCTIONS = {name: getattr(nn.functional, name) for name in ("scaled_dot_product_attention", "cross_entropy")}
+_bool = torch.Tensor.__bool__
+
+
 @contextmanager
 def _without_values() -> Iterator[None]:
     """Let models run on meta tensors: attention is one op, and a condition on values ("is nothing padded?") is true."""
-    attention = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _attention
+    nn.functional.scaled_dot_product_attention, nn.functional.cross_entropy = _attention, _cross_entropy
     torch.Tensor.__bool__ = lambda self: True if self.is_meta else _bool(self)  # type: ignore
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = attention
+        for name, function in _FUNCTIONS.items():
+            setattr(nn.functional, name, function)
         del torch.Tensor.__bool__
-
-
-_bool = torch.Tensor.__bool__
 
 
 class LiveBytes(TorchDispatchMode):
     """Record the peak of the bytes of the tensors that are made in the block and alive.
 
+    Args:
+        model: whose parameters and buffers do not count, nor do views of them.
+
     Attributes:
         peak: in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
+        tensors = () if model is None else (*model.parameters(), *model.buffers())
+        self._held = {s._cdata: s for t in tensors for s in storages(t)}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._made = self.peak = 0
 
@@ -242,7 +262,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._alive and not self._alive[storage._cdata][0].expired():
+        if storage._cdata in self._held or storage._cdata in self._alive and not self._alive[storage._cdata][0].expired():
             return
         self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self._made += storage.nbytes()

@@ -71,6 +71,8 @@ def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved
             [storage.nbytes() for at, storage in kept.items() if at not in parameters] for kept in (everywhere, within)
         )
         saved.total, saved.largest, saved.layers = sum(own), max(own, default=0), sum(inner)
+        for kept in (everywhere, within):  # the hooks live as long as what they packed
+            kept.clear()
 
 
 def storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:

@@ -30,7 +30,7 @@ def make(**options) -> nn.Module:
 def test_what_a_model_saves_is_predicted_exactly(memory):
     model = make(memory=memory)
     peak = predict_peak(model, IDS, labels=IDS)
-    with measure_saved(model) as saved, LiveBytes() as live:
+    with measure_saved(model) as saved, LiveBytes(model) as live:
         loss = model(IDS, labels=IDS).loss
     assert peak.saved == saved.total > 0
     assert all(not p.is_meta and p.grad is None for p in model.parameters()), "the model is as it was"
