@@ -51,11 +51,11 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
 from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
-from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotation  # noqa: E402
@@ -110,10 +110,9 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (
-        layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, grouped, of_experts,
-        moving, grouped_sm90,
-    ):  # fmt: skip
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
+    of_groups = grouped, of_experts, moving, grouped_sm90
+    for module in (*quantisers, *of_groups, rotating, product, cublas, tma):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -153,7 +152,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue, of_experts, triton_products):
+    for module in (whole_rows, tiles, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     for module in (sm90, grouped_sm90):
         monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
@@ -466,6 +465,24 @@ def test_quantising_to_other_formats(launched, format, name):
     check_fit(launched(90, partial(QUANTIZE[name][0], format=format)), 90)
 
 
+@pytest.mark.parametrize(
+    ("capability", "bits", "dtype"),
+    [(90, 6, BF16), (90, 4, BF16), (90, 8, FP32), *((capability, 8, BF16) for capability in GPUS if capability != 86)],
+)
+def test_activations_in_blocks(launched, capability, bits, dtype):
+    def request(empty):
+        x = empty(8192, 4096, dtype=dtype)
+        codes, scales = blocks.compress(x, bits)
+        blocks.decompress(codes, scales, x.shape, dtype)
+
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["compress_kernel", "decompress_kernel"]
+    check_nan(kernels[:1])
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "blocks")
+    assert all(map(instructions, kernels)), "they run on matrix units"
+
+
 @pytest.mark.parametrize("capability", GPUS)
 def test_packing(launched, capability):
     def request(empty):
@@ -633,7 +650,9 @@ def multiply_groups(model, code):
     return request
 
 
-@pytest.mark.parametrize(("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))])
+@pytest.mark.parametrize(
+    ("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))]
+)
 def test_grouped_products(launched, capability, code):
     kernels = launched(capability, multiply_groups("qwen", code))
     # In Gluon int8 products of rows have two tiles, for short and for long sums.
