@@ -140,6 +140,12 @@ INDUCTOR = FastPath(
     "compiled models call ops, each of which costs the CPU some 80 µs",
     "torch",
 )
+FOREACH = FastPath(
+    "foreach",
+    "optimisers that write all weights by one op, where they choose so themselves",
+    "a step of an optimiser without foreach=True or fused=True takes the CPU several times longer",
+    "torch",
+)
 PRODUCERS = FastPath(
     "producers",
     "elementwise operations computed inside of the quantiser that reads their result",
@@ -151,6 +157,18 @@ JOINT_GRAPH = FastPath(
     "passes over compiled graphs of forward and backward",
     "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
     "torch",
+)
+SAVED = FastPath(
+    "saved",
+    "8-bit activations in compiled graphs, for configs that ask for them",
+    "compiled models save them in high precision, and need the memory for that",
+    "torch",
+)
+AHEAD = FastPath(
+    "ahead",
+    "kernels of a compiled graph compiled in threads, while PyTorch compiles the graph",
+    "the first step of a compiled model takes longer",
+    "triton",
 )
 FEW_ROWS = FastPath(
     "few_rows",
@@ -182,7 +200,10 @@ DERIVED = FastPath(
     "such a product runs in high precision without a warning",
     "torch",
 )
-_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, FEW_ROWS, CUBLAS, TMA, SM80, DERIVED)
+_PATHS = (
+    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, SAVED, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80,
+    DERIVED,
+)  # fmt: skip
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 

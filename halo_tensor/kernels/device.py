@@ -89,6 +89,15 @@ def check_scales(granularities: Iterable[Scales], device: torch.device) -> None:
         )
 
 
+def runs_scales(granularities: Iterable[Scales], device: torch.device) -> bool:
+    """Whether :func:`check_scales` raises nothing."""
+    try:
+        check_scales(granularities, device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def runs(formats: tuple[Format, ...], device: torch.device) -> bool:
     """Whether :func:`check_device` raises nothing."""
     try:
