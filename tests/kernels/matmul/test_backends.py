@@ -8,19 +8,19 @@ import torch
 pytest.importorskip("triton")
 
 from halo_tensor import ops
-from halo_tensor.compiler.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Planned
 from halo_tensor.kernels.matmul import backends, cublas, sm80, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul.pytorch import PyTorchProduct
+from halo_tensor.kernels.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.ops.register import body_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.interpreter import DEVICE, INTERPRETED, runs_kernels
 
-NAMES = ["cublas", "gluon", "tma", "sm80", "pytorch"]
+NAMES = ["few_rows", "cublas", "gluon", "tma", "sm80", "pytorch"]
 
 
 @interpreter.runs_the_others
@@ -130,7 +130,7 @@ def test_products_without_backends(monkeypatch, switch_off, off, format):
 def test_a_product_in_pytorch_stays_an_op_in_graphs(switch_off):
     switch_off("gluon", "cublas")
     assert launches(recording := []) is not None and len(recording) == 1
-    switch_off("tma", "sm80")
+    switch_off("few_rows", "tma", "sm80")
     with pytest.raises(Unsupported):
         launches([])
 
