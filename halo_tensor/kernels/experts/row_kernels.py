@@ -5,7 +5,7 @@ import triton.language as tl
 
 from halo_tensor.kernels.experts.gating import gated, gated_backward, load_halves
 from halo_tensor.kernels.experts.rows import load_tile
-from halo_tensor.kernels.quantize.kernels import product, load_vector
+from halo_tensor.kernels.quantize.kernels import load_vector, product
 from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, round_to_code, scale_from, unlifted
 
 
