@@ -106,6 +106,8 @@ _IMPORTS = (
     "import triton",
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
+    "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
+    "import halo_tensor.kernels.quantize.blocks",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -192,3 +194,20 @@ _lower("quantize_pairs", produced=2)
 _lower("scaled_mm")
 _lower("rotate")
 _lower("unrotate")
+for _name in (
+    "combine",
+    "gather_codes",
+    "group_tiles",
+    "grouped_grad",
+    "grouped_mm",
+    "quantize_gated",
+    "quantize_gated_grad",
+    "quantize_gated_grad_t",
+    "quantize_groups",
+    "quantize_groups_t",
+    "turn_codes",
+    "turn_stack",
+):
+    _lower(_name)
+_lower("compress")
+_lower("decompress")

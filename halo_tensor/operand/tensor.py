@@ -55,9 +55,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         torch.Size([8, 16])
     """
 
-    _parts = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
-    _tensors = (*_parts, "gain", "undo_gain")
-    _attributes = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis", "flat")
+    _parts: tuple[str, ...] = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
+    _tensors: tuple[str, ...] = (*_parts, "gain", "undo_gain")
+    _attributes: tuple[str, ...] = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis", "flat")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
@@ -222,7 +222,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         The operand must hold rows only, and have been made without folds.
         """
         assert self.codes is not None and self.codes_t is None
-        rotations = self.row_rotation, self.column_rotation
+        rotations, x = (self.row_rotation, self.column_rotation), self.as_matrix(x)
         if self.format is None:
             self.codes.copy_(ops.rotate(x, *rotations))
         else:
@@ -231,29 +231,15 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             ops.rotate_quantize_(x, *rotations, self.format, self.granularity, codes, scale, self.gain)
             if packed is not None:
                 ops.pack_rows_(codes, self.format, packed)
+        self.after_requantize()
         torch.autograd.graph.increment_version(self.parts)
 
-    @staticmethod
-    def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
-        """Call :meth:`requantize_` for many operands, each with its matrix. One op serves all that are quantised alike."""
-        alike: dict[tuple, list[tuple[HadamardQuantTensor, torch.Tensor]]] = {}
-        for operand, x in zip(operands, matrices, strict=True):
-            rotations = operand.row_rotation, operand.column_rotation
-            how: tuple = (*rotations, operand.format, operand.granularity, x.device, operand.gain is None)
-            traced = type(operand.codes) is not torch.Tensor  # or fake
-            if operand.format is None or operand.scale is None or operand.is_packed or traced:
-                how = (id(operand),)  # unlike any other
-            alike.setdefault(how, []).append((operand, x))
-        for group in alike.values():
-            first, x = group[0]
-            if len(group) == 1:
-                first.requantize_(x)
-                continue
-            codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
-            xs, gains = [x for _, x in group], [] if first.gain is None else gains
-            format, rotations = cast(Format, first.format), (first.row_rotation, first.column_rotation)
-            ops.requantize_(xs, *rotations, format, first.granularity, codes, scales, gains)
-            torch.autograd.graph.increment_version([*codes, *scales])
+    def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of this operand's shape as the matrix that its codes were made of."""
+        return x
+
+    def after_requantize(self) -> None:
+        """Bring what was computed from the codes up to date."""
 
     def _with(
         self, *, size: torch.Size | None = None, dtype: torch.dtype | None = None, **changes: Any
@@ -357,6 +343,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def __tensor_unflatten__(
         cls, tensors: dict[str, torch.Tensor], attributes: dict[str, Any], size: torch.Size, stride: tuple[int, ...]
     ) -> "HadamardQuantTensor":
+        cls = attributes.get("class", cls)
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
     def _apply_fn_to_data(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "HadamardQuantTensor":

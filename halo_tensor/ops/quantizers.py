@@ -9,6 +9,7 @@ from halo_tensor.ops.rotations import rotate
 from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned, code_dtype
+from halo_tensor.reference.packing import pack_rows
 
 
 def rotate_quantize(
@@ -228,7 +229,7 @@ def requantize_(
     """Do :func:`rotate_quantize_` for many matrices of any shapes on one device. It is not for compiled code.
 
     Args:
-        xs, codes, scales: the matrices, and what to overwrite, in the same order.
+        xs, codes, scales: the matrices, and what to overwrite, in the same order. Codes of fp6 may all be packed, uint8.
         gains: one for each matrix, or an empty list.
     """
     if xs and runs_kernels(xs[0].device) and not granularity.is_blocked:
@@ -239,5 +240,5 @@ def requantize_(
     for i, (x, code, scale) in enumerate(zip(xs, codes, scales, strict=True)):
         gain = gains[i] if gains else None
         new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
-        code.copy_(new_codes)
+        code.copy_(pack_rows(new_codes, format) if code.dtype is torch.uint8 else new_codes)
         scale.copy_(new_scales)
