@@ -206,7 +206,7 @@ def _cross_entropy(
     input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Compute the loss by ops that have gradients on the meta device. PyTorch's loses them once Inductor is imported."""
+    """Compute the loss by ops that have gradients on the meta device. PyTorch's op loses them once Inductor is imported."""
     if input.ndim != 2 or target.is_floating_point():
         return _FUNCTIONS["cross_entropy"](
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

@@ -140,7 +140,7 @@ def _launches(body: Callable, produced: int, args: tuple) -> Any:
             made = body(*first, *rest)
     except Unsupported:
         return None
-    if any(x.strides != x.memory.stride for x in (made if isinstance(made, tuple) else (made,))):
+    if any((x.shape, x.strides) != (x.memory.shape, x.memory.stride) for x in (made if isinstance(made, tuple) else (made,))):
         return None  # a view: sizes were symbols when the op was traced
     constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
     # Inductor loads constants of the root graph only: https://github.com/pytorch/pytorch/issues/185482 (torch 2.11 to 2.15).
@@ -194,8 +194,6 @@ _lower("quantize_pairs", produced=2)
 _lower("scaled_mm")
 _lower("rotate")
 _lower("unrotate")
-_lower("compress")
-_lower("decompress")
 for _name in (
     "combine",
     "gather_codes",
@@ -211,3 +209,5 @@ for _name in (
     "turn_stack",
 ):
     _lower(_name)
+_lower("compress")
+_lower("decompress")

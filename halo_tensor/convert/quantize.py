@@ -124,10 +124,10 @@ def quantize_(
         _check_something_converted(model, conversion, slow)
     if _has_our_config(config) and converted:
         warn_of_share(model, conversion)
-    _watch_activations(model)
     warn_of_unrotated(model, conversion)
     if min_gain is None:
         warn_of_slower(conversion.predicted)
+    _watch_activations(model)
     watch_trainers()
     watch_deepspeed()
     logger.info("%s", conversion)

@@ -318,12 +318,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         check_first_derivative()
         (e,), lowered = gradients, ctx.lowered
-        saved = x_columns, x_scale, w_rows, _ = ctx.saved_tensors
+        x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
         if ctx.quantises_w:
-            w = lowered.quantize_w(w_rows.detach())
-            saved = x_columns, x_scale, w.rows, w.scale
+            w_rows, _, w_scale = lowered.quantize_w(w_rows.detach())
         numbers = ctx.x_shape, e.stride(), x_columns is None, w_rows is None
-        grad_x, grad_w = lowered.backward(numbers, e, *saved, *ctx.gains)
+        grad_x, grad_w = lowered.backward(numbers, e, x_columns, x_scale, w_rows, w_scale, *ctx.gains)
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)

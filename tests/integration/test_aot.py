@@ -110,10 +110,9 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (
-        layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, grouped, of_experts,
-        moving, grouped_sm90, blocks,
-    ):  # fmt: skip
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
+    of_groups = grouped, of_experts, moving, grouped_sm90
+    for module in (*quantisers, *of_groups, rotating, product, cublas, tma):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -153,7 +152,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue, of_experts, triton_products, blocks):
+    for module in (whole_rows, tiles, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     for module in (sm90, grouped_sm90):
         monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
@@ -651,7 +650,9 @@ def multiply_groups(model, code):
     return request
 
 
-@pytest.mark.parametrize(("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))])
+@pytest.mark.parametrize(
+    ("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))]
+)
 def test_grouped_products(launched, capability, code):
     kernels = launched(capability, multiply_groups("qwen", code))
     # In Gluon int8 products of rows have two tiles, for short and for long sums.
