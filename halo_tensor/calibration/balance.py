@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor.analysis.capture import hooked
 from halo_tensor.analysis.trial_run import untouched
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand import gains
@@ -112,7 +113,7 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
         raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")
     eligible = recipe is not None and recipe.output.left.format is not None
     if eligible and weight.operand is None:
-        raise ValueError(f"{name} holds no codes, which a balance needs; convert it with keep_codes=True before balance_")
+        raise ValueError(f"{name} holds no codes, which a balance needs; convert it with keep_codes=True and memory='speed'")
     return eligible
 
 
@@ -156,12 +157,8 @@ class Statistics:
 def observed(modules: Mapping[str, nn.Linear]) -> Iterator[Statistics]:
     """Yield statistics of the inputs that reach ``modules`` in the forwards inside the block."""
     statistics = Statistics()
-    hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in modules.items()]
-    try:
+    with hooked(modules, statistics.hook, before=True):
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def gains_of(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> dict[str, gains.Gains]:

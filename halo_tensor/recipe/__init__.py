@@ -1,5 +1,6 @@
 """Training methods as data: number formats, layouts of scales, the language of recipes, and the methods themselves."""
 
+from halo_tensor.recipe.activations import ACTIVATIONS, Activations
 from halo_tensor.recipe.formats import (
     E8M0,
     FLOAT32,
@@ -15,15 +16,31 @@ from halo_tensor.recipe.formats import (
     INT8,
     Format,
 )
-from halo_tensor.recipe.language import DIMENSIONS, PLAIN, PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
+from halo_tensor.recipe.gates import Gate
+from halo_tensor.recipe.language import (
+    DIMENSIONS,
+    EXPERTS,
+    PLAIN,
+    PRODUCTS,
+    E,
+    Operand,
+    Product,
+    Recipe,
+    Rotation,
+    W,
+    X,
+    why_not_grouped,
+)
 from halo_tensor.recipe.methods import RECIPES, halo, hot, ideal, jetfire, lbp_wht, luq, mxfp8, nvfp4, switchback
 from halo_tensor.recipe.scales import AXES, COLUMN, ROW, TENSOR, UNIT, Scales
 
 __all__ = [
+    "ACTIVATIONS",
     "AXES",
     "COLUMN",
     "DIMENSIONS",
     "E8M0",
+    "EXPERTS",
     "FLOAT32",
     "FORMATS",
     "FP4_E1M2",
@@ -41,8 +58,10 @@ __all__ = [
     "ROW",
     "TENSOR",
     "UNIT",
+    "Activations",
     "E",
     "Format",
+    "Gate",
     "Operand",
     "Product",
     "Recipe",
@@ -59,4 +78,5 @@ __all__ = [
     "mxfp8",
     "nvfp4",
     "switchback",
+    "why_not_grouped",
 ]

@@ -37,10 +37,11 @@ def plain_view(weight: HaloWeight, view: torch.Tensor) -> HaloWeight:
 
 
 def renewed(weight: HaloWeight, dense: torch.Tensor) -> HaloWeight:
-    """Return a weight like ``weight``, of the dense value ``dense`` [out, in]."""
+    """Return a weight like ``weight``, of the dense value ``dense``, of its shape."""
     made = HaloWeight.from_hp(
-        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None
-    )
+        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None,
+        in_features_first=weight.in_features_first,
+    )  # fmt: skip
     if weight.operand is not None and weight.operand.is_packed:
         made.operand = cast(HadamardQuantTensor, made.operand).packed()
     made.shard_role = weight.shard_role
