@@ -70,7 +70,8 @@ def test_options():
         ({"lvel": 1}, "halo has no key 'lvel'; its keys are"),
         ({"dtype": "int9"}, "dtype must be one of 'int8'"),
         ({"balance": 1}, "takes no balance, report and layers"),
-        ({"skip": "w1"}, r"takes no skip, frozen and adapters: an override of your own chooses layers by @override\(fqns"),
+        ({"skip": "w1"}, r"takes no skip, .* an override of your own chooses layers by @override\(fqns"),
+        ({"memory": "low"}, "takes no memory=low, which is about a whole model"),
     ]:
         with pytest.raises(ValueError, match=message):
             halo_linear(config, **options)
