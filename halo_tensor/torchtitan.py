@@ -78,8 +78,8 @@ def halo_linear(cfg: Linear.Config, /, **options: Any) -> Linear.Config:
     of_models = [name for name in ("skip", "frozen", "adapters", "activations") if name in options]
     if of_models or switch.config.memory == "low":
         raise ValueError(
-            f"halo_linear takes no {of_models[0] if of_models else 'memory=low'}, which is about a whole model: an override of your own chooses layers by @override(fqns=...), "
-            "as help(halo_tensor.torchtitan) shows"
+            f"halo_linear takes no {of_models[0] if of_models else 'memory=low'}, which is about a whole model: an override "
+            "of your own chooses layers by @override(fqns=...), as help(halo_tensor.torchtitan) shows"
         )
     if (reason := _why_not(cfg, switch.config)) is not None:
         logger.warning(f"halo_tensor leaves a {type(cfg).__qualname__} {[cfg.out_features, cfg.in_features]} alone: {reason}")
