@@ -588,7 +588,9 @@ def multiply_groups(model, code):
     return request
 
 
-@pytest.mark.parametrize(("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))])
+@pytest.mark.parametrize(
+    ("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))]
+)
 def test_grouped_products(launched, capability, code):
     kernels = launched(capability, multiply_groups("qwen", code))
     # In Gluon int8 products of rows have two tiles, for short and for long sums.
