@@ -17,16 +17,16 @@ class ExpertsOperand(HadamardQuantTensor):
 
     Attributes:
         codes, scale: of the matrix of all rows, [experts · out, in'] and [experts · out].
-        turned: codes [experts, in', out], which grad_input reads; None if every backward makes them. They take as many bytes
-            as the codes.
+        turned_stack: codes [experts, in', out], which grad_input reads; None if every backward makes them. They take as many
+            bytes as the codes.
         in_features_first: whether the parameter is [experts, in, out], as gpt-oss stores it.
     """
 
-    _parts: tuple[str, ...] = (*HadamardQuantTensor._parts, "turned")
-    _tensors: tuple[str, ...] = (*HadamardQuantTensor._tensors, "turned")
+    _parts: tuple[str, ...] = (*HadamardQuantTensor._parts, "turned_stack")
+    _tensors: tuple[str, ...] = (*HadamardQuantTensor._tensors, "turned_stack")
     _attributes: tuple[str, ...] = (*HadamardQuantTensor._attributes, "in_features_first")
 
-    turned: torch.Tensor | None = None
+    turned_stack: torch.Tensor | None = None
     in_features_first: bool = False
 
     @classmethod
@@ -56,7 +56,7 @@ class ExpertsOperand(HadamardQuantTensor):
         attributes = {name: getattr(matrix, name) for name in matrix._attributes}
         made = cls(stack.shape, stack.dtype, tensors, attributes | {"in_features_first": in_features_first})
         if turned:
-            made.turned = ops.turn_stack(made.stacked_codes())
+            made.turned_stack = ops.turn_stack(made.stacked_codes())
         return made
 
     @property
@@ -80,14 +80,14 @@ class ExpertsOperand(HadamardQuantTensor):
 
     def turned_codes(self) -> torch.Tensor:
         """Return codes [experts, in', out], those that are held, or new ones."""
-        return ops.turn_stack(self.stacked_codes()) if self.turned is None else self.turned
+        return ops.turn_stack(self.stacked_codes()) if self.turned_stack is None else self.turned_stack
 
     def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
         return all_rows(x, self.in_features_first)
 
     def after_requantize(self) -> None:
-        if self.turned is not None:
-            ops.turn_stack_(self.stacked_codes(), self.turned)
+        if self.turned_stack is not None:
+            ops.turn_stack_(self.stacked_codes(), self.turned_stack)
 
     def dequantize(self) -> torch.Tensor:
         """Return the stack that the codes stand for, in high precision and not rotated."""

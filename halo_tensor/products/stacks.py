@@ -42,7 +42,7 @@ class Stack(NamedTuple):
             operand = stack_operand(master, recipe, in_features_first=in_features_first)
         assert operand.format is not None
         return cls(
-            operand.stacked_codes(), operand.stacked_scales(), operand.turned, operand.column_rotation, operand.gains,
+            operand.stacked_codes(), operand.stacked_scales(), operand.turned_stack, operand.column_rotation, operand.gains,
             operand.format, operand.in_features_first, weight.dtype,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Weights made of other weights: aliases, views, copies and conversions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,12 @@ RESULT_HOOKS.append(_carry_hooks)
 @implements(aten.detach.default, aten.alias.default)
 def _alias(op: Any, weight: HaloWeight, *args: Any, **kwargs: Any) -> HaloWeight:
     return return_and_correct_aliasing(op, (weight, *args), kwargs, alias(weight))
+
+
+@implements(aten.view.default)
+def _view_alike(op: Any, weight: HaloWeight, size: Sequence[int]) -> Any:
+    """Return a view of the same shape, which follows the recipe: ``DTensor.from_local`` makes one of its tensor."""
+    return alias(weight) if tuple(size) == tuple(weight.shape) else NotImplemented
 
 
 @implements(aten.clone.default, aten.empty_like.default, aten._to_copy.default, aten._pin_memory.default)

@@ -185,9 +185,9 @@ class HaloWeight(torch.Tensor):
         return None if self.operand is None else self.operand.scale
 
     @property
-    def turned(self) -> torch.Tensor | None:
+    def turned_stack(self) -> torch.Tensor | None:
         """The codes of experts in the order of grad_input, [experts, in, out], if they are held."""
-        return getattr(self.operand, "turned", None)
+        return getattr(self.operand, "turned_stack", None)
 
     @property
     def in_features_first(self) -> bool:
@@ -234,16 +234,23 @@ class HaloWeight(torch.Tensor):
     def mark_in_step(self) -> None:
         """Note that the codes are those of the master as it is now."""
         state = self.codes_state
-        state.version, state.lent = state.master_version(self.master), False
+        state.version, state.lent, state.sends_scales = state.master_version(self.master), False, False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the master may have been written to after the codes were made from it."""
+        state = self.codes_state
+        if self.operand is None or type(self.master) not in _HAVE_VALUES:
+            return False
+        return state.lent or state.version != state.master_version(self.master)
 
     def follow(self) -> None:
         """Bring the codes up to date if the master itself was written to, as by averages of state dicts, before their use."""
+        if not self.is_behind:
+            return
         operand, state = self.operand, self.codes_state
-        if operand is None or type(self.master) not in _HAVE_VALUES:
-            return
+        assert operand is not None
         counted = state.version != state.master_version(self.master)
-        if not (counted or state.lent):
-            return
         # Autograd counts no writes through .data of a plain weight, and so must not count the writes to codes that follow.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
         # Hidden from modes, since these ops belong to the write. Selective checkpointing matches the ops of two runs and would

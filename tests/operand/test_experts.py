@@ -6,9 +6,10 @@ import io
 import pytest
 import torch
 
-from halo_tensor import HadamardQuantTensor
+from halo_tensor import HadamardQuantTensor, HaloWeight
 from halo_tensor.operand.experts import ExpertsOperand
-from halo_tensor.recipe import FP6_E2M3, INT8, ROW, Rotation
+from halo_tensor.recipe import FP6_E2M3, INT8, ROW, Rotation, halo
+from halo_tensor.weight.requantize import requantize_all
 from tests.helpers.errors import relative_error
 
 
@@ -28,7 +29,7 @@ def test_it_holds_what_each_matrix_alone_would(in_features_first):
         alone = HadamardQuantTensor.from_hp(matrix, INT8, ROW, column_rotation=Rotation(64))
         assert torch.equal(operand.stacked_codes()[expert], alone.codes)
         assert torch.equal(operand.stacked_scales()[expert], alone.scale)
-        assert torch.equal(operand.turned[expert], alone.codes.t())
+        assert torch.equal(operand.turned_stack[expert], alone.codes.t())
         value = operand.dequantize()[expert]
         assert torch.equal(value.t() if in_features_first else value, alone.dequantize())
 
@@ -40,7 +41,8 @@ def test_it_is_brought_up_to_date(many):
     operands = [ExpertsOperand.from_stack(w, INT8, Rotation(64), turned=True) for _ in range(2)]
     versions = [part._version for part in operands[0].parts]
     if many:
-        HadamardQuantTensor.requantize_all_(operands, [w * 2, w[:, :, :] * -3])
+        weights = [HaloWeight(w, operand, halo(1, INT8)) for operand in operands]
+        requantize_all([(weights[0], w * 2), (weights[1], w * -3)])
     else:
         for operand, x in zip(operands, (w * 2, w * -3), strict=True):
             operand.requantize_(x)
@@ -66,6 +68,6 @@ def test_it_is_copied_flattened_and_pickled():
 def test_frozen_fp6_is_packed():
     w = stack()
     operand = ExpertsOperand.from_stack(w, FP6_E2M3, Rotation(64)).packed()
-    assert operand.codes.dtype == torch.uint8 and operand.codes.numel() == w.numel() * 3 // 4 and operand.turned is None
+    assert operand.codes.dtype == torch.uint8 and operand.codes.numel() == w.numel() * 3 // 4 and operand.turned_stack is None
     assert 0.01 < relative_error(operand.dequantize(), w) < 0.05
     assert torch.equal(operand.turned_codes().float(), operand.stacked_codes().float().transpose(1, 2))

@@ -35,6 +35,8 @@ NAMES = [
     "turn_codes",
     "turn_stack",
     "turn_stack_",
+    "compress",
+    "decompress",
 ]
 
 
@@ -48,12 +50,12 @@ def test_schemas():
     assert_expected_inline(
         schemas,
         """\
-halo::rotate_quantize(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor? fold_rows, Tensor? fold_columns, bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor, Tensor, Tensor)
+halo::rotate_quantize(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor? fold_rows, Tensor? fold_columns, bool rows, bool columns, Tensor? seed, Tensor? gain, bool turned) -> (Tensor, Tensor, Tensor)
 halo::rotate_quantize_(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!) codes, Tensor(b!) scales, Tensor? gain) -> ()
 halo::requantize_(Tensor[] xs, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] gains) -> ()
-halo::quantize_pair(Tensor x, int[] row_rotation, str format, Tensor? fold_columns, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)
-halo::quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] row_rotation, int[] column_rotation, SymInt[] shape, ScalarType dtype, Tensor? gain) -> Tensor
+halo::quantize_pair(Tensor x, int[] row_rotation, str format, Tensor? fold_columns, Tensor? fold_rows, bool turned) -> (Tensor, Tensor, Tensor, Tensor)
+halo::quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b, bool turned) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
+halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] row_rotation, int[] column_rotation, SymInt[] shape, ScalarType dtype, Tensor? gain, bool turned) -> Tensor
 halo::rotate(Tensor x, int[] row_rotation, int[] column_rotation) -> Tensor
 halo::unrotate(Tensor x, int[] row_rotation, int[] column_rotation, SymInt[] shape) -> Tensor
 halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
@@ -70,7 +72,9 @@ halo::quantize_groups(Tensor x, Tensor? index, Tensor fold, Tensor tiles, str fo
 halo::quantize_groups_t(Tensor x, Tensor? index, Tensor? weight, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
 halo::turn_codes(Tensor codes, Tensor? index, Tensor tiles) -> Tensor
 halo::turn_stack(Tensor codes) -> Tensor
-halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()""",
+halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()
+halo::compress(Tensor x, SymInt bits) -> (Tensor, Tensor)
+halo::decompress(Tensor codes, Tensor scales, SymInt[] shape, ScalarType dtype) -> Tensor""",
     )
 
 
@@ -110,7 +114,7 @@ def test_defaults_are_filled_in():
     assert torch.equal(ops.scaled_mm(*arguments[:-1], dtype=torch.float64), plain.double())
     with pytest.raises(RuntimeError, match="missing value for argument 'dtype'"):
         ops.scaled_mm(*arguments[:-1])
-    with pytest.raises(RuntimeError, match="expected at most 10 argument"):
+    with pytest.raises(RuntimeError, match="expected at most 11 argument"):
         ops.scaled_mm(*arguments, gains=gain)
 
 

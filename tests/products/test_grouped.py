@@ -92,7 +92,7 @@ def test_a_frozen_weight_has_no_gradient_and_holds_codes():
     x, w, e = torch.randn(40, 64, requires_grad=True), torch.randn(2, 32, 64), torch.randn(40, 32)
     offs, recipe = offsets([30, 10]), halo(1, INT8)
     frozen = HaloWeight.from_hp(w, recipe, frozen=True)
-    assert frozen.master is None and frozen.turned is None
+    assert frozen.master is None and frozen.turned_stack is None
     y = grouped_linear(x, frozen, offs)
     (grad,) = torch.autograd.grad(y, [x], e)
     expected = run(x.detach(), w, offs, e, recipe)

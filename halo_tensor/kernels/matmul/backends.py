@@ -13,7 +13,7 @@ import torch
 
 from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON
 from halo_tensor.kernels.device import runs
-from halo_tensor.kernels.matmul import cublas, pytorch, sm80, tma
+from halo_tensor.kernels.matmul import cublas, few_rows, pytorch, sm80, tma
 from halo_tensor.kernels.matmul.request import Request, multiprocessors, size_class
 from halo_tensor.recipe import FP8_E4M3, INT8
 from halo_tensor.reference.codes import code_dtype
@@ -45,6 +45,7 @@ class Backend(NamedTuple):
 
 #: The first backend that does not decline serves a product. The last one declines none.
 BACKENDS = (
+    Backend("few_rows", few_rows),
     Backend("cublas", cublas),
     Backend("gluon", GLUON.load("halo_tensor.kernels.matmul.sm90")),
     Backend("tma", tma),
