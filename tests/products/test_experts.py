@@ -216,7 +216,7 @@ def test_outliers_cost_little_at_level_1():
 
 
 def test_a_mixture_learns_as_in_high_precision():
-    """Router and experts fit a random mixture: two seeds' losses after 40 steps lie within 3 % of float32's, and are not the
+    """Router and experts fit a random mixture: two seeds' losses after 30 steps lie within 3 % of float32's, and are not the
     same."""
     for seed in (0, 1):
         losses = []
@@ -226,7 +226,7 @@ def test_a_mixture_learns_as_in_high_precision():
             gate_up, down = (torch.randn(4, *shape) * 0.2 for shape in ((64, 32), (32, 32)))
             experts_weights = [nn.Parameter(w if recipe is None else HaloWeight.from_hp(w, recipe)) for w in (gate_up, down)]
             optimizer = torch.optim.Adam([*router.parameters(), *experts_weights], lr=3e-3)
-            for _ in range(40):
+            for _ in range(30):
                 x = torch.randn(128, 32)
                 weights, index = router(x).softmax(1).topk(2)
                 f = exact_experts if recipe is None else experts

@@ -100,8 +100,7 @@ def test_what_an_epilogue_cannot_undo(backend):
 
 
 @runs_kernels
-@pytest.mark.parametrize("without", [None, TMA], ids=["", "without TMA"])
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("level", "without"), [(0, TMA), (1, None), (2, None)], ids=["0, without TMA", "1", "2"])
 def test_a_layer_by_kernels(monkeypatch, level, without):
     """Output and all gradients, with a rotation of tokens too, and where operands are read by pointers."""
     if without is not None:
