@@ -6,12 +6,14 @@ mechanism.
 """
 
 from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
+from halo_tensor.ops.loss import linear_cross_entropy, scale_
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
 from halo_tensor.ops.products import scaled_mm
 from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quantize_
 from halo_tensor.ops.rotations import rotate, unrotate
 
 __all__ = [
+    "linear_cross_entropy",
     "pack_rows_",
     "quantize_pair",
     "quantize_pairs",
@@ -19,6 +21,7 @@ __all__ = [
     "rotate",
     "rotate_quantize",
     "rotate_quantize_",
+    "scale_",
     "scaled_mm",
     "unpack_rows",
     "unrotate",

@@ -68,7 +68,9 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Scales: "str",
     str: "str",
     bool: "bool",
+    int: "int",
     Sequence[int]: "SymInt[]",
+    Sequence[float]: "float[]",
     torch.dtype: "ScalarType",
 }
 #: How values cross the dispatcher, if not as they are: type -> (to its representation, and back).

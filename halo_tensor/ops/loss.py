@@ -1,0 +1,327 @@
+"""The head of a language model with its cross-entropy: ``linear_cross_entropy``. Logits exist for one part of the vocabulary.
+
+Tokens are taken in chunks, and the vocabulary in parts. For each chunk a first pass over the parts computes logits and gathers
+what the losses need; a second one has the logits of each part again, makes E of them, and multiplies it. So the gradient of a
+part of the weight is one product over all tokens of the chunk. As many parts as there is room for keep their logits from the
+first pass; those of the others are multiplied again.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.ops.quantizers import rotate_quantize
+from halo_tensor.ops.register import fake, op
+from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
+from halo_tensor.reference import loss as reference
+from halo_tensor.reference import ops as reference_ops
+from halo_tensor.reference.loss import Objective
+
+#: The narrowest and the widest part of a vocabulary. Wider ones make products no faster.
+NARROWEST, WIDEST = 256, 16384
+
+
+class Head(NamedTuple):
+    """A head and what its products read.
+
+    Attributes:
+        weight: [V, D].
+        codes, scales, undo_gain: int8 codes of the rotated weight, their scales [V] and what multiplies the columns of hidden
+            states before they are rotated; each may be None.
+        bias: [V], or None.
+        forward: "int8" or "bf16", which is the dtype of the tensors.
+        backward: "fp8", or "bf16" likewise.
+        rotation: of in_features, in the forward product.
+        dtype: of products that are not quantised.
+        objective: what is computed of the logits.
+    """
+
+    weight: Tensor
+    codes: Tensor | None
+    scales: Tensor | None
+    undo_gain: Tensor | None
+    bias: Tensor | None
+    forward: str
+    backward: str
+    rotation: Rotation | None
+    dtype: torch.dtype
+    objective: Objective
+
+
+class Gradients(NamedTuple):
+    """What backward returns of a head: the gradients of hidden states, of the weight and of the bias; None if not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class _Chunk:
+    """Some tokens: their losses, and what they add to the gradients."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: int, keeps: bool):
+        self.head, self.hidden, self.targets = head, hidden, targets
+        self.kernels = runs_kernels(hidden.device)
+        self.x: Any = None
+        if head.forward == "int8":
+            self.x = rotate_quantize(hidden, None, head.rotation, INT8, "row", gain=head.undo_gain)
+        vocabulary, tokens = head.weight.shape[0], hidden.shape[0]
+        width, kept = parts_for(tokens, vocabulary, scratch)
+        self.parts = [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
+        self.keep = {part.start for part in self.parts[-kept:]} if keeps and kept else set()
+        self.kept: dict[int, Tensor] = {}
+        self.statistics = reference.fresh_statistics(tokens, hidden.device)
+
+    def losses(self) -> Tensor:
+        """Return the loss of each token, after the first pass over the parts."""
+        head = self.head
+        for part in self.parts:
+            logits = self._logits(part)
+            if self.kernels:
+                from halo_tensor.kernels import loss as kernels
+
+                kernels.update_statistics_(self.statistics, logits, self.targets, part.start, head.objective)
+            else:
+                reference.update_statistics_(self.statistics, logits, self.targets, part.start, head.objective)
+            if part.start in self.keep:
+                self.kept[part.start] = logits
+            del logits  # its memory serves the next part
+        return reference.losses(self.statistics, self.targets, head.weight.shape[0], head.objective)
+
+    def add_gradients(self, weights: Tensor, gradients: Gradients, is_first: bool) -> None:
+        """Add to the gradients, or overwrite those of the weight and the bias in the first chunk. The gradient of the hidden
+        states is that of this chunk.
+
+        Args:
+            weights: float32 [tokens], the factor of each token's loss in the sum of all.
+        """
+        head, factors = self.head, self._factors(weights)
+        total = None if gradients.hidden is None else factors[0].new_zeros(self.hidden.shape, dtype=torch.float32)
+        to_hidden = self._fp8_gradients(factors) if head.backward == "fp8" else self._dense_gradients(factors)
+        for part in reversed(self.parts):
+            logits = self.kept.pop(part.start, None)
+            logits = self._logits(part) if logits is None else logits
+            to_hidden(logits, part, total, gradients, is_first)
+            del logits
+        if total is not None:
+            assert gradients.hidden is not None
+            gradients.hidden.copy_(total)
+
+    def _factors(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.head
+        return reference.gradient_factors(self.statistics, self.targets, weights, head.weight.shape[0], head.objective)
+
+    def _logits(self, part: slice) -> Tensor:
+        """Return the logits of one part, in float16 if they are products of codes: that is 8 times as fine as bfloat16."""
+        head = self.head
+        bias = None if head.bias is None else head.bias[part]
+        if head.forward != "int8":
+            hidden, weight = self.hidden.to(head.dtype), head.weight[part].to(head.dtype)
+            return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(head.dtype))
+        codes, _, scales = self.x
+        if head.codes is not None and head.scales is not None:
+            w_codes, w_scales = head.codes[part], head.scales[part]
+        else:
+            w_codes, _, w_scales = rotate_quantize(head.weight[part], None, head.rotation, INT8, "row")
+        out = self.hidden.new_empty((codes.shape[0], w_codes.shape[0]), dtype=torch.float16)
+        return multiply_into(out, codes, w_codes, scales, w_scales, bias)
+
+    def _fp8_gradients(self, factors: tuple[Tensor, Tensor]) -> Any:
+        """Return a function that adds one part's products, with E in fp8."""
+        head, x_codes, x_scales = self.head, None, None
+        of_rows, row_scales = factors
+
+        def add(logits: Tensor, part: slice, total: Tensor | None, gradients: Gradients, is_first: bool) -> None:
+            nonlocal x_codes, x_scales
+            codes, codes_t, scales, sums = self._codes(logits, of_rows, part, gradients.bias is not None)
+            if total is not None:
+                _, w_codes, w_scales = rotate_quantize(
+                    head.weight[part], None, None, FP8_E4M3, "column", rows=False, columns=True
+                )
+                partial = self.hidden.new_empty(self.hidden.shape)
+                total.add_(multiply_into(partial, codes, w_codes, row_scales, w_scales, None))
+                del partial, w_codes
+            if gradients.weight is not None:
+                if x_codes is None:
+                    _, x_codes, x_scales = rotate_quantize(
+                        self.hidden, None, None, FP8_E4M3, "column", rows=False, columns=True
+                    )
+                out = gradients.weight[part] if is_first else torch.empty_like(gradients.weight[part])
+                multiply_into(out, codes_t, x_codes, scales, x_scales, None)
+                if not is_first:
+                    gradients.weight[part].add_(out)
+            _add_bias(gradients.bias, part, sums, is_first)
+
+        return add
+
+    def _codes(self, logits: Tensor, factors: Tensor, part: slice, summed: bool) -> tuple[Any, Any, Any, Any]:
+        """Return E of one part as codes; see :func:`halo_tensor.reference.loss.quantize_gradient`."""
+        if self.kernels:
+            from halo_tensor.kernels import loss as kernels
+
+            return kernels.quantize_gradient(logits, self.targets, factors, part.start, self.head.objective, summed)
+        return reference.quantize_gradient(logits, self.targets, factors, part.start, self.head.objective)
+
+    def _dense_gradients(self, factors: tuple[Tensor, Tensor]) -> Any:
+        """Return a function that adds one part's products, with E in the dtype of the tensors."""
+        head, dtype = self.head, self.head.dtype
+
+        def add(logits: Tensor, part: slice, total: Tensor | None, gradients: Gradients, is_first: bool) -> None:
+            e = self._dense(logits, factors[0], part)
+            if total is not None:
+                total.add_(e @ head.weight[part].to(dtype))
+            if gradients.weight is not None:
+                product = e.t() @ self.hidden.to(dtype)
+                gradients.weight[part].copy_(product) if is_first else gradients.weight[part].add_(product)
+            if gradients.bias is not None:
+                _add_bias(gradients.bias, part, e.sum(0, dtype=torch.float32), is_first)
+
+        return add
+
+    def _dense(self, logits: Tensor, factors: Tensor, part: slice) -> Tensor:
+        """Return E of one part in the dtype of the tensors, in the memory of the logits if that has room."""
+        dtype = self.head.dtype
+        if not self.kernels:
+            return reference.gradient(logits, self.targets, factors, part.start, self.head.objective).to(dtype)
+        from halo_tensor.kernels import loss as kernels
+
+        e = logits.view(dtype) if dtype.itemsize == logits.dtype.itemsize else torch.empty_like(logits, dtype=dtype)
+        kernels.dense_gradient(logits, self.targets, factors, part.start, self.head.objective, e)
+        return e
+
+
+def _add_bias(bias: Tensor | None, part: slice, sums: Tensor | None, is_first: bool) -> None:
+    if bias is not None and sums is not None:
+        bias[part].copy_(sums) if is_first else bias[part].add_(sums)
+
+
+def parts_for(tokens: int, vocabulary: int, scratch: int) -> tuple[int, int]:
+    """Return how wide a part of the vocabulary is, a power of two unless it is all, and of how many parts logits are kept.
+
+    A part needs 4 bytes an element, for logits and both operands that are made of them, and may take half of ``scratch``
+    bytes. Logits that are kept need 2.
+    """
+    columns = max(scratch // (8 * max(tokens, 1)), 1)
+    width = min(max(1 << (columns.bit_length() - 1), NARROWEST), WIDEST)
+    if width >= vocabulary:
+        return vocabulary, 1
+    return width, max(scratch - 4 * tokens * width, 0) // max(2 * tokens * width, 1)
+
+
+def multiply_into(
+    out: Tensor, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Store diag(a_scale) a b_tᵀ diag(b_scale) + bias, of codes [m, k] and [n, k], to a contiguous ``out`` [m, n]; return it."""
+    if out.numel() == 0:
+        return out
+    if not runs_kernels(a.device):
+        return out.copy_(reference_ops.scaled_mm(a, b_t, a_scale, b_scale, bias, None, None, (*out.shape,), out.dtype))  # type: ignore[arg-type]
+    from halo_tensor.kernels.matmul import plan
+
+    kinds = 2, 2, False, None if bias is None else bias.dtype
+    planned = plan.plan(a.device, a.dtype, b_t.dtype, b_t.shape[0], *kinds, None, None, out.dtype)
+    planned((*a.shape, a.shape[0], a.stride(0), b_t.stride(0)), a, b_t, out, a_scale, b_scale, None, bias)
+    return out
+
+
+def run(
+    head: Head, hidden: Tensor, targets: Tensor, weights: Tensor, chunk: int, scratch: int, gradients: Gradients
+) -> Tensor:
+    """Return the loss of each token, float32 [tokens], and overwrite the gradients that are wanted."""
+    wanted = any(gradient is not None for gradient in gradients)
+    losses = weights.new_empty(hidden.shape[0])
+    if hidden.shape[0] == 0:
+        for gradient in gradients[1:]:
+            None if gradient is None else gradient.zero_()
+    # Equal chunks, of multiples of 16: products of other numbers of tokens are slower.
+    tokens_each = -(-hidden.shape[0] // max(-(-hidden.shape[0] // chunk), 1) // 16) * 16
+    for start in range(0, hidden.shape[0], max(tokens_each, 1)):
+        tokens = slice(start, start + tokens_each)
+        of_chunk = _Chunk(head, hidden[tokens], targets[tokens], scratch, wanted)
+        losses[tokens] = of_chunk.losses()
+        if wanted:
+            rows = None if gradients.hidden is None else gradients.hidden[tokens]
+            of_chunk.add_gradients(weights[tokens], gradients._replace(hidden=rows), start == 0)
+    return losses
+
+
+@op("linear_cross_entropy")
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    undo_gain: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    rotation: Rotation | None,
+    forward: str,
+    backward: str,
+    dtype: torch.dtype,
+    objective: Sequence[float],
+    ignore_index: int,
+    chunk: int,
+    scratch: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the loss of each token, and the gradients of their weighted sum.
+
+    Args:
+        hidden: [tokens, D].
+        weight: [V, D]. codes, scales, undo_gain, bias, rotation, forward, backward, dtype: see :class:`Head`.
+        targets: int64 [tokens].
+        weights: float32 [tokens].
+        objective: the scale of the logits, the softcap or 0, the label smoothing and the factor of the z-loss.
+        ignore_index: the target of tokens without a loss.
+        chunk: how many tokens are taken at a time.
+        scratch: bytes for logits and their gradients.
+        wants_hidden, wants_weight, wants_bias: which gradients are wanted.
+
+    Returns:
+        Losses, float32 [tokens], not weighted; and the gradients of hidden, weight and bias in their dtypes, empty if they are
+        not wanted.
+    """
+    wants = zip((hidden, weight, bias), (wants_hidden, wants_weight, wants_bias), strict=True)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) if w and t is not None else None for t, w in wants]
+    scale, softcap, smoothing, z_loss = objective
+    of_logits = Objective(scale, softcap, smoothing, z_loss, ignore_index)
+    head = Head(weight, codes, scales, undo_gain, bias, forward, backward, rotation, dtype, of_logits)
+    losses = run(head, hidden, targets, weights, chunk, scratch, Gradients(*gradients))
+    return losses, *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+@fake("linear_cross_entropy")
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants_hidden: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape[:1], dtype=torch.float32),
+        hidden.new_empty(hidden.shape if wants_hidden else [0]),
+        weight.new_empty(weight.shape) if wants_weight else hidden.new_empty([0]),
+        bias.new_empty(bias.shape) if wants_bias and bias is not None else hidden.new_empty([0]),
+    )
+
+
+@register_flop_formula(torch.ops.halo.linear_cross_entropy)
+def _count_flops(hidden_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Count two operations per multiply-accumulate of each product of the layer, without logits that are multiplied again."""
+    wants_hidden, wants_weight = args[14:16]
+    return 2 * hidden_shape[0] * weight_shape[0] * hidden_shape[1] * (1 + bool(wants_hidden) + bool(wants_weight))
+
+
+@op("scale_", mutates=("x",))
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor by one float32 number, in place. On a GPU a factor of 1 costs nothing."""
+    if runs_kernels(x.device):
+        from halo_tensor.kernels import loss as kernels
+
+        kernels.scale_(x, factor)
+    else:
+        x.mul_(factor)
