@@ -13,7 +13,6 @@ from halo_tensor.products.backward import backward_of_rounding
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference.hadamard import carried, fit
-from halo_tensor.reference.loss import Objective
 
 FORWARDS, BACKWARDS, REDUCTIONS = ("int8", "bf16"), ("fp8", "bf16", None), ("mean", "sum", "none")
 #: Tokens that are taken at a time, and bytes for their logits and the gradients of these. Both trade memory for speed.
@@ -85,53 +84,49 @@ def linear_cross_entropy(
         >>> hidden.grad.shape, head.weight.grad.shape
         (torch.Size([2, 16, 128]), torch.Size([1000, 128]))
     """
-    refuse_tracing()
-    _check_values(reduction, num_items_in_batch, forward, backward, label_smoothing, softcap, z_loss, chunk, scratch)
-    _check_tensors(hidden, weight, targets, bias)
-    dtype = product_dtype(_NAME, hidden, weight, bias)
-    backward = backward or ("fp8" if runs((FP8_E4M3,), hidden.device) else "bf16")
-    check_device((INT8,) * (forward == "int8") + (FP8_E4M3,) * (backward == "fp8"), hidden.device)
-    count = num_items_in_batch
-    if count is not None:
-        count = count.to(hidden.device) if isinstance(count, torch.Tensor) else torch.full((), count, device=hidden.device)
-    function = _fused_in_graph if is_compiling() else _fused
-    device = "cpu" if hidden.device.type == "meta" else hidden.device.type
-    with torch.autocast(device, enabled=False):
-        losses = function(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1).to(torch.int64), count, reduction, forward,
-            backward, dtype, logit_scale, softcap or 0.0, label_smoothing, z_loss, ignore_index, chunk, scratch,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-    return losses.reshape(targets.shape) if reduction == "none" else losses
+    function = _run_in_graph if is_compiling() else _run
+    return function(
+        hidden, weight, targets, bias, num_items_in_batch, reduction, forward, backward, softcap,
+        (logit_scale, label_smoothing, z_loss), ignore_index, chunk, scratch,
+    )  # fmt: skip
 
 
-def _fused(
+def _run(
     hidden: torch.Tensor,
     weight: Any,
-    bias: torch.Tensor | None,
     targets: torch.Tensor,
-    count: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    count: int | torch.Tensor | None,
     reduction: str,
     forward: str,
-    backward: str,
-    dtype: torch.dtype,
-    logit_scale: float,
-    softcap: float,
-    label_smoothing: float,
-    z_loss: float,
+    backward: str | None,
+    softcap: float | None,
+    factors: tuple[float, float, float],
     ignore_index: int,
     chunk: int,
     scratch: int,
-    trains: bool,
 ) -> torch.Tensor:
-    """Do :func:`linear_cross_entropy` for matrices and checked arguments, as one node of a compiler's graph."""
-    objective = Objective(logit_scale, softcap, label_smoothing, z_loss, ignore_index)
-    options = forward, backward, dtype, objective[:4], ignore_index, chunk, scratch
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, count, reduction, options, trains)
+    """Do :func:`linear_cross_entropy`, as one node of a compiler's graph."""
+    refuse_tracing()
+    logit_scale, label_smoothing, z_loss = factors
+    _check_values(reduction, count, forward, backward, label_smoothing, softcap, z_loss, chunk, scratch)
+    _check_tensors(hidden, weight, targets, bias)
+    device = hidden.device
+    dtype = product_dtype(_NAME, hidden, weight, bias)
+    backward = backward or ("fp8" if runs((FP8_E4M3,), device) else "bf16")
+    check_device((INT8,) * (forward == "int8") + (FP8_E4M3,) * (backward == "fp8"), device)
+    if count is not None:
+        count = count.to(device) if isinstance(count, torch.Tensor) else torch.full((), count, device=device)
+    objective = logit_scale, softcap or 0.0, label_smoothing, z_loss
+    options = forward, backward, dtype, objective, ignore_index, chunk, scratch
+    matrix, indices = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
+    with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
+        losses = _LinearCrossEntropy.apply(matrix, weight, bias, indices, count, reduction, options, torch.is_grad_enabled())
+    return losses.reshape(targets.shape) if reduction == "none" else losses
 
 
 #: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
-_fused_in_graph = torch.compiler.allow_in_graph(_fused)
+_run_in_graph = torch.compiler.allow_in_graph(_run)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

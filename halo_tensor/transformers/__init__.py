@@ -19,6 +19,7 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 
 from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402  after the check of the version
+from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
 
-__all__ = ["HaloQuantConfig", "HaloQuantizer"]
+__all__ = ["HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]

@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
+from halo_tensor.kernels import loss as loss_kernels  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
 from halo_tensor.kernels.matmul import (  # noqa: E402
@@ -53,6 +54,7 @@ from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciproc
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
 from halo_tensor.reference import ops as reference  # noqa: E402
 from halo_tensor.reference.codes import aligned  # noqa: E402
+from halo_tensor.reference.loss import Objective  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
 GPUS = {
@@ -101,7 +103,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two):
+    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, loss_kernels):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -460,6 +462,34 @@ def test_packing(launched, capability):
     kernels = launched(capability, request)
     assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel"]
     assert "st.global.b32" in kernels[1].asm["ptx"], "codes are not stored four at a time"
+
+
+# The loss of a head.
+
+
+#: name -> what is computed of the logits
+OBJECTIVES = {"plain": Objective(), "everything": Objective(0.5, 30.0, 0.1, 1e-4)}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("columns", [4096, 257])
+def test_losses(launched, capability, name, columns):
+    def request(empty):
+        logits, targets = empty(8192, columns, dtype=torch.float16), empty(8192, dtype=torch.int64)
+        arguments = logits, targets, empty(5, 8192), 128, OBJECTIVES[name]
+        loss_kernels.update_statistics_(arguments[2], logits, targets, 128, OBJECTIVES[name])
+        if capability >= 89:
+            loss_kernels.quantize_gradient(*arguments, True)
+        loss_kernels.dense_gradient(*arguments, logits.view(BF16))
+        loss_kernels.scale_(empty(4096, dtype=BF16), empty(()))
+
+    kernels = launched(capability, request)
+    codes = ["column_magnitudes", "gradient_codes"] if capability >= 89 else []
+    assert [k.name for k in kernels] == ["row_statistics", *codes, "gradient_dense", "scale_elements"]
+    check_nan(kernels[1:])  # a NaN stays in the sum of exponentials, not in the largest logit
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, name)
 
 
 # Products.
