@@ -22,6 +22,8 @@ NAMES = [
     "unrotate",
     "pack_rows_",
     "unpack_rows",
+    "linear_cross_entropy",
+    "scale_",
 ]
 
 
@@ -44,7 +46,9 @@ halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? 
 halo::rotate(Tensor x, int[] row_rotation, int[] column_rotation) -> Tensor
 halo::unrotate(Tensor x, int[] row_rotation, int[] column_rotation, SymInt[] shape) -> Tensor
 halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
-halo::unpack_rows(Tensor packed, str format) -> Tensor""",
+halo::unpack_rows(Tensor packed, str format) -> Tensor
+halo::linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? codes, Tensor? scales, Tensor? undo_gain, Tensor? bias, Tensor targets, Tensor weights, int[] rotation, str forward, str backward, ScalarType dtype, float[] objective, int ignore_index, int chunk, int scratch, bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)
+halo::scale_(Tensor(a!) x, Tensor factor) -> ()""",
     )
 
 
