@@ -38,7 +38,8 @@ Find errors:
 Tensors:
     ``HaloWeight`` is the parameter of a converted layer, ``HadamardQuantTensor`` a rotated and quantised matrix.
 
-``halo_tensor.transformers`` loads and saves quantised checkpoints, and fuses the heads of language models; ``halo_tensor.fsdp`` has what users of FSDP2 call.
+``halo_tensor.transformers`` loads and saves quantised checkpoints, and fuses the heads of language models;
+``halo_tensor.fsdp`` has what users of FSDP2 call.
 ``python -m halo_tensor`` prints the environment for a bug report, and ``python -m halo_tensor bench`` measures this GPU.
 """
 

@@ -124,7 +124,8 @@ class _Chunk:
             return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(head.dtype))
         codes, _, scales = self.x
         if head.codes is not None and head.scales is not None:
-            w_codes, w_scales = head.codes[part], head.scales[part]
+            w_codes: Any = head.codes[part]
+            w_scales = head.scales[part]
         else:
             w_codes, _, w_scales = rotate_quantize(head.weight[part], None, head.rotation, INT8, "row")
         out = self.hidden.new_empty((codes.shape[0], w_codes.shape[0]), dtype=torch.float16)
@@ -132,24 +133,22 @@ class _Chunk:
 
     def _fp8_gradients(self, factors: tuple[Tensor, Tensor]) -> Any:
         """Return a function that adds one part's products, with E in fp8."""
-        head, x_codes, x_scales = self.head, None, None
+        head = self.head
+        x_codes: Any = None
+        x_scales: Any = None
         of_rows, row_scales = factors
 
         def add(logits: Tensor, part: slice, total: Tensor | None, gradients: Gradients, is_first: bool) -> None:
             nonlocal x_codes, x_scales
             codes, codes_t, scales, sums = self._codes(logits, of_rows, part, gradients.bias is not None)
             if total is not None:
-                _, w_codes, w_scales = rotate_quantize(
-                    head.weight[part], None, None, FP8_E4M3, "column", rows=False, columns=True
-                )
+                w_codes, w_scales = _by_columns(head.weight[part])
                 partial = self.hidden.new_empty(self.hidden.shape)
                 total.add_(multiply_into(partial, codes, w_codes, row_scales, w_scales, None))
                 del partial, w_codes
             if gradients.weight is not None:
                 if x_codes is None:
-                    _, x_codes, x_scales = rotate_quantize(
-                        self.hidden, None, None, FP8_E4M3, "column", rows=False, columns=True
-                    )
+                    x_codes, x_scales = _by_columns(self.hidden)
                 out = gradients.weight[part] if is_first else torch.empty_like(gradients.weight[part])
                 multiply_into(out, codes_t, x_codes, scales, x_scales, None)
                 if not is_first:
@@ -194,6 +193,12 @@ class _Chunk:
         return e
 
 
+def _by_columns(matrix: Tensor) -> tuple[Any, Tensor]:
+    """Return the transposed fp8 codes of a matrix, and a scale for each of its columns."""
+    _, codes, scales = rotate_quantize(matrix, None, None, FP8_E4M3, "column", rows=False, columns=True)
+    return codes, scales
+
+
 def _add_bias(bias: Tensor | None, part: slice, sums: Tensor | None, is_first: bool) -> None:
     if bias is not None and sums is not None:
         bias[part].copy_(sums) if is_first else bias[part].add_(sums)
@@ -212,10 +217,8 @@ def parts_for(tokens: int, vocabulary: int, scratch: int) -> tuple[int, int]:
     return width, max(scratch - 4 * tokens * width, 0) // max(2 * tokens * width, 1)
 
 
-def multiply_into(
-    out: Tensor, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Store diag(a_scale) a b_tᵀ diag(b_scale) + bias, of codes [m, k] and [n, k], to a contiguous ``out`` [m, n]; return it."""
+def multiply_into(out: Tensor, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Store diag(a_scale) a b_tᵀ diag(b_scale) + bias, of codes [m, k] and [n, k], to a contiguous ``out`` [m, n]."""
     if out.numel() == 0:
         return out
     if not runs_kernels(a.device):

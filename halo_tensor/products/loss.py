@@ -18,6 +18,7 @@ FORWARDS, BACKWARDS, REDUCTIONS = ("int8", "bf16"), ("fp8", "bf16", None), ("mea
 #: Tokens that are taken at a time, and bytes for their logits and the gradients of these. Both trade memory for speed.
 CHUNK, SCRATCH = 16384, 2**28
 _NAME = "linear_cross_entropy"
+_compute: Any = ops.linear_cross_entropy
 
 
 def linear_cross_entropy(
@@ -71,8 +72,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes do not fit, or a value is not valid; the message lists the valid ones.
         TypeError: ``weight`` is a DTensor, or ``targets`` are no integers.
-        RuntimeError: the device multiplies no int8 or no fp8; or a second backward through the same loss, with a reduction to a
-            number.
+        RuntimeError: the device multiplies no int8 or no fp8; or a second backward through one loss, if it is a number.
 
     Example:
         >>> import torch
@@ -152,10 +152,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants = [trains and needed for needed in ctx.needs_input_grad[:3]]
         # Gradients in float16 are computed in backward, where the factor of a GradScaler is known: without it they underflow.
         now = reduction != "none" and torch.float16 not in (hidden.dtype, weight.dtype)
-        arguments = hidden, *tensors, bias, targets
-        losses, *gradients = ops.linear_cross_entropy(
-            *arguments, weights, rotation, *options, *(wanted and now for wanted in wants)
-        )
+        arguments: Any = (hidden, *tensors, bias, targets)
+        computed = [wanted and now for wanted in wants]
+        losses, *gradients = _compute(*arguments, weights, rotation, *options, *computed)
         ctx.reduction, ctx.rotation, ctx.options, ctx.wants = reduction, rotation, options, wants
         ctx.gradients = [g if wanted else None for g, wanted in zip(gradients, wants, strict=True)] if now else None
         ctx.now = now
@@ -177,8 +176,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
             scaled = [None if gradient is None else _scaled(gradient, grad_output) for gradient in gradients]
             return *scaled, None, None, None, None, None
+        arguments: Any
         *arguments, weights = ctx.saved_tensors
-        _, *gradients = ops.linear_cross_entropy(*arguments, weights * grad_output, ctx.rotation, *ctx.options, *ctx.wants)
+        _, *gradients = _compute(*arguments, weights * grad_output, ctx.rotation, *ctx.options, *ctx.wants)
         wanted = [g if needed else None for g, needed in zip(gradients, ctx.wants, strict=True)]
         return *wanted, None, None, None, None, None
 
@@ -193,7 +193,8 @@ def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def _head_of(weight: Any, forward: str) -> tuple[tuple[torch.Tensor | None, ...], Rotation | None]:
     """Return the dense weight, its int8 codes, their scales and what undoes its gain, or None for these; and the rotation."""
-    master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
+    master: Any = getattr(weight, "master", weight)
+    operand: Any = getattr(weight, "operand", None)
     dense = operand.dequantize() if master is None else master
     if operand is not None and forward == "int8":
         right = weight.recipe.output.right
@@ -205,9 +206,7 @@ def _head_of(weight: Any, forward: str) -> tuple[tuple[torch.Tensor | None, ...]
     return (dense, None, None, None), fit(Rotation(), weight.shape[1])
 
 
-def _check_tensors(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
-) -> None:
+def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
     if isinstance(weight, DTensor):
         raise TypeError(f"{_NAME}: the weight is a DTensor, a part of a matrix: call it where FSDP has gathered the weight")
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:

@@ -1,4 +1,4 @@
-"""The cross-entropy of a language model's head, part by part of the vocabulary: the definition that kernels are tested against.
+"""The cross-entropy of a language model's head, part by part of the vocabulary: the definition that kernels are tested on.
 
 A part is some columns of the logits of all tokens, from column ``first`` on. The first pass over the parts gathers what the
 loss of each token needs (:func:`update_statistics_`, then :func:`losses`). The second computes the gradient E of each part
@@ -110,8 +110,8 @@ def gradient_factors(
         objective: what is computed of the logits.
 
     Returns:
-        The factors, float32 [5, tokens], and the scale of each token's codes, [tokens]: a bound of the largest \\|E_v\\|, which is
-        the largest itself without softcap and smoothing, divided by 448.
+        The factors, float32 [5, tokens], and the scale of each token's codes, [tokens]: a bound of the magnitudes of E_v,
+        divided by 448. Without softcap and smoothing it is the largest of them.
     """
     weights = torch.where(targets == objective.ignore_index, 0.0, weights)
     lse = statistics[MOST] + statistics[TOTAL].log()

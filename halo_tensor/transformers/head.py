@@ -6,9 +6,9 @@ Between the hooks of the model around a forward with labels, its head returns :c
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,9 +29,10 @@ OPTIONS = ("forward", "backward", "label_smoothing", "z_loss", "chunk", "scratch
 def fuse_head_(model: nn.Module, **options: Any) -> None:
     """Make a causal language model of transformers compute its loss without making its logits, in place.
 
-    ``model(input_ids, labels=labels)`` then computes the loss with :func:`~halo_tensor.linear_cross_entropy`: the head's product
-    in int8, its backward in fp8, and the gradients with the loss. Forwards without labels or under ``torch.no_grad()``, as in
-    ``generate`` and in evaluations, are unchanged. ``outputs.logits`` of others are computed when something reads them. The model trains as before with
+    ``model(input_ids, labels=labels)`` then computes the loss with :func:`~halo_tensor.linear_cross_entropy`: the product of
+    the head in int8, its backward in fp8, and the gradients together with the loss. Forwards without labels or under
+    ``torch.no_grad()``, as in ``generate`` and in evaluations, are unchanged. ``outputs.logits`` of the others are computed
+    when something reads them. The model trains as before with
     ``Trainer``, ``torch.compile``, FSDP2 and gradient checkpointing, with a tied, frozen or trained head, and with LoRA on it.
     Softcaps and factors of logits, as of Gemma 2, Cohere and Granite, are followed.
 
@@ -78,7 +79,8 @@ def fuse_head_(model: nn.Module, **options: Any) -> None:
         _check_head(head)
     state = HeadState(options, parameters.index("labels") - 1)
     for head in _layers_of(found.get_output_embeddings()):
-        head.__class__ = _fused_class(type(head))
+        own: Any = type(head)
+        head.__class__ = _fused_class(own)
         head.fused_state = state
     found.__dict__["_fused_head"] = state
     found.__dict__["_fused_hooks"] = (
@@ -217,8 +219,8 @@ def _after(model: Any, args: tuple, output: Any) -> None:
 @cache
 def _warn_of_reading(name: str) -> None:
     warnings.warn(
-        f"the forward of this {name} reads its logits, so that fuse_head_ saves neither time nor memory: it multiplies them by "
-        "more than a number and a tanh, or computes the loss without loss_function",
+        f"the forward of this {name} reads its logits, so that fuse_head_ saves neither time nor memory: it does more with "
+        "them than a product with a number and a tanh, or computes the loss without loss_function",
         stacklevel=4,
     )
 

@@ -31,11 +31,14 @@ class Form(NamedTuple):
         return None if self.softcap else Form(self.scale, 1.0)
 
 
+PLAIN = Form()
+
+
 class LazyLogits:
     """What stands for the logits [..., V] of a head until they are read.
 
-    A product or a quotient with a number, a tanh, ``float()`` and ``contiguous()`` give LazyLogits again. Any other use computes
-    the logits and goes on with the tensor.
+    A product or a quotient with a number, a tanh, ``float()`` and ``contiguous()`` give LazyLogits again. Any other use
+    computes the logits and goes on with the tensor.
 
     Args:
         hidden: hidden states [..., D].
@@ -53,7 +56,7 @@ class LazyLogits:
         width: int,
         product: Callable[[torch.Tensor], torch.Tensor],
         head: Any,
-        form: Form = Form(),
+        form: Form = PLAIN,
         dtype: torch.dtype | None = None,
     ):
         self._hidden, self._width, self._product, self._head = hidden, width, product, head
@@ -126,6 +129,23 @@ class LazyLogits:
     def __reduce__(self) -> Any:
         return _itself, (self.compute(),)
 
+    def __radd__(self, other: Any) -> Any:
+        return other + self.compute()
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.compute()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        return iter(self.compute())
+
+    def __array__(self, *given: Any, **named: Any) -> Any:
+        return self.compute().__array__(*given, **named)
+
+    __hash__ = object.__hash__
+
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -156,11 +176,3 @@ def _computing(name: str) -> Callable:
 
 for _name in ("add", "sub", "neg", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "abs"):
     setattr(LazyLogits, f"__{_name}__", _computing(_name))
-LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
-for _name in ("add", "sub"):
-    _function = getattr(operator, _name)
-    setattr(LazyLogits, f"__r{_name}__", lambda self, other, function=_function: function(other, self.compute()))
-setattr(LazyLogits, "__len__", lambda self: self.shape[0])
-setattr(LazyLogits, "__iter__", lambda self: iter(self.compute()))
-setattr(LazyLogits, "__bool__", lambda self: bool(self.compute()))
-setattr(LazyLogits, "__array__", lambda self, *given, **named: self.compute().__array__(*given, **named))

@@ -103,7 +103,19 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, loss_kernels):
+    for module in (
+        layout_of_codes,
+        whole_rows,
+        tiles,
+        requantize,
+        rotating,
+        product,
+        cublas,
+        tma,
+        packing_kernels,
+        two,
+        loss_kernels,
+    ):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()

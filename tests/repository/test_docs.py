@@ -26,7 +26,7 @@ def module(name: str):
 
 hook = module("mkdocs_hook")
 #: public names that are not imported with the package
-OF_HOSTS = ["HaloQuantConfig", "precompute_scales"]
+OF_HOSTS = ["HaloQuantConfig", "fuse_head_", "precompute_scales", "unfuse_head_"]
 
 
 def record(name: str) -> dict:

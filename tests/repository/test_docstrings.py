@@ -12,9 +12,9 @@ from halo_tensor import fsdp
 
 PUBLIC = {name: getattr(halo_tensor, name) for name in halo_tensor.__all__} | {"precompute_scales": fsdp.precompute_scales}
 try:
-    from halo_tensor.transformers import HaloQuantConfig
+    from halo_tensor.transformers import HaloQuantConfig, fuse_head_, unfuse_head_
 
-    PUBLIC["HaloQuantConfig"] = HaloQuantConfig
+    PUBLIC |= {"HaloQuantConfig": HaloQuantConfig, "fuse_head_": fuse_head_, "unfuse_head_": unfuse_head_}
 except ImportError:
     pass
 #: Public names that have no example yet.

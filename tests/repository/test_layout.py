@@ -42,7 +42,8 @@ def test_no_test_is_imported(path):
 def test_docstrings_of_the_public_api_are_checked():
     """The list of files in pyproject.toml is that of the modules where public names are defined."""
     values = [getattr(halo_tensor, public) for public in halo_tensor.__all__]
-    values.append(importlib.import_module("halo_tensor.transformers").HaloQuantConfig)
+    hosts = importlib.import_module("halo_tensor.transformers")
+    values += [hosts.HaloQuantConfig, hosts.fuse_head_]
     values.append(importlib.import_module("halo_tensor.fsdp").precompute_scales)
     modules = {"halo_tensor"} | {value.__module__ for value in values if value.__module__.startswith("halo_tensor")}
     files = {importlib.import_module(module).__file__ for module in modules}
