@@ -46,7 +46,7 @@ def row_statistics(
 
     SUMMED: the sum of all logits is gathered, too.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # in reverse order, because L2 has the last rows
     at = statistics + row
     most, total, other, chosen = tl.load(at), tl.load(at + M), tl.load(at + 2 * M), tl.load(at + 3 * M)
     summed = tl.load(at + 4 * M)
@@ -108,16 +108,17 @@ def column_magnitudes(
 ):  # fmt: skip
     """Store the largest magnitude, and with SUMMED the sum, of each column of E, over the STEPS·BM tokens of one program, to
     magnitudes and sums [programs, N]."""
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    program = tl.num_programs(1) - 1 - tl.program_id(1)  # in reverse order, because L2 has the last rows
     most = tl.zeros((BN,), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for step in range(STEPS):
-        rows = (tl.program_id(0) * STEPS + step) * BM + tl.arange(0, BM)
+        rows = (program * STEPS + step) * BM + tl.arange(0, BM)
         e, _ = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
         most = maximum(most, tl.reduce(tl.abs(e), 0, maximum))
         if SUMMED:
             total += tl.sum(e, 0)
-    at = tl.program_id(0) * N + columns
+    at = program * N + columns
     tl.store(magnitudes + at, most, mask=columns < N)
     if SUMMED:
         tl.store(sums + at, total, mask=columns < N)
@@ -135,16 +136,16 @@ def gradient_codes(
 
     magnitudes: [PROGRAMS, N] of :func:`column_magnitudes`. A program takes STEPS·BM tokens by BN columns.
     """
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     most = tl.zeros((BN,), tl.float32)
     for i in range(PROGRAMS):
         most = maximum(most, tl.load(magnitudes + i * N + columns, mask=columns < N, other=0.0))
     scale = scale_from(most, INVERSE_MAX)
     inverse = tl.div_rn(tl.full((BN,), 1.0, tl.float32), scale)
-    if tl.program_id(0) == 0:
+    if tl.program_id(1) == 0:
         tl.store(scales + columns, scale, mask=columns < N)
     for step in range(STEPS):
-        rows = (tl.program_id(0) * STEPS + step) * BM + tl.arange(0, BM)
+        rows = (tl.program_id(1) * STEPS + step) * BM + tl.arange(0, BM)
         e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
         by_row = tl.load(factors + 4 * M + rows, mask=rows < M, other=0.0)
         q = round_to_code(e * by_row[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
@@ -161,9 +162,9 @@ def gradient_dense(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Store E to out [M, N], which has the row stride of the logits and may have their memory."""
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     for step in range(STEPS):
-        rows = (tl.program_id(0) * STEPS + step) * BM + tl.arange(0, BM)
+        rows = (tl.program_id(1) * STEPS + step) * BM + tl.arange(0, BM)
         e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
         at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
         tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
@@ -188,12 +189,22 @@ def update_statistics_(
 
 
 def quantize_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor, first: int, objective: Objective, summed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    factors: torch.Tensor,
+    first: int,
+    objective: Objective,
+    codes: torch.Tensor,
+    summed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Do :func:`halo_tensor.reference.loss.quantize_gradient`.
 
     Args:
+        codes: [tokens, columns], where the codes by tokens are written to. Rows have contiguous elements.
         summed: whether to return the sums of columns, else None.
+
+    Returns:
+        Transposed codes by columns, their scales, and the sums of columns.
     """
     m, n = logits.shape
     find, write = _plan_codes(logits.dtype, logits.device, objective, summed)
@@ -201,11 +212,10 @@ def quantize_gradient(
     magnitudes = factors.new_empty(programs, n)
     sums = factors.new_empty(programs, n) if summed else None
     find((m, n, first, logits.stride(0)), logits, targets, factors, magnitudes, sums)
-    codes, codes_t = code_matrix(logits, m, n, FP8_E4M3), code_matrix(logits, n, m, FP8_E4M3)
-    scales = factors.new_empty(n)
+    codes_t, scales = code_matrix(logits, n, m, FP8_E4M3), factors.new_empty(n)
     numbers = m, n, first, programs, logits.stride(0), codes.stride(0), codes_t.stride(0)
     write(numbers, logits, targets, factors, magnitudes, codes, codes_t, scales)
-    return codes, codes_t, scales, None if sums is None else sums.sum(0)
+    return codes_t, scales, None if sums is None else sums.sum(0)
 
 
 def dense_gradient(
@@ -260,7 +270,7 @@ def _plan_tiles(kernel: Any, tile: tuple[int, int, int, int], objective: Objecti
     bm, bn, steps, warps = tile
     constants = {"BM": bm, "BN": bn, "STEPS": steps, "SMOOTHED": objective.smoothing > 0, "num_warps": warps}
     launch = Launch(kernel, constants | _options(objective) | options)
-    sizes: Callable[..., tuple] = lambda m, n, *rest: ((_programs(m, tile), cdiv(n, bn)), (m, n, *rest))  # noqa: E731
+    sizes: Callable[..., tuple] = lambda m, n, *rest: ((cdiv(n, bn), _programs(m, tile)), (m, n, *rest))  # noqa: E731
     return Planned(lambda _: Variant(launch, sizes))
 
 

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops.quantizers import rotate_quantize
+from halo_tensor.ops.quantizers import empty_codes, rotate_quantize
 from halo_tensor.ops.register import fake, op
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import loss as reference
 from halo_tensor.reference import ops as reference_ops
 from halo_tensor.reference.loss import Objective
 
-#: The narrowest and the widest part of a vocabulary. Wider ones make products no faster.
-NARROWEST, WIDEST = 256, 16384
+#: The narrowest and the widest part of a vocabulary, and the most columns of E whose codes serve one product. Larger ones make
+#: products no faster.
+NARROWEST, WIDEST, GROUP = 256, 8192, 16384
 
 
 class Head(NamedTuple):
@@ -51,6 +52,11 @@ class Head(NamedTuple):
     dtype: torch.dtype
     objective: Objective
 
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
 
 class Gradients(NamedTuple):
     """What backward returns of a head: the gradients of hidden states, of the weight and of the bias; None if not wanted."""
@@ -60,60 +66,86 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Plan(NamedTuple):
+    """How a vocabulary is cut.
+
+    Attributes:
+        width: columns of a part, a power of two unless it is the whole vocabulary.
+        group: how many parts share one product with the weight, for the gradient of the hidden states.
+        kept: how many parts keep their logits from the first pass.
+    """
+
+    width: int
+    group: int
+    kept: int
+
+    def parts(self, vocabulary: int) -> list[slice]:
+        """Return the columns of each part."""
+        return [slice(i, min(i + self.width, vocabulary)) for i in range(0, vocabulary, self.width)]
+
+    def group_of(self, part: slice, vocabulary: int) -> slice:
+        """Return the columns of the group that a part belongs to."""
+        columns = self.width * self.group
+        start = part.start // columns * columns
+        return slice(start, min(start + columns, vocabulary))
+
+
+def plan_for(tokens: int, vocabulary: int, scratch: int) -> Plan:
+    """Return how a vocabulary is cut so that its parts need at most ``scratch`` bytes, if the narrowest part does.
+
+    An element takes 2 bytes as a logit, and 1 in each operand that is made of its gradient. A part takes half of the bytes or
+    less, then a group takes what it can use of the rest, and then logits are kept.
+    """
+    columns = max(scratch // (8 * max(tokens, 1)), 1)
+    width = min(max(1 << (columns.bit_length() - 1), NARROWEST), WIDEST)
+    if width >= vocabulary:
+        return Plan(vocabulary, 1, 1)
+    size = max(tokens, 1) * width
+    left = max(scratch // size - 4, 0)
+    group = 1 + min(GROUP // width - 1, left)
+    return Plan(width, group, (left - (group - 1)) // 2)
+
+
 class _Chunk:
     """Some tokens: their losses, and what they add to the gradients."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: int, keeps: bool):
-        self.head, self.hidden, self.targets = head, hidden, targets
-        self.kernels = runs_kernels(hidden.device)
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, plan: Plan, keeps: bool):
+        self.head, self.hidden, self.targets, self.plan = head, hidden, targets, plan
         self.x: Any = None
         if head.forward == "int8":
             self.x = rotate_quantize(hidden, None, head.rotation, INT8, "row", gain=head.undo_gain)
-        vocabulary, tokens = head.weight.shape[0], hidden.shape[0]
-        width, kept = parts_for(tokens, vocabulary, scratch)
-        self.parts = [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
-        self.keep = {part.start for part in self.parts[-kept:]} if keeps and kept else set()
+        self.parts = plan.parts(head.vocabulary)
+        self.keep = {part.start for part in self.parts[-plan.kept :]} if keeps and plan.kept else set()
         self.kept: dict[int, Tensor] = {}
-        self.statistics = reference.fresh_statistics(tokens, hidden.device)
+        self.statistics = reference.fresh_statistics(hidden.shape[0], hidden.device)
 
     def losses(self) -> Tensor:
         """Return the loss of each token, after the first pass over the parts."""
-        head = self.head
         for part in self.parts:
             logits = self._logits(part)
-            if self.kernels:
-                from halo_tensor.kernels import loss as kernels
-
-                kernels.update_statistics_(self.statistics, logits, self.targets, part.start, head.objective)
-            else:
-                reference.update_statistics_(self.statistics, logits, self.targets, part.start, head.objective)
+            _update_statistics_(self.statistics, logits, self.targets, part.start, self.head.objective)
             if part.start in self.keep:
                 self.kept[part.start] = logits
             del logits  # its memory serves the next part
-        return reference.losses(self.statistics, self.targets, head.weight.shape[0], head.objective)
+        return reference.losses(self.statistics, self.targets, self.head.vocabulary, self.head.objective)
 
     def add_gradients(self, weights: Tensor, gradients: Gradients, is_first: bool) -> None:
-        """Add to the gradients, or overwrite those of the weight and the bias in the first chunk. The gradient of the hidden
-        states is that of this chunk.
+        """Add to the gradients, in the second pass. The first chunk overwrites those of the weight and the bias. The gradient
+        of the hidden states is that of this chunk.
 
         Args:
             weights: float32 [tokens], the factor of each token's loss in the sum of all.
         """
-        head, factors = self.head, self._factors(weights)
-        total = None if gradients.hidden is None else factors[0].new_zeros(self.hidden.shape, dtype=torch.float32)
-        to_hidden = self._fp8_gradients(factors) if head.backward == "fp8" else self._dense_gradients(factors)
-        for part in reversed(self.parts):
+        head = self.head
+        factors = reference.gradient_factors(self.statistics, self.targets, weights, head.vocabulary, head.objective)
+        kind = _QuantizedBackward if head.backward == "fp8" else _DenseBackward
+        backward = kind(head, self.hidden, self.targets, self.plan, factors, gradients, is_first)
+        for part in reversed(self.parts):  # the last ones are kept
             logits = self.kept.pop(part.start, None)
             logits = self._logits(part) if logits is None else logits
-            to_hidden(logits, part, total, gradients, is_first)
+            backward.add(logits, part)
             del logits
-        if total is not None:
-            assert gradients.hidden is not None
-            gradients.hidden.copy_(total)
-
-    def _factors(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        head = self.head
-        return reference.gradient_factors(self.statistics, self.targets, weights, head.weight.shape[0], head.objective)
+        backward.finish()
 
     def _logits(self, part: slice) -> Tensor:
         """Return the logits of one part, in float16 if they are products of codes: that is 8 times as fine as bfloat16."""
@@ -131,65 +163,108 @@ class _Chunk:
         out = self.hidden.new_empty((codes.shape[0], w_codes.shape[0]), dtype=torch.float16)
         return multiply_into(out, codes, w_codes, scales, w_scales, bias)
 
-    def _fp8_gradients(self, factors: tuple[Tensor, Tensor]) -> Any:
-        """Return a function that adds one part's products, with E in fp8."""
-        head = self.head
-        x_codes: Any = None
-        x_scales: Any = None
-        of_rows, row_scales = factors
 
-        def add(logits: Tensor, part: slice, total: Tensor | None, gradients: Gradients, is_first: bool) -> None:
-            nonlocal x_codes, x_scales
-            codes, codes_t, scales, sums = self._codes(logits, of_rows, part, gradients.bias is not None)
-            if total is not None:
-                w_codes, w_scales = _by_columns(head.weight[part])
-                partial = self.hidden.new_empty(self.hidden.shape)
-                total.add_(multiply_into(partial, codes, w_codes, row_scales, w_scales, None))
-                del partial, w_codes
-            if gradients.weight is not None:
-                if x_codes is None:
-                    x_codes, x_scales = _by_columns(self.hidden)
-                out = gradients.weight[part] if is_first else torch.empty_like(gradients.weight[part])
-                multiply_into(out, codes_t, x_codes, scales, x_scales, None)
-                if not is_first:
-                    gradients.weight[part].add_(out)
-            _add_bias(gradients.bias, part, sums, is_first)
+class _Backward:
+    """The second pass over the parts of a vocabulary, from the last one to the first.
 
-        return add
+    Args:
+        factors: of :func:`halo_tensor.reference.loss.gradient_factors`, with the scales of tokens.
+        is_first: whether the gradients of the weight and the bias are overwritten.
+    """
 
-    def _codes(self, logits: Tensor, factors: Tensor, part: slice, summed: bool) -> tuple[Any, Any, Any, Any]:
-        """Return E of one part as codes; see :func:`halo_tensor.reference.loss.quantize_gradient`."""
-        if self.kernels:
-            from halo_tensor.kernels import loss as kernels
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        targets: Tensor,
+        plan: Plan,
+        factors: tuple[Tensor, Tensor],
+        gradients: Gradients,
+        is_first: bool,
+    ):
+        self.head, self.hidden, self.targets, self.plan = head, hidden, targets, plan
+        self.factors, self.row_scales = factors
+        self.gradients, self.is_first = gradients, is_first
+        #: The gradient of the hidden states so far, in float32.
+        self.total: Tensor | None = None
 
-            return kernels.quantize_gradient(logits, self.targets, factors, part.start, self.head.objective, summed)
-        return reference.quantize_gradient(logits, self.targets, factors, part.start, self.head.objective)
+    def add_to_hidden(self, product: Tensor) -> None:
+        """Add to the gradient of the hidden states."""
+        if self.total is None:
+            self.total = product.to(torch.float32)
+        else:
+            self.total.add_(product)
 
-    def _dense_gradients(self, factors: tuple[Tensor, Tensor]) -> Any:
-        """Return a function that adds one part's products, with E in the dtype of the tensors."""
-        head, dtype = self.head, self.head.dtype
+    def add_to_bias(self, part: slice, sums: Tensor) -> None:
+        """Add to the gradient of the bias."""
+        bias = self.gradients.bias
+        assert bias is not None
+        bias[part].copy_(sums) if self.is_first else bias[part].add_(sums)
 
-        def add(logits: Tensor, part: slice, total: Tensor | None, gradients: Gradients, is_first: bool) -> None:
-            e = self._dense(logits, factors[0], part)
-            if total is not None:
-                total.add_(e @ head.weight[part].to(dtype))
-            if gradients.weight is not None:
-                product = e.t() @ self.hidden.to(dtype)
-                gradients.weight[part].copy_(product) if is_first else gradients.weight[part].add_(product)
-            if gradients.bias is not None:
-                _add_bias(gradients.bias, part, e.sum(0, dtype=torch.float32), is_first)
+    def finish(self) -> None:
+        """Write the gradient of the hidden states."""
+        if self.gradients.hidden is not None:
+            assert self.total is not None
+            self.gradients.hidden.copy_(self.total)
 
-        return add
 
-    def _dense(self, logits: Tensor, factors: Tensor, part: slice) -> Tensor:
-        """Return E of one part in the dtype of the tensors, in the memory of the logits if that has room."""
-        dtype = self.head.dtype
-        if not self.kernels:
-            return reference.gradient(logits, self.targets, factors, part.start, self.head.objective).to(dtype)
+class _QuantizedBackward(_Backward):
+    """With E in fp8."""
+
+    codes: Any = None  #: of the group, by tokens
+    x: Any = None  #: codes and scales of the hidden states, by columns
+
+    def add(self, logits: Tensor, part: slice) -> None:
+        """Multiply with E of one part."""
+        head, gradients = self.head, self.gradients
+        group = self.plan.group_of(part, head.vocabulary)
+        if self.codes is None:
+            self.codes = empty_codes(self.hidden, self.hidden.shape[0], group.stop - group.start, FP8_E4M3)
+        codes = self.codes[:, part.start - group.start : part.stop - group.start]
+        has_bias = gradients.bias is not None
+        codes_t, scales, sums = _quantize_gradient(
+            logits, self.targets, self.factors, part.start, head.objective, codes, has_bias
+        )
+        if has_bias:
+            self.add_to_bias(part, sums)
+        if gradients.weight is not None:
+            self.x = self.x or _by_columns(self.hidden)
+            out = gradients.weight[part] if self.is_first else torch.empty_like(gradients.weight[part])
+            multiply_into(out, codes_t, self.x[0], scales, self.x[1], None)
+            if not self.is_first:
+                gradients.weight[part].add_(out)
+        if part.start == group.start:
+            if gradients.hidden is not None:
+                w_codes, w_scales = _by_columns(head.weight[group])
+                out = self.hidden.new_empty(self.hidden.shape)
+                self.add_to_hidden(multiply_into(out, self.codes, w_codes, self.row_scales, w_scales, None))
+            self.codes = None
+
+
+class _DenseBackward(_Backward):
+    """With E in the dtype of the tensors."""
+
+    def add(self, logits: Tensor, part: slice) -> None:
+        """Multiply with E of one part."""
+        dtype, gradients = self.head.dtype, self.gradients
+        e = self._gradient(logits, part)
+        if gradients.hidden is not None:
+            self.add_to_hidden(e @ self.head.weight[part].to(dtype))
+        if gradients.weight is not None:
+            product = e.t() @ self.hidden.to(dtype)
+            gradients.weight[part].copy_(product) if self.is_first else gradients.weight[part].add_(product)
+        if gradients.bias is not None:
+            self.add_to_bias(part, e.sum(0, dtype=torch.float32))
+
+    def _gradient(self, logits: Tensor, part: slice) -> Tensor:
+        """Return E of one part, in the memory of the logits if that has room."""
+        dtype, objective = self.head.dtype, self.head.objective
+        if not runs_kernels(logits.device):
+            return reference.gradient(logits, self.targets, self.factors, part.start, objective).to(dtype)
         from halo_tensor.kernels import loss as kernels
 
         e = logits.view(dtype) if dtype.itemsize == logits.dtype.itemsize else torch.empty_like(logits, dtype=dtype)
-        kernels.dense_gradient(logits, self.targets, factors, part.start, self.head.objective, e)
+        kernels.dense_gradient(logits, self.targets, self.factors, part.start, objective, e)
         return e
 
 
@@ -199,22 +274,26 @@ def _by_columns(matrix: Tensor) -> tuple[Any, Tensor]:
     return codes, scales
 
 
-def _add_bias(bias: Tensor | None, part: slice, sums: Tensor | None, is_first: bool) -> None:
-    if bias is not None and sums is not None:
-        bias[part].copy_(sums) if is_first else bias[part].add_(sums)
+def _update_statistics_(statistics: Tensor, logits: Tensor, targets: Tensor, first: int, objective: Objective) -> None:
+    if runs_kernels(logits.device):
+        from halo_tensor.kernels import loss as kernels
+
+        kernels.update_statistics_(statistics, logits, targets, first, objective)
+    else:
+        reference.update_statistics_(statistics, logits, targets, first, objective)
 
 
-def parts_for(tokens: int, vocabulary: int, scratch: int) -> tuple[int, int]:
-    """Return how wide a part of the vocabulary is, a power of two unless it is all, and of how many parts logits are kept.
+def _quantize_gradient(
+    logits: Tensor, targets: Tensor, factors: Tensor, first: int, objective: Objective, codes: Tensor, summed: bool
+) -> tuple[Any, Any, Any]:
+    """Do :func:`halo_tensor.reference.loss.quantize_gradient`; the first result is written to ``codes``."""
+    if runs_kernels(logits.device):
+        from halo_tensor.kernels import loss as kernels
 
-    A part needs 4 bytes an element, for logits and both operands that are made of them, and may take half of ``scratch``
-    bytes. Logits that are kept need 2.
-    """
-    columns = max(scratch // (8 * max(tokens, 1)), 1)
-    width = min(max(1 << (columns.bit_length() - 1), NARROWEST), WIDEST)
-    if width >= vocabulary:
-        return vocabulary, 1
-    return width, max(scratch - 4 * tokens * width, 0) // max(2 * tokens * width, 1)
+        return kernels.quantize_gradient(logits, targets, factors, first, objective, codes, summed)
+    made, *others = reference.quantize_gradient(logits, targets, factors, first, objective)
+    codes.copy_(made)
+    return others[0], others[1], others[2]
 
 
 def multiply_into(out: Tensor, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -244,7 +323,8 @@ def run(
     tokens_each = -(-hidden.shape[0] // max(-(-hidden.shape[0] // chunk), 1) // 16) * 16
     for start in range(0, hidden.shape[0], max(tokens_each, 1)):
         tokens = slice(start, start + tokens_each)
-        of_chunk = _Chunk(head, hidden[tokens], targets[tokens], scratch, wanted)
+        plan = plan_for(min(tokens_each, hidden.shape[0] - start), head.vocabulary, scratch)
+        of_chunk = _Chunk(head, hidden[tokens], targets[tokens], plan, wanted)
         losses[tokens] = of_chunk.losses()
         if wanted:
             rows = None if gradients.hidden is None else gradients.hidden[tokens]

@@ -492,7 +492,7 @@ def test_losses(launched, capability, name, columns):
         arguments = logits, targets, empty(5, 8192), 128, OBJECTIVES[name]
         loss_kernels.update_statistics_(arguments[2], logits, targets, 128, OBJECTIVES[name])
         if capability >= 89:
-            loss_kernels.quantize_gradient(*arguments, True)
+            loss_kernels.quantize_gradient(*arguments, empty(8192, aligned(columns), dtype=FP8[0]), True)
         loss_kernels.dense_gradient(*arguments, logits.view(BF16))
         loss_kernels.scale_(empty(4096, dtype=BF16), empty(()))
 

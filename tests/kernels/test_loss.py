@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from halo_tensor.kernels import loss as kernels
+from halo_tensor.kernels.quantize.codes import code_matrix
+from halo_tensor.recipe import FP8_E4M3
 from halo_tensor.reference import loss as reference
 from halo_tensor.reference.loss import Objective
 from tests.helpers import interpreter
@@ -62,7 +64,9 @@ def test_codes(shape, objective):
     logits, targets, weights = example(*shape, objective)
     statistics = statistics_of(logits, targets, 256, objective)
     factors, _ = reference.gradient_factors(statistics, targets, weights, 9999, objective)
-    made = kernels.quantize_gradient(logits, targets, factors, 256, objective, True)
+    wide = code_matrix(logits, shape[0], shape[1] + 32, FP8_E4M3)
+    codes = wide[:, 16 : 16 + shape[1]]
+    made = codes, *kernels.quantize_gradient(logits, targets, factors, 256, objective, codes, True)
     expected = reference.quantize_gradient(logits, targets, factors, 256, objective)
     for codes, wanted in zip(made[:2], expected[:2], strict=True):
         assert codes.dtype == wanted.dtype == torch.float8_e4m3fn and codes.stride(0) % 16 == 0
@@ -104,7 +108,8 @@ def test_nan_and_inf_are_shown():
     factors, scale = reference.gradient_factors(statistics, targets, weights, 200, PLAIN)
     losses = reference.losses(statistics, targets, 200, PLAIN)
     assert not losses[5:7].isfinite().any() and scale[5:7].isnan().all()
-    codes, _, scales, _ = kernels.quantize_gradient(logits, targets, factors, 256, PLAIN, False)
+    codes = code_matrix(logits, *logits.shape, FP8_E4M3)
+    _, scales, _ = kernels.quantize_gradient(logits, targets, factors, 256, PLAIN, codes, False)
     assert scales.isnan().all(), "so that all products with either operand are NaN"
     assert DEVICE.type == "cpu" or codes[5:7].float().isnan().all()  # the interpreter knows no NaN of fp8
 
@@ -120,7 +125,8 @@ def test_columns_of_minus_inf_have_no_gradient():
     kernels.update_statistics_(statistics, logits, targets, 256, PLAIN)
     assert statistics[reference.TOTAL].isfinite().all()
     factors, _ = reference.gradient_factors(statistics, targets, weights, 200, PLAIN)
-    _, codes_t, scales, _ = kernels.quantize_gradient(logits, targets, factors, 256, PLAIN, False)
+    codes = code_matrix(logits, *logits.shape, FP8_E4M3)
+    codes_t, scales, _ = kernels.quantize_gradient(logits, targets, factors, 256, PLAIN, codes, False)
     assert (codes_t[100:].float() == 0).all() and scales.isfinite().all()
 
 

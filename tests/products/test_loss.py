@@ -1,5 +1,7 @@
 """The fused head and loss against PyTorch in float64: values, gradients, memory, compilation, and errors."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,7 +265,7 @@ def test_edges():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest number of bytes of a result."""
+    """Records the largest number of elements of a result."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +275,7 @@ class LargestTensor(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, torch.Tensor):
-                self.most = max(self.most, tensor.numel() * tensor.element_size())
+                self.most = max(self.most, tensor.numel())
         return made
 
 
@@ -287,20 +289,24 @@ def test_no_tensor_holds_all_logits(backward):
     gradients = driver.Gradients(torch.empty_like(hidden), torch.empty_like(weight), None)
     with LargestTensor() as log:
         driver.run(head, hidden, targets, weights, 10**6, scratch, gradients)
-    # The reference computes a part in float32 and, for its statistics, in int64.
-    width, kept = driver.parts_for(tokens, vocabulary, scratch)
-    assert 4 * tokens * width <= log.most <= 8 * tokens * width
-    assert width * 8 < vocabulary and kept == 2 and gradients.weight.isfinite().all()
+    plan = driver.plan_for(tokens, vocabulary, scratch)
+    assert plan == (1024, 5, 0)
+    assert tokens * plan.width <= log.most <= tokens * plan.width * plan.group < tokens * vocabulary / 3
+    assert gradients.weight.isfinite().all()
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 2**34))
 def test_parts_fit_the_scratch_memory(tokens, vocabulary, scratch):
-    width, kept = driver.parts_for(tokens, vocabulary, scratch)
-    assert 1 <= width <= vocabulary and kept >= 0
-    if width not in (vocabulary, driver.NARROWEST):
-        assert tokens * (4 * width + 2 * width * kept) <= scratch
-        assert kept > 0 or width == driver.NARROWEST
+    plan = driver.plan_for(tokens, vocabulary, scratch)
+    parts = plan.parts(vocabulary)
+    assert parts[0].start == 0 and parts[-1].stop == vocabulary
+    assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
+    assert plan.group >= 1 and plan.kept >= 0 and plan.width * plan.group <= max(driver.GROUP, vocabulary)
+    if plan.width not in (vocabulary, driver.NARROWEST):
+        assert tokens * plan.width * (3 + plan.group + 2 * plan.kept) <= scratch
+    groups = {plan.group_of(part, vocabulary).start: plan.group_of(part, vocabulary) for part in parts}
+    assert sum(group.stop - group.start for group in groups.values()) == vocabulary
 
 
 def test_flops_are_those_of_three_products():
