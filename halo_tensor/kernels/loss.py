@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 #: The most logits of a row that a program holds at a time, and its warps.
 ROW, ROW_WARPS = 4096, 4
 #: Tiles of the passes over a gradient: tokens, columns, tiles of tokens that one program takes, warps.
-MAGNITUDES, CODES, DENSE = (32, 128, 16, 4), (64, 64, 8, 4), (16, 128, 1, 4)
+MAGNITUDES, CODES, DENSE = (16, 128, 32, 4), (64, 64, 8, 8), (16, 128, 1, 4)
 
 
 @triton.jit

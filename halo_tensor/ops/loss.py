@@ -6,13 +6,15 @@ part of the weight is one product over all tokens of the chunk. As many parts as
 first pass; those of the others are multiplied again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from halo_tensor.fences.fast_paths import GLUON
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops.quantizers import empty_codes, rotate_quantize
 from halo_tensor.ops.register import fake, op
@@ -121,13 +123,31 @@ class _Chunk:
 
     def losses(self) -> Tensor:
         """Return the loss of each token, after the first pass over the parts."""
-        for part in self.parts:
+        done = self._reduce_products()
+        for part in self.parts[done:]:
             logits = self._logits(part)
             _update_statistics_(self.statistics, logits, self.targets, part.start, self.head.objective)
             if part.start in self.keep:
                 self.kept[part.start] = logits
             del logits  # its memory serves the next part
         return reference.losses(self.statistics, self.targets, self.head.vocabulary, self.head.objective)
+
+    def _reduce_products(self) -> int:
+        """Gather statistics without writing logits, of the parts that keep none; return of how many, which may be 0."""
+        count, head = len(self.parts) - len(self.keep), self.head
+        if head.forward != "int8" or not count or not runs_kernels(self.hidden.device):
+            return 0
+        kernels = GLUON.load("halo_tensor.kernels.loss_sm90")
+        columns = self.parts[count - 1].stop
+        if kernels is None or kernels.why_not(self.hidden.device, len(self.hidden), columns, head.objective) is not None:
+            return 0
+        codes, _, scales = self.x
+        for start in range(0, columns, GROUP):
+            span = slice(start, min(start + GROUP, columns))
+            bias = None if head.bias is None else head.bias[span]
+            w = self._weight(span)
+            kernels.update_statistics_(self.statistics, codes, w[0], scales, w[1], bias, self.targets, start, head.objective)
+        return count
 
     def add_gradients(self, weights: Tensor, gradients: Gradients, is_first: bool) -> None:
         """Add to the gradients, in the second pass. The first chunk overwrites those of the weight and the bias. The gradient
@@ -141,11 +161,13 @@ class _Chunk:
         kind = _QuantizedBackward if head.backward == "fp8" else _DenseBackward
         backward = kind(head, self.hidden, self.targets, self.plan, factors, gradients, is_first)
         for part in reversed(self.parts):  # the last ones are kept
-            logits = self.kept.pop(part.start, None)
-            logits = self._logits(part) if logits is None else logits
-            backward.add(logits, part)
-            del logits
+            backward.add(partial(self._take, part), part)
         backward.finish()
+
+    def _take(self, part: slice) -> Tensor:
+        """Return the logits of one part, which are no longer kept."""
+        logits = self.kept.pop(part.start, None)
+        return self._logits(part) if logits is None else logits
 
     def _logits(self, part: slice) -> Tensor:
         """Return the logits of one part, in float16 if they are products of codes: that is 8 times as fine as bfloat16."""
@@ -155,13 +177,17 @@ class _Chunk:
             hidden, weight = self.hidden.to(head.dtype), head.weight[part].to(head.dtype)
             return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(head.dtype))
         codes, _, scales = self.x
-        if head.codes is not None and head.scales is not None:
-            w_codes: Any = head.codes[part]
-            w_scales = head.scales[part]
-        else:
-            w_codes, _, w_scales = rotate_quantize(head.weight[part], None, head.rotation, INT8, "row")
+        w_codes, w_scales = self._weight(part)
         out = self.hidden.new_empty((codes.shape[0], w_codes.shape[0]), dtype=torch.float16)
         return multiply_into(out, codes, w_codes, scales, w_scales, bias)
+
+    def _weight(self, columns: slice) -> tuple[Any, Tensor]:
+        """Return the int8 codes and scales of some rows of the weight."""
+        head = self.head
+        if head.codes is not None and head.scales is not None:
+            return head.codes[columns], head.scales[columns]
+        codes, _, scales = rotate_quantize(head.weight[columns], None, head.rotation, INT8, "row")
+        return codes, scales
 
 
 class _Backward:
@@ -214,8 +240,8 @@ class _QuantizedBackward(_Backward):
     codes: Any = None  #: of the group, by tokens
     x: Any = None  #: codes and scales of the hidden states, by columns
 
-    def add(self, logits: Tensor, part: slice) -> None:
-        """Multiply with E of one part."""
+    def add(self, logits: Callable[[], Tensor], part: slice) -> None:
+        """Multiply with E of one part. ``logits`` returns those of the part, so that they are freed when E is made."""
         head, gradients = self.head, self.gradients
         group = self.plan.group_of(part, head.vocabulary)
         if self.codes is None:
@@ -223,7 +249,7 @@ class _QuantizedBackward(_Backward):
         codes = self.codes[:, part.start - group.start : part.stop - group.start]
         has_bias = gradients.bias is not None
         codes_t, scales, sums = _quantize_gradient(
-            logits, self.targets, self.factors, part.start, head.objective, codes, has_bias
+            logits(), self.targets, self.factors, part.start, head.objective, codes, has_bias
         )
         if has_bias:
             self.add_to_bias(part, sums)
@@ -233,6 +259,7 @@ class _QuantizedBackward(_Backward):
             multiply_into(out, codes_t, self.x[0], scales, self.x[1], None)
             if not self.is_first:
                 gradients.weight[part].add_(out)
+        del codes, codes_t
         if part.start == group.start:
             if gradients.hidden is not None:
                 w_codes, w_scales = _by_columns(head.weight[group])
@@ -244,10 +271,10 @@ class _QuantizedBackward(_Backward):
 class _DenseBackward(_Backward):
     """With E in the dtype of the tensors."""
 
-    def add(self, logits: Tensor, part: slice) -> None:
-        """Multiply with E of one part."""
+    def add(self, logits: Callable[[], Tensor], part: slice) -> None:
+        """Multiply with E of one part, whose logits ``logits`` returns."""
         dtype, gradients = self.head.dtype, self.gradients
-        e = self._gradient(logits, part)
+        e = self._gradient(logits(), part)
         if gradients.hidden is not None:
             self.add_to_hidden(e @ self.head.weight[part].to(dtype))
         if gradients.weight is not None:

@@ -35,6 +35,7 @@ from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import loss as loss_kernels  # noqa: E402
+from halo_tensor.kernels import loss_sm90  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
 from halo_tensor.kernels.matmul import (  # noqa: E402
@@ -115,6 +116,7 @@ def forget_plans():
         packing_kernels,
         two,
         loss_kernels,
+        loss_sm90,
     ):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
@@ -207,6 +209,7 @@ SPILLS = {
     ("int8, undo right, gain", 90): 76,
     ("int8, gain", 90): 204,
     ("fp8, undo both, fp32", 90): 132,
+    ("statistics of a product", 90): 8,  # with a scale of logits
 }
 
 
@@ -502,6 +505,23 @@ def test_losses(launched, capability, name, columns):
     check_nan(kernels[1:])  # a NaN stays in the sum of exponentials, not in the largest logit
     check_fit(kernels, capability)
     check_registers(kernels, capability, name)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_statistics_of_a_product(launched, biased, scale):
+    def request(empty):
+        codes, w_codes = empty(8192, 2048, dtype=torch.int8), empty(16384, 2048, dtype=torch.int8)
+        bias, targets = empty(16384, dtype=BF16) if biased else None, empty(8192, dtype=torch.int64)
+        objective = Objective(scale)
+        assert loss_sm90.why_not(codes.device, 8192, 16384, objective) is None
+        loss_sm90.update_statistics_(empty(5, 8192), codes, w_codes, empty(8192), empty(16384), bias, targets, 128, objective)
+
+    kernels = launched(90, request)
+    assert [kernel.name for kernel in kernels] == ["logit_statistics", "merge_statistics"]
+    assert not kernels[0].metadata.serialized and any("s32.s8" in name for name in instructions(kernels[0]))
+    check_fit(kernels, 90)
+    check_registers(kernels, 90, "statistics of a product")
 
 
 # Products.
