@@ -3,8 +3,8 @@
     python bench/users.py
     python bench/users.py --contenders bf16 halo1-int8 --cases linear short
 
-The model has the shape of Llama-3.2-1B and random weights. A step is forward, loss, backward and a fused AdamW. Contenders run
-one after the other in one process; the host's speed is part of what is measured.
+The models have the shape of Llama-3.2-1B, or of Llama-3-8B for adapters, and random weights. A step is forward, loss, backward
+and a fused AdamW. Contenders run one after the other in one process; the host's speed is part of what is measured.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import llama
 import results
 import torch
 from contenders import convert
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,15 +27,17 @@ NOTES = (
     "Eager code, no graphs. Linear: microseconds of the CPU for one 2048×2048 linear with 256 tokens, until the call returns, "
     "with gradients set to None after each backward; the median of 7 runs of 300 calls. Steps: milliseconds, medians of 12 "
     "(2×512) and 8 (4×2048) after 5; lengths that vary: the mean of thirty steps after ten, 4 × 200 to 2048 tokens, the same "
-    "lengths for all contenders. Generate: 8 prompts of 64 tokens, 64 new ones, milliseconds of the second call. "
+    "lengths for all contenders. LoRA: PEFT's adapters of rank 16 on all linears of a frozen Llama-3-8B shape, whose layers "
+    "are recomputed in the backward; the median of 7 steps after 4. Generate: 8 prompts of 64 tokens, 64 new ones, "
+    "milliseconds of the second call. "
     "× bf16: bf16's time divided by the contender's; more is better."
 )
 
 
-def llama_1b() -> nn.Module:
-    """Return a plain model of Llama-3.2-1B's shape with random weights in bfloat16."""
+def model_of(shape: str) -> nn.Module:
+    """Return a plain Llama with random weights in bfloat16."""
     with torch.device(DEVICE):
-        return LlamaForCausalLM._from_config(LlamaConfig(**llama.SHAPES["1b"]), dtype=torch.bfloat16)
+        return LlamaForCausalLM._from_config(LlamaConfig(**llama.SHAPES[shape]), dtype=torch.bfloat16)
 
 
 def host_us(call: Callable[[], object], calls: int = 300) -> float:
@@ -70,11 +73,21 @@ def linear(name: str) -> Iterator[tuple[str, float]]:
     yield "linear, no_grad, µs of the CPU", host_us(evaluate)
 
 
-def steps(name: str, lengths: list[tuple[int, int]]) -> list[float]:
-    """Return the milliseconds of training steps with batches of these (sequences, tokens)."""
+def steps(name: str, lengths: list[tuple[int, int]], adapted: bool = False) -> list[float]:
+    """Return the milliseconds of training steps with batches of these (sequences, tokens).
+
+    Args:
+        adapted: train adapters of rank 16 on a frozen Llama-3-8B shape, whose layers are recomputed in the backward. Otherwise
+            all weights of the Llama-3.2-1B shape are trained.
+    """
     torch.manual_seed(0)
-    model = llama_1b()
+    model = model_of("8b" if adapted else "1b")
+    if adapted:
+        model.requires_grad_(False)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     convert(model, name)
+    if adapted:
+        model = get_peft_model(model.train(), LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     found = []
     for shape in lengths:
@@ -103,8 +116,12 @@ def varying(name: str) -> Iterator[tuple[str, float]]:
     yield "1B step, 4 × 200 to 2048", statistics.mean(found[10:])
 
 
+def lora(name: str) -> Iterator[tuple[str, float]]:
+    yield "8B LoRA step, 4×1024", statistics.median(steps(name, [(4, 1024)] * 11, adapted=True)[4:])
+
+
 def generate(name: str) -> Iterator[tuple[str, float]]:
-    model = llama_1b().eval()
+    model = model_of("1b").eval()
     convert(model, name)
     ids = torch.randint(0, 128256, (8, 64), device=DEVICE)
     for _ in range(2):
@@ -116,7 +133,7 @@ def generate(name: str) -> Iterator[tuple[str, float]]:
     yield "generate, 8 × 64", last * 1e3
 
 
-CASES = {case.__name__: case for case in (linear, short, full, varying, generate)}
+CASES = {case.__name__: case for case in (linear, short, full, varying, generate, lora)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

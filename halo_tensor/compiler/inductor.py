@@ -24,9 +24,10 @@ from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import _disable_current_modes
 
-from halo_tensor.compiler.stand_ins import StandIn, Unsupported
+from halo_tensor.compiler.stand_ins import StandIn
 from halo_tensor.fences.fast_paths import INDUCTOR, PRODUCERS
 from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.kernels.stand_ins import Unsupported
 from halo_tensor.ops.register import body_of
 
 #: False writes a quantiser's input to memory before the quantiser reads it, for comparisons. It is not part of the key of

@@ -55,8 +55,17 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 current_raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+#: Inductor's generated code allocates by it, several times faster than by its public twin.
+_empty_strided_cuda = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
 _KEYS = torch._C._TorchDispatchModeKey
 _TRACING_MODES = (_KEYS.FAKE, _KEYS.FUNCTIONAL, _KEYS.PROXY)
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """Return a function of shape, stride and dtype that allocates on a device. If it is a GPU, it must be the current one."""
+    if device.type == "cuda" and _empty_strided_cuda is not None:
+        return _empty_strided_cuda
+    return lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def is_symbolic() -> bool:
@@ -120,6 +129,7 @@ def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> Abstr
 __all__ = [
     "ALLOWED_AO_MODULES",
     "TorchAOBaseTensor",
+    "allocator",
     "current_device",
     "current_raw_stream",
     "hidden_from_modes",

@@ -6,9 +6,9 @@ it. Its arguments are positional and differ between versions, so under untested 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton
 _REMEMBERED = 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
-#: Of the sizes (see halo_tensor.kernels.launch), the tensors, their pointers and a stream.
+#: A function of sizes (see halo_tensor.kernels.launch), tensors, their pointers and a stream.
 Run = Callable[[Any, tuple, list[int], int], None]
 
 
@@ -28,58 +28,90 @@ def shared_memory(index: int) -> int:
     return max_shared_mem(index)
 
 
-def through_triton(compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
+class Address(NamedTuple):
+    """What a descriptor needs of a tensor: where it begins, and its dtype."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def is_observed() -> bool:
+    """Whether Triton's hooks want to know of launches."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+def through_triton(compiled: Any, descriptors: Callable, dtypes: tuple[torch.dtype, ...], constants: tuple) -> Run:
     """A function that launches ``compiled`` on the current device.
 
     Args:
-        descriptors: of sizes and tensors, the descriptors of the first ``described`` of them.
+        descriptors: of sizes and tensors, the descriptors of the first ones.
+        dtypes: the dtypes of the tensors that are read through descriptors.
         constants: the arguments behind the integers.
     """
 
     def launch(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
-        arguments = *descriptors(sizes, tensors), *pointers[described:], *sizes.integers, *constants
+        arguments = *descriptors(sizes, tensors), *pointers[len(dtypes) :], *sizes.integers, *constants
         compiled[sizes.grid](*arguments, stream=stream)
 
     return launch
 
 
-def bare(launch: Run, compiled: Any, descriptors: Callable, described: int, constants: tuple) -> Run:
-    """Return a launch by the C function beneath Triton's launcher.
+class Bare:
+    """A launch by the C function beneath Triton's launcher.
 
-    If that function is not enough, ``launch`` is returned, which :func:`through_triton` made of the same arguments.
+    Args:
+        launch: made by :func:`through_triton` of the same other arguments. It launches while hooks observe launches.
     """
-    from triton import knobs
 
-    if not _is_enough(compiled):
+    def __init__(self, launch: Run, compiled: Any, descriptors: Callable, dtypes: tuple[torch.dtype, ...], constants: tuple):
+        self._launch, self._descriptors, self._dtypes, self._constants = launch, descriptors, dtypes, constants
+        self._function, self._head = _bare(compiled, len(dtypes))
+        self._encoders = _encoders(compiled, len(dtypes))
+        # For each descriptor: pointers and extents recur, and one of two operands is often a weight, whose pointer stays.
+        self._remembered: list[dict[tuple, tuple]] = [{} for _ in dtypes]
+        self._spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
+
+    def __call__(self, sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
+        if is_observed():
+            return self._launch(sizes, tensors, pointers, stream)
+        self.bound(sizes)(pointers, stream)
+
+    def bound(self, sizes: Any) -> Callable[[Sequence[int], int], None]:
+        """Return the launch with these sizes, as a function of the tensors' pointers and a stream."""
+        function, head, grid, extents = self._function, self._head, sizes.grid, sizes.extents
+        tail = (*sizes.integers, *self._constants)
+        described, remembered, spread = len(extents), self._remembered, self._spread
+
+        def launch(pointers: Sequence[int], stream: int) -> None:
+            if described:
+                encoded: tuple = ()
+                for index, extent in enumerate(extents):
+                    key = pointers[index], extent
+                    encoded += remembered[index].get(key) or self._encode(index, key, sizes, pointers)
+                pointers = (*encoded, *pointers[described:])
+            if spread:
+                function(*grid, stream, *head, *pointers, *tail)
+            else:
+                function(*grid, stream, *head, (*pointers, *tail))
+
         return launch
-    function, head = _bare(compiled, described)
-    encoders = _encoders(compiled, described)
-    hooks = knobs.runtime
-    _ = hooks.launch_enter_hook.calls, hooks.launch_exit_hook.calls
-    spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
-    # For each descriptor: pointers and extents recur, and one of two operands is often a weight, whose pointer stays.
-    remembered: list[dict[tuple, tuple]] = [{} for _ in range(described)]
 
-    def encoded_anew(index: int, key: tuple, sizes: Any, tensors: tuple) -> tuple:
-        if len(remembered[index]) >= _REMEMBERED:
-            remembered[index].clear()
-        found = remembered[index][key] = encoders[index](descriptors(sizes, tensors)[index])
+    def _encode(self, index: int, key: tuple, sizes: Any, pointers: Sequence[int]) -> tuple:
+        remembered = self._remembered[index]
+        if len(remembered) >= _REMEMBERED:
+            remembered.clear()
+        addresses = tuple(map(Address, pointers, self._dtypes))
+        found = remembered[key] = self._encoders[index](self._descriptors(sizes, addresses)[index])
         return found
 
-    def launch_bare(sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            return launch(sizes, tensors, pointers, stream)
-        encoded: tuple = ()
-        for index, extent in enumerate(sizes.extents):
-            key = pointers[index], extent
-            encoded += remembered[index].get(key) or encoded_anew(index, key, sizes, tensors)
-        arguments = (*encoded, *pointers[described:], *sizes.integers, *constants)
-        if spread:
-            function(*sizes.grid, stream, *head, *arguments)
-        else:
-            function(*sizes.grid, stream, *head, arguments)
 
-    return launch_bare
+def bare(launch: Run, compiled: Any, *how: Any) -> Run:
+    """Return a :class:`Bare` launch, or ``launch`` if the C function is not enough."""
+    return Bare(launch, compiled, *how) if _is_enough(compiled) else launch
 
 
 def _is_enough(compiled: Any) -> bool:
@@ -119,8 +151,8 @@ def _encoders(compiled: Any, described: int) -> list[Callable[[Any], tuple]]:
     def encoder(meta: Any) -> Callable[[Any], tuple]:
         def encode(descriptor: Any) -> tuple:
             encoded = make_tensordesc_arg(descriptor, meta, *unused)
-            # Without TMA the argument is the tensor, whose address is passed.
-            return tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in encoded)
+            # Without TMA the argument is the tensor, or what stands for it, whose address is passed.
+            return tuple(a.data_ptr() if isinstance(a, (torch.Tensor, Address)) else a for a in encoded)
 
         return encode
 

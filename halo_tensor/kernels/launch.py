@@ -4,7 +4,7 @@ Triton's own dispatch looks at every argument of every call, which takes longer 
 only looks at pointers. Neither plans nor compiled kernels depend on a number of tokens: see :class:`Planned`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from operator import or_
@@ -150,7 +150,14 @@ class Launch:
         """Return the arguments of :func:`triton_launch.through_triton`, the first of which is the compiled kernel."""
         compiled = self._compile(self._described(sizes, tensors), sizes, index)
         names = self.kernel.arg_names[len(tensors) + len(sizes.integers) :]
-        return compiled, self._descriptors, len(self.blocks), tuple(self.constants[name] for name in names)
+        dtypes = tuple(t.dtype for t in tensors[: len(self.blocks)])
+        return compiled, self._descriptors, dtypes, tuple(self.constants[name] for name in names)
+
+    def bound(self, sizes: Sizes) -> Callable[[Sequence[int], int], None] | None:
+        """Return this launch with its sizes as a function of pointers, multiples of 16, and a stream; None before the first
+        launch with such sizes, and where Triton's C function does not launch it."""
+        run = self._runs.get(sizes.kinds)
+        return run.bound(sizes) if isinstance(run, triton_launch.Bare) else None
 
     def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> None:
         """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
@@ -223,6 +230,10 @@ class SizedLaunch:
 
     def __call__(self, *tensors: Any) -> None:
         self.launch(self.sizes, *tensors)
+
+    def bound(self) -> Callable[[Sequence[int], int], None] | None:
+        """Return :meth:`Launch.bound` with these sizes."""
+        return self.launch.bound(self.sizes)
 
     def source(self) -> str:
         """Return an expression that makes this launch again; generated code imports the modules of kernels."""

@@ -8,13 +8,13 @@ dispatch mode must see takes the operand path.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from halo_tensor.fences.pytorch import is_recorded, is_transformed
 from halo_tensor.kernels.device import check_device, runs_kernels
-from halo_tensor.operand.gains import Gains
 from halo_tensor.products.backward import check_first_derivative
 from halo_tensor.products.operands import shared_operands
 from halo_tensor.products.steps import Dims, Step, as_pair, folded_products, reuses_operand, steps_for
@@ -81,25 +81,29 @@ class Lowered:
     """The launches of a layer, as functions of plain tensors."""
 
     def __init__(self, layer: Layer):
-        from halo_tensor.kernels.rotate import transposed  # Triton, which a machine without a GPU may lack
+        from halo_tensor.kernels.recorded import Recorded  # Triton, which a machine without a GPU may lack
+        from halo_tensor.kernels.rotate import transposed
 
         check_device(layer.recipe.formats, layer.device)
         self.layer = layer
         self.transposed: Callable[..., torch.Tensor] = transposed
         (step,) = steps_for(layer.recipe, X, ("output", "grad_weight"))
         self.x_operand = _INTERNED.setdefault(step.operand, step.operand)
-        self.quantize_x = _quantizer(layer, X, step, layer.x)
-        (step,) = steps_for(layer.recipe, X, ("output",))
-        self.quantize_x_for_output = _quantizer(layer, X, step, layer.x)
+        (for_output,) = steps_for(layer.recipe, X, ("output",))
+        self.quantize_x, self.quantize_x_for_output = (
+            Recorded(partial(_quantized, _quantizer(layer, X, step, layer.x), layer.in_features))
+            for step in (step, for_output)
+        )
         (step,) = steps_for(layer.recipe, W, ("output",))
         self.quantize_w = _quantizer(layer, W, step, layer.weight)
         self.quantize_e: dict[tuple[str, ...], Callable[..., list[Codes]]] = {
             products: _gradient_quantizer(layer, products) for products in (BOTH, BOTH[:1], BOTH[1:])
         }
         self.folds = folded_products(layer.recipe, BOTH)
-        self.output = _product(layer, "output", layer.output)
-        self.grad_input = _product(layer, "grad_input", layer.x)
-        self.grad_weight = _product(layer, "grad_weight", layer.weight)
+        dtypes = {"output": layer.output, "grad_input": layer.x, "grad_weight": layer.weight}
+        self.products = {name: _product(layer, name, dtype) for name, dtype in dtypes.items()}
+        self.output = Recorded(self._output)
+        self.backward = Recorded(self._backward)
 
     def quantized_x(self, x: torch.Tensor, gain: torch.Tensor | None, trains_w: bool) -> Codes:
         """Return what X brings to its products, for grad_weight too if ``trains_w``. Layers that follow each other and read
@@ -113,33 +117,63 @@ class Lowered:
         key = id(self.x_operand), id(gain)
         found, _ = shared.get(key, (None, None))
         if found is None or (trains_w and found.columns is None):
-            matrix = x if x.ndim == 2 else x.reshape(-1, self.layer.in_features)
-            found = quantize(matrix, None, gain)
+            found = Codes(*quantize((x.shape, x.stride()), x, gain))
             shared[key] = found, gain  # which so keeps its id
         return found
 
-    def backward(
-        self, e: torch.Tensor, x: Codes | None, w: Codes | None, gains: Gains | None, x_shape: torch.Size
+    def _output(
+        self,
+        x_shape: torch.Size,
+        x_rows: torch.Tensor,
+        x_scale: torch.Tensor,
+        w_rows: torch.Tensor,
+        w_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor]:
+        """Return Y for X of ``x_shape``."""
+        shape = (*x_shape[:-1], self.layer.out_features)
+        return (self.products["output"](x_rows, w_rows, x_scale, w_scale, None, bias, x_rows.shape[0], shape),)
+
+    def _backward(
+        self,
+        numbers: tuple,
+        e: torch.Tensor,
+        x_columns: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
+        w_rows: torch.Tensor | None,
+        w_scale: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        undo_gain: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return E_X of ``x_shape`` and G [out, in]; None where ``w`` or ``x`` is.
+        """Return E_X and G [out, in], None where the codes of the other operand are.
 
         Args:
-            e: [tokens, out]. x, w: what forward multiplied with.
-            gains: of the weight, and their inverse.
+            numbers: the shape of X, then what the tensors' strides depend on.
+            e: [..., out]. The other tensors are what forward multiplied with.
         """
-        right = {name: codes for name, codes in zip(BOTH, (w, x), strict=True) if codes is not None}
-        folds = [codes.scale if name in self.folds else None for name, codes in right.items()]
-        left = dict(zip(right, self.quantize_e[tuple(right)](e, *folds), strict=True))
-        scale = {name: None if name in self.folds else codes.scale for name, codes in right.items()}
-        gain, undo_gain = gains or (None, None)
+        layer = self.layer
+        e = e if e.ndim == 2 else e.reshape(-1, layer.out_features)
+        scales = dict(zip(BOTH, (w_scale, x_scale), strict=True))
+        products = tuple(name for name, codes in zip(BOTH, (w_rows, x_columns), strict=True) if codes is not None)
+        folds = [scales[name] if name in self.folds else None for name in products]
+        left = dict(zip(products, self.quantize_e[products](e, *folds), strict=True))
         grad_x = grad_w = None
-        if w is not None:
-            a, b_t = left["grad_input"], self.transposed(w.rows)
-            grad_x = self.grad_input(a.rows, b_t, a.scale, scale["grad_input"], undo_gain, None, e.shape[0], x_shape)
-        if x is not None:
-            a, shape = left["grad_weight"], (self.layer.out_features, self.layer.in_features)
-            grad_w = self.grad_weight(a.columns, x.columns, a.scale, scale["grad_weight"], gain, None, shape[0], shape)
+        if w_rows is not None:
+            a, scale = left["grad_input"], None if "grad_input" in self.folds else w_scale
+            operands = a.rows, self.transposed(w_rows), a.scale, scale, undo_gain
+            grad_x = self.products["grad_input"](*operands, None, e.shape[0], numbers[0])
+        if x_columns is not None:
+            a, scale = left["grad_weight"], None if "grad_weight" in self.folds else x_scale
+            shape = layer.out_features, layer.in_features
+            grad_w = self.products["grad_weight"](a.columns, x_columns, a.scale, scale, gain, None, shape[0], shape)
         return grad_x, grad_w
+
+
+def _quantized(
+    quantize: Callable[..., Codes], width: int, numbers: tuple, x: torch.Tensor, gain: torch.Tensor | None
+) -> Codes:
+    """Return the codes of x [..., width], whose shape and strides are ``numbers``."""
+    return quantize(x if x.ndim == 2 else x.reshape(-1, width), None, gain)
 
 
 #: An operand -> the first one that equals it, so that equal ones are known by their id.
@@ -217,6 +251,8 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
         a: torch.Tensor, b_t: torch.Tensor, a_scale: Any, b_scale: Any, gain: Any, bias: Any, rows: int, shape: tuple[int, ...]
     ) -> torch.Tensor:
         y = plan.scaled_mm(a, b_t, a_scale, b_scale, bias, row_rotation, column_rotation, (rows, n), dtype, gain)
+        if len(shape) == 2:
+            return y
         return torch.ops.aten._unsafe_view.default(y, shape)  # a view may not be written to where a function returns it
 
     columns_fit = column_rotation is None or (plan.fits_epilogue(column_rotation) and rotated(n, column_rotation) == n)
@@ -250,31 +286,25 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
     ) -> torch.Tensor:
-        wants_x, wants_w = ctx.needs_input_grad[:2]
+        wants_x, wants_w, _, *_ = ctx.needs_input_grad
         operand = lowered.quantized_x(x, gains and gains[1], wants_w)
         saved_x = (operand.columns, operand.scale) if wants_w else (None, None)
         saved_w = (w.rows, w.scale) if wants_x else (None, None)
         ctx.save_for_backward(*saved_x, *saved_w)
-        ctx.lowered, ctx.gains, ctx.x_shape = lowered, gains, x.shape
-        return _output(lowered, operand, w, bias, x.shape)
+        ctx.lowered, ctx.gains, ctx.x_shape = lowered, gains or (None, None), x.shape
+        return lowered.output(x.shape, operand.rows, operand.scale, w.rows, w.scale, bias)[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         check_first_derivative()
         (e,), lowered = gradients, ctx.lowered
-        x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
-        e = e if e.ndim == 2 else e.reshape(-1, lowered.layer.out_features)
-        x = None if x_columns is None else Codes(None, x_columns, x_scale)
-        w = None if w_rows is None else Codes(w_rows, None, w_scale)
-        grad_x, grad_w = lowered.backward(e, x, w, ctx.gains, ctx.x_shape)
-        grad_bias = e.sum(0, dtype=torch.float32).to(lowered.layer.bias) if ctx.needs_input_grad[2] else None
+        saved = x_columns, _, w_rows, _ = ctx.saved_tensors
+        numbers = ctx.x_shape, e.stride(), x_columns is None, w_rows is None
+        grad_x, grad_w = lowered.backward(numbers, e, *saved, *ctx.gains)
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)
         return grad_x, grad_w, grad_bias, None, None, None
-
-
-def _output(lowered: Lowered, x: Codes, w: Codes, bias: torch.Tensor | None, x_shape: torch.Size) -> torch.Tensor:
-    assert x.rows is not None
-    shape = (*x_shape[:-1], lowered.layer.out_features)
-    return lowered.output(x.rows, w.rows, x.scale, w.scale, None, bias, x.rows.shape[0], shape)
 
 
 #: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
@@ -319,7 +349,8 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             w, gains = Codes(operand.codes, None, operand.scale), operand.gains
         if trains_w or (trains and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return _Linear.apply(x, weight, bias, lowered, w, gains)
-        return _output(lowered, lowered.quantized_x(x, gains and gains[1], False), w, bias, x.shape)
+        rows, _, scale = lowered.quantized_x(x, gains and gains[1], False)
+        return lowered.output(x.shape, rows, scale, w.rows, w.scale, bias)[0]
 
 
 def _lower(recipe: Recipe, key: tuple) -> tuple[Recipe, Lowered | None]:

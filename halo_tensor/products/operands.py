@@ -1,9 +1,10 @@
 """Making the operands of the three products of X, W and E, as a recipe says, and sharing them between products and layers."""
 
 import threading
+import weakref
+from collections.abc import Callable
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from halo_tensor.fences.pytorch import current_raw_stream, is_recorded
 from halo_tensor.operand.gains import Gains
@@ -13,20 +14,39 @@ from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
 
-class _OperandCache(threading.local):
-    """Operands made of the most recent matrix of this thread, so that layers which read the same X quantise it once.
+class _Shared:
+    """Operands made of the most recent matrix of a thread, so that layers which read the same X quantise it once.
 
     q, k and v, and gate and up, are called one after another with the same tensor; the later ones reuse the first one's codes.
     Only one matrix is remembered: checkpointing keeps inputs alive, and their codes would stay alive with them.
+
+    Attributes:
+        owner: returns the matrix, or None after it died.
+        state: its version and CUDA stream.
+        operands: (operand, id of its gain) -> HadamardQuantTensor. They die with the matrix.
     """
 
     def __init__(self) -> None:
-        #: matrix -> (its version and CUDA stream, {(operand, id of its gain): HadamardQuantTensor}). An entry dies with its
-        #: matrix.
-        self.operands: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.forget()
+
+    def forget(self, _: object = None) -> None:
+        self.owner: Callable[[], torch.Tensor | None] = lambda: None
+        self.state: tuple = ()
+        self.operands: dict = {}
+
+    def of(self, owner: torch.Tensor, state: tuple) -> dict:
+        """Return the operands of ``owner``, which is in this state."""
+        if self.owner() is not owner or self.state != state:
+            self.owner, self.state, self.operands = weakref.ref(owner, self.forget), state, {}
+        return self.operands
 
 
-_cache = _OperandCache()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.shared = _Shared()
+
+
+_thread = _Thread()
 
 
 def quantize_operands(
@@ -93,8 +113,11 @@ def _is_shared(owner: torch.Tensor) -> bool:
     # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
     if type(owner) is not torch.Tensor or owner.grad_fn is None or is_recorded():
         return False
-    # Every replay of a CUDA graph must quantise anew.
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not _is_captured(owner)  # every replay of a CUDA graph must quantise anew
+
+
+def _is_captured(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def shared_operands(owner: torch.Tensor | None) -> dict:
@@ -103,13 +126,7 @@ def shared_operands(owner: torch.Tensor | None) -> dict:
     if owner is None or not _is_shared(owner):
         return {}
     stream = current_raw_stream(owner.get_device()) if owner.is_cuda else None
-    now = owner._version, stream
-    seen, operands = _cache.operands.get(owner, (None, {}))
-    if seen != now:
-        operands = {}
-        _cache.operands.clear()
-        _cache.operands[owner] = (now, operands)
-    return operands
+    return _thread.shared.of(owner, (owner._version, stream))
 
 
 def _quantize(

@@ -25,6 +25,7 @@ operands before they are multiplied, as matrix units for MXFP8 and NVFP4 do.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from halo_tensor.recipe.formats import Constant, Format
@@ -173,7 +174,7 @@ class Recipe(Constant):
         sides = getattr(self, product)
         return sides.left if PRODUCTS[product][0] == dims else sides.right
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
         """Whether all products are computed in high precision, without rotations."""
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))

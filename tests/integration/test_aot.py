@@ -792,7 +792,8 @@ def test_the_function_beneath_the_launcher(monkeypatch, described):
     monkeypatch.setattr(triton_launch, "BuiltinFunctionType", FunctionType)
     tensors = torch.empty(256, 128, dtype=torch.int8), torch.empty(4)
     descriptors = [launching.describe(tensors[0], (256, 128, 128), (128, 128))][:described]
-    how = compiled, lambda sizes, tensors: descriptors, described, ("constant",)
+    dtypes = (torch.int8,)[:described]
+    how = compiled, lambda sizes, tensors: descriptors, dtypes, ("constant",)
     ours, sizes = (
         triton_launch.bare(triton_launch.through_triton(*how), *how),
         launching.Sizes((3, 2, 1), (7,), ((256, 128, 128),)[:described], (0,)),

@@ -17,11 +17,11 @@ from torch import nn
 pytest.importorskip("triton")
 
 from halo_tensor import halo_config, ops, quantize_
-from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as scaled_mm
 from halo_tensor.kernels.matmul import sm80
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
+from tests.helpers import launches
 from tests.helpers.errors import relative_error, typical_error
 from tests.helpers.older_gpu import running_as
 
@@ -40,10 +40,7 @@ def codes(rows, width, format):
 
 @pytest.fixture
 def launched(monkeypatch):
-    names = []
-    call = Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *t: (names.append(self.kernel.fn.__name__), call(self, *t))[1])
-    return names
+    return launches.noted(monkeypatch)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89])

@@ -9,13 +9,13 @@ pytest.importorskip("triton")
 
 from halo_tensor import balance_, halo_config, quantize_
 from halo_tensor.fences.fast_paths import FAST_PATHS
-from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.recorded import Program
 from halo_tensor.products import eager
 from halo_tensor.products.eager import can_lower
 from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
-from tests.helpers import interpreter
-from tests.helpers.interpreter import DEVICE, runs_kernels
+from tests.helpers import interpreter, launches
+from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
 
 # (config, with a bias, balanced)
 LAYERS = {
@@ -26,6 +26,8 @@ LAYERS = {
     "fp8, one scale": (halo_config(1, "fp8", skip="", granularity="tensor"), False, False),
     "fp6 level 2": (halo_config(2, "fp6", skip=""), False, False),
 }
+#: Calls with one shape: the first runs the functions of the path, the second records them, the third repeats the recording.
+CALLS = 3
 
 
 @interpreter.runs_the_others
@@ -69,22 +71,42 @@ def taken(monkeypatch):
 def test_it_gives_what_the_operand_path_gives(name, taken, monkeypatch):
     model, x = model_of(name)
     taken.clear()
-    eagerly = results(model, x)
-    assert len(taken) == 4 and all(y is not None for y in taken)
+    repeated, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self, tensors: (repeated.append(self), run(self, tensors))[1])
+    inputs = [x * scale for scale in (1, 2, -3)[:CALLS]]
+    eagerly = [results(model, x) for x in inputs]
+    assert len(taken) == 4 * CALLS and all(y is not None for y in taken)
+    assert len(repeated) >= 2 * 5, "quantised X, output and backward of two layers, and without autograd"
     monkeypatch.setattr(eager, "linear", lambda *args: None)
-    for actual, expected in zip(eagerly, results(model, x), strict=True):
-        assert torch.equal(actual, expected)
-        assert actual.abs().max() > 0
+    for made, x in zip(eagerly, inputs, strict=True):
+        for actual, expected in zip(made, results(model, x), strict=True):
+            assert torch.equal(actual, expected)
+            assert actual.abs().max() > 0
+
+
+@runs_kernels
+def test_programs_are_repeated(monkeypatch):
+    """Other values, the same shape; on a GPU all launches are C functions."""
+    model, x = model_of("int8 level 1")
+    layer, e = model[0], torch.randn(2, 5, 256, device=DEVICE, dtype=torch.bfloat16)
+    eager._lowered.clear()
+    for _ in range(CALLS):
+        layer(x.clone().requires_grad_()).backward(e)
+    (lowered,) = (lowered for _, lowered in eager._lowered.values())
+    for function in (lowered.quantize_x, lowered.output, lowered.backward):
+        (program,) = function.programs.values()
+        assert program.steps and all(bool(step.bound) == GPU for step in program.steps)
+    assert lowered.quantize_x.function((x.shape, x.stride()), x, None)[0] is not None
+    monkeypatch.setattr(lowered.output, "function", None)
+    with torch.no_grad():
+        assert layer(x).shape == (2, 5, 256)
 
 
 @runs_kernels
 def test_what_is_launched(monkeypatch):
     """Two kernels without autograd; nothing is made for backward."""
     model, x = model_of("int8 level 1")
-    launched, call = [], Launch.__call__
-    monkeypatch.setattr(
-        Launch, "__call__", lambda self, *args: (launched.append(self.kernel.fn.__name__), call(self, *args))[1]
-    )
+    launched = launches.noted(monkeypatch)
     with torch.no_grad():
         model[0](x)
     assert len(launched) == 2 and launched[0] == "whole_rows" and launched[1] in ("scaled_mm_kernel", "mma_kernel")
@@ -99,10 +121,7 @@ def test_layers_that_follow_each_other_share_an_operand(monkeypatch):
     model, x = model_of("int8 level 1")
     other = nn.Linear(128, 64, bias=False, device=DEVICE, dtype=torch.bfloat16)
     quantize_(other, halo_config(1, "int8", skip="", min_features=16), filter_fn=lambda *_: True)
-    launched, call = [], Launch.__call__
-    monkeypatch.setattr(
-        Launch, "__call__", lambda self, *args: (launched.append(self.kernel.fn.__name__), call(self, *args))[1]
-    )
+    launched = launches.noted(monkeypatch)
     h = x.clone().requires_grad_() * 1
     model[0](h), other(h)
     assert launched.count("whole_rows") == 1

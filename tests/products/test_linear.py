@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halo_tensor import halo_config, quantize_, recipe_config
-from halo_tensor.products.operands import _cache, shared_operands
+from halo_tensor.products import operands
+from halo_tensor.products.operands import _thread, shared_operands
 from halo_tensor.recipe import FORMATS, INT8, Operand, Product, Recipe, Rotation, Scales
 from tests.helpers.errors import relative_error, typical_error
 from tests.helpers.linear_layers import converted, exact, gradients, rotation_matrix
@@ -276,9 +277,9 @@ def test_codes_of_one_matrix_are_kept():
     kept = [torch.randn(16, 128, requires_grad=True) + i for i in range(3)]
     for x in kept:
         layer(x)
-    assert list(_cache.operands.keys()) == kept[-1:]
+    assert _thread.shared.owner() is kept[-1] and _thread.shared.operands
     del x, kept
-    assert not _cache.operands
+    assert _thread.shared.owner() is None and not _thread.shared.operands
 
 
 def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):
@@ -286,8 +287,7 @@ def test_a_cuda_graph_captures_its_own_quantisation(monkeypatch):
     layer = converted(nn.Linear(128, 128), halo_config(1, "int8"))
     x = torch.randn(16, 128, requires_grad=True) + 0
     layer(x)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(operands, "_is_captured", lambda x: True)
     assert shared_operands(x) == {}
     monkeypatch.undo()
     assert shared_operands(x)

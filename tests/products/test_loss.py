@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from halo_tensor import halo_config, linear_cross_entropy, ops, quantize_
-from halo_tensor.ops import loss as driver
+from halo_tensor.ops import loss_parts, loss_passes
 from halo_tensor.recipe import INT8, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.loss import Objective
@@ -285,11 +285,11 @@ def test_no_tensor_holds_all_logits(backward):
     tokens, vocabulary, scratch = 256, 20000, 2**21
     hidden, weight = torch.randn(tokens, 32), torch.randn(vocabulary, 32)
     targets, weights = torch.randint(vocabulary, (tokens,)), torch.ones(tokens)
-    head = driver.Head(weight, None, None, None, None, "int8", backward, Rotation(32), torch.float32, Objective())
-    gradients = driver.Gradients(torch.empty_like(hidden), torch.empty_like(weight), None)
+    head = loss_passes.Head(weight, None, None, None, None, "int8", backward, Rotation(32), torch.float32, Objective())
+    gradients = loss_passes.Gradients(torch.empty_like(hidden), torch.empty_like(weight), None)
     with LargestTensor() as log:
-        driver.run(head, hidden, targets, weights, 10**6, scratch, gradients)
-    plan = driver.plan_for(tokens, vocabulary, scratch)
+        loss_passes.run(head, hidden, targets, weights, 10**6, scratch, gradients)
+    plan = loss_parts.plan_for(tokens, vocabulary, scratch)
     assert plan == (1024, 5, 0)
     assert tokens * plan.width <= log.most <= tokens * plan.width * plan.group < tokens * vocabulary / 3
     assert gradients.weight.isfinite().all()
@@ -298,12 +298,12 @@ def test_no_tensor_holds_all_logits(backward):
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 2**34))
 def test_parts_fit_the_scratch_memory(tokens, vocabulary, scratch):
-    plan = driver.plan_for(tokens, vocabulary, scratch)
+    plan = loss_parts.plan_for(tokens, vocabulary, scratch)
     parts = plan.parts(vocabulary)
     assert parts[0].start == 0 and parts[-1].stop == vocabulary
     assert all(a.stop == b.start for a, b in itertools.pairwise(parts))
-    assert plan.group >= 1 and plan.kept >= 0 and plan.width * plan.group <= max(driver.GROUP, vocabulary)
-    if plan.width not in (vocabulary, driver.NARROWEST):
+    assert plan.group >= 1 and plan.kept >= 0 and plan.width * plan.group <= max(loss_parts.GROUP, vocabulary)
+    if plan.width not in (vocabulary, loss_parts.NARROWEST):
         assert tokens * plan.width * (3 + plan.group + 2 * plan.kept) <= scratch
     groups = {plan.group_of(part, vocabulary).start: plan.group_of(part, vocabulary) for part in parts}
     assert sum(group.stop - group.start for group in groups.values()) == vocabulary

@@ -382,3 +382,10 @@ def rotate_tiles(
     y = _rotated_tile(x_tile, h_left, h_right, NORM, LEFT, RIGHT)
     out_at = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(out_at, y.to(out.dtype.element_ty), mask=(rows < ROWS_OUT)[:, None] & (columns < K)[None, :])
+
+
+@triton.jit
+def fill(out, N, VALUE: tl.constexpr, WIDTH: tl.constexpr):
+    """Store VALUE to all N elements of ``out``."""
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(out + index, tl.full((WIDTH,), VALUE, out.dtype.element_ty), mask=index < N)

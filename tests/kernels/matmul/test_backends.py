@@ -8,12 +8,12 @@ import torch
 pytest.importorskip("triton")
 
 from halo_tensor import ops
-from halo_tensor.compiler.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Planned
 from halo_tensor.kernels.matmul import backends, cublas, sm80, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul.pytorch import PyTorchProduct
+from halo_tensor.kernels.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.ops.register import body_of
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
