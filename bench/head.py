@@ -1,4 +1,4 @@
-"""Time the head of a language model with its loss, forward and backward: linear_cross_entropy against PyTorch and Liger-Kernel.
+"""Time a head with its loss, forward and backward: linear_cross_entropy against PyTorch and Liger-Kernel.
 
     python bench/head.py
     python bench/head.py --models 1b --scratch 128 1024
@@ -28,9 +28,9 @@ MODELS = {
 }
 OURS = "int8 / fp8"
 NOTES = (
-    "int8 / fp8: the products of forward and backward. Codes kept: the weight is a HaloWeight, whose int8 codes are made by the "
-    "optimiser's step; otherwise they are made in the call. × bf16: the time of compiled bf16 divided by the contender's; more "
-    "is better. MiB: the most memory above the inputs, without the gradients. Liger: liger_fused_linear_cross_entropy."
+    "int8 / fp8: the products of forward and backward. Codes kept: the weight is a HaloWeight, whose int8 codes are made by "
+    "the optimiser's step; otherwise they are made in the call. × bf16: the time of compiled bf16 divided by the contender's; "
+    "more is better. MiB: the most memory above the inputs, without the gradients. Liger: liger_fused_linear_cross_entropy."
 )
 
 
@@ -116,7 +116,7 @@ def rows_of(model: str, args: argparse.Namespace, why_not: dict) -> list[dict]:
         torch.cuda.empty_cache()
     bf16 = [row["ms"] for row in rows if row["contender"] == "bf16, compiled"]
     for row in rows:
-        row["× bf16"] = f"{bf16[0] / row['ms']:.2f}" if bf16 else None
+        row["× bf16"] = results.speedup(bf16[0] if bf16 else None, row["ms"])
     return rows
 
 
@@ -133,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
-        sys.exit("this needs a GPU")
+        sys.exit("bench/head.py needs a CUDA device")
     rows: list[dict] = []
     why_not: dict = {}
     for model in args.models:
