@@ -152,7 +152,8 @@ class FusedHead:
         if not self.fused_state.armed:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         head: Any = self
-        return LazyLogits(x, head.out_features, _Product(head, x), self.fused_state)
+        product = _Product(head, x)
+        return LazyLogits(x, head.out_features, product, self.fused_state, product.dtype)
 
 
 @cache
@@ -177,6 +178,7 @@ class _Product:
     def __init__(self, head: Any, x: torch.Tensor):
         self.head, device = head, x.device.type
         self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.dtype = self.autocast[1] if self.autocast[2] else x.dtype
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         device, dtype, enabled = self.autocast

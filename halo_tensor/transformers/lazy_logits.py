@@ -37,17 +37,17 @@ PLAIN = Form()
 class LazyLogits:
     """What stands for the logits [..., V] of a head until they are read.
 
-    A product or a quotient with a number, a tanh, ``float()`` and ``contiguous()`` give LazyLogits again. Any other use
-    computes the logits and goes on with the tensor.
+    A product or a quotient with a number, a tanh, ``float()``, ``to(dtype)`` and ``contiguous()`` give LazyLogits again.
+    Shape, dtype and device are known. Any other use computes the logits and goes on with the tensor.
 
     Args:
         hidden: hidden states [..., D].
         width: V.
         product: computes the tensor [..., V] of hidden states. The function is kept, so that it must not hold weights that
             are freed.
-        head: the module whose logits these are.
+        head: the state of the head whose logits these are.
+        dtype: of the logits.
         form: what the model did with the product.
-        dtype: of the logits; None for the one of the product.
     """
 
     def __init__(
@@ -56,23 +56,25 @@ class LazyLogits:
         width: int,
         product: Callable[[torch.Tensor], torch.Tensor],
         head: Any,
+        dtype: torch.dtype,
         form: Form = PLAIN,
-        dtype: torch.dtype | None = None,
     ):
         self._hidden, self._width, self._product, self._head = hidden, width, product, head
-        self._form, self._dtype = form, dtype
+        self._form, self.dtype = form, dtype
         self._tensor: torch.Tensor | None = None
 
-    def _with(self, form: Form, dtype: torch.dtype | None) -> "LazyLogits":
-        return LazyLogits(self._hidden, self._width, self._product, self._head, form, dtype)
+    def _with(self, form: Form, dtype: torch.dtype) -> "LazyLogits":
+        return LazyLogits(self._hidden, self._width, self._product, self._head, dtype, form)
 
     def compute(self) -> torch.Tensor:
         """Return the logits as a tensor. They are computed once."""
         if self._tensor is None:
             self._head.note_read()
-            y = self._product(self._hidden)
-            y = y if self._dtype is None else y.to(self._dtype)
-            y = y * self._form.scale if not self._form.softcap else _capped(y, self._form)
+            y, form = self._product(self._hidden).to(self.dtype), self._form
+            if form.softcap:
+                y = torch.tanh(y * (form.scale / form.softcap)) * form.softcap
+            elif form.scale != 1:
+                y = y * form.scale
             self._tensor = y
         return self._tensor
 
@@ -90,9 +92,34 @@ class LazyLogits:
         """The device of the hidden states."""
         return self._hidden.device
 
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return self._hidden.ndim
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.ndim
+
     def float(self) -> "LazyLogits":
         """Return these logits in float32."""
         return self._with(self._form, torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return these logits in another dtype, or on the device where they are; or do what ``Tensor.to`` does."""
+        if kwargs or len(args) != 1:
+            return self.compute().to(*args, **kwargs)
+        (target,) = args
+        if isinstance(target, torch.dtype):
+            return self._with(self._form, target)
+        return self if self._lies_on(target) else self.compute().to(target)
+
+    def _lies_on(self, target: Any) -> bool:
+        """Whether a device, or what names one, is that of the hidden states."""
+        if not isinstance(target, torch.device | str | int):
+            return False
+        device = torch.device(target)
+        return device.type == self.device.type and device.index in (None, self.device.index)
 
     def contiguous(self) -> "LazyLogits":
         """Return these logits, which are contiguous when they are computed."""
@@ -101,11 +128,11 @@ class LazyLogits:
     def tanh(self) -> Any:
         """Return the hyperbolic tangent."""
         form = self._form.tanh()
-        return self.compute().tanh() if form is None else self._with(form, self._dtype)
+        return self.compute().tanh() if form is None else self._with(form, self.dtype)
 
     def _times(self, factor: Any) -> "LazyLogits | None":
         form = self._form.times(factor) if isinstance(factor, int | float) else None
-        return None if form is None else self._with(form, self._dtype)
+        return None if form is None else self._with(form, self.dtype)
 
     def __mul__(self, other: Any) -> Any:
         lazy = self._times(other)
@@ -154,10 +181,6 @@ class LazyLogits:
             return args[0].tanh()
         args, kwargs = tree_map_only(LazyLogits, LazyLogits.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-
-def _capped(y: torch.Tensor, form: Form) -> torch.Tensor:
-    return torch.tanh(y * (form.scale / form.softcap)) * form.softcap
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -118,13 +118,15 @@ def test_the_forms_of_logits():
         def note_read(self):
             pass
 
-    lazy = LazyLogits(y, 5, lambda hidden: hidden, Head())
+    lazy = LazyLogits(y, 5, lambda hidden: hidden, Head(), y.dtype)
     assert (lazy * 2 / 4)._form == Form(0.5)
     capped = torch.tanh(lazy * 3 / 4) * 4
     assert isinstance(capped, LazyLogits) and capped._form == Form(3.0, 4.0)
     torch.testing.assert_close(capped.compute(), torch.tanh(y * 3 / 4) * 4)
     assert isinstance(2 * lazy.float().contiguous(), LazyLogits)
-    for value in (lazy * y, torch.tanh(torch.tanh(lazy)), torch.tanh(lazy) * -2.0, lazy / y, lazy.half()):
+    half = lazy.to(torch.float16).to("cpu")
+    assert isinstance(half, LazyLogits) and half.dtype == half.compute().dtype == torch.float16 and half.dim() == 2
+    for value in (lazy * y, torch.tanh(torch.tanh(lazy)), torch.tanh(lazy) * -2.0, lazy / y, lazy.half(), lazy.to("meta")):
         assert type(value) is torch.Tensor
 
 
@@ -175,14 +177,20 @@ def test_compiled_as_one_graph_for_any_length():
     assert counter.frame_count == 2, "one graph for the first length, and one for all"
 
 
-def test_autocast():
+@pytest.mark.parametrize("accelerated", [False, True], ids=["", "accelerate"])
+def test_autocast(accelerated):
     model, given = tiny(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
+    if accelerated:  # it converts what a forward under autocast returns
+        operations = pytest.importorskip("accelerate.utils.operations")
+        model.forward = operations.convert_outputs_to_fp32(model.forward)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*reads its logits")
         plain, expected = gradients(model, **given)
         fuse_head_(model)
         fused, made = gradients(model, **given)
     assert made["lm_head.weight"].dtype == torch.float32 and angle(expected, made) < 3e-3
-    assert fused.logits.compute().dtype == plain.logits.dtype == torch.bfloat16, "as in the forward, though it has ended"
+    assert isinstance(fused.logits, LazyLogits) and fused.logits.dtype == plain.logits.dtype
+    torch.testing.assert_close(fused.logits.compute(), plain.logits)  # as in the forward, though autocast has ended
 
 
 def test_gradient_checkpointing_and_copies():
@@ -282,27 +290,33 @@ def test_a_warning_where_nothing_is_gained():
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("separate", [False, True], ids=["root", "separate"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_fsdp2(world, separate, tied):
-    """The whole gradient is that of a model that is not sharded."""
-    if separate and tied:
-        return  # FSDP2 takes a parameter into one group only
+@pytest.mark.parametrize("head", ["root", "separate", "tied", "converted"])
+def test_fsdp2(world, head):
+    """The whole gradient is that of a model that is not sharded. ``head``: the group that it is in, or what it is."""
     given = batch()
-    plain = tiny(tie_word_embeddings=tied)
-    fuse_head_(plain)
-    expected, wanted = gradients(plain, **given)
-    model = tiny(tie_word_embeddings=tied)
-    fuse_head_(model)
+
+    def fused():
+        model = tiny(tie_word_embeddings=head == "tied")
+        if head == "converted":
+            quantize_(model, halo_config(), filter_fn=lambda module, name: name == "lm_head")
+        fuse_head_(model)
+        return model
+
+    expected, wanted = gradients(fused(), **given)
+    model = fused()
     mesh = init_device_mesh("cpu", (world,))
-    for module in [*model.model.layers, *([model.lm_head] if separate else [])]:
+    for module in [*model.model.layers, *([model.lm_head] if head == "separate" else [])]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for _ in range(2):
         outputs, made = gradients(model, **given)
         torch.testing.assert_close(outputs.loss, expected.loss)
+        whole = {name: gradient.full_tensor() for name, gradient in made.items()}
+        if head == "converted":  # FSDP2 gathers its codes, and backward multiplies with their values
+            assert 0 < angle(whole, wanted) < 1e-3
+            continue
         for name, gradient in wanted.items():
-            torch.testing.assert_close(made[name].full_tensor(), gradient, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(whole[name], gradient, rtol=1e-3, atol=1e-6)
     with torch.no_grad():
         assert type(model(**given).logits) is torch.Tensor
     with pytest.raises(RuntimeError, match="FSDP has sharded the head again"):
