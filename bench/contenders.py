@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from halo_tensor import fsdp, halo_config, quantize_, recipe_config
+from halo_tensor import fsdp, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.calibration.balance import set_gains
 from halo_tensor.operand import gains
 from halo_tensor.weight.tensor import HaloWeight
@@ -17,7 +17,7 @@ def _everything(module: nn.Module, name: str) -> bool:
 
 
 def _ours(config, model: nn.Module) -> None:
-    quantize_(model, config, filter_fn=_everything)
+    quantize_(model, config, filter_fn=_everything, min_gain=0)  # layers that lose are measured too
 
 
 def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gather: bool = False) -> None:
@@ -70,8 +70,10 @@ def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
 FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
 BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balance_ after converting
 DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
+FROZEN = "-frozen"  #: suffix of a contender's name: weights need no gradient
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
+RECIPES = {"hot": hot_config(), "hot_llm": recipe_config("hot_llm")}
 CONTENDERS = {
     "bf16": lambda model: None,
     "torchao-tensorwise": partial(torchao_float8, "tensorwise"),
@@ -79,7 +81,7 @@ CONTENDERS = {
     "torchao-rowwise": partial(torchao_float8, "rowwise"),
     "torchao-int8": torchao_int8,
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
-    **{name: partial(_ours, config) for name, config in HALO.items()},
+    **{name: partial(_ours, config) for name, config in (HALO | RECIPES).items()},
 }
 
 
@@ -90,7 +92,9 @@ def rotated(name: str) -> bool:
 
 def convert(model: nn.Module, name: str, seed: int = 0) -> None:
     """Convert ``model`` to a contender. ``seed`` draws random signs. The caller balances the model or draws gains."""
-    name = name.removesuffix(BALANCED).removesuffix(DRAWN)
+    if name.endswith(FROZEN):
+        model.requires_grad_(False)
+    name = name.removesuffix(BALANCED).removesuffix(DRAWN).removesuffix(FROZEN)
     if rotated(name):
         _ours(replace(HALO[name], seed=seed), model)
     else:
@@ -147,5 +151,5 @@ def requantize(model: nn.Module) -> None:
     """Quantise all weights again, as they are after an optimiser's write, for steps that have no optimiser."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, HaloWeight):
+        if isinstance(weight, HaloWeight) and weight.requires_grad:
             weight.requantize()

@@ -41,9 +41,10 @@ TINY = {"blocks": 2, "hidden": 128, "intermediate": 256, "batch": 1, "length": 6
 NOTES = (
     "A step: forward, backward, fused AdamW, and what a contender does to its scales after it. ms: median of the steps, of "
     "the slowest rank. Issue: what the CPU takes to issue one step to idle GPUs. Peak: of one rank's allocations. Gathered: "
-    "what all-gathers bring to one rank in a step, counted where they are called. Compiled block by block, with fullgraph; "
-    "the first steps, which compile, are left out."
+    "what all-gathers bring to one rank in a step, counted where they are called. "
 )
+COMPILED = "Compiled block by block, with fullgraph; the first steps, which compile, are left out."
+EAGER = "Eager code, not compiled."
 
 
 class Blocks(nn.Module):
@@ -113,7 +114,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> tuple[
         model = Blocks(args.blocks, args.hidden, args.intermediate).bfloat16()
     convert(model, name)
     for layer in model.layers:
-        layer.compile(fullgraph=True, backend=BACKEND)
+        if not args.eager:
+            layer.compile(fullgraph=True, backend=BACKEND)
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -168,6 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first that is timed")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
     results.add_arguments(parser, "fsdp")
     args = parser.parse_args(argv)
@@ -188,6 +191,7 @@ def main() -> None:
     world, first = dist.get_world_size(), dist.get_rank() == 0
     shape = f"{args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
     title = f"FSDP2 on {world} {'GPUs' if CUDA else 'processes of a CPU'}, {shape}"
+    notes = NOTES + (EAGER if args.eager else COMPILED)
     rows: list[dict] = []
     why_not = {(name,): results.ENDED for name in args.contenders}
     for name in args.contenders:
@@ -206,7 +210,7 @@ def main() -> None:
             if CUDA:
                 torch.cuda.empty_cache()
         if first and rows:
-            results.write(args.name, title, rows, NOTES, args.folder, quiet=True, expected=DEFAULT, why_not=why_not)
+            results.write(args.name, title, rows, notes, args.folder, quiet=True, expected=DEFAULT, why_not=why_not)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
-"""The operands that reach layers in one forward and backward."""
+"""What reaches layers in one forward and backward: hooks for as long as a block lasts, and the operands."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,22 @@ import torch
 from torch import nn
 
 from halo_tensor.layers.kinds import input_of
+
+
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook_of: Callable[[str], Callable], before: bool = False) -> Iterator[None]:
+    """Call a hook in every forward of ``layers`` inside the block.
+
+    Args:
+        layers: name -> module.
+        hook_of: name -> hook of (module, args, kwargs, output), or of (module, args, kwargs) if ``before``.
+        before: call it before the forward.
+    """
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(hook_of(name), with_kwargs=True).remove)
+        yield
 
 
 @dataclass
@@ -95,12 +111,8 @@ def captured(layers: Mapping[str, nn.Module], limit: int) -> Iterator[dict[str, 
 
         return forward
 
-    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in layers.items()]
-    try:
+    with hooked(layers, hook):
         yield seen
-    finally:
-        latest_x = None
-        for handle in handles:
-            handle.remove()
+    latest_x = None
     for operands in seen.values():
         operands.gather(limit)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halo_tensor.analysis.capture import hooked
 from halo_tensor.layers import kinds as layers
 from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
@@ -62,15 +63,8 @@ def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
 
         return hook
 
-    hooks = [
-        m.register_forward_hook(record(name), with_kwargs=True) for name, m in model.named_modules() if layers.features(m)
-    ]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked({name: m for name, m in model.named_modules() if layers.features(m)}, record), torch.no_grad():
+        model(*args, **kwargs)
     return found
 
 

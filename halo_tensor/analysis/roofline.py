@@ -1,24 +1,39 @@
 """A model of the time that the products of a linear layer take on a GPU. It predicts; it measures nothing.
 
-The time of a layer is the sum of its three products and of the passes that rotate and quantise. A product takes as long as its
-matrix unit or the memory needs, whichever is longer. :class:`Ceilings` holds the rates: measured for an H100, published by
-NVIDIA for other GPUs (:mod:`halo_tensor.analysis.gpus`). The model assumes that nothing overlaps and that launches are free,
-as in CUDA graphs. Small layers are slower than it predicts.
+The time of a layer is that of its kernels, one after another: three products, and the passes that rotate and quantise. A pass
+takes the time of its memory traffic. A product takes the time of its matrix unit on the multiprocessors that have a tile, and
+that of writing its result. Each kernel takes :attr:`Ceilings.launch` besides. Launches cost the CPU nothing, as in CUDA
+graphs, and nothing overlaps. :class:`Ceilings` holds the rates: measured for an H100 and an H200, published by NVIDIA for
+other GPUs (:mod:`halo_tensor.analysis.gpus`).
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import NamedTuple, TypeVar
 
+from halo_tensor.analysis.cost import Shape
 from halo_tensor.config import LinearConfig
-from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, W, X
+from halo_tensor.products.steps import Dims, Step, as_pair, folded_products, steps_for
+from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
+from halo_tensor.reference.hadamard import carried
+from halo_tensor.reference.ops import rotated
 
 AnyConfig = TypeVar("AnyConfig", bound=LinearConfig)
 
 HP_BYTES = 2  # a bf16 element
 CODE_BYTES = 1  # a code as a matrix unit reads it, in every format
 DENSE_BLOCK = 256  # a rotation with a larger block is computed in two passes
-SQUARE = {"tokens": 8192, "in_features": 4096, "out_features": 4096}  # the layer whose time orders recipes
+EPILOGUE_BLOCKS = (16, 32, 64, 128)  # rotations that a product undoes itself
+TYPICAL = {"tokens": 8192, "in_features": 4096, "out_features": 14336}  # the layer whose time orders recipes
+#: Passes over the windows of a convolution larger than 1×1, each of a bf16 element read or written: they are unfolded,
+#: transposed and quantised, and a gradient of them is written, transposed and folded (halo_tensor/products/conv2d.py).
+WINDOW_PASSES = {"grad_weight": 3, "grad_input": 4}
+#: Matrix unit -> the part of writing a result that does not overlap with multiplying.
+EXPOSED = {"bf16": 0.0, "fp8": 0.3, "int8": 1.0}
+#: Matrix unit -> by how much waiting for the first operands of a tile prolongs the contraction.
+WAITING = {"bf16": 0, "fp8": 0, "int8": 128}
+LEAST_BUSY = 1 / 3  # of the multiprocessors, by a product in bf16 that is cut along its contraction
 
 
 @dataclass(frozen=True)
@@ -31,10 +46,16 @@ class Ceilings:
             operations. Units that the GPU lacks are absent.
         undo: matrix unit -> the fraction of that rate that is left when the product also undoes one rotation of its result.
         copy: bytes/s of a copy, read and written bytes together.
-        quantize: bytes/s of a pass that quantises.
-        rotate: bytes/s of a pass that rotates in blocks of at most 256 and quantises.
-        rotate_wide: bytes/s of a pass that rotates in larger blocks and quantises.
+        quantize: bytes/s of a kernel that holds whole rows and quantises them.
+        rotate: bytes/s of a kernel that holds whole rows, rotates them in blocks of at most 256 and quantises them.
+        rotate_wide: bytes/s of such a kernel with larger blocks.
+        tiles: bytes/s of a kernel over tiles. One finds the largest magnitudes, and a second one quantises.
+        rotate_pair: bytes/s of such kernels that quantise E for both of its products and rotate it for one.
+        noisy: bytes/s of such kernels that round stochastically.
         source: where the numbers come from.
+        launch: seconds that a kernel takes beside its work: its start, its end, and the gap after it.
+        multiprocessors: their number. A product uses those that have a tile.
+        measured: whether predictions were compared with times measured on this GPU.
         notes: sentences that a reader of a prediction should know.
     """
 
@@ -45,7 +66,13 @@ class Ceilings:
     quantize: float
     rotate: float
     rotate_wide: float
+    tiles: float
+    rotate_pair: float
+    noisy: float
     source: str
+    launch: float = 0.0
+    multiprocessors: int = 1
+    measured: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -54,16 +81,36 @@ class Ceilings:
         return f"{'an' if self.name[:1] in tuple('AEFHILMNORSX8') else 'a'} {self.name}"
 
 
-#: Medians over bench/results/gemm.json and rotation.json ("both layouts"). A test recomputes them.
+#: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
+#: A test recomputes them. ``noisy`` is the H200's.
 H100 = Ceilings(
     name="H100 80GB HBM3",
-    products={"bf16": 716e12, "int8": 1377e12, "fp8": 1315e12},
-    undo={"bf16": 1.0, "int8": 0.98, "fp8": 0.97},
-    copy=2.96e12,
-    quantize=2.34e12,
-    rotate=2.16e12,
-    rotate_wide=0.75e12,
-    source="medians of bench/gemm.py and bench/rotation.py, 2026-11-22 and 23, torch 2.11.0+cu130, Triton 3.6.0",
+    products={"bf16": 718e12, "int8": 1560e12, "fp8": 1407e12},
+    undo={"bf16": 1.0, "int8": 0.98, "fp8": 0.95},
+    copy=3.09e12,
+    quantize=3.14e12,
+    rotate=2.79e12,
+    rotate_wide=0.66e12,
+    tiles=2.86e12,
+    rotate_pair=1.99e12,
+    noisy=1.0e12,
+    source="means of bench/gemm.py and medians of bench/rotation.py, 2026-11-22 and 23, torch 2.11.0+cu130, Triton 3.6.0",
+    launch=3e-6,
+    multiprocessors=132,
+    measured=True,
+)
+#: From the kernels in profiles of small and large layers, adjusted to bench/results/gain.json and linear_now.json, with which
+#: a test compares it. Kernels that rotate are as fast as on an H100, whose memory is slower: they are bound by computing.
+H200 = replace(
+    H100,
+    name="H200",
+    products={"bf16": 710e12, "int8": 1650e12, "fp8": 1460e12},
+    copy=4.2e12,
+    quantize=4.3e12,
+    rotate=2.65e12,
+    tiles=3.4e12,
+    rotate_pair=1.9e12,
+    source="bench/gain.py, bench/linear.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
 )
 
 
@@ -90,20 +137,45 @@ def seconds(
     Returns:
         seconds.
     """
+    products = tuple(name for name in PRODUCTS if name in products)
     time = sum(_product(recipe, name, sizes, ceilings) for name in products)
     for dims in (X, W, E):
-        layouts: dict[Operand, set[str]] = {}
-        for name in products:
-            if dims in PRODUCTS[name][:2] and not (operand := recipe.operand(name, dims)).is_plain:
-                layouts.setdefault(operand, set()).add(PRODUCTS[name][2])
-        elements = sizes[dims[0]] * sizes[dims[1]]
-        for operand, contracted in layouts.items():
-            if dims == W and not trained:
-                time += (len(contracted) - 1) * 2 * CODE_BYTES * elements / ceilings.copy
-            else:
-                once = elements * (HP_BYTES + len(contracted) * CODE_BYTES) / _quantizing_rate(operand, ceilings)
-                time += once / sharing if dims == X else once
+        once = _time_of(_passes(recipe, dims, sizes, products, trained), ceilings)
+        time += once / sharing if dims == X else once
     return time
+
+
+def seconds_of(
+    recipe: Recipe,
+    shape: Shape,
+    products: Collection[str] = tuple(PRODUCTS),
+    *,
+    trained: bool = True,
+    sharing: int = 1,
+    ceilings: Ceilings = H100,
+) -> float:
+    """Predict the time of a linear layer or a convolution in one training step.
+
+    Args:
+        recipe: the recipe of the layer.
+        shape: the sizes of its products.
+        products, trained, sharing, ceilings: as for :func:`seconds`.
+
+    Returns:
+        seconds.
+    """
+    sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
+    unfolded = shape.in_features > shape.saved[1] and not recipe.is_identity
+    if not unfolded:
+        return shape.groups * seconds(recipe, sizes, products, trained=trained, sharing=sharing, ceilings=ceilings)
+    whole = _whole_rank(recipe)
+    time = seconds(whole, sizes, products, trained=trained, ceilings=ceilings)
+    passes = [Pass(HP_BYTES * shape.tokens * shape.in_features, "copy")] * sum(WINDOW_PASSES.get(name, 0) for name in products)
+    if "grad_weight" in products:  # X is compressed in the forward, and decompressed before its windows are unfolded
+        kept = sizes | {"tokens": shape.saved[0], "in_features": shape.saved[1]}
+        passes += _passes(recipe, X, kept, ("grad_weight",), trained)
+        passes += [Pass(2 * HP_BYTES * shape.saved[0] * shape.saved[1], "rotate")]
+    return shape.groups * (time + _time_of(passes, ceilings))
 
 
 def lacking(recipe: Recipe, ceilings: Ceilings) -> set[str]:
@@ -118,9 +190,9 @@ def gains(recipe: Recipe, ceilings: Ceilings) -> bool:
 
 
 def fastest_first(configs: Iterable[AnyConfig], ceilings: Ceilings) -> list[AnyConfig]:
-    """Return the configs that :func:`gains` accepts, ordered by the predicted time of one square layer."""
+    """Return the configs that :func:`gains` accepts, ordered by the predicted time of one layer of a large model."""
     able = [config for config in configs if gains(config.recipe, ceilings)]
-    return sorted(able, key=lambda config: seconds(config.recipe, SQUARE, ceilings=ceilings))
+    return sorted(able, key=lambda config: seconds(config.recipe, TYPICAL, ceilings=ceilings))
 
 
 def _units(recipe: Recipe) -> set[str]:
@@ -133,20 +205,120 @@ def _unit(sides: Product) -> str:
     return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
 
 
+class Pass(NamedTuple):
+    """A kernel that is bound by memory.
+
+    Attributes:
+        bytes: what it reads and writes.
+        rate: the field of Ceilings that says how fast.
+    """
+
+    bytes: float
+    rate: str
+
+
+FILL = Pass(0, "copy")  # zeros, which the largest magnitudes are compared with
+ONE_NUMBER = 3  # times FILL: programs that raise the same number wait for each other
+
+
+def _time_of(passes: Iterable[Pass], ceilings: Ceilings) -> float:
+    return sum(once.bytes / getattr(ceilings, once.rate) + ceilings.launch for once in passes)
+
+
+def _passes(recipe: Recipe, dims: Dims, sizes: dict[str, int], products: tuple[str, ...], trained: bool) -> Iterator[Pass]:
+    """Return the kernels that rotate and quantise X, W or E, as halo_tensor/kernels/quantize/plan.py launches them."""
+    wanted = tuple(name for name in products if dims in PRODUCTS[name][:2])
+    steps = steps_for(recipe, dims, wanted, folded_products(recipe, wanted) if dims == E else ())
+    elements = sizes[dims[0]] * sizes[dims[1]]
+    if pair := as_pair(dims, steps):
+        rate = "tiles" if pair.tokens is None else "rotate_pair"
+        yield from (FILL, Pass(HP_BYTES * elements, rate), Pass((HP_BYTES + 2 * CODE_BYTES) * elements, rate))
+        return
+    for step in steps:
+        if dims == W and not trained and "output" in step.products:  # its codes exist, in the layout of output
+            if len(step.contracted) > 1:
+                yield Pass(2 * CODE_BYTES * elements, "copy")
+        elif not step.operand.is_plain:
+            yield from _passes_of(step, dims, sizes)
+
+
+def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
+    """Return the kernels of one quantisation."""
+    operand, elements = step.operand, sizes[dims[0]] * sizes[dims[1]]
+    rotations = [carried(operand, dimension, sizes[dimension]) for dimension in dims]
+    kept = 1
+    for dimension, rotation in zip(dims, rotations, strict=True):
+        kept *= rotated(sizes[dimension], rotation)
+    codes = CODE_BYTES * kept
+    if operand.format is None:
+        yield Pass(HP_BYTES * (elements + kept), _rate(rotations, "rotate"))
+        return
+    low = any(rotation is not None and rotation.rank is not None for rotation in rotations)
+    if operand.granularity.is_per(dims[0]) and rotations[0] is None and not low and operand.rounding == "nearest":
+        usual = "tiles" if step.folded else "quantize"
+        yield Pass(HP_BYTES * elements + codes, _rate(rotations, "rotate") if any(rotations) else usual)
+    else:
+        rate = _rate(rotations, "tiles")
+        if operand.granularity.dtype is not None:
+            yield from (FILL,) * (1 if operand.granularity.block else ONE_NUMBER)
+            yield Pass(HP_BYTES * elements, rate)
+        yield Pass(HP_BYTES * elements + codes, rate if operand.rounding == "nearest" else "noisy")
+        if len(step.contracted) < 2:
+            return  # tiles are stored in the layout that is wanted
+    if dims[0] in step.contracted:
+        yield Pass(2 * codes, "copy")  # the transpose
+
+
+def _rate(rotations: Iterable[Rotation | None], usual: str) -> str:
+    return "rotate_wide" if any(r is not None and r.edge > DENSE_BLOCK for r in rotations) else usual
+
+
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:
+    """Return the time of a product, and of the passes that undo what its epilogue does not."""
     sides, (left, right, contracted) = getattr(recipe, name), PRODUCTS[name]
     unit = _unit(sides)
-    survivors = [dim for dims in (left, right) for dim in dims if dim != contracted]
-    undone = sum(side.rotation(dim) is not None for side, dim in zip((sides.left, sides.right), survivors, strict=True))
-    m, n = (sizes[dim] for dim in survivors)
-    k = sizes[contracted]
-    compute = 2 * m * n * k / (ceilings.products[unit] * ceilings.undo[unit] ** undone)
+    carries = [
+        (sizes[d], carried(side, d, sizes[d]))
+        for side, dims in ((sides.left, left), (sides.right, right))
+        for d in dims
+        if d != contracted
+    ]
+    m, n = (rotated(*width) for width in carries)
+    k = rotated(sizes[contracted], carried(sides.left, contracted, sizes[contracted]))
+    undone, passes = 0, []
+    for axis, (_, rotation) in enumerate(carries):
+        if rotation is not None and axis == 1 and rotation.rank is None and rotation.edge in EPILOGUE_BLOCKS:
+            undone += 1
+        elif rotation is not None:
+            passes.append(Pass(HP_BYTES * (m * n + carries[0][0] * carries[1][0]), _rate([rotation], "rotate")))
+    busy = _busy(unit, m, n, ceilings.multiprocessors)
+    compute = 2 * m * n * (k + WAITING[unit]) / (ceilings.products[unit] * ceilings.undo[unit] ** undone * busy)
     read = (m + n) * k * (HP_BYTES if unit == "bf16" else CODE_BYTES)
-    return max(compute, (read + m * n * HP_BYTES) / ceilings.copy)
+    write = EXPOSED[unit] * m * n * HP_BYTES / ceilings.copy
+    return ceilings.launch + max(compute, read / ceilings.copy) + write + _time_of(passes, ceilings)
 
 
-def _quantizing_rate(operand: Operand, ceilings: Ceilings) -> float:
-    rotations = [r for r in (operand.tokens, operand.in_features, operand.out_features) if r is not None]
-    if any(r.block is None or r.block > DENSE_BLOCK for r in rotations):
-        return ceilings.rotate_wide
-    return ceilings.rotate if rotations else ceilings.quantize
+def _busy(unit: str, m: int, n: int, multiprocessors: int) -> float:
+    """Return the part of the multiprocessors that work on a result [m, n], on the mean over the time of the product.
+
+    The tiles are those of halo_tensor/kernels/matmul/tma.py. In bf16 the vendor's library chooses among many tiles, and cuts a
+    long contraction into parts.
+    """
+    if unit == "bf16":
+        return max(min(1.0, ceil(m / 64) * ceil(n / 96) / multiprocessors), LEAST_BUSY)
+    wide, square, small = (ceil(m / rows) * ceil(n / columns) for rows, columns in ((128, 256), (128, 128), (64, 128)))
+    tiles, slots = small, 2 * multiprocessors  # of which two share a multiprocessor
+    if wide >= 0.7 * multiprocessors:
+        tiles, slots = wide, multiprocessors
+    elif square >= multiprocessors:
+        tiles = square
+    return tiles / (ceil(tiles / slots) * slots)
+
+
+def _whole_rank(recipe: Recipe) -> Recipe:
+    """Return the recipe with all sequencies of tokens in grad_weight, as a convolution larger than 1×1 multiplies them."""
+
+    def whole(operand: Operand) -> Operand:
+        return operand if operand.tokens is None else replace(operand, tokens=replace(operand.tokens, rank=None))
+
+    return replace(recipe, grad_weight=Product(whole(recipe.grad_weight.left), whole(recipe.grad_weight.right)))

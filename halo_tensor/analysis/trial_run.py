@@ -1,4 +1,4 @@
-"""Runs of a model with other parameters, in evaluation mode.
+"""Runs of a model that leave it as it was, some of them with other parameters.
 
 Each context manager here restores the model when its block is left.
 """
@@ -24,21 +24,42 @@ GRADIENT_SAMPLE = 65536  # elements of each parameter's gradient that are kept
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run eagerly, in evaluation mode and with gradients enabled; then restore the modes of modules and the random state.
+def untouched(model: nn.Module, evaluating: bool = True) -> Iterator[None]:
+    """Run eagerly and with gradients enabled; then restore modes, gradients, buffers and the random state.
 
-    In evaluation mode no dropout is applied and no running statistics are updated.
+    Args:
+        model: what runs inside the block. Its gradients are None at first, since autograd would add to the old ones in place.
+        evaluating: run in evaluation mode, in which no dropout is applied and no running statistics are updated.
     """
-    modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))  # loss_of seeds every device
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_restoring_tensors(model))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        model.eval()
+        if evaluating:
+            model.eval()
         yield
+
+
+@contextmanager
+def _restoring_tensors(model: nn.Module) -> Iterator[None]:
+    """Restore gradients and buffers."""
+    gradients = {p: p.grad for p in model.parameters()}
+    buffers = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, name, buffer, value in buffers:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                buffer.copy_(value)
+            module._buffers[name] = buffer  # a forward may have put another tensor there
 
 
 @contextmanager

@@ -18,7 +18,7 @@ state dicts do not see s, so the model that is trained stays the same. SmoothQua
 changes what Adam does to them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor.analysis.capture import hooked
 from halo_tensor.analysis.trial_run import untouched
 from halo_tensor.layers import kinds as layers
 from halo_tensor.operand import gains
@@ -39,7 +40,6 @@ FORWARD = 8
 LARGEST_EXPONENT = 8
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could not be trained
 def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Balance every converted ``nn.Linear`` whose recipe quantises ``output``, in place. An earlier balance is replaced.
 
@@ -73,9 +73,16 @@ def balance_(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         >>> balance_(model, torch.randn(64, 128))
         2
     """
+    return balance_over(model, [(args, kwargs)])
+
+
+@torch.inference_mode(False)  # tensors made in inference mode could not be trained
+def balance_over(model: nn.Module, calls: Iterable[tuple[tuple, Mapping[str, Any]]]) -> int:
+    """Balance as :func:`balance_` does, on several batches: the positional and keyword arguments of each call of the model."""
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_eligible(name, m)}
     with observed(chosen) as statistics, untouched(model), torch.no_grad():
-        model(*args, **kwargs)
+        for args, kwargs in calls:
+            model(*args, **kwargs)
     if not statistics.squares:
         raise ValueError(
             f"no layer of this {type(model).__name__} was balanced: of {len(chosen)} converted nn.Linear layers whose recipe "
@@ -150,12 +157,8 @@ class Statistics:
 def observed(modules: Mapping[str, nn.Linear]) -> Iterator[Statistics]:
     """Yield statistics of the inputs that reach ``modules`` in the forwards inside the block."""
     statistics = Statistics()
-    hooks = [m.register_forward_pre_hook(statistics.hook(name), with_kwargs=True) for name, m in modules.items()]
-    try:
+    with hooked(modules, statistics.hook, before=True):
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def gains_of(weights: Mapping[str, torch.Tensor], statistics: Statistics) -> dict[str, gains.Gains]:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from halo_tensor.analysis import gpus
+from halo_tensor.analysis.capture import hooked
+from halo_tensor.analysis.trial_run import untouched
 from halo_tensor.calibration.candidates import fastest_first
 from halo_tensor.calibration.selection import CosineSelection, Measurement, QuantizerSelection, Selection
 from halo_tensor.config import Balanced, HotConfig, LayerConfigs, LinearConfig, hot_config
@@ -82,7 +84,7 @@ def calibrate(
     if converted := [name for name, m in chosen.items() if layers.recipe_of(m) is not None]:
         raise ValueError(f"calibrate measures gradients of high precision, and {converted[0]} is converted: dequantize_ first")
 
-    with _observed(chosen, selection) as means, _untouched(model):
+    with _observed(chosen, selection) as means, untouched(model, evaluating=False):
         for batch in batches:
             (loss or _default_loss)(model, batch).backward()
     if not means.sums:
@@ -165,31 +167,8 @@ def _observed(modules: Mapping[str, nn.Module], selection: Selection) -> Iterato
 
         return hook
 
-    hooks = [module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with hooked(modules, hook_of):
         yield means
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers and the random state of the model's devices when the block is left."""
-    gradients = {p: p.grad for p in model.parameters()}
-    for parameter in gradients:
-        parameter.grad = None  # autograd would add to the old gradients in place
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        with torch.random.fork_rng(sorted({p.device.index for p in gradients if p.is_cuda})):
-            yield
-    finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                module._buffers[name] = buffer  # a forward may have put another tensor there
 
 
 def _default_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -39,7 +39,7 @@ class _Call(ir.ExternKernel):
     """A line of generated code: one launch, which writes to buffers that exist already."""
 
     def __init__(self, launch: Any, arguments: tuple):
-        self.launch = launch
+        self.launch, self.dtypes = launch, tuple(argument.dtype for argument in arguments)
         self.templates: list[str] = []
         self.boxes: list[Any] = []
         written: list[Any] = []
@@ -80,8 +80,9 @@ class _Call(ir.ExternKernel):
         # One object for each dtype and device: a launch loads its kernel once, for the first tensors that it gets.
         dtypes = [x.get_dtype() for x in self.tensors]
         name = f"halo_{sha256(repr((source, dtypes, self.device)).encode()).hexdigest()[:12]}"
-        producer = self.launch.constants.get("PRODUCER")
-        definitions = [] if producer is None else [producer.definition()]
+        producer, definitions = self.launch.constants.get("PRODUCER"), []
+        if producer is not None:  # the kernel can be compiled as soon as its function is defined
+            definitions, source = [producer.definition()], f"{source}.ahead(torch.{self.device!r}, {self.dtypes})"
         for line in (*_IMPORTS, *definitions, f"{name} = {source}"):
             wrapper.add_import_once(line)
         wrapper.writeline(f"{name}({', '.join(template.format(*names) for template in self.templates)})")
@@ -105,6 +106,7 @@ _IMPORTS = (
     "import triton",
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
+    "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -137,6 +139,8 @@ def _launches(body: Callable, produced: int, args: tuple) -> Any:
             made = body(*first, *rest)
     except Unsupported:
         return None
+    if any(x.strides != x.memory.stride for x in (made if isinstance(made, tuple) else (made,))):
+        return None  # a view: sizes were symbols when the op was traced
     constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
     # Inductor loads constants of the root graph only: https://github.com/pytorch/pytorch/issues/185482 (torch 2.11 to 2.15).
     if constant and isinstance(V.graph, SubgraphLowering):
@@ -189,3 +193,18 @@ _lower("quantize_pairs", produced=2)
 _lower("scaled_mm")
 _lower("rotate")
 _lower("unrotate")
+for _name in (
+    "combine",
+    "gather_codes",
+    "group_tiles",
+    "grouped_grad",
+    "grouped_mm",
+    "quantize_gated",
+    "quantize_gated_grad",
+    "quantize_gated_grad_t",
+    "quantize_groups",
+    "quantize_groups_t",
+    "turn_codes",
+    "turn_stack",
+):
+    _lower(_name)

@@ -26,7 +26,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils.checkpoint import CheckpointPolicy
 
-from halo_tensor.fences.fast_paths import JOINT_GRAPH, disabled
+from halo_tensor.fences.fast_paths import AHEAD, JOINT_GRAPH, disabled
 from halo_tensor.kernels.device import PRODUCER_INPUTS, runs_kernels
 from halo_tensor.version import fingerprint
 
@@ -36,6 +36,7 @@ REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
+_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
@@ -46,7 +47,7 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
     backward = _after(graph, _tangents(graph))
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
-        x, row_rotation, *_, fold_rows, fold_columns, rows, columns, seed, _ = arguments
+        x, row_rotation, *_, fold_rows, fold_columns, rows, columns, seed, _, _ = arguments
         # With a rotation of rows, kernels may take other tiles if only the transpose is wanted, and a code may differ.
         repeatable = not row_rotation and fold_rows is None and fold_columns is None and seed is None
         tagged = "recompute" in node.meta  # by activation checkpointing
@@ -103,13 +104,13 @@ def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
 def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
     """Let a copy of a quantisation, which the partitioner puts into backward, make the transposed codes."""
     arguments: Any = node.args
-    *same, _, _, seed, gain = arguments
+    *same, _, _, seed, gain, turned = arguments
     codes, codes_t, scales = node.meta["val"]
     nothing = codes.new_empty(0)
     with node.graph.inserting_before(node):
         again = node.graph.node_copy(node)
-    node.args, node.meta["val"] = (*same, True, False, seed, gain), (codes, nothing, scales)
-    again.args, again.meta["val"] = (*same, False, True, seed, gain), (nothing, codes_t, scales)
+    node.args, node.meta["val"] = (*same, True, False, seed, gain, turned), (codes, nothing, scales)
+    again.args, again.meta["val"] = (*same, False, True, seed, gain, turned), (nothing, codes_t, scales)
     again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # neither saved nor computed in forward
     for codes_t in transposed:
         codes_t.replace_input_with(node, again)
@@ -135,10 +136,15 @@ def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
 def _is_computed(pair: fx.Node) -> bool:
     """Whether E is the result of elementwise operations, read by nothing else, and is not rotated."""
     arguments: Any = pair.args
-    e, row_rotation, _, *folds = arguments
+    e, row_rotation, _, *folds, _ = arguments
     known = all("val" in used.meta for used in pair.all_input_nodes)
     if row_rotation or None in folds or not known or not runs_kernels(e.meta["val"].device):
         return False
+    return _is_made_alone(e)
+
+
+def _is_made_alone(e: Any) -> bool:
+    """Whether ``e`` is the result of elementwise operations, and one node reads it."""
     while _is_view(e) and len(e.users) == 1:
         e = e.args[0]
     return _is_elementwise(e) and len(e.users) == 1
@@ -156,7 +162,7 @@ def _belong_together(graph: fx.Graph, a: fx.Node, b: fx.Node) -> bool:
     one, other = (node.args[0].meta["val"] for node in (a, b))  # type: ignore[union-attr]
     # Sizes may be symbols; these functions add no guards.
     alike = one.dtype == other.dtype and statically_known_true(sym_eq(one.shape, other.shape))
-    if a.args[2] != b.args[2] or not alike:
+    if a.args[2] != b.args[2] or a.args[-1] != b.args[-1] or not alike:
         return False
     later = _after(graph, [a])
     return not any(used in later for used in b.all_input_nodes)
@@ -178,10 +184,10 @@ def _sources(e: Any) -> set[fx.Node]:
 
 def _merge(a: fx.Node, b: fx.Node) -> None:
     """Replace the quantisations a and b by one op in the place of b."""
-    e_a, _, format, *folds_a = a.args
-    e_b, _, _, *folds_b = b.args
+    e_a, _, format, *folds_a, turned = a.args
+    e_b, _, _, *folds_b, _ = b.args
     with b.graph.inserting_before(b):
-        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b))
+        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b, turned))
     # Inductor keeps the strides of these values for an op that needs exact strides.
     inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)
     both.meta = b.meta | {"val": (*a.meta["val"], *b.meta["val"]), "eager_input_vals": (inputs, {})}
@@ -203,6 +209,24 @@ def _rewrite(graph: fx.Graph) -> None:
             quantize_two_gradients_at_once(each)
 
 
+def _compile_kernels(graph: fx.Graph) -> None:
+    """Start to compile the kernels of all ops, except of those whose input may be computed in the kernel."""
+    first = next(n for n in graph.nodes if n.target in _QUANTISERS)
+    if runs_kernels(first.args[0].meta["val"].device):
+        from halo_tensor.compiler import kernels_ahead  # Triton, which a machine without a GPU may lack
+
+        kernels_ahead.start([n for n in graph.nodes if not _may_have_producer(n)])
+
+
+def _may_have_producer(node: fx.Node) -> bool:
+    """Whether :mod:`halo_tensor.compiler.producers` may let a quantiser's kernel compute its input."""
+    if node.target not in _QUANTISERS:
+        return False
+    x: Any = node.args[0]
+    constant = not any(isinstance(n, torch.SymInt) for n in x.meta["val"].shape)  # else the op stays an op
+    return constant and (node.target is _PAIRS or _is_made_alone(x))
+
+
 class _Pass(CustomGraphPass):
     """The passes of this module, after ``others``.
 
@@ -215,8 +239,9 @@ class _Pass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for other in self.others:
             other(graph)
-        if any(node.target in (_QUANTIZE, _PAIR) for node in graph.nodes):
+        if any(node.target in _QUANTISERS for node in graph.nodes):
             JOINT_GRAPH.attempt(_rewrite, graph)
+            AHEAD.attempt(_compile_kernels, graph)
 
     def uuid(self) -> tuple | None:
         """Return the part of the key of cached graphs; None, and graphs are not cached, if one of the others has none."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from halo_tensor.config import LinearConfig
-from halo_tensor.convert.filter import CHOICE, SKIPPED
+from halo_tensor.convert.filter import CHOICE, SKIPPED, SLOW
+from halo_tensor.convert.prediction import Prediction
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import model_parts
 from halo_tensor.recipe import PRODUCTS
@@ -28,6 +29,7 @@ class Conversion:
             layers.
         sizes: qualified name -> number of parameters that multiply activations, of all of these, including 3-D stacks of
             experts. Input and output embeddings and adapters are not counted.
+        predicted: the predicted speed of the converted layers, and of which GPU.
 
     Example:
         >>> import torch
@@ -44,11 +46,14 @@ class Conversion:
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    predicted: Prediction | None = None
 
     def __str__(self) -> str:
         layers = len(self.converted) + len(self.skipped)
         share = f", with {percent(self.share)} of the linear layers' parameters" if self.sizes else ""
-        return f"{len(self.converted)} of {layers} layers follow {self.config}{share}\n{self.reasons}".rstrip()
+        head = f"{len(self.converted)} of {layers} layers follow {self.config}{share}"
+        predicted = str(self.predicted) if self.predicted and self.converted else ""
+        return "\n".join(part for part in (head, self.reasons, predicted) if part)
 
     @property
     def share(self) -> float:
@@ -76,8 +81,8 @@ class Conversion:
 
     @property
     def is_partial(self) -> bool:
-        """Whether less than half is converted, not counting what the caller left out by ``filter_fn``, ``skip`` or name."""
-        left_out = [n for n, reason in self.skipped.items() if reason == CHOICE or reason.startswith(SKIPPED)]
+        """Whether less than half is converted, not counting what the caller left out, as by ``skip`` or ``min_gain``."""
+        left_out = [n for n, reason in self.skipped.items() if reason == CHOICE or reason.startswith((SKIPPED, SLOW))]
         candidates = sum(self.sizes.values()) - self._elements(left_out)
         return self._elements(self.converted) < LEAST_SHARE * candidates
 

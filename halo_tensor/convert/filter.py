@@ -16,6 +16,7 @@ ALIGNMENT = 16
 #: Reasons of layers that the caller left out.
 CHOICE = "filter_fn or the config says so"
 SKIPPED = "its name matches skip="
+SLOW = "predicted at "
 EMPTY = "it has no features on a side, so there is nothing to multiply"
 
 

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 import torchao.quantization
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
+from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.convert import ties
 from halo_tensor.convert.conversion import Conversion, survey, warn_of_share, warn_of_unrotated
 from halo_tensor.convert.filter import CHOICE, EMPTY, layer_filter
+from halo_tensor.convert.prediction import TOKENS, Predictor, warn_of_slower
+from halo_tensor.convert.slow_layers import SlowLayers, restore_layer
 from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.layers.linear import restore_weight
-from halo_tensor.trainers import watch_trainers
-from halo_tensor.weight.sharded_parameters import is_sharded
+from halo_tensor.trainers import watch_deepspeed, watch_trainers
 
 logger = logging.getLogger("halo_tensor")
 Filter = Callable[[nn.Module, str], bool]
@@ -33,6 +34,10 @@ def quantize_(
     config: AOBaseConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.types.Device = None,
+    *,
+    min_gain: float | None = None,
+    tokens: int = TOKENS,
+    gpu: str | Ceilings | None = None,
 ) -> Conversion:
     """Make the linear layers of a model follow a config, in place: a low-precision training method.
 
@@ -51,20 +56,29 @@ def quantize_(
         filter_fn: ``(module, qualified name) -> bool``, in place of the default filter. It is asked about layers only, not
             about containers, norms and embeddings.
         device: where to move each layer before it is converted, as in torchao; None leaves layers where they are.
+        min_gain: leave layers in high precision whose predicted speed, × bf16, is lower: 1.0 for all that would be slower.
+            None converts them too, with a warning, and 0 without one. What is converted then depends on the model alone, and
+            not on the GPU.
+        tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution.
+        gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
+            :class:`~halo_tensor.analysis.roofline.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
+            this machine. Without one, or if its rates are not known, there is no prediction.
 
     Returns:
-        which layers were converted, which were left alone and why, and with which share of the linear layers' parameters.
-        ``print`` shows it.
+        which layers were converted, which were left alone and why, and with which share of the linear layers' parameters;
+        and the predicted speed of each layer (``predicted.gains``). ``print`` shows it.
 
     Raises:
         ValueError: no layer was converted (the message says why each was left alone); a layer that ``filter_fn`` chose cannot
-            follow the config; or a ``LayerConfigs`` names no layer, or layers that the model lacks.
+            follow the config; a ``LayerConfigs`` names no layer, or layers that the model lacks; ``gpu`` is not known; or
+            ``min_gain`` is given and there is no prediction.
         TypeError: ``model`` is no module; or ``config`` is no config, or a ``Balanced`` one, whose balance needs a batch.
         RuntimeError: the device cannot multiply the config's number format. The message says which one to use.
 
     Warns:
-        UserWarning: less than half of the linear layers' parameters were converted, not counting what the caller left out; or
-            no rotation block fits a layer's width, so that it is left un-rotated.
+        UserWarning: less than half of the linear layers' parameters were converted, not counting what the caller left out; no
+            rotation block fits a layer's width, so that it is left un-rotated; layers are predicted to be slower than in bf16;
+            or no layer reaches ``min_gain``, so that the model stays as it was.
 
     Example:
         >>> import torch
@@ -78,12 +92,23 @@ def quantize_(
     """
     fences.warn_of_untested_versions()
     _check_arguments(model, config)
-    if isinstance(config, LinearConfig):
-        filter_fn = filter_fn or layer_filter(model, config)
+    if min_gain is not None and not _has_our_config(config):
+        raise ValueError(f"min_gain needs a config of this library, whose speed is modelled; got {config!r:.200}")
+    predictor = Predictor(gpu, _device_of(model, device), tokens)
+    slow = SlowLayers(predictor, min_gain)
     tied = ties.tied_parameters(model)
     before = _marks(model)
-    chosen = _of_layers(filter_fn) if filter_fn is not None and isinstance(config, LinearConfig) else filter_fn
-    torchao.quantization.quantize_(model, _for_torchao(config, before.keys()), filter_fn=chosen, device=device)
+    chosen, for_torchao = filter_fn, _for_torchao(config, before.keys())
+    if isinstance(for_torchao, FqnToConfig):
+        for_torchao = slow.left_out_of(for_torchao, model)
+    elif isinstance(config, LinearConfig):
+        filter_fn = filter_fn or layer_filter(model, config)
+        accepted = {name: m for name, m in model.named_modules() if model_parts.is_layer(m) and filter_fn(m, name)}
+        slow.choose({name: (m, config) for name, m in accepted.items()})
+        wanted = {m for name, m in accepted.items() if name not in slow.reasons}
+        chosen = _once(wanted)
+    torchao.quantization.quantize_(model, for_torchao, filter_fn=chosen, device=device)
+    slow.restore(model)
     ties.tie_again(tied)
 
     converted, skipped, reasons = [], {}, getattr(filter_fn, "reasons", {})
@@ -91,14 +116,18 @@ def quantize_(
         if mark is not None and mark is not before[name]:
             converted.append(name)
         else:
-            skipped[name] = reasons.get(name) or _why_left(model.get_submodule(name), config)
+            skipped[name] = slow.reasons.get(name) or reasons.get(name) or _why_left(model.get_submodule(name), config)
     conversion = survey(model, config, converted, skipped)
+    conversion.predicted = predictor.of(model, converted)
     if _has_our_config(config):
-        _check_something_converted(model, conversion)
-    warn_of_unrotated(model, conversion)
-    if _has_our_config(config):
+        _check_something_converted(model, conversion, slow)
+    if _has_our_config(config) and converted:
         warn_of_share(model, conversion)
+    warn_of_unrotated(model, conversion)
+    if min_gain is None:
+        warn_of_slower(conversion.predicted)
     watch_trainers()
+    watch_deepspeed()
     logger.info("%s", conversion)
     return conversion
 
@@ -123,8 +152,17 @@ def _for_torchao(config: AOBaseConfig, names: Any) -> AOBaseConfig:
     return FqnToConfig(OrderedDict(config.layers))
 
 
-def _check_something_converted(model: nn.Module, conversion: Conversion) -> None:
-    if not conversion.converted:
+def _device_of(model: nn.Module, device: torch.types.Device) -> torch.device:
+    """Return the device that the layers are on, or will be moved to."""
+    if device is not None:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_something_converted(model: nn.Module, conversion: Conversion, slow: SlowLayers) -> None:
+    if not conversion.converted and slow.reasons:
+        slow.warn_if_all(model)
+    elif not conversion.converted:
         raise ValueError(
             f"no layer of this {type(model).__name__} was converted:\n"
             f"{conversion.reasons or '  it has no nn.Linear, nn.Conv2d or Conv1D'}\n"
@@ -143,15 +181,13 @@ def _why_left(module: nn.Module, config: object) -> str:
     return obstacle or (EMPTY if layers.is_empty(module) else CHOICE)
 
 
-def _of_layers(filter_fn: Filter) -> Filter:
-    """``filter_fn``, asked once about each layer of a kind that can be converted."""
-    seen = set()
+def _once(wanted: set[nn.Module]) -> Filter:
+    """Return a filter that accepts each of ``wanted`` once. torchao visits a layer that two modules hold twice."""
 
     def accept(module: nn.Module, name: str) -> bool:
-        if not model_parts.is_layer(module) or module in seen:  # torchao visits a layer that two modules hold twice
-            return False
-        seen.add(module)
-        return filter_fn(module, name)
+        found = module in wanted
+        wanted.discard(module)
+        return found
 
     return accept
 
@@ -189,14 +225,7 @@ def dequantize_(model: nn.Module) -> None:
     """
     tied = ties.tied_parameters(model)
     for name, module in model.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        if is_sharded(weight) or (layers.recipe_of(module) and isinstance(weight, DTensor)):
-            raise ValueError(
-                f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
-                "tensors, which load into a plain model"
-            )
-        if layers.recipe_of(module) is not None:
-            layers.restore(module)
+        restore_layer(name, module)
     ties.tie_again(tied)
     for module in model.modules():  # those that were tied to a converted layer before a state dict was assigned
         restore_weight(module)

@@ -6,8 +6,8 @@ Nothing has been computed by then, so a path never fails half-way.
 
 The environment variable ``HALO_DISABLE`` switches paths off. It holds names of :data:`FAST_PATHS`, separated by commas, for
 example ``HALO_DISABLE=gluon,launcher``, and is read once, when the library is imported. The backends of products are among
-these names: ``HALO_DISABLE=cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()`` lists the
-paths, with the reason for each that is off.
+these names: ``HALO_DISABLE=few_rows,cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()``
+lists the paths, with the reason for each that is off.
 """
 
 import os
@@ -140,6 +140,12 @@ INDUCTOR = FastPath(
     "compiled models call ops, each of which costs the CPU some 80 µs",
     "torch",
 )
+FOREACH = FastPath(
+    "foreach",
+    "optimisers that write all weights by one op, where they choose so themselves",
+    "a step of an optimiser without foreach=True or fused=True takes the CPU several times longer",
+    "torch",
+)
 PRODUCERS = FastPath(
     "producers",
     "elementwise operations computed inside of the quantiser that reads their result",
@@ -151,6 +157,18 @@ JOINT_GRAPH = FastPath(
     "passes over compiled graphs of forward and backward",
     "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
     "torch",
+)
+AHEAD = FastPath(
+    "ahead",
+    "kernels of a compiled graph compiled in threads, while PyTorch compiles the graph",
+    "the first step of a compiled model takes longer",
+    "triton",
+)
+FEW_ROWS = FastPath(
+    "few_rows",
+    "matrix products of at most 64 rows, as in generation, in Triton",
+    "they take 1.1 to 3.2 times as long",
+    "triton",
 )
 CUBLAS = FastPath(
     "cublas",
@@ -176,7 +194,9 @@ DERIVED = FastPath(
     "such a product runs in high precision without a warning",
     "torch",
 )
-_PATHS = (GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, PRODUCERS, JOINT_GRAPH, CUBLAS, TMA, SM80, DERIVED)
+_PATHS = (
+    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80, DERIVED,
+)  # fmt: skip
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 

@@ -121,6 +121,25 @@ def set_local_tensor(tensor: DTensor, shard: torch.Tensor) -> None:
     tensor._local_tensor = shard
 
 
+def let_optimizers_use_foreach(kind: type[torch.Tensor]) -> None:
+    """Have optimisers treat parameters of this class as plain ones where they choose an implementation themselves, as PyTorch
+    does for DTensor. Otherwise one such parameter makes them loop over all."""
+    from torch.optim.optimizer import _foreach_supported_types
+
+    if kind not in _foreach_supported_types:
+        _foreach_supported_types.append(kind)
+
+
+def list_updates() -> list[Callable]:
+    """Return the functions with which optimisers write to a list of tensors, their first argument, by one op."""
+    return [f for name, f in vars(torch).items() if name.startswith(("_foreach_", "_fused_")) and name.endswith("_")]
+
+
+def copy_all_(targets: list, sources: list) -> None:
+    """Copy each source to its target, by one op."""
+    torch._foreach_copy_(targets, sources)
+
+
 def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> AbstractContextManager:
     """Return a context in which writes to ``tensors`` do not change their versions, so that autograd does not see them."""
     return torch.autograd._unsafe_preserve_version_counter(tensors)
@@ -130,6 +149,7 @@ __all__ = [
     "ALLOWED_AO_MODULES",
     "TorchAOBaseTensor",
     "allocator",
+    "copy_all_",
     "current_device",
     "current_raw_stream",
     "hidden_from_modes",
@@ -138,6 +158,8 @@ __all__ = [
     "is_symbolic",
     "is_traceable_wrapper_subclass",
     "is_transformed",
+    "let_optimizers_use_foreach",
+    "list_updates",
     "local_tensor",
     "multiply_integers",
     "preserved_version",

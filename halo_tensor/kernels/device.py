@@ -59,6 +59,11 @@ def has_wgmma(device: torch.device) -> bool:
     return _capability(device)[0] in (9, 10)
 
 
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a kernel can start while the kernel ahead of it ends (CUDA's programmatic dependent launch)."""
+    return device.type == "cuda" and has_tma(device) and torch.version.hip is None
+
+
 def check_device(formats: tuple[Format, ...], device: torch.device) -> None:
     """Raise Refusal, a RuntimeError, if ``device`` has no matrix unit for one of ``formats``. A CPU runs all of them."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -82,6 +87,15 @@ def check_scales(granularities: Iterable[Scales], device: torch.device) -> None:
             f"no kernel computes with scales per {', '.join(lacking)}: MXFP8 and NVFP4 have none, and run on a CPU only, for "
             "accuracy studies. Move the model to the CPU, or use halo_config(level=1, dtype='int8')"
         )
+
+
+def runs_scales(granularities: Iterable[Scales], device: torch.device) -> bool:
+    """Whether :func:`check_scales` raises nothing."""
+    try:
+        check_scales(granularities, device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def runs(formats: tuple[Format, ...], device: torch.device) -> bool:

@@ -6,7 +6,7 @@ only looks at pointers. Neither plans nor compiled kernels depend on a number of
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from triton import JITFunction, OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from halo_tensor.fences import triton_launch
-from halo_tensor.fences.fast_paths import LAUNCHER, PRECOMPILED, Refusal
+from halo_tensor.fences.fast_paths import AHEAD, LAUNCHER, PRECOMPILED, Refusal
 from halo_tensor.fences.pytorch import current_device, current_raw_stream
+from halo_tensor.kernels import ahead
 
 _DATA_PTR = torch.Tensor.data_ptr
 #: Triton's default until 3.9. Version 3.10 changes the default, and 3.9 warns of kernels that do not set the option.
@@ -148,7 +149,7 @@ class Launch:
 
     def _precompiled(self, sizes: Sizes, tensors: tuple, index: int) -> tuple:
         """Return the arguments of :func:`triton_launch.through_triton`, the first of which is the compiled kernel."""
-        compiled = self._compile(self._described(sizes, tensors), sizes, index)
+        compiled = self._compile(tensors, sizes, index)
         names = self.kernel.arg_names[len(tensors) + len(sizes.integers) :]
         dtypes = tuple(t.dtype for t in tensors[: len(self.blocks)])
         return compiled, self._descriptors, dtypes, tuple(self.constants[name] for name in names)
@@ -159,12 +160,18 @@ class Launch:
         run = self._runs.get(sizes.kinds)
         return run.bound(sizes) if isinstance(run, triton_launch.Bare) else None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the kernel is compiled before it is launched: neither Triton's interpreter nor its own dispatch runs it."""
+        return self._compiles and PRECOMPILED.why_off() is None
+
     def compile(self, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes) -> None:
         """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
-        tensors = tuple(torch.empty(16, dtype=dtype, device=device) for dtype in dtypes)
-        index = tensors[0].get_device()
+        # On the CPU, since a thread that compiles must not allocate while another one captures a CUDA graph.
+        tensors = tuple(torch.empty(16, dtype=dtype, device="cpu") for dtype in dtypes)
+        index = torch.cuda.current_device() if device.index is None else device.index
         with nullcontext() if index == current_device() else torch.cuda.device(index):
-            self._compile(self._described(sizes, tensors), sizes, index)
+            self._compile(tensors, sizes, index)
 
     def _descriptors(self, sizes: Sizes, tensors: tuple) -> list:
         """Return a descriptor of each of the first tensors, one for each of ``blocks``."""
@@ -186,7 +193,12 @@ class Launch:
                     raise
                 self.constants = self._with_less(constants, error.required, error.limit, torch.cuda.get_device_name())
 
-    def _compile(self, arguments: list, sizes: Sizes, index: int) -> Any:
+    def _compile(self, tensors: tuple, sizes: Sizes, index: int) -> Any:
+        """Return the kernel compiled for such tensors. Threads that want the same one do not compile it twice."""
+        what = id(self.kernel), repr(self.constants), self.blocks, tuple(t.dtype for t in tensors), sizes.kinds, index
+        return ahead.one_at_a_time(what, partial(self._warmed_up, self._described(sizes, tensors), sizes, index))
+
+    def _warmed_up(self, arguments: list, sizes: Sizes, index: int) -> Any:
         available = triton_launch.shared_memory(index)
         # A size of 1, which Triton would make a constant, is to be any other odd number.
         integers = [17 if n == 1 and kind == 0 else n for n, kind in zip(sizes.integers, sizes.kinds, strict=True)]
@@ -230,6 +242,12 @@ class SizedLaunch:
 
     def __call__(self, *tensors: Any) -> None:
         self.launch(self.sizes, *tensors)
+
+    def ahead(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> "SizedLaunch":
+        """Return this launch, and compile its kernel in another thread: see :meth:`Launch.compile`."""
+        if self.launch.compiles and AHEAD.why_off() is None:
+            ahead.start(partial(self.launch.compile, device, dtypes, self.sizes))
+        return self
 
     def bound(self) -> Callable[[Sequence[int], int], None] | None:
         """Return :meth:`Launch.bound` with these sizes."""

@@ -38,7 +38,9 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
 
     dtype, shape = dtype or a.dtype, (a.shape[0], b.shape[1])
     rotations = a.row_rotation, b.column_rotation
-    left, right = a.any_codes(), b.any_codes_t()
+    turned = a.turned == "rows" and b.turned == "columns"
+    left, right = (a.codes, b.codes_t) if turned else (a.any_codes(), b.any_codes_t())
+    assert left is not None and right is not None
     if a.format is None:
         y = ops.unrotate(torch.mm(left.to(dtype), right.t().to(dtype)), *rotations, shape)
         return (y if bias is None else y + bias).to(dtype)
@@ -48,7 +50,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
     a_scale, b_scale = a.element_scales(), b.element_scales()
     if b_scale is not None and b.granularity.is_blocked:
         b_scale = b_scale.t()
-    return ops.scaled_mm(left, right, a_scale, b_scale, bias, *rotations, shape, dtype, gain)
+    return ops.scaled_mm(left, right, a_scale, b_scale, bias, *rotations, shape, dtype, gain, turned)
 
 
 def _describe(t: torch.Tensor) -> str:

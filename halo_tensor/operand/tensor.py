@@ -15,6 +15,7 @@ from halo_tensor.kernels.device import check_scales
 from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.old_names import accepts_old_names, old_attribute, present_state
+from halo_tensor.ops.quantizers import turns
 from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
@@ -38,6 +39,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         gain, undo_gain: float32 [c] that its columns were multiplied with before they were rotated, and the inverse; or None.
             Products undo it.
         gain_axis: "columns"; "rows" of a transpose, whose rows [r] carry the gain; None without one.
+        turned: "columns" if ``codes_t`` is a view [r', c'], "rows" (of a transpose) if ``codes`` is a view [c', r'] of what it
+            would be otherwise, see :func:`halo_tensor.ops.quantizers.turns`; None in eager code, and if sizes are constant.
         dtype: of the matrix that it stands for, and of its products.
 
     Example:
@@ -52,9 +55,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         torch.Size([8, 16])
     """
 
-    _parts = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
-    _tensors = (*_parts, "gain", "undo_gain")
-    _attributes = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis")
+    _parts: tuple[str, ...] = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
+    _tensors: tuple[str, ...] = (*_parts, "gain", "undo_gain")
+    _attributes: tuple[str, ...] = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis", "turned")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
@@ -66,6 +69,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     gain: torch.Tensor | None = None
     undo_gain: torch.Tensor | None = None
     gain_axis: str | None = None
+    turned: str | None = None
 
     @staticmethod
     def __new__(
@@ -132,14 +136,16 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         if format is None:
             rotated = ops.rotate(x, row_rotation, column_rotation)
             codes, codes_t, scale = rotated if rows else None, rotated.t().contiguous() if columns else None, None
+            turned = False
         else:
             check_scales((granularity,), x.device)
+            turned = columns and turns(x)
             codes, codes_t, scale = ops.rotate_quantize(
                 x, row_rotation, column_rotation, format, granularity, fold_rows=fold_rows, fold_columns=fold_columns,
-                rows=rows, columns=columns, rounding=rounding, gain=None if gains is None else gains[0],
+                rows=rows, columns=columns, rounding=rounding, gain=None if gains is None else gains[0], turned=turned,
             )  # fmt: skip
         scale = None if granularity == UNIT else scale
-        made = cls._of(x, format, granularity, codes, codes_t, scale, row_rotation, column_rotation)
+        made = cls._of(x, format, granularity, codes, codes_t, scale, row_rotation, column_rotation, turned)
         made.gains = gains
         return made
 
@@ -158,10 +164,11 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         They are ``from_hp(x, format, ROW, row_rotation=row_rotation, fold_columns=fold_columns)`` and ``from_hp(x, format,
         COLUMN, fold_rows=fold_rows, rows=False, columns=True)``.
         """
-        codes, codes_t, row_scales, column_scales = ops.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
+        turned = turns(x)
+        codes, codes_t, *scales = ops.quantize_pair(x, row_rotation, format, fold_columns, fold_rows, turned)
         return (
-            cls._of(x, format, ROW, codes, None, row_scales, row_rotation),
-            cls._of(x, format, COLUMN, None, codes_t, column_scales),
+            cls._of(x, format, ROW, codes, None, scales[0], row_rotation),
+            cls._of(x, format, COLUMN, None, codes_t, scales[1], turned=turned),
         )
 
     @classmethod
@@ -180,11 +187,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         scale: torch.Tensor | None,
         row_rotation: Rotation | None = None,
         column_rotation: Rotation | None = None,
+        turned: bool = False,
     ) -> "HadamardQuantTensor":
         """Return the operand that stands for x and holds these codes and scales."""
         tensors = {"codes": codes, "codes_t": codes_t, "scale": scale}
         attributes = {
             "granularity": granularity, "row_rotation": row_rotation, "column_rotation": column_rotation, "format": format,
+            "turned": "columns" if turned else None,
         }  # fmt: skip
         return cls(x.shape, x.dtype, tensors, attributes)
 
@@ -213,7 +222,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         The operand must hold rows only, and have been made without folds.
         """
         assert self.codes is not None and self.codes_t is None
-        rotations = self.row_rotation, self.column_rotation
+        rotations, x = (self.row_rotation, self.column_rotation), self.as_matrix(x)
         if self.format is None:
             self.codes.copy_(ops.rotate(x, *rotations))
         else:
@@ -222,29 +231,15 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             ops.rotate_quantize_(x, *rotations, self.format, self.granularity, codes, scale, self.gain)
             if packed is not None:
                 ops.pack_rows_(codes, self.format, packed)
+        self.after_requantize()
         torch.autograd.graph.increment_version(self.parts)
 
-    @staticmethod
-    def requantize_all_(operands: "list[HadamardQuantTensor]", matrices: list[torch.Tensor]) -> None:
-        """Call :meth:`requantize_` for many operands, each with its matrix. One op serves all that are quantised alike."""
-        alike: dict[tuple, list[tuple[HadamardQuantTensor, torch.Tensor]]] = {}
-        for operand, x in zip(operands, matrices, strict=True):
-            rotations = operand.row_rotation, operand.column_rotation
-            how: tuple = (*rotations, operand.format, operand.granularity, x.device, operand.gain is None)
-            traced = type(operand.codes) is not torch.Tensor  # or fake
-            if operand.format is None or operand.scale is None or operand.is_packed or traced:
-                how = (id(operand),)  # unlike any other
-            alike.setdefault(how, []).append((operand, x))
-        for group in alike.values():
-            first, x = group[0]
-            if len(group) == 1:
-                first.requantize_(x)
-                continue
-            codes, scales, gains = ([getattr(o, name) for o, _ in group] for name in ("codes", "scale", "gain"))
-            xs, gains = [x for _, x in group], [] if first.gain is None else gains
-            format, rotations = cast(Format, first.format), (first.row_rotation, first.column_rotation)
-            ops.requantize_(xs, *rotations, format, first.granularity, codes, scales, gains)
-            torch.autograd.graph.increment_version([*codes, *scales])
+    def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of this operand's shape as the matrix that its codes were made of."""
+        return x
+
+    def after_requantize(self) -> None:
+        """Bring what was computed from the codes up to date."""
 
     def _with(
         self, *, size: torch.Size | None = None, dtype: torch.dtype | None = None, **changes: Any
@@ -289,20 +284,23 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         """Return the codes [r', c'] from the layout that is held."""
         if self.is_packed:
             return (unpack_rows if is_symbolic() else ops.unpack_rows)(*self._packed)
-        return self.codes if self.codes is not None else self.any_codes_t().t()
+        if self.codes is None:
+            return self.any_codes_t().t()
+        return self.codes.t() if self.turned == "rows" else self.codes
 
     def any_codes_t(self) -> torch.Tensor:
         """Return the transposed codes [c', r'] from the layout that is held."""
         if self.is_packed:
             return unpack_columns(*self._packed) if is_symbolic() else self.any_codes().t()
-        return self.codes_t if self.codes_t is not None else self.any_codes().t()
+        if self.codes_t is None:
+            return self.any_codes().t()
+        return self.codes_t.t() if self.turned == "columns" else self.codes_t
 
     def element_scales(self) -> torch.Tensor | None:
         """Return the scales as products take them: with one for each element, [r', c'], if they vary along both dimensions."""
         if self.scale is None or not self.granularity.is_blocked:
             return self.scale
-        rows, columns = self.codes.shape if self.codes is not None else reversed(cast(torch.Tensor, self.codes_t).shape)
-        return self.granularity.spread(self.scale, rows, columns)
+        return self.granularity.spread(self.scale, *self.any_codes().shape)
 
     def dequantize(self) -> torch.Tensor:
         """Return the matrix [r, c] that the codes stand for, in high precision and not rotated.
@@ -341,6 +339,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def __tensor_unflatten__(
         cls, tensors: dict[str, torch.Tensor], attributes: dict[str, Any], size: torch.Size, stride: tuple[int, ...]
     ) -> "HadamardQuantTensor":
+        cls = attributes.get("class", cls)
         return cls(size, attributes["dtype"], {name: tensors.get(name) for name in cls._tensors}, attributes)
 
     def _apply_fn_to_data(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "HadamardQuantTensor":

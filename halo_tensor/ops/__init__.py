@@ -5,6 +5,21 @@ A compiler sees each as one node. Kernels run on a GPU (:mod:`halo_tensor.kernel
 mechanism.
 """
 
+from halo_tensor.ops.experts import (
+    combine,
+    gather_codes,
+    group_tiles,
+    grouped_grad,
+    grouped_mm,
+    quantize_gated,
+    quantize_gated_grad,
+    quantize_gated_grad_t,
+    quantize_groups,
+    quantize_groups_t,
+    turn_codes,
+    turn_stack,
+    turn_stack_,
+)
 from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
 from halo_tensor.ops.loss import linear_cross_entropy, scale_
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
@@ -13,8 +28,18 @@ from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quan
 from halo_tensor.ops.rotations import rotate, unrotate
 
 __all__ = [
+    "combine",
+    "gather_codes",
+    "group_tiles",
+    "grouped_grad",
+    "grouped_mm",
     "linear_cross_entropy",
     "pack_rows_",
+    "quantize_gated",
+    "quantize_gated_grad",
+    "quantize_gated_grad_t",
+    "quantize_groups",
+    "quantize_groups_t",
     "quantize_pair",
     "quantize_pairs",
     "requantize_",
@@ -23,6 +48,9 @@ __all__ = [
     "rotate_quantize_",
     "scale_",
     "scaled_mm",
+    "turn_codes",
+    "turn_stack",
+    "turn_stack_",
     "unpack_rows",
     "unrotate",
 ]

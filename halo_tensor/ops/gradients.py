@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops.quantizers import empty_codes
+from halo_tensor.ops.quantizers import empty_codes, empty_transpose, viewed
 from halo_tensor.ops.register import fake, op
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
@@ -15,7 +15,12 @@ from halo_tensor.reference import ops as reference
 
 @op("quantize_pair")
 def quantize_pair(
-    x: Tensor, row_rotation: Rotation | None, format: Format, fold_columns: Tensor | None, fold_rows: Tensor | None
+    x: Tensor,
+    row_rotation: Rotation | None,
+    format: Format,
+    fold_columns: Tensor | None,
+    fold_rows: Tensor | None,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise a matrix twice, with scales per row and with scales per column. A kernel reads it twice instead of four times.
 
@@ -24,6 +29,7 @@ def quantize_pair(
         row_rotation: rotation of its first dimension for the first operand; r' is the size afterwards.
         format: number format of the codes.
         fold_columns, fold_rows: float32 [c] and [r], which multiply the first operand's columns and the second one's rows.
+        turned: whether to return the transposed codes as a view [r, c], see :func:`halo_tensor.ops.quantizers.turns`.
 
     Returns:
         Codes [r', c] of Rᵀ_row x diag(fold_columns), transposed codes [c, r] of diag(fold_rows) x, and their float32 scales
@@ -32,24 +38,32 @@ def quantize_pair(
     if runs_kernels(x.device):
         from halo_tensor.kernels.quantize import plan
 
-        return plan.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
-    return _pair(x, row_rotation, format, fold_columns, fold_rows)
+        codes, codes_t, row_scales, column_scales = plan.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
+        return codes, viewed(codes_t, turned), row_scales, column_scales
+    return _pair(x, row_rotation, format, fold_columns, fold_rows, turned)
 
 
 def _pair(
-    x: Tensor, row_rotation: Rotation | None, format: Format, fold_columns: Tensor | None, fold_rows: Tensor | None
+    x: Tensor,
+    row_rotation: Rotation | None,
+    format: Format,
+    fold_columns: Tensor | None,
+    fold_rows: Tensor | None,
+    turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, row_scales = reference.rotate_quantize(x, row_rotation, None, format, "row", None, fold_columns)
     codes_of_columns, column_scales = reference.rotate_quantize(x, None, None, format, "column", fold_rows, None)
-    return codes.contiguous(), codes_of_columns.contiguous().t(), row_scales, column_scales
+    return codes.contiguous(), viewed(codes_of_columns.contiguous().t(), turned), row_scales, column_scales
 
 
 @fake("quantize_pair")
-def _empty_pair(x: Tensor, row_rotation: Rotation | None, format: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_pair(
+    x: Tensor, row_rotation: Rotation | None, format: Format, turned: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (r, c), r_padded = x.shape, reference.rotated(x.shape[0], row_rotation)
     return (
         empty_codes(x, r_padded, c, format),
-        empty_codes(x, c, r, format, transposed=True),
+        empty_transpose(x, c, r, format, turned),
         x.new_empty([r_padded], dtype=torch.float32),
         x.new_empty([c], dtype=torch.float32),
     )
@@ -57,7 +71,14 @@ def _empty_pair(x: Tensor, row_rotation: Rotation | None, format: Format) -> tup
 
 @op("quantize_pairs")
 def quantize_pairs(
-    a: Tensor, b: Tensor, format: Format, columns_a: Tensor, rows_a: Tensor, columns_b: Tensor, rows_b: Tensor
+    a: Tensor,
+    b: Tensor,
+    format: Format,
+    columns_a: Tensor,
+    rows_a: Tensor,
+    columns_b: Tensor,
+    rows_b: Tensor,
+    turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Do :func:`quantize_pair` for two matrices of one shape, without a rotation. Only a pass over compiled graphs calls it.
 
@@ -65,6 +86,7 @@ def quantize_pairs(
         a, b: matrices [r, c].
         format: number format of the codes.
         columns_a, rows_a, columns_b, rows_b: ``fold_columns`` and ``fold_rows`` of a and of b.
+        turned: as of :func:`quantize_pair`.
 
     Returns:
         The four results of a, and the four of b.
@@ -72,10 +94,11 @@ def quantize_pairs(
     if runs_kernels(a.device):
         from halo_tensor.kernels.quantize import two_gradients
 
-        return two_gradients.quantize_pairs(a, b, format, columns_a, rows_a, columns_b, rows_b)  # type: ignore[return-value]
-    return *_pair(a, None, format, columns_a, rows_a), *_pair(b, None, format, columns_b, rows_b)
+        made = two_gradients.quantize_pairs(a, b, format, columns_a, rows_a, columns_b, rows_b)
+        return tuple(viewed(x, turned and i in (1, 5)) for i, x in enumerate(made))  # type: ignore[return-value]
+    return *_pair(a, None, format, columns_a, rows_a, turned), *_pair(b, None, format, columns_b, rows_b, turned)
 
 
 @fake("quantize_pairs")
-def _(a: Tensor, b: Tensor, format: Format) -> tuple[Tensor, ...]:
-    return (*_empty_pair(a, None, format), *_empty_pair(b, None, format))
+def _(a: Tensor, b: Tensor, format: Format, turned: bool) -> tuple[Tensor, ...]:
+    return (*_empty_pair(a, None, format, turned), *_empty_pair(b, None, format, turned))

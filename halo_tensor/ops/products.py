@@ -25,6 +25,7 @@ def scaled_mm(
     shape: Sequence[int],
     dtype: torch.dtype,
     gain: Tensor | None = None,
+    turned: bool = False,
 ) -> Tensor:
     """Return R_row (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_column diag(gain) + bias, as
     :func:`halo_tensor.reference.ops.scaled_mm` defines it, by the fastest backend of the device.
@@ -38,11 +39,14 @@ def scaled_mm(
         row_rotation, column_rotation: the rotations to undo on the result.
         shape, dtype: of the result.
         gain: float32 [n], or None.
+        turned: whether ``a`` and ``b_t`` are given as [k', m'] and [k', n'], views of the same memory. Transposed codes of a
+            number of tokens that is a symbol are: see :func:`halo_tensor.ops.quantizers.turns`.
 
     Raises:
         RuntimeError: if the device has no matrix unit for the codes; it names the device and what it can multiply.
     """
     rows, columns = shape
+    a, b_t = (a.t(), b_t.t()) if turned else (a, b_t)
     blocks = a_scale is not None and a_scale.ndim == 2
     if runs_kernels(a.device) and not blocks:
         from halo_tensor.kernels.matmul import plan
@@ -53,12 +57,14 @@ def scaled_mm(
 
 
 @fake("scaled_mm")
-def _(a: Tensor, b_t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    torch._check(a.shape[1] == b_t.shape[1], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
+def _(a: Tensor, b_t: Tensor, shape: Sequence[int], dtype: torch.dtype, turned: bool) -> Tensor:
+    k = 0 if turned else 1
+    torch._check(a.shape[k] == b_t.shape[k], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
     return a.new_empty(shape, dtype=dtype)
 
 
 @register_flop_formula(torch.ops.halo.scaled_mm)
 def _count_flops(a_shape: Sequence[int], b_t_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """Count two operations per multiply-accumulate, as for aten.mm; undoing a rotation is not counted."""
-    return 2 * a_shape[0] * b_t_shape[0] * a_shape[1]
+    turned = args[8] if len(args) > 8 else kwargs.get("turned", False)
+    return 2 * a_shape[0] * a_shape[1] * b_t_shape[1 if turned else 0]

@@ -9,6 +9,7 @@ from halo_tensor.ops.rotations import rotate
 from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned, code_dtype
+from halo_tensor.reference.packing import pack_rows
 
 
 def rotate_quantize(
@@ -24,6 +25,7 @@ def rotate_quantize(
     columns: bool = False,
     rounding: str = "nearest",
     gain: Tensor | None = None,
+    turned: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return the codes and scales of Rᵀ_row x R_column: :func:`halo_tensor.reference.ops.rotate_quantize`, in chosen layouts.
 
@@ -37,6 +39,7 @@ def rotate_quantize(
         rounding: "nearest" or "stochastic", which draws from torch's generator of x's device: a GPU's kernels draw a seed,
             and the reference draws all of the noise.
         gain: float32 [c], powers of two that multiply the columns of x before they are rotated.
+        turned: whether to return the transposed codes as a view [r', c'] of their memory, see :func:`turns`.
 
     Returns:
         Codes [r', c'] or None; their transpose [c', r'] or None; float32 scales. On a GPU, rows of codes begin at multiples of
@@ -49,10 +52,11 @@ def rotate_quantize(
             codes, scales = _round_stochastically(
                 x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, gain
             )
-            return codes.contiguous() if rows else None, codes.t().contiguous() if columns else None, scales
+            codes_t = viewed(codes.t().contiguous(), turned)
+            return codes.contiguous() if rows else None, codes_t if columns else None, scales
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     codes, codes_t, scales = _rotate_quantize(
-        x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain
+        x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain, turned
     )
     return codes if rows else None, codes_t if columns else None, scales
 
@@ -89,6 +93,7 @@ def _rotate_quantize(
     columns: bool,
     seed: Tensor | None,
     gain: Tensor | None,
+    turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do :func:`rotate_quantize`, with empty matrices instead of None.
 
@@ -104,7 +109,7 @@ def _rotate_quantize(
         )
         dtype = code_dtype(format)
         codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
-        return codes, codes_t, scales
+        return codes, viewed(codes_t, turned and columns), scales
     assert seed is None, "the reference rounds by noise, not by a seed: see _round_stochastically"
     codes, scales = reference.rotate_quantize(x, *rotations, format, granularity, fold_rows, fold_columns, gain=gain)
     codes, nothing = codes.contiguous(), codes.new_empty(0)
@@ -112,7 +117,7 @@ def _rotate_quantize(
         codes_t = codes.t().contiguous() if columns else nothing
     else:
         codes_t = (codes.clone() if rows else codes).t() if columns else nothing  # outputs of an op may not share memory
-    return codes if rows else nothing, codes_t, scales
+    return codes if rows else nothing, viewed(codes_t, turned and columns), scales
 
 
 @fake("rotate_quantize")
@@ -124,29 +129,57 @@ def _(
     granularity: Scales,
     rows: bool,
     columns: bool,
+    turned: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r, c = reference.rotated(x.shape[0], row_rotation), reference.rotated(x.shape[1], column_rotation)
     pad = not granularity.is_blocked
     nothing = x.new_empty([0], dtype=code_dtype(format))
     return (
         empty_codes(x, r, c, format, pad=pad) if rows else nothing,
-        empty_codes(x, c, r, format, transposed=True, pad=pad) if columns else nothing,
+        empty_transpose(x, c, r, format, turned, pad) if columns else nothing,
         x.new_empty(granularity.shape(r, c), dtype=torch.float32),
     )
 
 
-def empty_codes(x: Tensor, rows: int, columns: int, format: Format, transposed: bool = False, pad: bool = True) -> Tensor:
+def empty_codes(x: Tensor, rows: int, columns: int, format: Format, pad: bool = True) -> Tensor:
     """Return an empty matrix of codes [rows, columns], with the strides that ops give to codes of x.
 
     Args:
-        transposed: whether the op returns them as the transpose of a matrix.
         pad: whether kernels begin rows at multiples of 16 bytes.
     """
     dtype = code_dtype(format)
     if not runs_kernels(x.device):
-        return x.new_empty([columns, rows], dtype=dtype).t() if transposed else x.new_empty([rows, columns], dtype=dtype)
-    stride = aligned(columns) if pad else columns
-    return x.new_empty_strided([rows, columns], [stride, 1], dtype=dtype)
+        return x.new_empty([rows, columns], dtype=dtype)
+    return x.new_empty_strided([rows, columns], [aligned(columns) if pad else columns, 1], dtype=dtype)
+
+
+def empty_transpose(x: Tensor, rows: int, columns: int, format: Format, turned: bool, pad: bool = True) -> Tensor:
+    """Return an empty matrix [rows, columns] with the strides that ops give to transposed codes of x.
+
+    Args:
+        turned: whether the op returns a view [columns, rows] of it, see :func:`turns`.
+    """
+    dtype = code_dtype(format)
+    if not runs_kernels(x.device):
+        return viewed(x.new_empty([columns, rows], dtype=dtype).t(), turned)
+    if turned:
+        return x.new_empty_strided([columns, rows], [1, aligned(columns) if pad else columns], dtype=dtype)
+    return empty_codes(x, rows, columns, format, pad)
+
+
+def turns(x: Tensor) -> bool:
+    """Whether ops should return transposed codes of ``x`` [r, c] as a view [r', c'] of the memory of [c', r'].
+
+    On a GPU that memory has rows of r' codes, padded to multiples of 16. If r is a symbol, a compiler that sees a matrix
+    [c', r'] asks whether it is contiguous, hence whether r' is a multiple of 16, and makes one graph for each answer. The view
+    is never contiguous, so one graph serves every number of tokens.
+    """
+    return isinstance(x.shape[0], torch.SymInt) and runs_kernels(x.device)
+
+
+def viewed(codes_t: Tensor, turned: bool) -> Tensor:
+    """Return transposed codes as an op returns them."""
+    return codes_t.t() if turned else codes_t
 
 
 @op("rotate_quantize_", mutates=("codes", "scales"))
@@ -187,7 +220,7 @@ def requantize_(
     """Do :func:`rotate_quantize_` for many matrices of any shapes on one device. It is not for compiled code.
 
     Args:
-        xs, codes, scales: the matrices, and what to overwrite, in the same order.
+        xs, codes, scales: the matrices, and what to overwrite, in the same order. Codes of fp6 may all be packed, uint8.
         gains: one for each matrix, or an empty list.
     """
     if xs and runs_kernels(xs[0].device) and not granularity.is_blocked:
@@ -198,5 +231,5 @@ def requantize_(
     for i, (x, code, scale) in enumerate(zip(xs, codes, scales, strict=True)):
         gain = gains[i] if gains else None
         new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
-        code.copy_(new_codes)
+        code.copy_(pack_rows(new_codes, format) if code.dtype is torch.uint8 else new_codes)
         scale.copy_(new_scales)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from halo_tensor.recipe import FORMATS, Format, Rotation, Scales
+from halo_tensor.recipe import FORMATS, Format, Gate, Rotation, Scales
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,9 +66,10 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Rotation | None: "int[]",
     Format: "str",
     Scales: "str",
+    Gate: "str",
     str: "str",
+    int: "SymInt",
     bool: "bool",
-    int: "int",
     Sequence[int]: "SymInt[]",
     Sequence[float]: "float[]",
     torch.dtype: "ScalarType",
@@ -78,6 +79,7 @@ _CONVERSIONS: dict[Any, tuple[Callable, Callable]] = {
     Rotation | None: (encode, decode),
     Format: (_name, FORMATS.__getitem__),
     Scales: (str, Scales.of),
+    Gate: (str, Gate.of),
 }
 
 

@@ -45,6 +45,8 @@ class Layer(NamedTuple):
         bias: the dtype of the bias, or None.
         device: where all tensors are.
         balanced: whether the weight is.
+        row: the stride of the rows of W's codes, which FSDP2 gathers with scales between them; 0 without codes.
+        packed: whether these are packed fp6 codes.
     """
 
     recipe: Recipe
@@ -56,6 +58,8 @@ class Layer(NamedTuple):
     bias: torch.dtype | None
     device: torch.device
     balanced: bool
+    row: int
+    packed: bool
 
     def width(self, dimension: str) -> int:
         """Return the size of a dimension of features. A rotation of tokens does not depend on theirs."""
@@ -96,6 +100,7 @@ class Lowered:
         )
         (step,) = steps_for(layer.recipe, W, ("output",))
         self.quantize_w = _quantizer(layer, W, step, layer.weight)
+        self.w_codes = _unpacked(step) if layer.packed else _as_they_are
         self.quantize_e: dict[tuple[str, ...], Callable[..., list[Codes]]] = {
             products: _gradient_quantizer(layer, products) for products in (BOTH, BOTH[:1], BOTH[1:])
         }
@@ -132,7 +137,7 @@ class Lowered:
     ) -> tuple[torch.Tensor]:
         """Return Y for X of ``x_shape``."""
         shape = (*x_shape[:-1], self.layer.out_features)
-        return (self.products["output"](x_rows, w_rows, x_scale, w_scale, None, bias, x_rows.shape[0], shape),)
+        return (self.products["output"](x_rows, self.w_codes(w_rows), x_scale, w_scale, None, bias, x_rows.shape[0], shape),)
 
     def _backward(
         self,
@@ -160,7 +165,7 @@ class Lowered:
         grad_x = grad_w = None
         if w_rows is not None:
             a, scale = left["grad_input"], None if "grad_input" in self.folds else w_scale
-            operands = a.rows, self.transposed(w_rows), a.scale, scale, undo_gain
+            operands = a.rows, self.transposed(self.w_codes(w_rows)), a.scale, scale, undo_gain
             grad_x = self.products["grad_input"](*operands, None, e.shape[0], numbers[0])
         if x_columns is not None:
             a, scale = left["grad_weight"], None if "grad_weight" in self.folds else x_scale
@@ -178,6 +183,18 @@ def _quantized(
 
 #: An operand -> the first one that equals it, so that equal ones are known by their id.
 _INTERNED: dict[Operand, Operand] = {}
+
+
+def _as_they_are(codes: torch.Tensor) -> torch.Tensor:
+    return codes
+
+
+def _unpacked(step: Step) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that unpacks fp6 codes. What forward saves stays packed."""
+    from halo_tensor.kernels.quantize.packing import unpack_rows
+
+    assert step.operand.format is not None
+    return partial(unpack_rows, format=step.operand.format)
 
 
 def _quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:
@@ -327,7 +344,10 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             return None
         balanced = operand is not None and operand.gain is not None
         bias_dtype = None if bias is None else bias.dtype
-        key = (id(recipe), out_features, in_features, x.dtype, dtype, output, bias_dtype, x.device, balanced)
+        row, packed = 0, False
+        if operand is not None and operand.codes is not None:
+            row, packed = operand.codes.stride(0), operand.is_packed
+        key = (id(recipe), out_features, in_features, x.dtype, dtype, output, bias_dtype, x.device, balanced, row, packed)
         _, lowered = _lowered.get(key) or _lower(recipe, key)
         trains = torch.is_grad_enabled()
         trains_w = trains and weight.requires_grad
@@ -339,7 +359,7 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             or weight.device != x.device
             or (bias is not None and (bias.shape != (out_features,) or bias.device != x.device or bias.stride(0) != 1))
             or (trains_w and master is None and not weight.is_gathered)
-            or (operand is not None and (operand.is_packed or operand.codes is None))
+            or (operand is not None and operand.codes is None)
             or (operand is not None and operand.scale.ndim > 0 and operand.scale.stride(0) != 1)
         ):
             return None

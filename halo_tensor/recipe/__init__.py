@@ -15,7 +15,21 @@ from halo_tensor.recipe.formats import (
     INT8,
     Format,
 )
-from halo_tensor.recipe.language import DIMENSIONS, PLAIN, PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
+from halo_tensor.recipe.gates import Gate
+from halo_tensor.recipe.language import (
+    DIMENSIONS,
+    EXPERTS,
+    PLAIN,
+    PRODUCTS,
+    E,
+    Operand,
+    Product,
+    Recipe,
+    Rotation,
+    W,
+    X,
+    why_not_grouped,
+)
 from halo_tensor.recipe.methods import RECIPES, halo, hot, ideal, jetfire, lbp_wht, luq, mxfp8, nvfp4, switchback
 from halo_tensor.recipe.scales import AXES, COLUMN, ROW, TENSOR, UNIT, Scales
 
@@ -24,6 +38,7 @@ __all__ = [
     "COLUMN",
     "DIMENSIONS",
     "E8M0",
+    "EXPERTS",
     "FLOAT32",
     "FORMATS",
     "FP4_E1M2",
@@ -43,6 +58,7 @@ __all__ = [
     "UNIT",
     "E",
     "Format",
+    "Gate",
     "Operand",
     "Product",
     "Recipe",
@@ -59,4 +75,5 @@ __all__ = [
     "mxfp8",
     "nvfp4",
     "switchback",
+    "why_not_grouped",
 ]

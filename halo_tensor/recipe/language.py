@@ -22,6 +22,13 @@ dimension then gives the product of two projections, a surviving one a projectio
 dimension is folded into the other operand before that one is quantised: Eᵀ X = (diag(s_x) E)ᵀ X_q for X = diag(s_x) X_q. So X
 and W can be quantised once and serve two products each. Blocks of scales along the contracted dimension are applied to both
 operands before they are multiplied, as matrix units for MXFP8 and NVFP4 do.
+
+*Experts.* The weights of a mixture have a fourth dimension, ``experts``: W[experts, out, in]. It groups the tokens: each
+belongs to one expert, and is multiplied with that expert's matrix only. So the three products are those of a dense layer,
+once for each group. A recipe says nothing new for them. A scale is never shared by two experts, unless it lies along tokens,
+whose scales stay with them: of W there is one for each (expert, out_feature), and so of E in grad_weight. What is folded in
+is that of the group. Rotations are the same for all experts, since X is rotated and quantised before it is known which experts
+read it. A rotation of tokens begins anew in each group. :func:`why_not_grouped` says which recipes experts can follow.
 """
 
 from dataclasses import dataclass, fields
@@ -32,6 +39,8 @@ from halo_tensor.recipe.formats import Constant, Format
 from halo_tensor.recipe.scales import AXES, TENSOR, Scales
 
 DIMENSIONS = ("tokens", "in_features", "out_features")
+#: The dimension of a weight [experts, out_features, in_features] by which tokens are grouped.
+EXPERTS = "experts"
 X, W, E = ("tokens", "in_features"), ("out_features", "in_features"), ("tokens", "out_features")
 #: product -> (dimensions of its left operand, dimensions of its right operand, the contracted dimension)
 PRODUCTS = {
@@ -246,3 +255,26 @@ def _check_blocks(name: str, product: Product, contracted: str) -> None:
             f"{name} contracts {contracted}, where the blocks of both operands must be equally long; got {lengths[0]} on the "
             f"left and {lengths[1]} on the right"
         )
+
+
+def why_not_grouped(recipe: Recipe) -> str | None:
+    """Return why the experts of a mixture cannot follow a recipe, or None if they can.
+
+    Their products quantise X once per token, before tokens are copied to experts, and W once per out_feature of each expert.
+    HALO's recipes with scales per row ask for that.
+    """
+    x, w = recipe.output.left, recipe.output.right
+    e_rows, e_columns = recipe.grad_input.left, recipe.grad_weight.left
+    if x.format is None or not (x.granularity.is_per("tokens") and w.granularity.is_per("out_features")):
+        return "X needs one scale per token and W one per out_feature (granularity='row')"
+    if recipe.grad_input.right != w or recipe.grad_weight.right != x:
+        return "all three products must read the same codes of X and of W"
+    if not (e_rows.granularity.is_per("tokens") and e_columns.granularity.is_per("out_features")):
+        return "E needs one scale per token in grad_input and one per out_feature in grad_weight"
+    if any(o.rounding != "nearest" for o in (x, w, e_rows, e_columns)):
+        return "codes must be rounded to nearest"
+    if x.tokens or w.out_features or e_rows.out_features or e_columns.tokens or e_columns.out_features:
+        return "only in_features may be rotated, and the tokens of E in grad_input"
+    if e_rows.tokens is not None and (e_rows.tokens.rank or 128 % (e_rows.tokens.block or 1)):
+        return f"the rotation of tokens must have blocks that divide 128; got {e_rows.tokens}"
+    return None

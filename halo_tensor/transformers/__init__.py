@@ -1,4 +1,9 @@
-"""Quantised checkpoints through transformers: quantise a model as it is loaded, save it quantised, load it again.
+"""transformers: a callback for trainers, and quantised checkpoints.
+
+:class:`HaloCallback` converts the model of a ``Trainer``, TRL's included, before it trains; :class:`HaloArguments` does so by
+``--halo int8`` on a command line.
+
+The rest of this page is about quantising a model as it is loaded, saving it quantised and loading it again.
 
 Importing this module teaches transformers to read such checkpoints::
 
@@ -18,8 +23,10 @@ from transformers.utils.versions import require_version
 
 require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 
-from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402  after the check of the version
+from halo_tensor.transformers.arguments import HaloArguments  # noqa: E402  after the check of the version
+from halo_tensor.transformers.callback import HaloCallback  # noqa: E402
+from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
 
-__all__ = ["HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]
+__all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]

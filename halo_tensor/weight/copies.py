@@ -1,6 +1,6 @@
 """Weights made of other weights: aliases, views, copies and conversions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,10 +37,11 @@ def plain_view(weight: HaloWeight, view: torch.Tensor) -> HaloWeight:
 
 
 def renewed(weight: HaloWeight, dense: torch.Tensor) -> HaloWeight:
-    """Return a weight like ``weight``, of the dense value ``dense`` [out, in]."""
+    """Return a weight like ``weight``, of the dense value ``dense``, of its shape."""
     made = HaloWeight.from_hp(
-        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None
-    )
+        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None,
+        in_features_first=weight.in_features_first,
+    )  # fmt: skip
     if weight.operand is not None and weight.operand.is_packed:
         made.operand = cast(HadamardQuantTensor, made.operand).packed()
     made.shard_role = weight.shard_role
@@ -67,6 +68,12 @@ RESULT_HOOKS.append(_carry_hooks)
 @implements(aten.detach.default, aten.alias.default)
 def _alias(op: Any, weight: HaloWeight, *args: Any, **kwargs: Any) -> HaloWeight:
     return return_and_correct_aliasing(op, (weight, *args), kwargs, alias(weight))
+
+
+@implements(aten.view.default)
+def _view_alike(op: Any, weight: HaloWeight, size: Sequence[int]) -> Any:
+    """Return a view of the same shape, which follows the recipe: ``DTensor.from_local`` makes one of its tensor."""
+    return alias(weight) if tuple(size) == tuple(weight.shape) else NotImplemented
 
 
 @implements(aten.clone.default, aten.empty_like.default, aten._to_copy.default, aten._pin_memory.default)

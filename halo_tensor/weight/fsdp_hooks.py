@@ -2,11 +2,13 @@
 
 ``fully_shard`` cuts a parameter into shards of rows, one per rank, and gathers them where a block needs the whole weight. A
 row's rotation and scale concern that row alone, so every rank quantises its own rows when the optimiser writes to them, and
-codes are sent: 1 byte per element, fp6 ¾ of one, and one float32 scale per row. The result is the operand that the products
-multiply with: nothing is cast, and nothing is quantised again.
+codes are sent: 1 byte per element, fp6 ¾ of one, and one float32 scale per row. Both lie in one tensor
+(:mod:`halo_tensor.weight.sent_rows`), since FSDP2 handles each tensor that a weight sends by several ops in every gather. The
+result is the operand that the products multiply with: no code is copied or cast, and nothing is quantised again.
 
 Exceptions:
 
+- Scales of blocks, which are no vector, are sent as a second tensor.
 - Per-tensor scales are the one thing that ranks must agree on: see :mod:`halo_tensor.weight.common_scales`.
 - Where the number of ranks does not divide out_features, FSDP accepts only tensors of a padded shard's size. Row scales are
   then sent in a small all-gather of their own, and fp6 as whole bytes.
@@ -30,6 +32,7 @@ from halo_tensor.recipe import TENSOR
 from halo_tensor.weight.common_scales import share_scales
 from halo_tensor.weight.refusals import refuse_fsdp1
 from halo_tensor.weight.roles import ShardRole
+from halo_tensor.weight.sent_rows import alias, can_be_sent_in_rows, codes_in, put_in_rows, rows_of, scales_in, send_scales
 from halo_tensor.weight.tensor import HaloWeight
 
 #: The tensors that a rank sends, and what the hook after the all-gather needs to know besides them.
@@ -78,7 +81,11 @@ class _PreAllGather:
             return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
         if operand.scale is not None and operand.granularity == TENSOR and not state.has_common_scale(operand):
             share_scales([shard], mesh)
+        if state.sent is None and ranks > 1 and outer_size[0] % ranks == 0 and can_be_sent_in_rows(operand):
+            state.sent, state.scales_in_rows = _rows_to_send(operand, outer_size)
         if state.sent is not None:
+            if not state.sends_scales:
+                send_scales([shard])
             return state.sent
         sent = _to_send(operand, mesh, outer_size)
         # Kept only if no copy was made: copies would take memory for as long as the shard lives, and become out of date.
@@ -91,13 +98,22 @@ class _PreAllGather:
 _PreAllGather.__signature__ = inspect.signature(_PreAllGather(cast(Any, None)))
 
 
+def _rows_to_send(operand: HadamardQuantTensor, outer_size: torch.Size) -> tuple[Sent, torch.Tensor]:
+    """Return the rows in which codes and scales lie, to be sent, and the scales in them."""
+    put_in_rows(operand)  # they are already, unless the shard was copied or loaded
+    rows, codes = rows_of(operand), cast(torch.Tensor, operand.codes)
+    metadata = {"rows": outer_size[0], "dtype": codes.dtype, "width": codes.shape[1]}
+    return ((rows,), metadata), scales_in(rows, codes.shape[1])
+
+
 def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.Size) -> Sent:
     ranks = mesh.size()
     rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
     operand = operand if even else operand.unpacked()
     codes, scale = _pad(cast(torch.Tensor, operand.codes), rows).contiguous(), operand.scale
     metadata: dict[str, Any] = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
-    sent = [_alias(codes, torch.uint8 if codes.itemsize == 1 else codes.dtype)]  # gloo sends no fp8
+    dtype = torch.uint8 if codes.itemsize == 1 else codes.dtype  # gloo sends no fp8
+    sent = [alias(codes, dtype, codes.shape, codes.stride())]
     if scale is not None and operand.granularity.block:
         scale = _pad(scale, operand.granularity.shape(rows, codes.shape[1])[0])
         if even and ranks > 1:
@@ -124,18 +140,44 @@ def _post_all_gather(
     rows, operand = metadata["rows"], shard.operand
     if operand is None:
         return None if out is not None else (_gathered(shard, outputs[0][:rows], None), ())
-    scale = metadata["scale"]
+    width = metadata.get("width")  # if codes and scales lie in rows
     if out is not None:  # its codes are views of the outputs, and so up to date already
-        if scale is not None:
-            assert out.scale is not None
-            _overwrite(out.scale, scale)
+        _bring_scales_up_to_date(shard, out, metadata["scale"] if width is None else out.codes_state.scales_in_rows)
         return None
-    codes = outputs[0].view(metadata["dtype"])[:rows]
-    scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
+    if width is None:
+        codes, scale = outputs[0].view(metadata["dtype"])[:rows], metadata["scale"]
+        scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
+        return _gathered_operand(shard, rows, param_dtype, codes, scale), ()
+    scales = scales_in(outputs[0], width)
+    codes = codes_in(outputs[0], width, metadata["dtype"])
+    weight = _gathered_operand(shard, rows, param_dtype, codes, scales.clone(memory_format=torch.contiguous_format))
+    weight.codes_state.scales_in_rows = scales
+    return weight, ()
+
+
+def _bring_scales_up_to_date(shard: HaloWeight, gathered: HaloWeight, scale: torch.Tensor | None) -> None:
+    """Copy the scales that ranks have sent, float32 [out] or [], to those of a weight that was gathered before.
+
+    In backward a weight is gathered again to be what it was in forward. Its scales, unlike its codes, were not freed.
+    """
+    if scale is None:
+        return
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not (in_backward and shard.codes_state.has_sent_scales):
+        assert gathered.scale is not None
+        _overwrite(gathered.scale, scale)
+    shard.codes_state.has_sent_scales = shard.codes_state.sends_scales
+
+
+def _gathered_operand(
+    shard: HaloWeight, rows: int, param_dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None
+) -> HaloWeight:
+    """Return the gathered weight of these codes and scales."""
+    operand = cast(HadamardQuantTensor, shard.operand)
     size = torch.Size((rows, shard.shape[1]))
     operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
     operand.gains = moved(operand.gains, codes.device)  # shards may be offloaded
-    return _gathered(shard, None, operand), ()
+    return _gathered(shard, None, operand)
 
 
 def _gathered(shard: HaloWeight, master: torch.Tensor | None, operand: HadamardQuantTensor | None) -> HaloWeight:
@@ -177,12 +219,6 @@ def _overwrite(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Write in place, unseen by autograd: a weight gathered again for backward is the one that forward saved."""
     with preserved_version(tensor):
         tensor.copy_(value)
-
-
-def _alias(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the same memory as another dtype. It is no view, which would share its version with ``tensor``."""
-    storage = tensor.untyped_storage()
-    return tensor.new_empty(0, dtype=dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ not the other way round.
 """
 
 from collections.abc import Callable
+from types import MethodWrapperType
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +16,10 @@ H = TypeVar("H", bound=Callable[..., Any])
 _handlers: dict[Any, Callable[..., Any]] = {}
 #: Called with (func, args, kwargs, result) where a function of torch returned tensors; the value replaces the result.
 RESULT_HOOKS: list[Callable[[Callable, tuple, dict[str, Any], Any], Any]] = []
-#: Names of the functions that read or set an attribute of a tensor, as FSDP does often. What they return is a view, which is a
-#: weight, or was not computed from one.
-_ATTRIBUTES = ("__get__", "__set__")
+#: Types of results that RESULT_HOOKS look at. The function that reads or sets an attribute is a MethodWrapperType: what it
+#: returns is a view, which is a weight, or was not computed from one. Optimisers and FSDP2 read several attributes of each
+#: weight in every step.
+_MAY_BE_WEIGHTS = (torch.Tensor, list, tuple)
 
 
 def implements(*ops: Any) -> Callable[[H], H]:
@@ -42,10 +44,12 @@ def run_op(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def run_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an ordinary function of torch on converted weights, eagerly, with ``__torch_function__`` disabled."""
-    if func in _handlers:
+    if type(func) is MethodWrapperType and len(args) == 1:  # reads an attribute
+        return func(*args)
+    if func in _handlers and not isinstance(func, torch._ops.OpOverload):  # an op comes to run_op, beneath autograd
         return _handlers[func](func, *args, **kwargs)
     out = func(*args, **kwargs)
-    if not isinstance(out, torch.Tensor | list | tuple) or getattr(func, "__name__", "") in _ATTRIBUTES:
+    if not isinstance(out, _MAY_BE_WEIGHTS) or type(func) is MethodWrapperType:
         return out
     for hook in RESULT_HOOKS:
         out = hook(func, args, kwargs, out)

@@ -12,6 +12,7 @@ from halo_tensor.products.steps import reuses_operand
 from halo_tensor.weight.copies import alias, plain_view, renewed
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.roles import ShardRole
+from halo_tensor.weight.sent_rows import can_be_sent_in_rows, put_in_rows
 from halo_tensor.weight.tensor import HaloWeight
 
 aten = torch.ops.aten
@@ -69,6 +70,9 @@ def _new_zeros(op: Any, weight: HaloWeight, size: list[int], **options: Any) -> 
     padded = renewed(weight, torch.zeros(size, dtype=weight.dtype, device=weight.device))
     if padded.operand is not None:
         padded.operand = padded.operand.packed()  # as it is sent
+        shared_out = size[0] < weight.shape[0] and weight.shape[0] % max(size[0], 1) == 0
+        if shared_out and can_be_sent_in_rows(padded.operand):
+            put_in_rows(padded.operand)
     padded.shard_role = ShardRole.PADDED
     return padded
 

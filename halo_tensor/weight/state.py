@@ -22,14 +22,23 @@ class CodesState:
         lent: whether a state dict has been given the master since then. Writes to it may change no version.
         lent_dtensor: the DTensor of a shard's master that state dicts hold.
         common_scale_version: the version of the codes when they got a scale that all ranks share.
+        kind: the operand, and how it is quantised together with others: see :mod:`halo_tensor.weight.requantize`.
         sent: what a shard sends before each gather: tensors that share the memory of the codes, and metadata.
+        scales_in_rows: the scales in the rows that a shard sends, or that a gathered weight was made of, float32 [rows]: see
+            :mod:`halo_tensor.weight.sent_rows`.
+        sends_scales: whether a shard's scales have been copied there since they were last computed.
+        has_sent_scales: whether the gathered weight has got them since then.
     """
 
     version: MasterVersion | None = None
     lent: bool = False
     lent_dtensor: DTensor | None = None
     common_scale_version: int | None = None
+    kind: tuple[HadamardQuantTensor, Any] | None = None
     sent: tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None = None
+    scales_in_rows: torch.Tensor | None = None
+    sends_scales: bool = False
+    has_sent_scales: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodesState":
         return CodesState()

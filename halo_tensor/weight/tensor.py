@@ -24,6 +24,7 @@ from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
 from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.stacks import stack_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
@@ -122,23 +123,30 @@ class HaloWeight(torch.Tensor):
         frozen: bool = False,
         gains: Gains | None = None,
         keep_codes: bool = True,
+        in_features_first: bool = False,
     ) -> "HaloWeight":
         """Convert a dense weight.
 
         Args:
-            master: [out, in], of a floating dtype.
+            master: [out, in], or of experts [experts, out, in], of a floating dtype.
             recipe: what the weight follows.
             frozen: hold only codes, if the recipe uses the same codes in both products with W. Any other weight keeps the
                 master.
             gains: the balance of the columns, float32 [in] and its inverse, or None.
             keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
+            in_features_first: whether the master of experts is [experts, in, out]. It needs codes.
 
         Returns:
             A whole weight, whose codes are up to date.
         """
-        if not (frozen or keep_codes):
+        if not (frozen or keep_codes or in_features_first):
             return cls(master, None, recipe)
-        operand = weight_operand(master, recipe, moved(gains, master.device))
+        gains = moved(gains, master.device)
+        operand: HadamardQuantTensor | None
+        if master.ndim == 3:
+            operand = stack_operand(master, recipe, gains, in_features_first=in_features_first, turned=not frozen)
+        else:
+            operand = weight_operand(master, recipe, gains)
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
         weight = cls(master, operand, recipe)
@@ -175,6 +183,16 @@ class HaloWeight(torch.Tensor):
     def scale(self) -> torch.Tensor | None:
         """The float32 scales of the codes, or None."""
         return None if self.operand is None else self.operand.scale
+
+    @property
+    def turned_stack(self) -> torch.Tensor | None:
+        """The codes of experts in the order of grad_input, [experts, in, out], if they are held."""
+        return getattr(self.operand, "turned_stack", None)
+
+    @property
+    def in_features_first(self) -> bool:
+        """Whether it is the weight of experts [experts, in, out], and not [experts, out, in]."""
+        return getattr(self.operand, "in_features_first", False)
 
     @property
     def gain(self) -> torch.Tensor | None:
@@ -216,16 +234,23 @@ class HaloWeight(torch.Tensor):
     def mark_in_step(self) -> None:
         """Note that the codes are those of the master as it is now."""
         state = self.codes_state
-        state.version, state.lent = state.master_version(self.master), False
+        state.version, state.lent, state.sends_scales = state.master_version(self.master), False, False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the master may have been written to after the codes were made from it."""
+        state = self.codes_state
+        if self.operand is None or type(self.master) not in _HAVE_VALUES:
+            return False
+        return state.lent or state.version != state.master_version(self.master)
 
     def follow(self) -> None:
         """Bring the codes up to date if the master itself was written to, as by averages of state dicts, before their use."""
+        if not self.is_behind:
+            return
         operand, state = self.operand, self.codes_state
-        if operand is None or type(self.master) not in _HAVE_VALUES:
-            return
+        assert operand is not None
         counted = state.version != state.master_version(self.master)
-        if not (counted or state.lent):
-            return
         # Autograd counts no writes through .data of a plain weight, and so must not count the writes to codes that follow.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
         # Hidden from modes, since these ops belong to the write. Selective checkpointing matches the ops of two runs and would

@@ -4,17 +4,24 @@
 handle ops whose result is a weight.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 
-from halo_tensor.fences.pytorch import is_symbolic, preserved_version, tree_map_only
-from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.fences.pytorch import (
+    is_recorded,
+    is_symbolic,
+    is_transformed,
+    list_updates,
+    preserved_version,
+    tree_map_only,
+)
 from halo_tensor.weight.copies import plain_view
 from halo_tensor.weight.handlers import implements
 from halo_tensor.weight.product_warnings import PRODUCTS, name_of, warn_of_product, watch_graph
+from halo_tensor.weight.requantize import defer, requantize_all
 from halo_tensor.weight.tensor import HaloWeight, dense_value
 
 #: Namespaces whose schemas name every argument that an op writes to.
@@ -60,6 +67,23 @@ def _set_data(func: Any, weight: HaloWeight, value: torch.Tensor) -> None:
     weight.requantize(value.detach())
 
 
+@implements(*list_updates())
+def _update_list(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an optimiser's update of a list of weights and plain tensors, on their dense values.
+
+    :func:`run` would do the same, but the dispatcher converts lists of hundreds of tensors twice before it arrives there.
+    """
+    held = _weights_in(args[0]) if args else []
+    others = [value for value in (*args[1:], *kwargs.values()) if _weights_in(value)]
+    plain = not (torch.is_grad_enabled() or is_recorded() or is_transformed() or others)
+    if not plain or any(weight.whole.master is None for weight in held):
+        return func(*args, **kwargs)
+    dense = {id(weight): weight.dequantize() for weight in held}
+    out = func(_replaced(args[0], dense), *args[1:], **kwargs)
+    _bring_up_to_date([(weight, dense[id(weight)]) for weight in held])
+    return _replaced(out, {id(dense[id(weight)]): weight for weight in held}) if out is not None else None
+
+
 def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an op with dense values in place of weights.
 
@@ -68,29 +92,32 @@ def _run_on_dense_values(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """
     if is_symbolic():
         watch_graph()
-    values = [*args, *kwargs.values()]
-    weights = {id(t): t for t in tensors_in(values) if isinstance(t, HaloWeight)}
+    names, given = [*range(len(args)), *kwargs], [*args, *kwargs.values()]
+    held = {name: found for name, value in zip(names, given, strict=True) if (found := _weights_in(value))}
+    weights = {id(w): w for found in held.values() for w in found}
     if op.namespace == "aten" and name_of(op.overloadpacket) in PRODUCTS:
         for weight in weights.values():
             weight.check_whole()
             _warn_of_product(op, weight)
     dense = {key: weight.dequantize() for key, weight in weights.items()}
-    plain = [_replaced(value, dense) for value in values]
+    plain = [_replaced(value, dense) if name in held else value for name, value in zip(names, given, strict=True)]
     # Both keep the order of the arguments, which is the same in every step of an optimiser.
-    declared = _given(_declared(op), args, kwargs, weights)
-    suspected = _given(_suspected(op, is_symbolic()), args, kwargs, weights)
+    declared = _held_by(_declared(op), held)
+    suspected = _held_by(_suspected(op, is_symbolic()), held)
     written = declared | suspected
-    before = {key: dense[key].clone() for key in written if _has_comparable_codes(weights[key])}
+    before = {key: dense[key].clone() for key in written if weights[key].whole.master is None and _has_values(weights[key])}
     out = op(*plain[: len(args)], **dict(zip(kwargs, plain[len(args) :], strict=True)))
     if written and op.namespace in _COLLECTIVES:
         _wait(op, out, [dense[key] for key in written])
     # DDP sends every weight to itself: frozen codes that have not changed must not be rounded a second time.
-    changed = [key for key in written if key not in before or not torch.equal(before[key], dense[key])]
+    changed = [key for key in written if not (key in before and torch.equal(before[key], dense[key]))] if before else written
     # Autograd knows of writes only what a schema declares. It need not hear of writes that may not have happened.
     counted = written if op.namespace == "c10d" else declared
     _bring_up_to_date([(weights[key], dense[key]) for key in changed if key in counted])
     if suspected:
         _bring_up_to_date([(weights[key], dense[key]) for key in changed if key not in counted], counted=False)
+    if out is None:
+        return None
     owner = {id(dense[key]): weights[key] for key in counted}  # an in-place op returns what it wrote to
     return _replaced(out, owner)
 
@@ -112,25 +139,29 @@ def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]], counted: b
         written: weights and their dense values. Several may be views of one weight.
         counted: tell autograd of the writes.
     """
-    whole: dict[int, tuple[HaloWeight, torch.Tensor | None]] = {
-        id(w.whole): (w.whole, dense if w.base is None else w.base.master) for w, dense in written
-    }
+    whole: dict[int, tuple[HaloWeight, torch.Tensor | None]] = {}
+    masters: dict[int, torch.Tensor | None] = {}
+    for weight, dense in written:
+        masters[id(weight.master)] = weight.master
+        if (base := weight.base) is None:
+            whole[id(weight)] = weight, dense
+        else:
+            whole[id(base)] = base, base.master
+            masters[id(base.master)] = base.master
     if counted:  # autograd counts versions above __torch_dispatch__, and has only seen the wrappers
-        masters = [weight.master for weight in [*(w for w, _ in whole.values()), *(w for w, _ in written)]]
-        torch.autograd.graph.increment_version(list({id(m): m for m in masters if m is not None}.values()))
-    coded = [(w, w.operand, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
-    parts = () if counted else tuple(part for _, operand, _ in coded for part in operand.parts)
-    with preserved_version(parts):
-        HadamardQuantTensor.requantize_all_([operand for _, operand, _ in coded], [dense for _, _, dense in coded])
-    for weight, _, _ in coded:
-        weight.mark_in_step()
+        torch.autograd.graph.increment_version([master for master in masters.values() if master is not None])
+    coded = [(w, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
+    if not (counted and defer(w for w, _ in coded)):
+        parts = () if counted else tuple(part for w, _ in coded if w.operand is not None for part in w.operand.parts)
+        with preserved_version(parts):
+            requantize_all(coded)
     if any(dense is None for _, dense in whole.values()):
         raise RuntimeError("a frozen weight cannot be written through a view of it; write the whole weight")
 
 
-def _has_comparable_codes(weight: HaloWeight) -> bool:
-    """Whether a weight has only codes, with values that can be compared."""
-    return weight.whole.master is None and not (is_symbolic() or weight.is_meta)
+def _has_values(weight: HaloWeight) -> bool:
+    """Whether the values of a weight can be compared."""
+    return not (is_symbolic() or weight.is_meta)
 
 
 def _warn_of_product(op: Any, weight: HaloWeight) -> None:
@@ -156,15 +187,32 @@ def _replaced(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:
     """Return ``value``, a tensor or a list, with tensors replaced by those that ``by_id`` has for them."""
     if isinstance(value, torch.Tensor):
         return by_id.get(id(value), value)
-    return type(value)([_replaced(v, by_id) for v in value]) if type(value) in (list, tuple) else value
+    if type(value) not in (list, tuple):
+        return value
+    return type(value)([_replaced(v, by_id) if type(v) in (list, tuple) else by_id.get(id(v), v) for v in value])
 
 
-def _given(
-    arguments: Iterable[tuple[int, str]], args: tuple, kwargs: Mapping[str, Any], weights: Collection[int]
-) -> dict[int, None]:
-    """Return the ids of the weights among the values of these arguments, in their order."""
-    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in arguments]
-    return dict.fromkeys(id(t) for t in tensors_in(values) if id(t) in weights)
+def _weights_in(value: Any) -> list[HaloWeight]:
+    """Return the weights in an argument of an op: a value, or a list of values.
+
+    The lists of an optimiser's step have hundreds of tensors, so types are looked at before values.
+    """
+    if not isinstance(value, list | tuple):
+        return [value] if isinstance(value, HaloWeight) else []
+    if not any(issubclass(kind, (HaloWeight, list, tuple)) for kind in set(map(type, value))):
+        return []
+    return [weight for v in value for weight in ((v,) if isinstance(v, HaloWeight) else _weights_in(v))]
+
+
+def _held_by(arguments: Iterable[tuple[int, str]], held: Mapping[int | str, list[HaloWeight]]) -> dict[int, None]:
+    """Return the ids of the weights that these arguments hold, in their order.
+
+    Args:
+        arguments: place and name of each.
+        held: the place of an argument that was passed by its place, or the name of one that was passed by its name -> its
+            weights.
+    """
+    return dict.fromkeys(id(w) for i, name in arguments for w in held.get(i, held.get(name, ())))
 
 
 def _is_written(argument: torch.Argument) -> bool:

@@ -1,6 +1,7 @@
 """The rates of GPUs, which one is modelled, and what ``report`` and ``calibrate`` recommend for it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,22 +14,7 @@ from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BF16_ALONE = roofline.Ceilings("X", {"bf16": 1e12}, {"bf16": 1.0}, 1e12, 1e12, 1e12, 1e12, "by hand")
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Return a function that gives this machine a GPU and a version of Triton."""
-
-    def give(name: str, capability: tuple[int, int], version: str = "3.6.0") -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(triton, "__version__", version)
-
-    return give
+BF16_ALONE = replace(roofline.H100, name="X", products={"bf16": 1e12})
 
 
 @pytest.mark.parametrize(
@@ -64,11 +50,11 @@ def test_products_reach_the_modelled_part_of_published_rates_on_an_h100():
     """An H100 modelled from its published rates would be close to the measured one."""
     published = gpus.GPUS["H100"]
     for unit, rate in roofline.H100.products.items():
-        assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.06)
+        assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.09)
     assert 0.8 * published.bandwidth < roofline.H100.copy / 1e12 < published.bandwidth
     assert gpus.ceilings_of("H100") is roofline.H100
     h200 = gpus.ceilings_of("H200")
-    assert h200.products == roofline.H100.products and h200.rotate == pytest.approx(roofline.H100.rotate * 4.8 / 3.35)
+    assert h200 is roofline.H200 and h200.copy == pytest.approx(roofline.H100.copy * 4.8 / 3.35, rel=0.06)
 
 
 def test_the_source_says_that_rates_are_published_and_not_measured():
@@ -120,8 +106,8 @@ def test_which_number_formats_are_faster_than_bf16(name, version, units, monkeyp
     ceilings = gpus.ceilings_of(name)
     ordered = roofline.fastest_first(CANDIDATES.values(), ceilings)
     assert {config.dtype for config in ordered} == units
-    times = [roofline.seconds(config.recipe, roofline.SQUARE, ceilings=ceilings) for config in ordered]
-    assert times == sorted(times) and times[-1] < roofline.seconds(Recipe(), roofline.SQUARE, ceilings=ceilings)
+    times = [roofline.seconds(config.recipe, roofline.TYPICAL, ceilings=ceilings) for config in ordered]
+    assert times == sorted(times) and times[-1] < roofline.seconds(Recipe(), roofline.TYPICAL, ceilings=ceilings)
     said = "no default candidates" in " ".join(ceilings.notes)
     assert said == (units == {"fp8"})
     assert ("mma.sync" in " ".join(ceilings.notes)) == (name == "B200" and said)
@@ -163,7 +149,7 @@ def loss(model, x):
 def test_report_recommends_by_the_gpu():
     torch.manual_seed(0)
     model, x = nn.Linear(512, 512), torch.randn(64, 512)
-    options = {"loss_fn": loss, "step_tokens": 8192}
+    options = {"loss_fn": loss, "step_tokens": 8192, "min_gain": 0}
     found = {name: report(model, x, gpu=name, **options) for name in ("RTX 4090", "B300", "A100")}
     assert found["B300"].recommended.startswith("fp8") and "on a B300" in found["B300"].verdict
     assert "B300 has nearly no int8 (150 TFLOP/s where bf16 has 2250)" in str(found["B300"])

@@ -172,7 +172,7 @@ def test_a_gain():
     assert balance_(model, data().detach()) == 4
     (results, saved, graphs), (expected, once, _) = (compiled(model, on) for on in (True, False))
     (again,) = graphs[1].find_nodes(op="call_function", target=QUANTIZE)
-    assert again.args[-1] is not None and len(saved) == len(once) - 1
+    assert again.args[-2] is not None and len(saved) == len(once) - 1
     assert_same(results, expected)
 
 
@@ -251,7 +251,7 @@ def test_the_users_pass_runs_as_well():
 def test_a_fake_tensor_alone_leaves_inductors_config():
     with config.patch(joint_custom_post_pass=None):
         with FakeTensorMode():
-            halo.rotate_quantize(torch.empty(32, 32), [], [], "int8", "row", None, None, True, True, None, None)
+            halo.rotate_quantize(torch.empty(32, 32), [], [], "int8", "row", None, None, True, True, None, None, False)
         assert config.joint_custom_post_pass is None
 
 
@@ -300,7 +300,7 @@ def joint(made=torch.mm, left=(), rows=True, fold=False, gain=False, seeded=Fals
         x, seed = made(primals_1, primals_2), torch.ops.aten.ones([1], dtype=torch.int64) if seeded else None
         fold_columns, gained = primals_3 if fold else None, primals_3 if gain else None
         codes, codes_t, scales = halo.rotate_quantize(
-            x.view(32, 16), left, [16, 0], "int8", "row", None, fold_columns, rows, True, seed, gained
+            x.view(32, 16), left, [16, 0], "int8", "row", None, fold_columns, rows, True, seed, gained, False
         )
         gradients = codes_t * tangents_1, x * tangents_1.sum() if read else None
         return codes, scales, codes_t.t() if returned else None, *gradients

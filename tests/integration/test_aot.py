@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,15 +29,21 @@ from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc  
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
-from triton.runtime.jit import mangle_type  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from halo_tensor.compiler import kernels_ahead  # noqa: E402
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
+from halo_tensor.kernels import ahead, loss_sm90  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import loss as loss_kernels  # noqa: E402
-from halo_tensor.kernels import loss_sm90  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
+from halo_tensor.kernels.experts import products as grouped  # noqa: E402
+from halo_tensor.kernels.experts import quantizers as of_experts  # noqa: E402
+from halo_tensor.kernels.experts import rows as moving  # noqa: E402
+from halo_tensor.kernels.experts import sm90 as grouped_sm90  # noqa: E402
+from halo_tensor.kernels.experts import triton_products  # noqa: E402
 from halo_tensor.kernels.launch import Launch  # noqa: E402
 from halo_tensor.kernels.matmul import (  # noqa: E402
     cublas,
@@ -52,7 +59,8 @@ from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
 from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
-from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Rotation  # noqa: E402
+from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotation  # noqa: E402
+from halo_tensor.reference import experts as reference_of_experts  # noqa: E402
 from halo_tensor.reference import ops as reference  # noqa: E402
 from halo_tensor.reference.codes import aligned  # noqa: E402
 from halo_tensor.reference.loss import Objective  # noqa: E402
@@ -105,22 +113,13 @@ class Driver:
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
     for module in (
-        layout_of_codes,
-        whole_rows,
-        tiles,
-        requantize,
-        rotating,
-        product,
-        cublas,
-        tma,
-        packing_kernels,
-        two,
-        loss_kernels,
-        loss_sm90,
-    ):
+        layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, grouped, of_experts,
+        moving, grouped_sm90, loss_kernels, loss_sm90,
+    ):  # fmt: skip
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
+    requantize._plans.clear()
 
 
 def check_arguments(kernel, arguments):
@@ -156,9 +155,10 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue):
+    for module in (whole_rows, tiles, rotating, epilogue, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
-    monkeypatch.setattr(sm90, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
+    for module in (sm90, grouped_sm90):
+        monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(whole_rows, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
     monkeypatch.setattr(
         whole_rows, "_padded_factor", lambda n, edge, device: torch.empty(edge, edge, dtype=BF16, device=device)
@@ -242,6 +242,7 @@ EVERYWHERE = {
     "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
+    "rows, few", "rows, few, gain",
 }  # fmt: skip
 #: What sm_86 is compiled for: its code is sm_80's, with the shared memory of sm_89.
 ON_86 = {"rows", "rows, wide", "rows, full width", "pair", "pair, rotated", "int8", "int8, undo right"}
@@ -274,10 +275,12 @@ def quantize(shape, left, right, scale, dtype=BF16, folds=False, rows=True, colu
     return request
 
 
-def many(right, dtype=BF16, gain=False, width=4096):
+def many(right, dtype=BF16, gain=False, width=4096, packed=False):
     def request(empty, format):
         xs = [empty(rows, width, dtype=dtype) for rows in (4096, 1024, 14336)]
         codes = [layout_of_codes.code_matrix(x, *x.shape, format) for x in xs]
+        if packed:
+            codes = [empty(x.shape[0], width // 4 * 3, dtype=torch.uint8) for x in xs]
         gains = [empty(width) for x in xs if gain]
         requantize.requantize_(xs, None, right, format, "row", codes, [empty(x.shape[0]) for x in xs], gains)
 
@@ -314,6 +317,12 @@ QUANTIZE = {
         "whole_rows transpose_codes",
     ),
     "rows, full width, gain": (quantize((1000, 4096), None, Rotation(4096), "row", gain=True), "whole_rows transpose_codes"),
+    "rows, few": (quantize((16, 4096), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, gain": (quantize((16, 8192), None, H, "row", columns=False, gain=True), "whole_rows"),
+    "rows, few, narrow": (quantize((16, 512), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, plain": (quantize((16, 4096), None, None, "row", columns=False), "whole_rows"),
+    "rows, few, wide": (quantize((16, 14336), None, H, "row", columns=False), "whole_rows"),
+    "rows, few, fp32": (quantize((16, 8192), None, H, "row", FP32, columns=False), "whole_rows"),
     "many": (many(H), "whole_rows_of_many"),
     "many, plain": (many(None), "whole_rows_of_many"),
     "many, wide, gain": (many(H, gain=True, width=14336), "whole_rows_of_many"),
@@ -467,6 +476,8 @@ def test_packing(launched, capability):
         packed = empty(1000, 3072, dtype=torch.uint8)
         packing_kernels.pack_rows_(codes, FP6_E2M3, packed)
         packing_kernels.unpack_rows(packed, FP6_E2M3)
+        for width in (4096, 14336):
+            many(H, width=width, packed=True)(empty, FP6_E2M3)
 
     if capability < 89:
         with pytest.raises(
@@ -475,7 +486,8 @@ def test_packing(launched, capability):
             launched(capability, request)
         return
     kernels = launched(capability, request)
-    assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel"]
+    assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel", *["whole_rows_of_many"] * 2]
+    check_fit(kernels, capability)
     assert "st.global.b32" in kernels[1].asm["ptx"], "codes are not stored four at a time"
 
 
@@ -597,6 +609,35 @@ def test_multiplying(launched, capability, name):
     check_registers([kernel, *passes], capability, name)
 
 
+#: (rows, columns) that take each tile of the product of few rows.
+FEW_ROWS = [(16, 1024), (64, 4096), (32, 14336), (32, 1024), (64, 1024), (16, 3072), (32, 3072), (16, 14336), (64, 14336)]
+
+
+def few_rows_on_every_gpu():
+    for capability in (80, 89, 90, 100, 120):
+        for size in FEW_ROWS if capability == 90 else FEW_ROWS[:3]:
+            yield capability, size, INT
+            if capability >= 89:
+                yield capability, size, FP8
+    yield 90, (16, 3072), (torch.float8_e5m2, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(("capability", "size", "codes"), few_rows_on_every_gpu())
+def test_multiplying_few_rows(launched, capability, size, codes):
+    (m, n), integer = size, codes == INT
+    (kernel,) = launched(capability, multiply((m, n, 4096), codes, None, None, gain=True))
+    ptx = kernel.asm["ptx"]
+    assert kernel.name == "few_rows_kernel" and instructions(kernel)
+    assert ptx.count("cp.async.cg.shared.global") >= 8 and "bulk.tensor" not in ptx, "codes are not copied ahead"
+    assert "cp.async.ca" not in ptx, "copies are narrow"
+    if capability == 90 and not integer and n > 2112:
+        assert all(i.startswith("wgmma") for i in instructions(kernel)), "codes are converted"
+    assert ("griddepcontrol.wait" in ptx) == (capability >= 90 and n < 14336)
+    check_subnormal([kernel])
+    check_fit([kernel], capability)
+    check_registers([kernel], capability, "few rows")
+
+
 @pytest.mark.parametrize("name", ["fp8, undo right", "int8, undo right, gain"])
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_multiplying_without_tma(launched, monkeypatch, capability, name):
@@ -607,6 +648,91 @@ def test_multiplying_without_tma(launched, monkeypatch, capability, name):
     assert kernel.name == "mma_kernel" and "cp.async.bulk.tensor" not in kernel.asm["ptx"]
     check_subnormal([kernel])
     check_fit([kernel], capability)
+
+
+# Experts: experts, top_k · tokens, in_features and the width between the products of three models, and their gates.
+
+EXPERTS = {
+    "qwen": (128, 65536, 2048, 768, Gate(), Rotation(128)),
+    "gpt-oss": (32, 32768, 2880, 2880, Gate(1.702, 7.0, 1.0, interleaved=True), Rotation(64)),
+    "mixtral": (8, 16384, 4096, 14336, Gate(), Rotation(128)),
+}
+
+
+def cut(empty, experts, rows):
+    count = reference_of_experts.tile_count(rows, experts)
+    return empty(count, 4, dtype=torch.int32), empty(experts + 2, dtype=torch.int32)
+
+
+def multiply_groups(model, code):
+    """All kinds of products of a layer: with a bias and a routing weight, un-rotated, and along tokens."""
+    experts, rows, d, f, _, rotation = EXPERTS[model]
+
+    def request(empty):
+        tiles, starts = cut(empty, experts, rows)
+        a, b = empty(rows, d, dtype=code), empty(experts, 2 * f, d, dtype=code)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), empty(experts, 2 * f), None, None, None, BF16, None)
+        bias, weight = empty(experts, 2 * f, dtype=BF16), empty(rows)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), empty(experts, 2 * f), bias, weight, None, BF16, None)
+        grouped.grouped_mm(a, b, tiles, starts, empty(rows), None, None, None, rotation, BF16, None)
+        a_t, b_t = (empty(width, tiles.shape[0] * 128, dtype=code) for width in (d, f))
+        grouped.grouped_grad(a_t, b_t, starts, empty(experts, d), rotation, BF16, None)
+
+    return request
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))]
+)
+def test_grouped_products(launched, capability, code):
+    kernels = launched(capability, multiply_groups("qwen", code))
+    # In Gluon int8 products of rows have two tiles, for short and for long sums.
+    assert {k.name for k in kernels} == {"grouped_wgmma_kernel" if capability == 90 else "grouped_kernel"}
+    for kernel in kernels:
+        assert "cp.async" in kernel.asm["ptx"], "operands are not copied ahead of the products"
+        assert instructions(kernel) and not kernel.metadata.serialized
+    if capability == 90:
+        assert all("1" in in_flight(kernel) for kernel in kernels)
+        assert all("st.global.v4" in kernel.asm["ptx"] for kernel in kernels), "stores are narrow"
+    check_subnormal(kernels)
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "grouped")
+
+
+@pytest.mark.parametrize("code", [INT[0], FP8[0]])
+def test_grouped_products_without_gluon(launched, monkeypatch, code):
+    monkeypatch.setattr(GLUON, "disabled", True)
+    kernels = launched(90, multiply_groups("qwen", code))
+    assert {kernel.name for kernel in kernels} == {"grouped_kernel"}
+    check_fit(kernels, 90)
+    check_registers(kernels, 90, "grouped")
+
+
+@pytest.mark.parametrize(("capability", "model"), [*((90, model) for model in EXPERTS), (80, "qwen"), (120, "qwen")])
+def test_quantising_for_experts(launched, capability, model):
+    experts, rows, d, f, gate, rotation = EXPERTS[model]
+
+    def request(empty):
+        tiles, starts = cut(empty, experts, rows)
+        index, format = empty(rows, dtype=torch.int32), INT8
+        moving.group_tiles(empty(experts, dtype=torch.int32), rows)
+        moving.gather_codes(empty(8192, d, dtype=torch.int8), empty(8192), index)
+        moving.turn_codes(empty(8192, d, dtype=torch.int8), index, tiles)
+        moving.turn_stack(empty(experts, d, f, dtype=torch.int8))
+        moving.combine(empty(rows, d, dtype=BF16), empty(8192, 8, dtype=torch.int32), BF16)
+        x, h, grad = empty(8192, d, dtype=BF16), empty(rows, 2 * f, dtype=BF16), empty(rows, f, dtype=BF16)
+        of_experts.quantize_groups(x, index, empty(experts, d), tiles, format)
+        of_experts.quantize_groups_t(x, index, empty(rows), empty(rows), tiles, starts, True, format)
+        of_experts.quantize_gated(h, gate, rotation, format, empty(f))
+        of_experts.quantize_gated_grad(h, grad, empty(rows), gate, empty(experts, 2 * f), tiles, format)
+        of_experts.quantize_gated_grad_t(h, grad, empty(rows), gate, empty(rows), tiles, starts, True, format)
+
+    kernels = launched(capability, request)
+    assert len(kernels) == 10
+    check_nan(kernels)
+    check_subnormal(kernels)
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "experts")
 
 
 # What ptxas makes of them.
@@ -823,6 +949,49 @@ def test_two_threads_that_compile_one_plan(monkeypatch):
     monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 300)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     assert launch._compile([], launch.sizes((1,), ()), 0).metadata.shared == 200 and launch.constants == {"num_stages": 1}
+
+
+def test_threads_compile_what_one_thread_does(launched, monkeypatch, tmp_path):
+    """The kernels of a layer's ops on an sm_90, each compiled once, while this thread compiles them too."""
+    triton.knobs.cache.dir = str(tmp_path)
+    compiled, compile, errors = [], JITFunction._do_compile, []
+
+    def noting(self, key, *args, **kwargs):
+        compiled.append((self.fn.__name__, key))
+        return compile(self, key, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", noting)
+
+    def fake(compile):
+        try:
+            with FakeTensorMode():
+                compile()
+        except Exception as error:  # which the pool drops
+            errors.append(error)
+
+    def request(empty):
+        with ThreadPoolExecutor(4) as pool:
+            monkeypatch.setattr(ahead, "start", lambda compile: pool.submit(fake, compile))
+            device, rotation, dtype = torch.device("cuda", 90), Rotation(128), torch.int8
+            x, codes = ((4096, 2048), (2048, 1), BF16, device), ((4096, 2048), (2048, 1), dtype, device)
+            vector, w = ((4096,), (1,), FP32, device), ((2048, 2048), (2048, 1), dtype, device)
+            calls = [
+                ("rotate_quantize", (x, (), (128, 0), "int8", "row", None, None, True, True, None, None, False)),
+                ("quantize_pair", (x, (), "int8", None, vector, False)),
+                ("scaled_mm", (codes, w, vector, None, None, (), (128, 0), (4096, 2048), BF16, None, False)),
+            ]
+            bodies = [pool.submit(fake, partial(kernels_ahead._compile, *call)) for call in calls]
+            product.scaled_mm(
+                empty(4096, 2048, dtype=dtype), empty(2048, 2048, dtype=dtype), empty(4096), None, None, None, rotation,
+                (4096, 2048), BF16,
+            )  # fmt: skip
+            wait(bodies)  # which submit others
+
+    kernels = launched(90, request)
+    assert not errors and [kernel.name for kernel in kernels] == ["wgmma_kernel"]
+    names = [name for name, _ in compiled]
+    assert sorted(names) == ["amax_tiles", "cast_tiles", "transpose_codes", "wgmma_kernel", "whole_rows"]
+    check_fit(kernels, 90)
 
 
 class Compiled:

@@ -11,11 +11,11 @@ from torch import nn
 
 from halo_tensor import HaloWeight, halo_config, quantize_
 from tests.helpers.recording import OpLog
-from tests.helpers.small_models import save_small_model
+from tests.helpers.trainers import arguments, losses, products, save_chat_model, trainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 INT8 = halo_config(1, "int8")
 
@@ -23,28 +23,7 @@ INT8 = halo_config(1, "int8")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Llama with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    save_small_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"eos_token": "~", "pad_token": "~"})
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}~{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-class Rows(torch.utils.data.Dataset):
-    """Sequences to learn by heart."""
-
-    def __init__(self, count: int):
-        self.ids = torch.randint(16, (count, 64), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+    return save_chat_model(tmp_path_factory.mktemp("model"))
 
 
 def converted(folder, config=INT8):
@@ -52,32 +31,6 @@ def converted(folder, config=INT8):
     if config is not None:
         quantize_(model, config)
     return model
-
-
-def arguments(output, **options) -> dict:
-    return {
-        "output_dir": str(output),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "seed": 0,
-    } | options
-
-
-def trainer(model, output, **options) -> Trainer:
-    return Trainer(model, TrainingArguments(**arguments(output, **options)), train_dataset=Rows(32), eval_dataset=Rows(8))
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def products(log: OpLog) -> int:
-    return log.products().count(torch.int8)
 
 
 def test_trains_close_to_high_precision_and_evaluates(folder, tmp_path):

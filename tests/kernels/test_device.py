@@ -21,3 +21,10 @@ def test_devices_that_cannot_run_a_format(monkeypatch, capability, formats, mess
         device.check_device(formats, torch.device("cuda"))
     device.check_device((), torch.device("cuda"))
     device.check_device(formats, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_which_gpus_start_kernels_early(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert device.has_dependent_launches(torch.device("cuda")) == expected
+    assert not device.has_dependent_launches(torch.device("cpu"))

@@ -16,7 +16,7 @@ from halo_tensor.fences.fast_paths import LAUNCHER
 from halo_tensor.kernels import launch as launching
 from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
-from halo_tensor.kernels.matmul import cublas, request, sm80, sm90, tma
+from halo_tensor.kernels.matmul import cublas, few_rows, request, sm80, sm90, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.quantize import kernels, tiles, two_gradients, whole_rows
 from halo_tensor.kernels.quantize import plan as quantizer
@@ -122,7 +122,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(triton_launch, "shared_memory", lambda index: 227 * 1024)
     for module in (tiles, product, cublas, sm90):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    for module in (request, product, tma, sm90):
+    for module in (request, product, few_rows, tma, sm90):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(cublas, "_multiplies", lambda device: True)
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: launches.append("vendor"))
@@ -193,7 +193,7 @@ def test_the_vendors_product_is_for_its_sizes_only(compiled):
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter compiles nothing")
 @pytest.mark.parametrize(
-    "kernel", [kernels.whole_rows, kernels.cast_tiles, kernels.transpose_codes, tma.scaled_mm_kernel, sm80.mma_kernel, sm90.wgmma_kernel],
+    "kernel", [kernels.whole_rows, kernels.cast_tiles, kernels.transpose_codes, few_rows.few_rows_kernel, tma.scaled_mm_kernel, sm80.mma_kernel, sm90.wgmma_kernel],
     ids=lambda kernel: kernel.fn.__name__,
 )  # fmt: skip
 def test_integers_of_one_kind_compile_to_one_kernel(kernel):

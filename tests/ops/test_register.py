@@ -22,6 +22,19 @@ NAMES = [
     "unrotate",
     "pack_rows_",
     "unpack_rows",
+    "combine",
+    "gather_codes",
+    "group_tiles",
+    "grouped_grad",
+    "grouped_mm",
+    "quantize_gated",
+    "quantize_gated_grad",
+    "quantize_gated_grad_t",
+    "quantize_groups",
+    "quantize_groups_t",
+    "turn_codes",
+    "turn_stack",
+    "turn_stack_",
     "linear_cross_entropy",
     "scale_",
 ]
@@ -37,17 +50,30 @@ def test_schemas():
     assert_expected_inline(
         schemas,
         """\
-halo::rotate_quantize(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor? fold_rows, Tensor? fold_columns, bool rows, bool columns, Tensor? seed, Tensor? gain) -> (Tensor, Tensor, Tensor)
+halo::rotate_quantize(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor? fold_rows, Tensor? fold_columns, bool rows, bool columns, Tensor? seed, Tensor? gain, bool turned) -> (Tensor, Tensor, Tensor)
 halo::rotate_quantize_(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!) codes, Tensor(b!) scales, Tensor? gain) -> ()
 halo::requantize_(Tensor[] xs, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] gains) -> ()
-halo::quantize_pair(Tensor x, int[] row_rotation, str format, Tensor? fold_columns, Tensor? fold_rows) -> (Tensor, Tensor, Tensor, Tensor)
-halo::quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] row_rotation, int[] column_rotation, SymInt[] shape, ScalarType dtype, Tensor? gain) -> Tensor
+halo::quantize_pair(Tensor x, int[] row_rotation, str format, Tensor? fold_columns, Tensor? fold_rows, bool turned) -> (Tensor, Tensor, Tensor, Tensor)
+halo::quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b, bool turned) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
+halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] row_rotation, int[] column_rotation, SymInt[] shape, ScalarType dtype, Tensor? gain, bool turned) -> Tensor
 halo::rotate(Tensor x, int[] row_rotation, int[] column_rotation) -> Tensor
 halo::unrotate(Tensor x, int[] row_rotation, int[] column_rotation, SymInt[] shape) -> Tensor
 halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
 halo::unpack_rows(Tensor packed, str format) -> Tensor
-halo::linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? codes, Tensor? scales, Tensor? undo_gain, Tensor? bias, Tensor targets, Tensor weights, int[] rotation, str forward, str backward, ScalarType dtype, float[] objective, int ignore_index, int chunk, int scratch, bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)
+halo::combine(Tensor y, Tensor position, ScalarType dtype) -> Tensor
+halo::gather_codes(Tensor codes, Tensor scales, Tensor index) -> (Tensor, Tensor)
+halo::group_tiles(Tensor offs, SymInt rows) -> (Tensor, Tensor)
+halo::grouped_grad(Tensor a_t, Tensor b_t, Tensor starts, Tensor a_scale, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor
+halo::grouped_mm(Tensor a, Tensor b, Tensor tiles, Tensor starts, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? weight, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor
+halo::quantize_gated(Tensor h, str gate, int[] column_rotation, str format, Tensor? gain) -> (Tensor, Tensor)
+halo::quantize_gated_grad(Tensor h, Tensor grad, Tensor? weight, str gate, Tensor fold, Tensor tiles, str format) -> (Tensor, Tensor, Tensor)
+halo::quantize_gated_grad_t(Tensor h, Tensor grad, Tensor? weight, str gate, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
+halo::quantize_groups(Tensor x, Tensor? index, Tensor fold, Tensor tiles, str format) -> (Tensor, Tensor)
+halo::quantize_groups_t(Tensor x, Tensor? index, Tensor? weight, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
+halo::turn_codes(Tensor codes, Tensor? index, Tensor tiles) -> Tensor
+halo::turn_stack(Tensor codes) -> Tensor
+halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()
+halo::linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? codes, Tensor? scales, Tensor? undo_gain, Tensor? bias, Tensor targets, Tensor weights, int[] rotation, str forward, str backward, ScalarType dtype, float[] objective, SymInt ignore_index, SymInt chunk, SymInt scratch, bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)
 halo::scale_(Tensor(a!) x, Tensor factor) -> ()""",
     )
 
@@ -88,7 +114,7 @@ def test_defaults_are_filled_in():
     assert torch.equal(ops.scaled_mm(*arguments[:-1], dtype=torch.float64), plain.double())
     with pytest.raises(RuntimeError, match="missing value for argument 'dtype'"):
         ops.scaled_mm(*arguments[:-1])
-    with pytest.raises(RuntimeError, match="expected at most 10 argument"):
+    with pytest.raises(RuntimeError, match="expected at most 11 argument"):
         ops.scaled_mm(*arguments, gains=gain)
 
 

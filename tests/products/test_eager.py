@@ -85,6 +85,34 @@ def test_it_gives_what_the_operand_path_gives(name, taken, monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize(("dtype", "frozen", "beyond"), [("fp6", True, 0), ("fp6", True, 32), ("int8", False, 32)])
+def test_codes_that_are_packed_or_lie_apart(dtype, frozen, beyond, taken, monkeypatch):
+    """As FSDP2 gathers them, beside a layer of the same widths whose codes lie otherwise."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(128, 128, bias=False, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    for layer, packed in zip(layers, (False, frozen), strict=True):
+        quantize_(nn.Sequential(layer.requires_grad_(not packed)), halo_config(1, dtype))
+    operand = layers[1].weight.operand
+    assert operand.is_packed == frozen
+    memory = nn.functional.pad(operand.codes.view(torch.uint8), (0, beyond))
+    operand.codes = memory[:, : operand.codes.shape[1]].view(operand.codes.dtype)
+    model, x = nn.Sequential(*layers), torch.randn(5, 128, device=DEVICE, dtype=torch.bfloat16)
+
+    def trained(scale):
+        leaf = (x * scale).requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        return y.detach(), leaf.grad
+
+    taken.clear()
+    eagerly = [trained(scale) for scale in range(1, CALLS + 1)]
+    assert len(taken) == 2 * CALLS and all(y is not None for y in taken)
+    monkeypatch.setattr(eager, "linear", lambda *args: None)
+    for i, made in enumerate(eagerly):
+        assert all(map(torch.equal, made, trained(i + 1)))
+
+
+@runs_kernels
 def test_programs_are_repeated(monkeypatch):
     """Other values, the same shape; on a GPU all launches are C functions."""
     model, x = model_of("int8 level 1")
@@ -109,7 +137,7 @@ def test_what_is_launched(monkeypatch):
     launched = launches.noted(monkeypatch)
     with torch.no_grad():
         model[0](x)
-    assert len(launched) == 2 and launched[0] == "whole_rows" and launched[1] in ("scaled_mm_kernel", "mma_kernel")
+    assert launched == ["whole_rows", "few_rows_kernel"]
     launched.clear()
     model[0](x.clone().requires_grad_()).sum().backward()
     expected = {"whole_rows": 1, "transpose_codes": 2, "amax_tiles": 1, "cast_tiles": 1}

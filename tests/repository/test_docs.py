@@ -26,7 +26,16 @@ def module(name: str):
 
 hook = module("mkdocs_hook")
 #: public names that are not imported with the package
-OF_HOSTS = ["HaloQuantConfig", "fuse_head_", "precompute_scales", "unfuse_head_"]
+OF_HOSTS = [
+    "HaloArguments",
+    "HaloCallback",
+    "HaloPrecision",
+    "HaloQuantConfig",
+    "fuse_head_",
+    "halo_linear",
+    "precompute_scales",
+    "unfuse_head_",
+]
 
 
 def record(name: str) -> dict:
@@ -55,6 +64,13 @@ def test_links_lead_somewhere_in_the_repository(page):
 def test_paths_that_are_named_exist(page):
     found = re.findall(r"`((?:halo_tensor|tests|bench|examples|docs)/[\w/.-]*\w)[`/]", page.read_text())
     assert not [path for path in found if not (ROOT / path).exists()]
+
+
+def test_the_table_of_hosts_names_tests_that_exist():
+    table = re.search(r"^\| host \| converts .+?\n\n", (DOCS / "hosts.md").read_text(), re.M | re.S)[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 10 and not [name for name in named if f"def {name}(" not in sources]
 
 
 def test_the_readme_is_one_screen_of_lines():

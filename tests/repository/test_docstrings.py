@@ -12,9 +12,10 @@ from halo_tensor import fsdp
 
 PUBLIC = {name: getattr(halo_tensor, name) for name in halo_tensor.__all__} | {"precompute_scales": fsdp.precompute_scales}
 try:
-    from halo_tensor.transformers import HaloQuantConfig, fuse_head_, unfuse_head_
+    from halo_tensor import transformers
 
-    PUBLIC |= {"HaloQuantConfig": HaloQuantConfig, "fuse_head_": fuse_head_, "unfuse_head_": unfuse_head_}
+    of_transformers = ("HaloArguments", "HaloCallback", "HaloQuantConfig", "fuse_head_", "unfuse_head_")
+    PUBLIC |= {name: getattr(transformers, name) for name in of_transformers}
 except ImportError:
     pass
 #: Public names that have no example yet.

@@ -26,6 +26,36 @@ halo_tensor.quantize_(model, halo_tensor.halo_config())
 model(torch.randn(4, 128)).sum().backward()
 """
 
+#: Hides every installed package that neither torch nor torchao requires, then does the same. Triton is optional.
+ALONE = """
+import importlib.machinery, importlib.metadata, re, sys
+sys.path.append(sys.argv[2])
+def closure(name, found):
+    try:
+        required = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if name in found:
+        return
+    found.add(name)
+    for line in required:
+        if "extra ==" not in line:
+            closure(re.match(r"[\\w.-]+", line)[0].lower().replace("_", "-"), found)
+allowed = set()
+for name in ("torch", "torchao"):
+    closure(name, allowed)
+assert allowed >= {"torch", "torchao", "sympy"} and not allowed & {"transformers", "accelerate"}, allowed
+modules = importlib.metadata.packages_distributions()
+class Only(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        owners = {owner.lower().replace("_", "-") for owner in modules.get(name, [])} - {"halo-tensor"}
+        if name == "triton" or owners and not owners & allowed:
+            return None
+        return super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Only
+"""
+
 
 def pip(*arguments: str | Path) -> None:
     """Without a network: what builds the wheel is installed."""
@@ -60,5 +90,15 @@ def test_an_installed_wheel_trains(wheel, tmp_path):
     """Isolated, and without .pth files, which bring the checkout where it is installed for development."""
     pip("install", wheel, "--target", tmp_path / "site")
     command = [sys.executable, "-I", "-S", "-c", IMPORTS, tmp_path / "site", sysconfig.get_path("purelib")]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_it_needs_nothing_but_torch_and_torchao(wheel, tmp_path):
+    """No host, no NumPy and no Triton: with those hidden, the package imports, trains and prints its environment."""
+    pip("install", wheel, "--target", tmp_path / "site")
+    more = "\nhalo_tensor.balance_(model, torch.randn(4, 128))\nprint(halo_tensor.environment())\n"
+    script = ALONE + IMPORTS + more + "assert not {'transformers', 'numpy', 'triton'} & sys.modules.keys()\n"
+    command = [sys.executable, "-I", "-S", "-c", script, tmp_path / "site", sysconfig.get_path("purelib")]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,6 +26,7 @@ from halo_tensor.fsdp import precompute_scales
 from halo_tensor.recipe import FP6_E2M3
 from halo_tensor.reference.packing import pack_rows
 from halo_tensor.weight import ShardRole, fsdp_hooks
+from halo_tensor.weight.sent_rows import ALIGNMENT
 from halo_tensor.weight.sharded_parameters import shard_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
@@ -181,8 +182,9 @@ def test_only_codes_are_sent(world):
         assert "rotate_quantize_" not in names and names.count("rotate_quantize") == 3, "of X alone"
     assert gathered[None] > 2 * 2 * 2 * 384 * 768, "of 2 bytes, 2 weights are gathered for forward and for backward"
     print(f"bytes gathered by {world} ranks: { {k: f'{v / gathered[None]:.3f}' for k, v in gathered.items()} }")
-    assert gathered["int8"] <= 0.51 * gathered[None] and gathered["fp8"] <= 0.51 * gathered[None]
-    assert gathered["fp6"] <= 0.39 * gathered[None]
+    beyond = 0.01 + ALIGNMENT / (2 * 384)  # norms and biases; the scale in each row
+    assert gathered["int8"] <= (0.5 + beyond) * gathered[None] and gathered["fp8"] <= (0.5 + beyond) * gathered[None]
+    assert gathered["fp6"] <= (0.38 + beyond) * gathered[None]
 
 
 @on_ranks(2, 3)

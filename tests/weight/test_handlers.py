@@ -56,3 +56,14 @@ def test_help_has_an_example_that_runs(public):
     assert public.__doc__ not in (None, torch.Tensor.__doc__)
     (test,) = doctest.DocTestFinder(recurse=False).find(public, public.__name__, globs={"halo_tensor": halo_tensor})
     assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_ops_that_are_called_as_functions_write_and_differentiate():
+    """DTensor calls them so, with __torch_function__ enabled."""
+    weight = make()
+    dense = torch.randn(128, 128)
+    with torch.no_grad():
+        aten.copy_.default(weight, dense)
+    assert torch.equal(weight.dequantize(), dense)
+    assert torch.equal(weight.codes, HaloWeight.from_hp(dense, weight.recipe).codes), "in step"
+    assert aten.clone.default(weight).requires_grad

@@ -638,3 +638,18 @@ def test_a_layer_made_in_inference_mode_has_views_and_a_state_dict_there():
     assert isinstance(weight.detach(), HaloWeight) and torch.equal(weight[2:].dequantize(), weight.master[2:])
     layer.load_state_dict({name: -value for name, value in layer.state_dict().items()})
     assert torch.equal(weight.operand.codes, HaloWeight.from_hp(weight.master, weight.recipe).codes)
+
+
+def test_a_view_of_the_same_shape_follows_the_recipe():
+    """DTensor.from_local makes one, and FSDP2 shards it where torchtitan annotates parameters."""
+    layer, x = nn.Linear(128, 256, bias=False), torch.randn(4, 128)
+    quantize_(layer, halo_config(1, "int8"))
+    view = layer.weight.view_as(layer.weight)
+    assert isinstance(view, HaloWeight) and view._is_view() and view.recipe == layer.weight.recipe
+    with OpLog() as log:
+        y = nn.functional.linear(x, view)
+        y.sum().backward()
+    assert log.products().count(torch.int8) == 2 and torch.equal(y, layer(x)) and layer.weight.grad.norm() > 0
+    with torch.no_grad():
+        view.mul_(2)
+    assert torch.equal(layer(x), 2 * y), "a write through the view reaches the codes"

@@ -36,6 +36,7 @@ class Report(ReportData):
         candidates: the measurements of the whole model under each candidate.
         min_cosine: as passed to :func:`report`.
         min_sqnr: as passed to :func:`report`, in dB.
+        min_gain: as passed to :func:`report`; 0 if it does not apply.
         ceilings: the rates of the GPU whose time is predicted.
         seconds: how long the report took.
         gradient_of: the parameters whose gradient was compared, in words.
@@ -100,6 +101,7 @@ def report(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     min_cosine: float = 0.97,
     min_sqnr: float = 20.0,
+    min_gain: float | None = None,
     tokens: int = 128,
     step_tokens: int | None = None,
     gpu: str | None = None,
@@ -115,7 +117,8 @@ def report(
     A candidate is faithful if the cosine of the whole gradient with the exact one is at least ``min_cosine``. The fastest
     faithful candidate is recommended. Another candidate replaces it if it is less than 5 % slower, has at most half of its
     1 − cosine, and a cosine that is higher by more than 0.001. A layer with a product below ``min_sqnr`` under the recommended
-    recipe takes the fastest candidate that keeps all its products above, or high precision if there is none. If no candidate
+    recipe, or with a predicted speed below ``min_gain``, takes the fastest candidate that reaches both, or high precision if
+    there is none. If no layer reaches ``min_gain``, high precision is recommended. If no candidate
     is faithful, the one with the highest cosine is tried with such exceptions. If that is not faithful either, or leaves no
     layer, high precision is recommended. A balanced candidate has to halve the error to replace one that is as fast. If it is
     recommended, the exceptions are chosen among balanced candidates, because ``balance_`` reaches all layers.
@@ -134,6 +137,9 @@ def report(
         min_cosine: the least cosine of the whole gradient. 0.97 is a relative error of 24 %, about the difference between the
             exact gradients of two batches of a thousand tokens.
         min_sqnr: the least SQNR of each product of a layer, in dB. 20 is a relative error of 10 %.
+        min_gain: the least predicted speed of a layer, × bf16. None is 1.0 if the rates of the GPU are known: it is named, or
+            at hand and listed. If another GPU stands in for it, None is 0. Candidates without a kernel (MXFP8, NVFP4) are
+            measured, but never recommended.
         tokens: evenly spaced rows of X and E with which each layer's own products are measured. On SmolLM2's 210 layers, 128
             rows give SQNRs that differ from those of all 512 rows by 0.06 dB in output and 0.2 dB in grad_input (int8 HALO-1,
             medians). grad_weight contracts over the sampled rows, and its SQNR is 1.8 dB higher: pass more rows for it.
@@ -162,10 +168,12 @@ def report(
     """
     start = perf_counter()
     model = getattr(model, "_orig_mod", model)
+    if ceilings is not None and gpu is not None:
+        raise ValueError("gpu and ceilings both say what to model: pass one of them")
+    if min_gain is None:
+        min_gain = float(ceilings is not None or gpus.known_ceilings(gpu, next(model.parameters()).device)[0] is not None)
     if ceilings is None:
         ceilings = gpus.modelled(gpu, next(model.parameters()).device)
-    elif gpu is not None:
-        raise ValueError("gpu and ceilings both say what to model: pass one of them")
     compared = candidates_for(candidates, model, ceilings)
     accepted, covered = accepted_layers(model, compared.configs, filter_fn)
     warn_of_share(model, covered, stacklevel=3)
@@ -194,6 +202,7 @@ def report(
             gradient_of=comparison.gradient_of,
             share=covered.share,
             left_alone=covered.reasons,
+            min_gain=min_gain,
             _by_name=filter_fn is not None,
         )
         recommend(found, run_mixture)
@@ -237,5 +246,6 @@ def _run_candidates(
                 layer.fidelity[name] = fidelity(layer, operands[layer.name], weight, exact[layer.name])
         candidate = comparison.run(name, config, recipes, weights, balancing)
         candidate.speed = speed_of(layers, dict.fromkeys(comparison.layers, name))
+        candidate.has_kernels = compared.has_kernels(name)
         measured.append(candidate)
     return measured

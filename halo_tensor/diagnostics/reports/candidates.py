@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from halo_tensor.analysis import roofline
@@ -10,7 +11,7 @@ from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey
-from halo_tensor.kernels.device import check_device, check_scales, runs
+from halo_tensor.kernels.device import check_device, check_scales, runs, runs_scales
 from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Rotation
 
@@ -28,6 +29,10 @@ class Candidates:
 
     configs: dict[str, LinearConfig]
     balanced: set[str]
+
+    def has_kernels(self, name: str) -> bool:
+        """Whether a GPU runs a candidate. MXFP8 and NVFP4 run on a CPU only, for accuracy studies."""
+        return runs_scales(self.configs[name].recipe.granularities, torch.device("cuda"))
 
     @property
     def rotation(self) -> Rotation:

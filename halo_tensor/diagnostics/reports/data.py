@@ -65,6 +65,7 @@ class CandidateReport:
         loss_change: the loss minus the exact one; None if it is not finite.
         speed: predicted, of the linear layers, × high precision.
         balanced: whether ``balance_`` follows the conversion.
+        has_kernels: whether a GPU can run it. If not, it is measured and not recommended.
     """
 
     name: str
@@ -73,6 +74,7 @@ class CandidateReport:
     loss_change: float | None
     speed: float
     balanced: bool = False
+    has_kernels: bool = True
 
 
 @dataclass
@@ -96,6 +98,7 @@ class ReportData:
     verdict: str = ""
     share: float = 1.0
     left_alone: str = ""
+    min_gain: float = 0.0
     _by_name: bool = False  # config names the layers, even if one recipe suits all
 
     @property

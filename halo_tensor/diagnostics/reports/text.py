@@ -1,11 +1,10 @@
 """A report as text and Markdown tables."""
 
-import re
 from collections.abc import Callable
 from statistics import median
 
 from halo_tensor.config import LinearConfig
-from halo_tensor.convert import LEAST_SHARE, percent
+from halo_tensor.convert import LEAST_SHARE, kind_of, percent, together
 from halo_tensor.diagnostics.reports.data import LayerReport, ReportData
 from halo_tensor.recipe import PRODUCTS
 
@@ -77,7 +76,8 @@ def candidate_rows(report: ReportData) -> Table:
             (sqnr, product), name = min((layer.worst(c.name), layer.name) for layer in layers)
             worst = f"{sqnr:.1f} dB, {product} of {name or 'the model'}"
         cosine = f"{mark}{c.cosine:.4f}{mark}"
-        rows.append([f"{mark}{c.name}{mark}", cosine, _change(c.loss_change), worst, str(below), f"{c.speed:.2f}×"])
+        speed = f"{c.speed:.2f}×" if c.has_kernels else "no kernel"
+        rows.append([f"{mark}{c.name}{mark}", cosine, _change(c.loss_change), worst, str(below), speed])
     if report.result is not None and report.exceptions:
         c = report.result
         rows.append([c.name, f"{c.cosine:.4f}", _change(c.loss_change), "", "0", f"{c.speed:.2f}×"])
@@ -110,11 +110,6 @@ def kind_rows(report: ReportData, candidate: str) -> Table:
         speeds = [layer.speed(candidate) for layer in layers]
         rows.append([*row, f"{median(speeds):.2f}×"])
     return header, rows
-
-
-def kind_of(name: str) -> str:
-    """Return a layer's name without its numbers: layers.3.mlp.up -> layers.*.mlp.up."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "the model"
 
 
 def layer_rows(report: ReportData) -> Table:
@@ -167,7 +162,10 @@ def calls(report: ReportData) -> list[str]:
 def _exceptions(report: ReportData) -> list[str]:
     if not report.exceptions:
         return []
-    lines = [f"- `{layer.name}`: {layer.recommended} ({reason(layer, report)})" for layer in report.exceptions]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for layer in report.exceptions:
+        alike.setdefault((layer.recommended, reason(layer, report)), []).append(layer.name)
+    lines = [f"- {together(names)}: {recommended} ({why})" for (recommended, why), names in alike.items()]
     return ["Except:\n\n" + "\n".join(lines)]
 
 
@@ -175,6 +173,8 @@ def reason(layer: LayerReport, report: ReportData) -> str:
     """Say why a layer does not follow the recommended candidate."""
     assert report.recommended is not None
     sqnr, product = layer.worst(report.recommended)
+    if product and sqnr >= report.min_sqnr:
+        return f"{report.recommended} is modelled at {layer.speed(report.recommended):.2f}× bf16's speed there"
     return f"{product} has {sqnr:.1f} dB under {report.recommended}" if product else f"{report.recommended} leaves it alone"
 
 

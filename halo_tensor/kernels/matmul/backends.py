@@ -13,8 +13,7 @@ import torch
 
 from halo_tensor.fences.fast_paths import FAST_PATHS, GLUON
 from halo_tensor.kernels.device import runs
-from halo_tensor.kernels.launch import Variant
-from halo_tensor.kernels.matmul import cublas, pytorch, sm80, tma
+from halo_tensor.kernels.matmul import cublas, few_rows, pytorch, sm80, tma
 from halo_tensor.kernels.matmul.request import Request, multiprocessors, size_class
 from halo_tensor.recipe import FP8_E4M3, INT8
 from halo_tensor.reference.codes import code_dtype
@@ -31,20 +30,22 @@ class Backend(NamedTuple):
     name: str
     module: Any
 
-    def why_not(self, request: Request) -> str | None:
+    def why_not(self, request: Any) -> str | None:
         """Return the reason to decline a product, or None."""
         path = FAST_PATHS.get(self.name)
         if path is not None and (reason := path.why_off()) is not None:
             return reason
         return "it could not be imported" if self.module is None else self.module.why_not(request)
 
-    def plan(self, request: Request) -> Variant | None:
-        """Return the launch of a product that was not declined, or None after a warning if it could not be prepared."""
+    def plan(self, request: Any) -> Any:
+        """Return the launch of a product that was not declined; None after a warning if it could not be prepared.
+        A request of a grouped product gives a Planned."""
         return self.module.plan(request)
 
 
 #: The first backend that does not decline serves a product. The last one declines none.
 BACKENDS = (
+    Backend("few_rows", few_rows),
     Backend("cublas", cublas),
     Backend("gluon", GLUON.load("halo_tensor.kernels.matmul.sm90")),
     Backend("tma", tma),

@@ -15,13 +15,13 @@ class SizeClass(NamedTuple):
     made for classes only.
 
     Attributes:
-        thin: whether the result has at most 64 rows.
+        few: 16, 32 or 64 if the result has at most as many rows; 0 for more than 64.
         tiles: whether there is an output tile of 128×128 for every multiprocessor.
         wide_tiles: how many multiprocessors have a tile of 128×256: 0 for less than 70 %, 1 for less than all, 2 for all.
         vendor: whether the vendor's library is faster at this size.
     """
 
-    thin: bool
+    few: int
     tiles: bool
     wide_tiles: int
     vendor: bool = False
@@ -31,7 +31,8 @@ def size_class(m: int, n: int, multiprocessors: int) -> SizeClass:
     """Return the class of a result [m, n] on a GPU with this number of multiprocessors."""
     tiles, wide = cdiv(m, 128) * cdiv(n, 128), cdiv(m, 128) * cdiv(n, 256)
     wide_tiles = 2 if wide >= multiprocessors else 1 if wide >= 0.7 * multiprocessors else 0
-    return SizeClass(m <= 64, tiles >= multiprocessors, wide_tiles)
+    few = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 0
+    return SizeClass(few, tiles >= multiprocessors, wide_tiles)
 
 
 class Request(NamedTuple):

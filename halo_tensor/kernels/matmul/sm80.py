@@ -41,7 +41,7 @@ def tile_for(size: SizeClass, integer: bool, rotated_rows: bool, shared: int) ->
         rotated_rows: whether a rotation of rows is undone, which needs tiles as high as its block.
         shared: bytes of shared memory that a program may have.
     """
-    if size.thin or not (size.tiles or rotated_rows):
+    if size.few or not (size.tiles or rotated_rows):
         return Tile(64, 128, 128, 4, 4 if shared >= 160 * 1024 else 3)
     if not integer:
         return Tile(128, 128, 64, 8, 4)

@@ -209,8 +209,8 @@ def why_not(request: Request) -> str | None:
         return "fp8 without an un-rotation is as fast without it (docs/notes/products.md)"
     if request.n % 8:
         return "wide stores write rows of multiples of 8"
-    few = request.size.wide_tiles == 0 or request.size.thin
-    return "it has no tiles for most multiprocessors" if few else None
+    lacks_tiles = request.size.wide_tiles == 0 or request.size.few
+    return "it has no tiles for most multiprocessors" if lacks_tiles else None
 
 
 def plan(request: Request) -> Variant | None:

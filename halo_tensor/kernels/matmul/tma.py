@@ -59,7 +59,7 @@ def tile_for(
         wide_output: whether the result is float32.
     """
     undo = rotated_rows or rotated_columns
-    if size.thin:
+    if size.few:
         return Tile(64, 128, warps=4, stages=4, flatten=not undo)
     if not size.tiles and not rotated_rows:
         return Tile(64, 128, warps=4, stages=4, resident=2, flatten=not undo)

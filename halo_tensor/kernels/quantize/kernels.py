@@ -14,7 +14,16 @@ All are limited by memory. There are three kinds:
 import triton
 import triton.language as tl
 
-from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, noise, round_by, round_to_code, scale_from, unlifted
+from halo_tensor.kernels.quantize.rounding import (
+    FOLD_LIFT,
+    maximum,
+    noise,
+    packed_words,
+    round_by,
+    round_to_code,
+    scale_from,
+    unlifted,
+)
 
 
 @triton.jit
@@ -85,7 +94,7 @@ def whole_rows(
         x, x1, x2, gain, fold, codes, scales, matrix, left_matrix, signs,
         first, M, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
-        STEP, PRODUCER,
+        STEP, PRODUCER, False,
     )  # fmt: skip
 
 
@@ -93,7 +102,7 @@ def whole_rows(
 def whole_rows_of_many(
     like, table, matrix, left_matrix, signs,
     COUNT, K, stride_row, stride_column, stride_codes,
-    ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr, PACK: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
@@ -103,6 +112,8 @@ def whole_rows_of_many(
 
     table: int64 [6, COUNT]. Its rows are the first program of each matrix, its number of rows, and the addresses of x, codes,
     scales and gain, at multiples of 16 bytes. ENTRIES: a power of two, at least COUNT.
+    PACK: codes are of six bits, and are stored as halo_tensor.reference.packing packs them. K is a multiple of 16, and
+    stride_codes one of 4.
     """
     program = tl.program_id(0)
     entry = tl.arange(0, ENTRIES)
@@ -111,14 +122,14 @@ def whole_rows_of_many(
     first = (program - tl.load(mine).to(tl.int32)) * (ROWS * STEPS)
     rows = tl.load(mine + COUNT).to(tl.int32)
     x = tl.multiple_of(tl.load(mine + 2 * COUNT).to(tl.pointer_type(like.dtype.element_ty)), 16)
-    codes = tl.multiple_of(tl.load(mine + 3 * COUNT).to(tl.pointer_type(CODE)), 16)
+    codes = tl.multiple_of(tl.load(mine + 3 * COUNT).to(tl.pointer_type(tl.int32 if PACK else CODE)), 16)
     scales = tl.multiple_of(tl.load(mine + 4 * COUNT).to(tl.pointer_type(tl.float32)), 16)
     gain = tl.multiple_of(tl.load(mine + 5 * COUNT).to(tl.pointer_type(tl.float32)), 16)
     _whole_rows(
         x, x, x, gain, scales, codes, scales, matrix, left_matrix, signs,
         first, rows, K, stride_row, stride_column, stride_codes,
         ROWS, STEPS, CHUNKS, WIDTH, STAGES, GAIN, ROTATE, FULL, FOLD, CODE, MANTISSA, MIN_EXPONENT, MAX, NORM, INVERSE_MAX,
-        STEP, PRODUCER,
+        STEP, PRODUCER, PACK,
     )  # fmt: skip
 
 
@@ -129,7 +140,7 @@ def _whole_rows(
     ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     GAIN: tl.constexpr, ROTATE: tl.constexpr, FULL: tl.constexpr, FOLD: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr,
+    NORM: tl.constexpr, INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, PRODUCER: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Do the work of one program of :func:`whole_rows`, from row ``first`` on."""
     piece = tl.arange(0, ROWS * CHUNKS)
@@ -175,8 +186,18 @@ def _whole_rows(
         scale = scale_from(amax, INVERSE_MAX)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, CHUNKS)), (ROWS * CHUNKS,))
-        q = round_to_code(y * inverse[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
-        tl.store(codes + at_row * stride_codes + columns, q, mask=inside)
+        y = y * inverse[:, None]
+        if PACK:
+            sixteen = (piece % CHUNKS)[:, None] * (WIDTH // 16) + tl.arange(0, WIDTH // 16)[None, :]
+            there = (row < M)[:, None] & (sixteen * 16 < K)
+            low, middle, high = packed_words(y, MANTISSA, MIN_EXPONENT, ROWS * CHUNKS, WIDTH)
+            at = codes + at_row * (stride_codes // 4) + sixteen * 3
+            tl.store(at, low, mask=there)
+            tl.store(at + 1, middle, mask=there)
+            tl.store(at + 2, high, mask=there)
+        else:
+            q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
+            tl.store(codes + at_row * stride_codes + columns, q, mask=inside)
         rows = first + step * ROWS + tl.arange(0, ROWS)
         tl.store(scales + rows, unlifted(scale, STEP, FOLD), mask=rows < M)
 

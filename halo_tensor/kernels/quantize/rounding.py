@@ -53,6 +53,39 @@ def round_to_code(
 
 
 @triton.jit
+def packed_words(y, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the codes of six bits of float32 numbers [ROWS, WIDTH], rounded to nearest even, in their packed storage.
+
+    Each sixteen of them are three int32 words, of which the first, second and third [ROWS, WIDTH / 16] are returned. No code
+    is ever an fp8 value here: Triton 3.6 miscompiles those that are used twice.
+    """
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    SMALL: tl.constexpr = 2.0 ** (SHIFT + MIN_EXPONENT)  # adding it rounds to the quantum of subnormal numbers
+    whole = y.to(tl.int32, bitcast=True)
+    magnitude = whole & 0x7FFFFFFF
+    normal = ((magnitude + ((magnitude >> SHIFT) & 1) + ((1 << (SHIFT - 1)) - 1)) >> SHIFT) - (
+        (126 + MIN_EXPONENT) << MANTISSA
+    )
+    subnormal = (tl.abs(y) + SMALL).to(tl.int32, bitcast=True) - ((127 + SHIFT + MIN_EXPONENT) << 23)
+    bits = tl.where(magnitude < ((127 + MIN_EXPONENT) << 23), subnormal, normal)
+    bits = tl.minimum(bits, 31)  # NaN, which the scale has too, stays within its bits
+    bits = tl.where(bits == 0, 0, bits | ((whole >> 26) & 32))  # the sign, but of zero none, as in round_to_code
+    a, b, c, d = _every_fourth(bits.to(tl.uint8), ROWS, WIDTH)
+    four = a.to(tl.int32) | b.to(tl.int32) << 6 | c.to(tl.int32) << 12 | d.to(tl.int32) << 18  # 24 bits
+    a, b, c, d = _every_fourth(four, ROWS, WIDTH // 4)
+    return a | b << 24, b >> 8 | c << 16, c >> 16 | d << 8
+
+
+@triton.jit
+def _every_fourth(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the columns 0, 4, 8, …, then 1, 5, …, then 2, 6, … and 3, 7, … of a matrix [ROWS, WIDTH]."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, WIDTH // 4, 2, 2)))  # columns 0 and 2, columns 1 and 3
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
     """Return [T, WIDTH] uniform numbers in [0, 1), different ones for every row and tile. Philox gives four at a time."""
     quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)

@@ -19,6 +19,9 @@ from halo_tensor.reference.hadamard import block_diagonal, factors, hadamard_fac
 
 #: The most elements of a row that a program holds in registers.
 LARGEST_ROW = 32768
+#: Up to this many rows each has a program of its own, because there are more multiprocessors. Triton's interpreter runs
+#: programs one after the other.
+FEW = {"cuda": 64, "cpu": 8}
 
 
 def quantize_rows(
@@ -134,14 +137,18 @@ def plan_whole_rows(
     all, the gain, the fold of columns, the codes and the scales.
     """
     launch, constants, matrices = row_constants(k, dtype, device, column_rotation, format, gained, folded, producer)
+    few = FEW[device.type]
 
     def prepare(steps: int) -> Variant:
+        chosen = launch._replace(steps=steps) if steps else launch.for_few(constants["CHUNKS"], constants["WIDTH"])
+        options = {"ROWS": chosen.rows, "STEPS": chosen.steps, "STAGES": chosen.stages, "num_warps": chosen.warps}
+
         def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
-            return (cdiv(m, launch.rows * steps),), (m, k, stride_row, stride_column, stride_codes)
+            return (cdiv(m, chosen.rows * chosen.steps),), (m, k, stride_row, stride_column, stride_codes)
 
-        return Variant(Launch(kernels.whole_rows, constants | {"STEPS": steps}), sizes, matrices)
+        return Variant(Launch(kernels.whole_rows, constants | options), sizes, matrices)
 
-    return Planned(prepare, lambda m, *strides: launch.steps_for(m))
+    return Planned(prepare, lambda m, *strides: 0 if m <= few else launch.steps_for(m))
 
 
 def row_constants(
@@ -206,6 +213,16 @@ class RowLaunch(NamedTuple):
         A program takes at most 16 rows in all, and fewer where 256 programs would not get work otherwise.
         """
         return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
+
+    def for_few(self, chunks: int, width: int) -> "RowLaunch":
+        """Return the launch for few rows of ``chunks`` pieces of ``width`` elements.
+
+        A program takes one row, or as many as have 16 pieces, which is the height of a product (docs/notes/quantisers.md).
+        """
+        if self.rows == 1:
+            return self._replace(steps=1, stages=1)
+        rows = max(1, 16 // chunks)
+        return RowLaunch(rows, 1, 4 if rows * chunks * width <= 4096 else 8, 1)
 
 
 def _row_launch(row: int, chunks: int, large: bool, rotated: bool, produced: bool) -> RowLaunch:

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
+from halo_tensor.analysis.roofline import H100
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport
 from halo_tensor.diagnostics.reports.recommendation import fastest
@@ -512,6 +514,38 @@ def test_speed_is_modelled_for_the_step():
     )
     assert (small.tokens, small.step_tokens) == (large.tokens, 16) and large.step_tokens == 8192
     assert large.candidates[0].speed > 1.3 * small.candidates[0].speed
+
+
+def test_layers_that_would_be_slower_are_left_out_of_the_recommendation(machine):
+    """Small layers save less than their launches take."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 128), nn.Linear(128, 1024)), torch.randn(32, 256)
+    rates = {"products": {"bf16": 1.5e13, "int8": 6e13}, "multiprocessors": 1}
+    ceilings = replace(H100, **rates, copy=1e15, quantize=1e15, rotate=1e15, tiles=1e15, launch=1e-6)
+    options = {"loss_fn": lambda m, x: m(x).square().mean(), "candidates": INT8_HALO, "ceilings": ceilings}
+    found = report(model, x, step_tokens=1024, **options)
+    speeds = {layer.name: layer.speed("int8 HALO-0") for layer in found.layers}
+    slow = [name for name, speed in speeds.items() if speed < 1]
+    assert slow == ["1"] and [layer.name for layer in found.exceptions] == slow
+    assert set(found.config.fqn_to_config) == speeds.keys() - slow and found.min_gain == 1.0
+    assert f"- 1: high precision ({found.recommended} is modelled at 0." in str(found)
+    assert report(model, x, step_tokens=1024, min_gain=0, **options).exceptions == []
+    few = report(model, x, step_tokens=16, **options)
+    assert few.config is None and "with 16 tokens a step, and no layer reaches min_gain=1" in few.verdict
+    stands_in = report(model, x, **(options | {"ceilings": None}))
+    assert stands_in.min_gain == 0 and stands_in.config is not None, "there is no GPU to be slower on"
+    machine("NVIDIA H200", (9, 0))
+    assert report(model, x, **(options | {"ceilings": None})).config is None
+
+
+def test_a_candidate_without_kernels_is_measured_and_not_recommended():
+    model, x = nn.Linear(128, 128), torch.randn(32, 128)
+    configs = {"mxfp8": recipe_config("mxfp8"), "int8": halo_config(1, "int8")}
+    found = report(model, x, loss_fn=lambda m, x: m(x).square().mean(), candidates=configs)
+    assert found.recommended == "int8" and found.candidates[0].cosine > 0.99 and not found.candidates[0].has_kernels
+    assert "| no kernel |" in str(found)
+    alone = report(model, x, loss_fn=lambda m, x: m(x).square().mean(), candidates=[recipe_config("mxfp8")])
+    assert alone.config is None and "no kernel computes with their scales" in alone.verdict
 
 
 # Forms.

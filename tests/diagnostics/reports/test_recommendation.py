@@ -6,6 +6,7 @@ from halo_tensor.analysis.fidelity import Fidelity
 from halo_tensor.analysis.roofline import H100
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport, LayerReport, ReportData
 from halo_tensor.diagnostics.reports.recommendation import fastest, recommend, speed_of
+from halo_tensor.diagnostics.reports.text import reason
 
 SECONDS = {HIGH_PRECISION: 8.0, "fast": 2.0, "middle": 4.0, "slow": 5.0}
 
@@ -16,8 +17,9 @@ def layer(name: str, **sqnr: float) -> LayerReport:
     return LayerReport(name, 128, 128, 64, ("output", "grad_weight"), 1, {}, fidelity, dict(SECONDS))
 
 
-def recommended(layers, candidates, mixture=0.99, min_cosine=0.97):
+def recommended(layers, candidates, mixture=0.99, min_cosine=0.97, min_gain=0.0):
     found = ReportData("Model", 1.0, 64, 64, 64, layers, candidates, min_cosine, 20.0, H100, 0.0, "the converted weights")
+    found.min_gain = min_gain
     asked = []
 
     def measure(chosen, balanced):
@@ -45,6 +47,45 @@ def test_an_exception_takes_the_fastest_recipe_above_the_threshold():
     assert asked == [({"a": "fast", "b": "middle", "c": "slow"}, False)]
     assert found.result.speed == pytest.approx(5 * 8 / (2 + 4 + 5 + 8 + 8)) == pytest.approx(speed_of(layers, chosen))
     assert [x.name for x in found.exceptions] == ["b", "c", "d", "e"]
+
+
+def slowed(layer: LayerReport, **seconds: float) -> LayerReport:
+    """Give a layer other predicted times; high precision takes 8."""
+    layer.seconds |= seconds
+    return layer
+
+
+def test_a_layer_that_would_be_slower_takes_another_candidate_or_high_precision():
+    layers = [layer("a", fast=30, middle=30, slow=30)]
+    layers += [slowed(layer("b", fast=30, middle=30, slow=30), fast=9.0, middle=8.5, slow=8.0)]
+    layers += [slowed(layer("c", fast=30, middle=30, slow=10), fast=9.0, middle=8.5, slow=8.0)]
+    found, asked = recommended(layers, candidates(0.98, 0.985, 0.988), min_gain=1.0)
+    assert {x.name: x.recommended for x in layers} == {"a": "fast", "b": "slow", "c": HIGH_PRECISION}
+    assert asked == [({"a": "fast", "b": "slow"}, False)] and found.recommended == "fast"
+    assert reason(layers[2], found) == "fast is modelled at 0.89× bf16's speed there"
+    everywhere, asked = recommended(layers, candidates(0.98, 0.985, 0.988))
+    assert not everywhere.exceptions and not asked, "min_gain=0"
+
+
+def test_high_precision_is_recommended_if_no_layer_gains():
+    layers = [slowed(layer(name, fast=30, middle=30, slow=30), fast=9.0, middle=9.0, slow=9.0) for name in "ab"]
+    found, asked = recommended(layers, candidates(0.98, 0.985, 0.988), min_gain=1.0)
+    assert found.recommended is None and found.config is None and not asked
+    assert found.verdict.startswith("none of the layers gains: fast is modelled at 4.00×") and "step_tokens" in found.verdict
+    assert "no layer reaches min_gain=1" in found.verdict and "min_gain=0" in found.verdict
+    unfaithful, _ = recommended(layers, candidates(0.5, 0.6, 0.7), min_gain=0.0)
+    assert "none of the candidates is faithful" in unfaithful.verdict
+
+
+def test_what_no_gpu_runs_is_not_recommended():
+    layers = [layer("a", fast=30, middle=30, slow=30), layer("b", fast=30, middle=10, slow=30)]
+    found = candidates(0.999, 0.98, 0.985)
+    found[0].has_kernels = False
+    assert recommended(layers, found)[0].recommended == "middle" and layers[1].recommended == "slow"
+    for candidate in found:
+        candidate.has_kernels = False
+    none, asked = recommended(layers, found)
+    assert none.recommended is None and "none of the candidates runs on a GPU" in none.verdict and not asked
 
 
 def test_exceptions_are_chosen_among_balanced_candidates():

@@ -20,7 +20,7 @@ from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.interpreter import DEVICE, INTERPRETED, runs_kernels
 
-NAMES = ["cublas", "gluon", "tma", "sm80", "pytorch"]
+NAMES = ["few_rows", "cublas", "gluon", "tma", "sm80", "pytorch"]
 
 
 @interpreter.runs_the_others
@@ -130,7 +130,7 @@ def test_products_without_backends(monkeypatch, switch_off, off, format):
 def test_a_product_in_pytorch_stays_an_op_in_graphs(switch_off):
     switch_off("gluon", "cublas")
     assert launches(recording := []) is not None and len(recording) == 1
-    switch_off("tma", "sm80")
+    switch_off("few_rows", "tma", "sm80")
     with pytest.raises(Unsupported):
         launches([])
 

@@ -113,7 +113,7 @@ def test_sums_that_an_integer_does_not_hold(monkeypatch, rotations):
     launches = []
     call = Launch.__call__
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: (launches.append(self.kernel.fn), call(self, *tensors))[1])
-    m, n, k = 64, 96, 700
+    m, n, k = 96, 96, 700
     a, b_t = codes_of((m, k), INT8, "misaligned"), codes_of((n, k), INT8)
     scale, bias, gain = torch.rand(m, device=DEVICE) + 0.5, torch.randn(n, device=DEVICE), gain_of(n)
     y = product.scaled_mm(a, b_t, scale, None, bias, *rotations, (m, n), torch.float32, gain)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from halo_tensor import ops
+from halo_tensor.fences.fast_paths import FEW_ROWS
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul import sm80, tma
@@ -28,8 +29,9 @@ def test_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def as_before_hopper(monkeypatch):
-    """Products are planned as for a GPU without TMA."""
+    """Products are planned as for a GPU without TMA, and those of few rows as others."""
     monkeypatch.setattr(tma, "has_tma", lambda device: False)
+    monkeypatch.setattr(FEW_ROWS, "disabled", True)
     monkeypatch.setattr(sm80, "shared_memory", lambda device: 99 * 1024)
     product.plan.cache_clear()
     yield

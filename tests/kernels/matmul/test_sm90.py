@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
-from halo_tensor.fences.fast_paths import GLUON
+from halo_tensor.fences.fast_paths import FEW_ROWS, GLUON
 from halo_tensor.kernels.device import is_hopper
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
@@ -53,6 +53,7 @@ def launched(monkeypatch):
         call(self, *args)
 
     monkeypatch.setattr(Launch, "__call__", noted)
+    monkeypatch.setattr(FEW_ROWS, "disabled", True)
     monkeypatch.setattr(sm90, "why_not", lambda request: request.row_rotation and "it undoes none on the left")
     product.plan.cache_clear()
     yield names

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,6 +16,7 @@ from halo_tensor import ops
 from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
+from halo_tensor.kernels.quantize import many
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.kernels.quantize.codes import code_matrix
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, Rotation
@@ -251,6 +252,32 @@ def test_many_are_requantised_as_each(shapes, dtypes, layouts, format, scale, bl
 
 
 @runs_kernels
+@settings(examples, max_examples=20)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 20), st.sampled_from([64, 128, 576])), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]), format=st.sampled_from([FP6_E2M3, FP6_E3M2]),
+    scale=st.sampled_from(["row", "row", "tensor"]), block=st.sampled_from([None, 16, 64, 576]), gained=st.booleans(),
+    beyond=st.sampled_from([0, 16]), exponent=st.integers(-30, 30),
+)  # fmt: skip
+def test_many_are_packed_as_each(shapes, dtype, format, scale, block, gained, beyond, exponent):
+    right = block and Rotation(block, 3)
+    shapes = [(m, k) for m, k in shapes if block != 576 or k == 576]
+    assume(shapes)
+    xs = [matrix(m, k, dtype) * 2.0**exponent for m, k in shapes]
+    gains = [gain_of(x.shape[1]) for x in xs] if gained else []
+    memory = [torch.full((x.shape[0], x.shape[1] // 4 * 3 + beyond), 77, dtype=torch.uint8, device=DEVICE) for x in xs]
+    packed = [m[:, : x.shape[1] // 4 * 3] for m, x in zip(memory, xs, strict=True)]
+    scales = [x.new_full((x.shape[0],) if scale == "row" else (), 7, dtype=torch.float32) for x in xs]
+    ops.requantize_(xs, None, right, format, scale, packed, scales, gains)
+    for x, mine, whole, scale_of_x, gain in zip(xs, packed, memory, scales, gains or [None] * len(xs), strict=True):
+        codes, _, expected_scales = ops.rotate_quantize(x, None, right, format, scale, gain=gain)
+        expected = torch.empty(mine.shape, dtype=torch.uint8, device=DEVICE)
+        ops.pack_rows_(codes, format, expected)
+        assert torch.equal(mine, expected) and torch.equal(scale_of_x, expected_scales)
+        assert (whole[:, mine.shape[1] :] == 77).all()
+
+
+@runs_kernels
 def test_many_alike_are_one_launch(monkeypatch):
     launched = []
     call = Launch.__call__
@@ -266,15 +293,36 @@ def test_many_alike_are_one_launch(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", noted)
     narrow, wide = [matrix(m, 128) for m in (3, 70, 5)], [matrix(m, 256) for m in (9, 2)]
-    many = "whole_rows_of_many"
+    of_many = "whole_rows_of_many"
     for right in (None, Rotation(64)):
-        assert launches_of([*narrow, *wide], right) == [(many, 3), (many, 2)]
-        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(many, 3), (many, 2)]
+        assert launches_of([*narrow, *wide], right) == [(of_many, 3), (of_many, 2)]
+        assert launches_of([*narrow, *wide], right, map(gain_of, (128, 128, 128, 256, 256))) == [(of_many, 3), (of_many, 2)]
     halves = [x.bfloat16() for x in narrow[:2]]
-    assert launches_of([*halves, *narrow], None) == [(many, 2), (many, 3)]
+    assert launches_of([*halves, *narrow], None) == [(of_many, 2), (of_many, 3)]
+    packed = [torch.empty(x.shape[0], 96, dtype=torch.uint8, device=DEVICE) for x in narrow]
+    launched.clear()
+    ops.requantize_(narrow, None, None, FP6_E2M3, "row", packed, [torch.empty(x.shape[0], device=DEVICE) for x in narrow], [])
+    assert launched == [(of_many, 3)]
     # Those that the kernel cannot take have launches of their own.
     odd = [matrix(4, 128, layout="misaligned"), matrix(4, 128, torch.float64), matrix(4, 100)]
-    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(many, 3), *[("whole_rows", 4)] * 3]
+    assert launches_of([*odd[:1], *narrow, *odd[1:]], Rotation(64)) == [(of_many, 3), *[("whole_rows", 4)] * 3]
+
+
+@runs_kernels
+@pytest.mark.parametrize("width", [128, 1024])
+def test_programs_of_many_rows(width, monkeypatch):
+    """As weights with some ten thousand rows have them."""
+    monkeypatch.setattr(many, "_MANY_ROWS", 0)
+    monkeypatch.setattr(many, "_TILE", 2048)
+    many._plans.clear()
+    xs = [matrix(m, width, torch.bfloat16) for m in (70, 3, 33)]
+    for codes, scales, x in zip(*requantized(xs, Rotation(64), INT8, "row", []), xs, strict=True):
+        expected, _, expected_scales = ops.rotate_quantize(x, None, Rotation(64), INT8, "row")
+        assert_same_bytes(codes, expected)
+        assert torch.equal(scales, expected_scales)
+    (plan,) = many._plans.values()
+    assert plan.groups[0].launch.constants["STEPS"] >= 16 and not plan.single
+    many._plans.clear()
 
 
 @runs_kernels
@@ -431,8 +479,10 @@ def test_the_kernels_are_what_is_tested(monkeypatch):
     check(matrix(3, 64), None, Rotation(64), INT8, "row")
     check(matrix(3, 64), None, None, INT8, "column")
     rotating.rotate(matrix(3, 64), None, Rotation(64), torch.float32)
-    product.scaled_mm(codes_of((3, 64), INT8), codes_of((3, 64), INT8), None, None, None, None, None, (3, 3), torch.float32)
-    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles scaled_mm_kernel"
+    for m in (3, 65):
+        a, b_t = codes_of((m, 64), INT8), codes_of((3, 64), INT8)
+        product.scaled_mm(a, b_t, None, None, None, None, None, (m, 3), torch.float32)
+    expected = "whole_rows amax_tiles cast_tiles transpose_codes rotate_tiles few_rows_kernel scaled_mm_kernel"
     assert launched == set(expected.split())
     gain, like = gain_of(64), codes_of((64, 64), INT8)
     for x, right in ((matrix(3, 64), Rotation(64)), (matrix(3, 64), None)):

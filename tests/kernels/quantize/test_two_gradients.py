@@ -40,8 +40,8 @@ def gated_by_gelu(dh, gate, up):
 
 
 def quantized(a, b, columns, rows, format="int8", other_format=None, left=()):
-    first = halo.quantize_pair(a, left, format, columns, rows)
-    return (*first, *halo.quantize_pair(b, left, other_format or format, columns, rows))
+    first = halo.quantize_pair(a, left, format, columns, rows, False)
+    return (*first, *halo.quantize_pair(b, left, other_format or format, columns, rows, False))
 
 
 def graph_of(f, *inputs) -> fx.GraphModule:
@@ -81,7 +81,7 @@ def of_a_gated_mlp(dh, gate, up, columns, rows):
 
 def of_different_scales(dh, gate, up, columns, rows):
     a, b = gated(dh, gate, up)
-    return *halo.quantize_pair(a, [], "int8", columns, rows), *halo.quantize_pair(b, [], "int8", columns * 2, rows + 1)
+    return *halo.quantize_pair(a, [], "int8", columns, rows, False), *halo.quantize_pair(b, [], "int8", columns * 2, rows + 1)
 
 
 def through_views(dh, gate, up, columns, rows):
@@ -92,9 +92,9 @@ def through_views(dh, gate, up, columns, rows):
 def read_in_between(dh, gate, up, columns, rows):
     """What the first pair gives is used before the second one's E is made."""
     a, b = dh * silu(gate), dh * up
-    first = halo.quantize_pair(a, [], "int8", columns, rows)
+    first = halo.quantize_pair(a, [], "int8", columns, rows, False)
     read = first[2] * 2
-    return (*first, read, *halo.quantize_pair(b, [], "int8", columns, rows))
+    return (*first, read, *halo.quantize_pair(b, [], "int8", columns, rows, False))
 
 
 @pytest.mark.parametrize("f", [of_a_gated_mlp, of_different_scales, through_views, read_in_between])
@@ -133,13 +133,13 @@ def without_a_fold(dh, gate, up, columns, rows):
 
 def one_after_the_other(dh, gate, up, columns, rows):
     """The second E is made with what the first one's codes gave."""
-    first = halo.quantize_pair(dh * gate, [], "int8", columns, rows)
-    return (*first, *halo.quantize_pair(dh * gate * first[2].unsqueeze(1), [], "int8", columns, rows))
+    first = halo.quantize_pair(dh * gate, [], "int8", columns, rows, False)
+    return (*first, *halo.quantize_pair(dh * gate * first[2].unsqueeze(1), [], "int8", columns, rows, False))
 
 
 def folded_with_the_others_scale(dh, gate, up, columns, rows):
-    first = halo.quantize_pair(dh * gate, [], "int8", columns, rows)
-    return (*first, *halo.quantize_pair(dh * up, [], "int8", first[3], rows))
+    first = halo.quantize_pair(dh * gate, [], "int8", columns, rows, False)
+    return (*first, *halo.quantize_pair(dh * up, [], "int8", first[3], rows, False))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def alone(m1, m2, dh, gate, up):
     made = []
     for mask in (m1, m2):
         d = (dh * mask.sum())[mask.nonzero().squeeze(-1)]
-        made += halo.quantize_pair(d * up.exp().sum(), [], "int8", torch.ones(SHAPE[1]), torch.ones(d.shape[0]))
+        made += halo.quantize_pair(d * up.exp().sum(), [], "int8", torch.ones(SHAPE[1]), torch.ones(d.shape[0]), False)
     return made
 
 

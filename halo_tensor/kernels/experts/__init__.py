@@ -1,0 +1,1 @@
+"""Products of tokens grouped by expert, their quantisers, and copies to and from experts."""

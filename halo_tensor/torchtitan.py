@@ -1,0 +1,98 @@
+"""torchtitan: an override that makes the linear layers of its models follow a recipe.
+
+    --override.imports 'halo_tensor.torchtitan.halo_linear={"level": 1, "dtype": "int8"}'
+
+torchtitan hands over the config of one layer at a time, without its name. So layers are chosen by the globs of the override:
+all ``Linear`` but output embeddings (``lm_head``) and gates of routers. Another choice is an override of your own::
+
+    @override(target=Linear.Config, fqns=["*layers.[0-9].feed_forward.*"])
+    def feed_forward(cfg, **options):
+        return halo_linear(cfg, **options)
+
+Tested with torchtitan 0.3.0 (``override``, ``derive`` and ``Linear.Config`` are its public names).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.config.override import derive, override
+from torchtitan.models.common.linear import Linear
+from torchtitan.tools.logging import logger
+
+from halo_tensor.config import LinearConfig
+from halo_tensor.convert.filter import ALIGNMENT
+from halo_tensor.layers import kinds
+from halo_tensor.switch import Switch
+
+#: Ends of the names of layers that stay in high precision.
+LEFT_ALONE = (".gate", "lm_head")
+
+
+def globs_but(*endings: str) -> list[str]:
+    """Return globs that together match every name but those with one of these endings. No two end with the same character."""
+    last = "".join(ending[-1] for ending in endings)
+    found = [f"*[!{last}]"]
+    for ending in endings:
+        found += [f"*[!{ending[i - 1]}]{ending[i:]}" for i in range(len(ending) - 1, 0, -1)]
+        found += [ending[i:] for i in range(1, len(ending))]
+    return found
+
+
+class HaloLinear(Linear):
+    """torchtitan's ``Linear``, whose weight follows a recipe. ``halo_linear`` makes its configs."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Linear.Config):
+        """The fields of ``Linear.Config``, and what :func:`~halo_tensor.quantize_` takes."""
+
+        halo: LinearConfig
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        kinds.convert(self, config.halo.recipe, frozen=False, keep_codes=config.halo.keep_codes)
+
+
+@override(target=Linear.Config, fqns=globs_but(*LEFT_ALONE), description="Linear layers in low precision (halo_tensor)")
+def halo_linear(cfg: Linear.Config, /, **options: Any) -> Linear.Config:
+    """Return the config of a layer that follows a recipe; torchtitan calls this for each layer that the override claims.
+
+    Args:
+        cfg: of a ``Linear``. One of a subclass, whose forward may be its own, and one with features that 8-bit matrix units
+            cannot address are returned as they are, and a warning says why.
+        **options: ``dtype``, ``level`` and other fields of :class:`~halo_tensor.HaloConfig`, or ``recipe``, a name that
+            :class:`~halo_tensor.RecipeConfig` knows. Without ``level``, fp8 is not rotated and int8 gets level 1.
+
+    Raises:
+        ValueError: an option is not known or not valid.
+
+    Example:
+        >>> from halo_tensor.torchtitan import halo_linear
+        >>> from torchtitan.models.common import Linear
+        >>> layer = halo_linear(Linear.Config(in_features=128, out_features=256), dtype="int8").build()
+        >>> layer.weight.codes.dtype
+        torch.int8
+    """
+    switch = Switch.of(**options)
+    if switch.balance or switch.report or not isinstance(switch.config, LinearConfig):
+        raise ValueError("halo_linear takes no balance, report and layers: torchtitan hands over one layer's config at a time")
+    if "skip" in options or switch.config.frozen is not None or switch.config.adapters:
+        raise ValueError(
+            "halo_linear takes no skip, frozen and adapters: an override of your own chooses layers by @override(fqns=...), "
+            "as help(halo_tensor.torchtitan) shows"
+        )
+    if (reason := _why_not(cfg, switch.config)) is not None:
+        logger.warning(f"halo_tensor leaves a {type(cfg).__qualname__} {[cfg.out_features, cfg.in_features]} alone: {reason}")
+        return cfg
+    return derive(cfg, HaloLinear.Config, halo=switch.config)
+
+
+def _why_not(cfg: Linear.Config, config: LinearConfig) -> str | None:
+    """Why a layer cannot follow the config, as ``layer_filter`` says; None if it can."""
+    sides = cfg.in_features, cfg.out_features
+    if type(cfg) is not Linear.Config:
+        return "its forward may be its own"
+    if min(sides) < config.min_features:
+        return f"fewer than min_features={config.min_features} features on a side"
+    if any(side % ALIGNMENT for side in sides):
+        return f"a width that is no multiple of {ALIGNMENT}"
+    return None
