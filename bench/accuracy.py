@@ -23,6 +23,8 @@ CONFIGS = {
     **{f"int8 HALO-{level}, tensor": halo_config(level, "int8", granularity="tensor") for level in (0, 1, 2)},
     **{f"int8 HALO-{level}": halo_config(level, "int8") for level in (0, 1, 2)},
     **{f"int8 HALO-{level}, balanced": Balanced(halo_config(level, "int8")) for level in (1, 2)},
+    "int8 HALO-1, 8-bit activations": halo_config(1, "int8", activations="int8"),
+    "int8 HALO-1, 6-bit activations": halo_config(1, "int8", activations="int6"),
     "fp8 HALO-0, tensor": halo_config(0, "fp8", granularity="tensor"),
     "fp8 HALO-0": halo_config(0, "fp8"),
     "fp8 HALO-1": halo_config(1, "fp8"),

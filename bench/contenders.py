@@ -72,7 +72,14 @@ BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balanc
 DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
 FROZEN = "-frozen"  #: suffix of a contender's name: weights need no gradient
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
-HALO |= {f"{name}-no-codes": replace(config, keep_codes=False) for name, config in HALO.items()}
+#: Suffixes of names -> fields that trade speed for memory (docs/memory.md).
+MEMORY = {
+    "no-codes": {"memory": "balanced"},
+    "low": {"memory": "low"},
+    "low-int6": {"memory": "low", "activations": "int6"},
+    "8-bit-activations": {"activations": "int8"},
+}
+HALO |= {f"{name}-{suffix}": replace(config, **options) for name, config in HALO.items() for suffix, options in MEMORY.items()}
 RECIPES = {"hot": hot_config(), "hot_llm": recipe_config("hot_llm")}
 CONTENDERS = {
     "bf16": lambda model: None,

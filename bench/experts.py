@@ -173,7 +173,7 @@ def _codes(*shape: int) -> torch.Tensor:
 
 
 def product_calls(model: Model, tokens: int):
-    """Yield (matrix, operations, product -> function): int8 products of gate_up and of down, and the dense and the bf16 ones."""
+    """Yield (matrix, operations, product -> function): int8 products of gate_up and of down, the dense and the bf16 ones."""
     routing = route(torch.rand(tokens, model.experts, device="cuda").topk(model.top_k, 1).indices, model.experts)
     for matrix, (n, k) in {"gate_up": (2 * model.f, model.d), "down": (model.d, model.f)}.items():
         yield matrix, 2 * tokens * model.top_k * n * k, _calls_of(model.experts, tokens * model.top_k, n, k, routing)
@@ -215,9 +215,11 @@ def measure_products(args: argparse.Namespace) -> None:
             results.write(args.name, title, rows, "", args.folder, quiet=True)
 
 
-#: Launch shapes to try: function or constant of halo_tensor/kernels/experts/quantizers.py -> values.
+#: Launch shapes to try: a function or constant of halo_tensor/kernels/experts/quantizers.py -> values.
 QUANTIZERS = {
-    "group_rows": lambda w: [quantizers.Rows(w, *c) for c in itertools.product((1, 2, 4), (1, 4), (4, 8)) if c[0] * w <= 16384],
+    "group_rows": lambda w: [
+        quantizers.Rows(w, *c) for c in itertools.product((1, 2, 4), (1, 4), (4, 8)) if c[0] * w <= 16384
+    ],
     "gated_rows": lambda w: [(r, n) for r in (1, 2, 4, 8) for n in (4, 8, 16) if 2048 <= r * w <= 16384],
     "gated_grad_rows": lambda w: [
         quantizers.Rows(min(w, p), r, s, n)

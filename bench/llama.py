@@ -73,11 +73,12 @@ class Llama(nn.Module):
 
         Args:
             one: "model" compiles one graph. "blocks" compiles each layer and the loss separately; equal layers share code.
+                "no" compiles nothing.
             **options: of torch.compile.
         """
         if one == "model":
             self.compile(**options)
-        else:
+        elif one == "blocks":
             self._block, self._loss = torch.compile(_block, **options), torch.compile(_loss, **options)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
+    python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8 halo1-int8-no-codes halo1-int8-low
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
 Weights and data are random. The contenders run one after another in one process; each compiles from empty caches. The table is
@@ -21,16 +22,22 @@ from steps import BACKEND, DEVICE, Measured, allocated, check_gradients, measure
 from torch._functorch import config as functorch
 
 #: name -> (shape, whether only adapters are trained, how it is compiled by default)
-MODELS = {"1b": ("1b", False, "model"), "3b": ("3b", False, "blocks"), "8b-lora": ("8b", True, "blocks")}
+MODELS = {
+    "1b": ("1b", False, "model"),
+    "3b": ("3b", False, "blocks"),
+    "8b": ("8b", False, "blocks"),
+    "8b-lora": ("8b", True, "blocks"),
+}
 TINY_MODELS = {"tiny": ("tiny", False, "blocks"), "tiny-lora": ("tiny", True, "blocks")}
 DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "halo0-fp8", "halo1-fp8", "halo1-int8"]
 PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
-    "Llama-3.2-1B and -3B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on every linear "
-    "are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
-    "torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, and the "
-    "loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
-    "activation_memory_budget. ms: median of plain calls. Saved: what the forward leaves allocated besides the loss. Peak: in "
+    "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
+    "every linear are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused "
+    "AdamW. torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
+    "and the loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
+    "activation_memory_budget. Names that end in no-codes have memory='balanced', in low memory='low' (docs/memory.md). ms: "
+    "median of plain calls. Saved: what the forward leaves allocated besides the loss. Peak: in "
     "one step, weights, gradients and the optimiser's state included. First two steps: in seconds, compilation included. "
     "× bf16 is against the bf16 row of the same shape, which another call may have measured."
 )
@@ -108,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=list(RECOMPUTED), help="what to recompute")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="as in contenders.py and adapters.py")
-    parser.add_argument("--compile", choices=["model", "blocks"], help="one graph, or layer by layer (default: 1b one graph)")
+    parser.add_argument("--compile", choices=["model", "blocks", "no"], help="default: 1b one graph, others by layer")
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after this")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have")

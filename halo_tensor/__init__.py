@@ -28,7 +28,8 @@ Choose a config by measurement:
     ``calibrate`` chooses a config for each layer.
 
 Improve accuracy, save memory:
-    ``balance_`` scales columns so that int8 loses less. ``keep_products`` is a policy of activation checkpointing.
+    ``balance_`` scales columns so that int8 loses less. ``memory="low"`` in a config trades speed for memory, and
+    ``predict_peak`` predicts the peak of a step (``PeakMemory``). ``keep_products`` is a policy of activation checkpointing.
     ``linear_cross_entropy`` computes the head and its loss without making logits.
 
 Find errors:
@@ -44,6 +45,7 @@ Tensors:
 """
 
 from halo_tensor import compiler  # noqa: F401  torch.compile learns the ops
+from halo_tensor.analysis.peak import PeakMemory, predict_peak
 from halo_tensor.calibration.balance import balance_
 from halo_tensor.calibration.layer_configs import calibrate
 from halo_tensor.checkpointing import keep_products
@@ -75,6 +77,7 @@ __all__ = [
     "LayerConfigs",
     "LinearConfig",
     "NonFiniteError",
+    "PeakMemory",
     "RecipeConfig",
     "Report",
     "balance_",
@@ -87,6 +90,7 @@ __all__ = [
     "keep_products",
     "layer_filter",
     "linear_cross_entropy",
+    "predict_peak",
     "quantize_",
     "recipe_config",
     "report",

@@ -15,10 +15,12 @@ class Saved:
 
     Attributes:
         total: bytes saved by the whole model.
+        largest: bytes of the largest storage.
         layers: bytes saved inside the named layers.
     """
 
     total: int = 0
+    largest: int = 0
     layers: int = 0
 
 
@@ -37,15 +39,15 @@ def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved
     """
     saved = Saved()
     depth = 0  # of calls of named layers
-    # Storages are kept alive until the end, so that no address is used twice.
+    # Storages are kept alive until the end, so that no address is used twice. Those on the meta device have no data pointer.
     everywhere: dict[int, torch.UntypedStorage] = {}
     within: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        everywhere[storage.data_ptr()] = storage
+        everywhere[storage._cdata] = storage
         if depth:
-            within[storage.data_ptr()] = storage
+            within[storage._cdata] = storage
         return t
 
     def enter(*_: Any) -> None:
@@ -64,15 +66,18 @@ def measure_saved(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Saved
     finally:
         for hook in hooks:
             hook.remove()
-        parameters = {storage.data_ptr() for p in model.parameters() for storage in _storages(p)}
-        saved.total, saved.layers = (
-            sum(storage.nbytes() for at, storage in kept.items() if at not in parameters) for kept in (everywhere, within)
+        parameters = {storage._cdata for p in model.parameters() for storage in storages(p)}
+        own, inner = (
+            [storage.nbytes() for at, storage in kept.items() if at not in parameters] for kept in (everywhere, within)
         )
+        saved.total, saved.largest, saved.layers = sum(own), max(own, default=0), sum(inner)
+        for kept in (everywhere, within):  # the hooks live as long as what they packed
+            kept.clear()
 
 
-def _storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
+def storages(tensor: torch.Tensor) -> set[torch.UntypedStorage]:
     """Return the storage of a tensor, or those of all tensors that a subclass holds."""
     if not is_traceable_wrapper_subclass(tensor):
         return {tensor.untyped_storage()}
     names, _ = tensor.__tensor_flatten__()
-    return {storage for name in names for storage in _storages(getattr(tensor, name))}
+    return {storage for name in names for storage in storages(getattr(tensor, name))}

@@ -113,7 +113,7 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
         raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")
     eligible = recipe is not None and recipe.output.left.format is not None
     if eligible and weight.operand is None:
-        raise ValueError(f"{name} holds no codes, which a balance needs; convert it with keep_codes=True before balance_")
+        raise ValueError(f"{name} holds no codes, which a balance needs; convert it with keep_codes=True and memory='speed'")
     return eligible
 
 

@@ -4,9 +4,11 @@ Everything here uses private names of PyTorch. Each module is a fast path that c
 be prepared (:mod:`halo_tensor.fences.fast_paths`).
 """
 
+from types import ModuleType
+
 import torch
 
-from halo_tensor.fences.fast_paths import INDUCTOR, JOINT_GRAPH, disabled
+from halo_tensor.fences.fast_paths import INDUCTOR, JOINT_GRAPH, SAVED, disabled
 from halo_tensor.fences.pytorch import is_compiled
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops.register import WHEN_TRACED
@@ -24,6 +26,11 @@ def prepare(device: torch.device) -> None:
         INDUCTOR.load("halo_tensor.compiler.inductor")
     if JOINT_GRAPH.attempt(is_compiled) and (joint_graph := JOINT_GRAPH.load("halo_tensor.compiler.joint_graph")):
         JOINT_GRAPH.attempt(joint_graph.install)
+
+
+def loaded_partition() -> ModuleType | None:
+    """Return :mod:`halo_tensor.compiler.partition` while a graph is compiled, else None."""
+    return SAVED.load("halo_tensor.compiler.partition") if is_compiled() else None
 
 
 def _tag_caches() -> None:

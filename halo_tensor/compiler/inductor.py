@@ -107,6 +107,7 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
     "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
+    "import halo_tensor.kernels.quantize.blocks",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -208,3 +209,5 @@ for _name in (
     "turn_stack",
 ):
     _lower(_name)
+_lower("compress")
+_lower("decompress")

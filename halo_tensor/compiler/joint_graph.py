@@ -57,6 +57,27 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
                 _split(node, transposed)
 
 
+def quantize_weights_again_in_backward(graph: fx.Graph) -> None:
+    """Mark the quantisations of weights that hold no codes, so that backward repeats them and their codes are not saved.
+
+    A weight is recognised by the layout: of a matrix that enters the graph, only codes in rows are made, for both passes.
+    """
+    if not _tangents(graph):
+        return
+    for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
+        arguments: Any = node.args
+        x, *_, rows, columns, seed, _ = arguments
+        if rows and not columns and seed is None and _root(x).op == "placeholder" and "recompute" not in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _root(node: Any) -> fx.Node:
+    """Return the node whose memory a view reads."""
+    while _is_view(node) or node.target is torch.ops.aten.detach.default:
+        node = node.args[0]
+    return node
+
+
 def _tangents(graph: fx.Graph) -> list[fx.Node]:
     """Return the placeholders for the gradients of the graph's results, by AOTAutograd's names."""
     return [node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)]
@@ -203,6 +224,7 @@ def _rewrite(graph: fx.Graph) -> None:
     trial = fx.Graph(graph.owning_module)
     trial.output(trial.graph_copy(graph, {}))
     for each in (trial, graph):
+        quantize_weights_again_in_backward(each)
         if REPEAT_FOR_BACKWARD:
             quantize_again_in_backward(each)
         if QUANTIZE_TWO_AT_ONCE:

@@ -3,14 +3,17 @@
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from torchao.core.config import AOBaseConfig
 
-from halo_tensor.recipe import Recipe, Rotation
+from halo_tensor.recipe import ACTIVATIONS, Recipe, Rotation
 
 GRANULARITIES = ("row", "tensor")
+#: memory -> (whether codes are held, how activations are saved)
+MEMORY = {"speed": (True, "plain"), "balanced": (False, "plain"), "low": (False, "int8")}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -28,9 +31,15 @@ class LinearConfig(AOBaseConfig):
         frozen: whether weights of ``nn.Linear`` are held as codes only, without a high-precision copy. They then take at most
             half of bf16's memory and cannot be trained. The weight of a ``Conv1D`` keeps its high-precision value. None
             freezes those weights that do not require a gradient when they are converted.
+        memory: the trade between speed and memory (docs/memory.md has what each costs and saves). "speed" holds codes beside
+            trained weights; "balanced" holds none, as ``keep_codes=False``; "low" also saves activations in 8 bits, as
+            ``activations="int8"``. The two fields change one part of that.
         keep_codes: whether the codes of a trained ``nn.Linear`` are held beside its weight, one byte an element, and renewed
-            after each write to it. False quantises the weight in every forward (also in one that recomputes) and holds no
-            codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales them, need True.
+            after each write to it. False quantises the weight in every forward and again in backward, and neither holds nor
+            saves codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales them, need True.
+        activations: how tensors between converted layers are saved for backward: "plain", as they are; "int8", in rotated
+            blocks of 128 integers of 8 bits; "int6", with 6 bits between the layers of an MLP, 4 for inputs of norms and 8
+            for attention. None leaves the choice to ``memory``.
         adapters: whether PEFT's adapters are converted too, whatever their rank.
 
     Raises:
@@ -51,7 +60,9 @@ class LinearConfig(AOBaseConfig):
     skip: str = "lm_head"
     min_features: int = 128
     frozen: bool | None = None
+    memory: str = "speed"
     keep_codes: bool = True
+    activations: str | None = None
     adapters: bool = False
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
@@ -74,7 +85,9 @@ class LinearConfig(AOBaseConfig):
         if type(self.min_features) is not int:
             raise ValueError(f"min_features must be an integer; got {self.min_features!r}")
         one_of("frozen", self.frozen, (True, False, None))
+        one_of("memory", self.memory, tuple(MEMORY))
         one_of("keep_codes", self.keep_codes, (True, False))
+        one_of("activations", self.activations, (*ACTIVATIONS, None))
         one_of("adapters", self.adapters, (True, False))
         if self.frozen and not self.keep_codes:
             raise ValueError("frozen=True holds weights as codes only: keep_codes=False is for weights that are trained")
@@ -87,14 +100,35 @@ class LinearConfig(AOBaseConfig):
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
+    def holds_codes(self) -> bool:
+        """Whether codes are held beside trained weights, as ``keep_codes`` and ``memory`` say."""
+        return self.keep_codes and MEMORY[self.memory][0]
+
+    @property
+    def saved_activations(self) -> str:
+        """How tensors between layers are saved, as ``activations`` or ``memory`` says."""
+        return self.activations or MEMORY[self.memory][1]
+
+    @property
     @abstractmethod
     def recipe(self) -> Recipe:
         """The method as data: what each operand of the three products carries. Equal methods share one object."""
+
+    def saving(self, recipe: Recipe) -> Recipe:
+        """Return a recipe that also says how activations are saved."""
+        return _saving(recipe, self.saved_activations)
 
     @classmethod
     def present_fields(cls, written: dict[str, Any]) -> dict[str, Any]:
         """Return the fields that an older version wrote to a file, under the names and with the values of this version."""
         return {cls.renamed.get(name, name): value for name, value in written.items()}
+
+
+@lru_cache
+def _saving(recipe: Recipe, activations: str) -> Recipe:
+    """Cached, so that all layers of a model hold one recipe object."""
+    chosen = ACTIVATIONS[activations]
+    return recipe if chosen is None or recipe.is_identity else replace(recipe, activations=chosen)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -24,7 +24,8 @@ class HaloConfig(RotatedConfig):
     """HALO (arXiv 2501.02625): all three products of a linear layer in one number format, with Hadamard rotations.
 
     ``halo_config`` is another name of this class. It has the fields of
-    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
+    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``memory``, ``keep_codes``,
+    ``activations`` and ``adapters``.
 
     Args:
         level: which rotations. 0: none. 1: in_features of X and W. 2: also the tokens of E. Uniform grids (int8, fp6_e2m3)
@@ -62,7 +63,7 @@ class HaloConfig(RotatedConfig):
     @property
     def recipe(self) -> Recipe:
         """The method as data. Configs that differ only in which layers they convert share one object."""
-        return _recipe(self.level, self.dtype, self.granularity, self.block_size, self.seed)
+        return self.saving(_recipe(self.level, self.dtype, self.granularity, self.block_size, self.seed))
 
 
 @lru_cache

@@ -47,7 +47,7 @@ def convert_layer(module: torch.nn.Module, config: LinearConfig, *, parameter_na
     frozen = not weight.requires_grad if config.frozen is None else config.frozen
     if frozen and weight.requires_grad:
         weight.requires_grad_(False)
-    layers.convert(module, recipe, frozen, config.keep_codes)
+    layers.convert(module, recipe, frozen, config.holds_codes)
     return module
 
 

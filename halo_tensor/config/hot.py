@@ -23,7 +23,8 @@ class HotConfig(RotatedConfig):
     model its gradient is useless (bench/results/accuracy_hot.md): use ``recipe_config("hot_llm")`` there.
 
     ``hot_config`` is another name of this class. It has the fields of
-    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
+    :class:`LinearConfig` too: ``skip``, ``min_features``, ``frozen``, ``memory``, ``keep_codes``,
+    ``activations`` and ``adapters``.
 
     Args:
         rank: how many of the ``block_size`` sequencies of each block of tokens grad_weight keeps, from 1 to ``block_size``;
@@ -78,10 +79,11 @@ class HotConfig(RotatedConfig):
     @property
     def recipe(self) -> Recipe:
         """The method as data. Configs that differ only in which layers they convert share one object."""
-        return _recipe(
+        recipe = _recipe(
             self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.grad_output_granularity,
             self.granularity, self.rounding, self.seed,
         )  # fmt: skip
+        return self.saving(recipe)
 
     @classmethod
     def present_fields(cls, written: dict[str, Any]) -> dict[str, Any]:

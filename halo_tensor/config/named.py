@@ -14,7 +14,8 @@ class RecipeConfig(LinearConfig):
     device they raise an error.
 
     ``recipe_config`` is another name of this class. A recipe that you add to ``RECIPES`` is found, too. It has the fields of
-    :class:`LinearConfig` as well: ``skip``, ``min_features``, ``frozen``, ``keep_codes`` and ``adapters``.
+    :class:`LinearConfig` as well: ``skip``, ``min_features``, ``frozen``, ``memory``, ``keep_codes``,
+    ``activations`` and ``adapters``.
 
     Args:
         name: the recipe's name in ``RECIPES``.
@@ -37,7 +38,7 @@ class RecipeConfig(LinearConfig):
     @property
     def recipe(self) -> Recipe:
         """The method as data: the entry of ``RECIPES``."""
-        return RECIPES[self.name]
+        return self.saving(RECIPES[self.name])
 
 
 recipe_config = RecipeConfig

@@ -11,6 +11,7 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
+from halo_tensor.activations.hooks import watch
 from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.convert import ties
@@ -126,10 +127,17 @@ def quantize_(
     warn_of_unrotated(model, conversion)
     if min_gain is None:
         warn_of_slower(conversion.predicted)
+    _watch_activations(model)
     watch_trainers()
     watch_deepspeed()
     logger.info("%s", conversion)
     return conversion
+
+
+def _watch_activations(model: nn.Module) -> None:
+    """Let the blocks of a model compress what they save in eager code, as the recipes of their layers say."""
+    recipes = ((name, layers.recipe_of(m)) for name, m in model.named_modules() if model_parts.is_layer(m))
+    watch(model, [(name, recipe.activations) for name, recipe in recipes if recipe is not None])
 
 
 def _check_arguments(model: object, config: object) -> None:
@@ -230,3 +238,4 @@ def dequantize_(model: nn.Module) -> None:
     for module in model.modules():  # those that were tied to a converted layer before a state dict was assigned
         restore_weight(module)
         linear_subclasses.own_class(module)
+    _watch_activations(model)

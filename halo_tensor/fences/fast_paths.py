@@ -158,6 +158,12 @@ JOINT_GRAPH = FastPath(
     "compiled models save a byte more for each element that attention returns, and quantise each gradient alone",
     "torch",
 )
+SAVED = FastPath(
+    "saved",
+    "8-bit activations in compiled graphs, for configs that ask for them",
+    "compiled models save them in high precision, and need the memory for that",
+    "torch",
+)
 AHEAD = FastPath(
     "ahead",
     "kernels of a compiled graph compiled in threads, while PyTorch compiles the graph",
@@ -195,7 +201,8 @@ DERIVED = FastPath(
     "torch",
 )
 _PATHS = (
-    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80, DERIVED,
+    GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, SAVED, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80,
+    DERIVED,
 )  # fmt: skip
 FAST_PATHS = {path.name: path for path in _PATHS}
 

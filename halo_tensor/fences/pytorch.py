@@ -5,8 +5,10 @@ torchao 0.17 and 0.18.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -86,6 +88,51 @@ def is_recorded() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+class _Observed(threading.local):
+    modes = 0
+
+
+_observed = _Observed()
+
+
+@contextmanager
+def observed() -> Iterator[None]:
+    """A block in which one more dispatch mode is active that only looks at results, so that calls may still share them."""
+    _observed.modes += 1
+    try:
+        yield
+    finally:
+        _observed.modes -= 1
+
+
+def must_repeat() -> bool:
+    """Whether a dispatch mode is active that must see every op, see :func:`is_recorded`."""
+    return torch._C._len_torch_dispatch_stack() > _observed.modes
+
+
+def partition_only() -> Callable:
+    """Return a backend of ``torch.compile`` that partitions graphs as Inductor does, and then runs their ops one by one.
+
+    Inductor's own passes are left out, since they remove what is computed on the meta device. The passes and the partitioner
+    of its configuration run.
+    """
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+
+    def run(graph: Any, inputs: Any) -> Callable:
+        return make_boxed_func(graph)
+
+    def partition(graph: Any, inputs: Any, **options: Any) -> Any:
+        passes: Any = config.joint_custom_post_pass  # later versions accept a list
+        for each in passes if isinstance(passes, list | tuple) else [passes] if passes else []:
+            each(graph.graph)
+        return (config.custom_partitioner_fn or min_cut_rematerialization_partition)(graph, inputs, **options)
+
+    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=select_decomp_table())
+
+
 def is_transformed() -> bool:
     """Whether a function transform of torch.func is active, or torch.jit traces: tensors then stand for others."""
     return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
@@ -108,7 +155,27 @@ def _multiply_padded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def is_compiled() -> bool:
     """Whether AOTAutograd traces a graph. It is false if ops only run in a fake tensor mode."""
-    return torch._guards.TracingContext.try_get() is not None
+    return tracing_context() is not None
+
+
+def tracing_context() -> Any:
+    """Return the context of the graph that is being compiled, or None."""
+    return torch._guards.TracingContext.try_get()
+
+
+def top_saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    """Return the innermost hooks on saved tensors of this thread, pack and unpack; None if there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def push_saved_tensors_hooks(pack: Callable, unpack: Callable) -> None:
+    """Enter ``torch.autograd.graph.saved_tensors_hooks``, which is a context manager only."""
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def pop_saved_tensors_hooks() -> None:
+    """Leave the innermost ``torch.autograd.graph.saved_tensors_hooks``."""
+    torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def local_tensor(tensor: DTensor) -> torch.Tensor:
@@ -162,8 +229,15 @@ __all__ = [
     "list_updates",
     "local_tensor",
     "multiply_integers",
+    "must_repeat",
+    "observed",
+    "partition_only",
+    "pop_saved_tensors_hooks",
     "preserved_version",
+    "push_saved_tensors_hooks",
     "return_and_correct_aliasing",
     "set_local_tensor",
+    "top_saved_tensors_hooks",
+    "tracing_context",
     "tree_map_only",
 ]

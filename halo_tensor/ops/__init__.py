@@ -5,6 +5,7 @@ A compiler sees each as one node. Kernels run on a GPU (:mod:`halo_tensor.kernel
 mechanism.
 """
 
+from halo_tensor.ops.blocks import compress, decompress
 from halo_tensor.ops.experts import (
     combine,
     gather_codes,
@@ -29,6 +30,8 @@ from halo_tensor.ops.rotations import rotate, unrotate
 
 __all__ = [
     "combine",
+    "compress",
+    "decompress",
     "gather_codes",
     "group_tiles",
     "grouped_grad",

@@ -84,13 +84,18 @@ def check_first_derivative() -> None:
         raise RuntimeError("a converted layer has no second derivatives: rounding has none. dequantize_ the model")
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast is off on a device. It knows no meta tensors."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 def backward_of_rounding(backward: Callable) -> Callable:
     """Decorate the backward of an autograd function: refuse second derivatives, and turn autocast off."""
 
     @wraps(backward)
     def run(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         check_first_derivative()
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with without_autocast(grad_output.device):
             return backward(ctx, grad_output)
 
     return run

@@ -301,12 +301,15 @@ def _product(layer: Layer, name: str, dtype: torch.dtype) -> Callable[..., torch
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
+        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
     ) -> torch.Tensor:
         wants_x, wants_w, _, *_ = ctx.needs_input_grad
         operand = lowered.quantized_x(x, gains and gains[1], wants_w)
         saved_x = (operand.columns, operand.scale) if wants_w else (None, None)
         saved_w = (w.rows, w.scale) if wants_x else (None, None)
+        ctx.quantises_w = wants_x and weight.operand is None
+        if ctx.quantises_w:  # codes that are saved take as much memory as codes that are held
+            saved_w = weight.master, None
         ctx.save_for_backward(*saved_x, *saved_w)
         ctx.lowered, ctx.gains, ctx.x_shape = lowered, gains or (None, None), x.shape
         return lowered.output(x.shape, operand.rows, operand.scale, w.rows, w.scale, bias)[0]
@@ -315,9 +318,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         check_first_derivative()
         (e,), lowered = gradients, ctx.lowered
-        saved = x_columns, _, w_rows, _ = ctx.saved_tensors
+        x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
+        if ctx.quantises_w:
+            w_rows, _, w_scale = lowered.quantize_w(w_rows.detach())
         numbers = ctx.x_shape, e.stride(), x_columns is None, w_rows is None
-        grad_x, grad_w = lowered.backward(numbers, e, *saved, *ctx.gains)
+        grad_x, grad_w = lowered.backward(numbers, e, x_columns, x_scale, w_rows, w_scale, *ctx.gains)
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)

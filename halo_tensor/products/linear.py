@@ -2,15 +2,23 @@
 
 Forward quantises X and reads W as the codes that :class:`~halo_tensor.weight.tensor.HaloWeight` holds. Backward quantises E
 and multiplies it with the same operands. For backward, forward saves the codes of X that grad_weight reads, and references to
-W.
+W. Of a weight that holds no codes, forward saves the master, and backward quantises it again: codes that are saved would take
+as much memory as codes that are held.
 """
 
 from typing import Any
 
 import torch
 
+from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
-from halo_tensor.products.backward import backward_of_rounding, multiply, multiply_backward, take_apart
+from halo_tensor.products.backward import (
+    backward_of_rounding,
+    multiply,
+    multiply_backward,
+    take_apart,
+    without_autocast,
+)
 from halo_tensor.products.operands import quantize_operands, weight_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import Recipe, X
@@ -29,7 +37,8 @@ class _Linear(torch.autograd.Function):
         gain: torch.Tensor | None,
     ) -> torch.Tensor:
         master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
-        if operand is None and not recipe.output.right.is_plain:  # a weight that holds no codes
+        holds_no_codes = operand is None and not recipe.output.right.is_plain
+        if holds_no_codes:
             operand = weight_operand(master, recipe)
         w = master if operand is None else operand
         wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
@@ -43,7 +52,8 @@ class _Linear(torch.autograd.Function):
         x_saved = x_operands[1] if wants_w else None
         if isinstance(x_saved, HadamardQuantTensor):
             x_saved = x_saved.only("columns")
-        w_saved = (w if reuses_operand(recipe) else master) if wants_x else None
+        w_saved = (w if reuses_operand(recipe) and not holds_no_codes else master) if wants_x else None
+        ctx.quantises_w = wants_x and holds_no_codes and reuses_operand(recipe)
         x_tensors, ctx.put_x_together = take_apart(x_saved)
         w_tensors, ctx.put_w_together = take_apart(w_saved)
         ctx.save_for_backward(*x_tensors, *w_tensors)
@@ -58,6 +68,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         recipe, saved = ctx.recipe, ctx.saved_tensors
         x, w = ctx.put_x_together(saved[: ctx.x_count]), ctx.put_w_together(saved[ctx.x_count :])
+        w = weight_operand(w, recipe) if ctx.quantises_w else w
         e = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x, grad_w = multiply_backward(recipe, e, x, w, ctx.x_dtype, ctx.w_dtype)
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
@@ -125,10 +136,12 @@ def linear(
         raise ValueError(f"linear: a bias of shape {list(bias.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     if devices := {str(t.device) for t in (weight, bias) if t is not None and t.device != x.device}:
         raise ValueError(f"linear: the input is on {x.device} and the layer on {', '.join(sorted(devices))}; move one of them")
+    recipe = recipe or weight.recipe
+    if recipe.activations is not None and (partition := loaded_partition()) is not None:
+        partition.request(recipe.activations)
     dtype = product_dtype("linear", x, weight, bias)
-    device = "cpu" if x.device.type == "meta" else x.device.type  # autocast knows no meta tensors
-    with torch.autocast(device, enabled=False):
-        return _Linear.apply(x, weight, bias, recipe or weight.recipe, dtype, torch.is_grad_enabled(), gain)
+    with without_autocast(x.device):
+        return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain)
 
 
 def _check_trainable(weight: Any) -> None:

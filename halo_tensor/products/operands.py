@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from halo_tensor.fences.pytorch import current_raw_stream, is_recorded
+from halo_tensor.fences.pytorch import current_raw_stream, must_repeat
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products.steps import as_pair, steps_for
@@ -111,7 +111,7 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
 def _is_shared(owner: torch.Tensor) -> bool:
     """Whether operands of ``owner`` can be reused in another call."""
     # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
-    if type(owner) is not torch.Tensor or owner.grad_fn is None or is_recorded():
+    if type(owner) is not torch.Tensor or owner.grad_fn is None or must_repeat():
         return False
     return not _is_captured(owner)  # every replay of a CUDA graph must quantise anew
 

@@ -1,5 +1,6 @@
 """Training methods as data: number formats, layouts of scales, the language of recipes, and the methods themselves."""
 
+from halo_tensor.recipe.activations import ACTIVATIONS, Activations
 from halo_tensor.recipe.formats import (
     E8M0,
     FLOAT32,
@@ -34,6 +35,7 @@ from halo_tensor.recipe.methods import RECIPES, halo, hot, ideal, jetfire, lbp_w
 from halo_tensor.recipe.scales import AXES, COLUMN, ROW, TENSOR, UNIT, Scales
 
 __all__ = [
+    "ACTIVATIONS",
     "AXES",
     "COLUMN",
     "DIMENSIONS",
@@ -56,6 +58,7 @@ __all__ = [
     "ROW",
     "TENSOR",
     "UNIT",
+    "Activations",
     "E",
     "Format",
     "Gate",

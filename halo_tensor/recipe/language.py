@@ -31,10 +31,11 @@ is that of the group. Rotations are the same for all experts, since X is rotated
 read it. A rotation of tokens begins anew in each group. :func:`why_not_grouped` says which recipes experts can follow.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from halo_tensor.recipe.activations import Activations
 from halo_tensor.recipe.formats import Constant, Format
 from halo_tensor.recipe.scales import AXES, TENSOR, Scales
 
@@ -163,6 +164,10 @@ class Product:
 class Recipe(Constant):
     """A training method: what each operand of the three products carries.
 
+    Attributes:
+        output, grad_input, grad_weight: the products.
+        activations: how the tensors between converted layers are saved for backward; None saves them as they are.
+
     Raises:
         ValueError: an operand or a product breaks a rule of the language; the message says which.
     """
@@ -170,6 +175,7 @@ class Recipe(Constant):
     output: Product = Product()
     grad_input: Product = Product()
     grad_weight: Product = Product()
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
@@ -200,7 +206,7 @@ class Recipe(Constant):
 
     @property
     def _operands(self) -> list[Operand]:
-        products = [getattr(self, field.name) for field in fields(self)]
+        products = [getattr(self, name) for name in PRODUCTS]
         return [operand for product in products for operand in (product.left, product.right)]
 
 

@@ -167,7 +167,10 @@ def _uniformly(operand: Operand) -> Recipe:
 
 def _each_operand(operand: Callable[[str, tuple[str, str]], Operand]) -> Recipe:
     """Return the recipe of which ``operand(product, dims)`` gives each operand."""
-    return Recipe(**{name: Product(operand(name, left), operand(name, right)) for name, (left, right, _) in PRODUCTS.items()})
+    products: dict[str, Any] = {
+        name: Product(operand(name, left), operand(name, right)) for name, (left, right, _) in PRODUCTS.items()
+    }
+    return Recipe(**products)
 
 
 #: The methods besides HALO, by name. ``recipe_config(name)`` finds those that you add here.

@@ -11,7 +11,9 @@ from halo_tensor.config import HaloConfig
 
 METHOD = "halo"
 #: Fields of HaloConfig that have one valid value in a model that is loaded quantised.
-FIXED: dict[str, Any] = {"frozen": True, "keep_codes": True, "adapters": False}
+FIXED: dict[str, Any] = {
+    "frozen": True, "memory": "speed", "keep_codes": True, "activations": None, "adapters": False,
+}  # fmt: skip
 #: The other fields. config.json has them.
 FIELDS = tuple(name for name in signature(HaloConfig).parameters if name not in FIXED)
 
@@ -20,9 +22,9 @@ FIELDS = tuple(name for name in signature(HaloConfig).parameters if name not in 
 class HaloQuantConfig(QuantizationConfigMixin):
     """HALO as a ``quantization_config`` of transformers' ``from_pretrained``, which then loads weights as codes.
 
-    Its fields are those of :class:`~halo_tensor.HaloConfig`, with the same defaults, except ``frozen``, ``keep_codes`` and
-    ``adapters``: a model that is loaded quantised holds its weights as codes only, and adapters come later.
-    ``save_pretrained`` writes the fields to ``config.json``.
+    Its fields are those of :class:`~halo_tensor.HaloConfig`, with the same defaults, except ``frozen``, ``memory``,
+    ``keep_codes``, ``activations`` and ``adapters``: a model that is loaded quantised holds its weights as codes only, and
+    adapters come later. ``save_pretrained`` writes the fields to ``config.json``.
 
     Args:
         *args: ``level`` and ``dtype``, which may be positional.

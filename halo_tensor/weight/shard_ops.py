@@ -81,7 +81,10 @@ def _check_shardable(weight: HaloWeight, rows: int) -> None:
     """Raise ValueError if the codes of a weight cannot be cut into shards of ``rows`` rows."""
     obstacle = None
     if weight.operand is None:
-        obstacle = "it holds no codes, which are what FSDP sends; convert it with keep_codes=True"
+        obstacle = (
+            "it holds no codes, which are what FSDP sends; convert it with keep_codes=True and memory='speed', the defaults. "
+            "activations='int8' goes with them"
+        )
     elif weight.operand.row_rotation is not None:
         obstacle = "its recipe rotates out_features, which no shard of rows has whole"
     elif not reuses_operand(weight.recipe):

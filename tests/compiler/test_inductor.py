@@ -13,6 +13,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 pytest.importorskip("triton")
 from halo_tensor import HaloWeight, halo_config, hot_config, ops, quantize_, recipe_config
+from halo_tensor.activations import choice
 from halo_tensor.compiler import joint_graph
 from halo_tensor.kernels.matmul import cublas
 from halo_tensor.kernels.matmul import plan as product
@@ -134,6 +135,45 @@ def test_what_is_quantised_again_in_backward():
         assert torch.equal(a, b)
     (forward, backward), (once, without) = launches
     assert forward == once - 1 and backward == without + 2  # the transpose moved, and its codes were made again
+
+
+@runs_kernels
+@pytest.mark.parametrize("memory", ["balanced", "low"])
+def test_no_op_of_less_memory_is_left(memory, monkeypatch):
+    """Weights are quantised in both graphs, and activations compressed in forward and decompressed in backward."""
+    monkeypatch.setattr(choice, "FEWEST_ELEMENTS", 2**8)
+    _, mlp, _, results, expected, launches = compiled_step(halo_config(memory=memory))
+    forward, backward = [6 + 2, 16], [6 + 2 + 1, 16 + 1]
+    assert launches[0] == (forward if memory == "balanced" else backward)[0] and mlp[0].weight.operand is None
+    for a, b in zip(results, expected, strict=True):
+        assert relative_error(a, b) < 0.01
+
+
+@runs_kernels
+def test_compressed_attention(monkeypatch):
+    """q, k and v are compressed in the order in which they lie in memory."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.o = nn.Linear(128, 384, bias=False), nn.Linear(128, 128, bias=False)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 64)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.o(scaled_dot_product_attention(q.sin(), k.cos(), v).transpose(1, 2).flatten(2))
+
+    monkeypatch.setattr(choice, "FEWEST_ELEMENTS", 2**8)
+    attention, x = Attention().to(DEVICE, torch.bfloat16), data()[0][None]
+    exact = []
+    for activations in ("plain", "int8"):
+        torch._dynamo.reset()
+        quantize_(attention, halo_config(activations=activations))
+        with fresh_cache():
+            made, code = run_and_get_code(lambda: step(torch.compile(attention, fullgraph=True), attention, x, x.detach()))
+        assert not any(map(calls_ops, code)), "every op became launches"
+        exact.append(made)
+    for i, (a, b) in enumerate(zip(*exact, strict=True)):
+        assert torch.equal(a, b) if i == 0 else 0 < relative_error(a, b) < 0.03
 
 
 @runs_kernels

@@ -50,7 +50,7 @@ def test_fields_that_do_not_exist_are_named_beside_those_that_do(method, own):
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_every_method_has_the_common_fields_and_checks_them(method):
     common = [f.name for f in fields(LinearConfig)]
-    assert common == ["skip", "min_features", "frozen", "keep_codes", "adapters"]
+    assert common == ["skip", "min_features", "frozen", "memory", "keep_codes", "activations", "adapters"]
     arguments = {"name": "jetfire"} if method is recipe_config else {}
     assert {f.name: f.default for f in fields(method) if f.name in common} == {
         f.name: 64 if method is hot_config and f.name == "min_features" else f.default for f in fields(LinearConfig)

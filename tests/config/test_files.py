@@ -74,7 +74,7 @@ WRITTEN_BY_0_1_0 = {
         (
             ["layers", "a", "_data", "blocks"],
             1,
-            r"layer 'a': unknown field 'blocks'; this halo_tensor knows adapters, block_size",
+            r"layer 'a': unknown field 'blocks'; this halo_tensor knows activations, adapters, block_size",
         ),
         (["layers", "a", "_data", "dtype"], None, r"layer 'a': the field 'dtype' is missing"),
         (["layers", "a", "_data", "dtype"], "int3", r"layer 'a': dtype must be one of 'int8'"),

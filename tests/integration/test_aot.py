@@ -52,11 +52,11 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
 from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
-from halo_tensor.kernels.quantize import tiles, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotation  # noqa: E402
@@ -112,10 +112,9 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    for module in (
-        layout_of_codes, whole_rows, tiles, requantize, rotating, product, cublas, tma, packing_kernels, two, grouped, of_experts,
-        moving, grouped_sm90, loss_kernels, loss_sm90,
-    ):  # fmt: skip
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
+    of_groups = grouped, of_experts, moving, grouped_sm90
+    for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -155,7 +154,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue, of_experts, triton_products):
+    for module in (whole_rows, tiles, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     for module in (sm90, grouped_sm90):
         monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
@@ -467,6 +466,24 @@ def test_a_gain_stays_out_of_the_pipeline(launched, name):
 @pytest.mark.parametrize("format", [INT8, FP8_E5M2, FP6_E2M3], ids=str)
 def test_quantising_to_other_formats(launched, format, name):
     check_fit(launched(90, partial(QUANTIZE[name][0], format=format)), 90)
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits", "dtype"),
+    [(90, 6, BF16), (90, 4, BF16), (90, 8, FP32), *((capability, 8, BF16) for capability in GPUS if capability != 86)],
+)
+def test_activations_in_blocks(launched, capability, bits, dtype):
+    def request(empty):
+        x = empty(8192, 4096, dtype=dtype)
+        codes, scales = blocks.compress(x, bits)
+        blocks.decompress(codes, scales, x.shape, dtype)
+
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["compress_kernel", "decompress_kernel"]
+    check_nan(kernels[:1])
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "blocks")
+    assert all(map(instructions, kernels)), "they run on matrix units"
 
 
 @pytest.mark.parametrize("capability", GPUS)

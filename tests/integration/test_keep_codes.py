@@ -1,15 +1,25 @@
-"""Trained weights that hold no codes, and are quantised in every forward."""
+"""Trained weights that hold no codes, and are quantised in every forward and every backward."""
 
 import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import partition_fn
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize_
 from tests.helpers.recording import OpLog
 
+
+def make_boxed(gm, inputs):
+    return make_boxed_func(gm)
+
+
+#: Inductor's passes and partitioner, without its code, which takes long to compile.
+PARTITIONED = aot_autograd(fw_compiler=make_boxed, bw_compiler=make_boxed, partition_fn=partition_fn)
 CONFIGS = [(0, "fp8", "row"), (1, "int8", "row"), (2, "int8", "tensor"), (1, "fp6", "row")]
 
 
@@ -86,6 +96,41 @@ def test_nothing_but_the_master_is_held():
     assert held(with_codes) == 3 * elements + 4 * (256 + 128)
     for weight in (without[0].weight, copy.deepcopy(without)[0].weight, without.double()[0].weight):
         assert isinstance(weight, HaloWeight) and weight.operand is None and not weight.recipe.is_identity
+
+
+def codes_saved(f, x) -> list[int]:
+    """The sizes of the codes that are saved for backward, and do not belong to X."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        f(x)
+    return [t.numel() for t in saved if t.element_size() == 1 and len(x) not in t.shape]
+
+
+@pytest.mark.parametrize(("level", "dtype", "granularity"), CONFIGS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_codes_are_saved(level, dtype, granularity, compiled):
+    torch._dynamo.reset()
+    x = data()
+    for model, sizes in zip(pair(level, dtype, granularity), ([], [128 * 256] * 2), strict=True):
+        assert codes_saved(torch.compile(model, backend=PARTITIONED) if compiled else model, x) == sizes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("write", ["weight", "optimizer", "state dict"])
+def test_a_write_between_forward_and_backward(compiled, write):
+    """What backward would multiply with is then another weight than forward's, as autograd says of any tensor."""
+    torch._dynamo.reset()
+    model = pair()[0]
+    y = (torch.compile(model, backend=PARTITIONED) if compiled else model)(data())
+    if write == "optimizer":
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+    else:
+        with torch.no_grad():
+            (model[2].weight if write == "weight" else model.state_dict()["2.weight"]).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.float().sum().backward()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

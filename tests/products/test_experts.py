@@ -219,7 +219,7 @@ def test_errors_name_what_does_not_fit():
         experts(x, index, weights, gate_up, down[:, :, :32], recipe=halo(1, INT8))
     with pytest.raises(ValueError, match="must be of one dtype"):
         experts(x.bfloat16(), index, weights, gate_up, down, recipe=halo(1, INT8))
+    given = x.clone().requires_grad_()
+    y = experts(given, index, weights, gate_up, down, recipe=halo(1, INT8))
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        given = x.clone().requires_grad_()
-        y = experts(given, index, weights, gate_up, down, recipe=halo(1, INT8))
         torch.autograd.grad(y.sum(), given, create_graph=True)

@@ -33,7 +33,9 @@ def test_a_gate_and_its_derivative(gate):
     a = activate64(h, gate) * weight.unsqueeze(1)
     expected = torch.autograd.grad(a, [h, weight], grad)
     got = experts.activate_backward(h.detach().float(), grad.float(), weight.detach().float(), gate)
-    for x, y in zip((experts.activate(h.detach().float(), gate), *got), (activate64(h.detach(), gate), *expected), strict=True):
+    for x, y in zip(
+        (experts.activate(h.detach().float(), gate), *got), (activate64(h.detach(), gate), *expected), strict=True
+    ):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 

@@ -28,6 +28,7 @@ FLOORS = [
     "operand",
     "checkpointing",
     "compiler",
+    "activations",
     "ops",
     "kernels",
     "reference",

@@ -14,6 +14,7 @@ from halo_tensor import HaloConfig, halo_config
 transformers = pytest.importorskip("transformers")
 
 from halo_tensor.transformers import HaloQuantConfig  # noqa: E402
+from halo_tensor.transformers.config import FIXED  # noqa: E402
 from tests.helpers.checkpoints import CONFIGS, WEIGHT, copied, logits  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
@@ -46,7 +47,7 @@ def test_a_config_with_a_field_that_is_not_known_is_refused(plain, tmp_path):
 
 def test_fields_are_those_of_halo_config():
     names = list(vars(HaloQuantConfig()))
-    assert set(names) == {f.name for f in fields(HaloConfig)} - {"frozen", "keep_codes", "adapters"} | {"quant_method"}
+    assert set(names) == {f.name for f in fields(HaloConfig)} - FIXED.keys() | {"quant_method"}
     made = {"level": 2, "dtype": "fp6", "granularity": "tensor", "block_size": 64, "seed": 3, "skip": "x", "min_features": 16}
     config = HaloQuantConfig(**made)
     assert {name: getattr(config, name) for name in made} == made

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from halo_tensor.kernels.experts.gating import gated, gated_backward, load_halves
 from halo_tensor.kernels.experts.rows import load_tile
-from halo_tensor.kernels.quantize.kernels import _product, load_vector
+from halo_tensor.kernels.quantize.kernels import load_vector, product
 from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, round_to_code, scale_from, unlifted
 
 
@@ -93,7 +93,7 @@ def gated_rows(
         y = (y.to(tl.float32) * load_vector(gain, columns, F)).to(h.dtype.element_ty)
     if ROTATE:
         turn = tl.load(matrix + inner[:, None] * WIDTH + inner[None, :])
-        y = _product(y if h.dtype.element_ty == tl.float32 else y.to(turn.dtype), turn)
+        y = product(y if h.dtype.element_ty == tl.float32 else y.to(turn.dtype), turn)
         y = y.to(tl.float32) * NORM
     y = y.to(tl.float32)
     amax = tl.reduce(tl.abs(y), 1, maximum)

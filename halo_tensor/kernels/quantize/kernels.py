@@ -27,7 +27,7 @@ from halo_tensor.kernels.quantize.rounding import (
 
 
 @triton.jit
-def _product(a, b):
+def product(a, b):
     """Return a b, where the elements of one matrix are 0 or ± a power of two, so that products are exact.
 
     If only the other matrix is float32, each of its elements is multiplied as a sum of three bf16 numbers. The result differs
@@ -172,7 +172,7 @@ def _whole_rows(
         if FULL:
             y = y.to(tl.float32) * load_vector(signs, columns, K)
         if ROTATE:
-            y = _product(y if WIDE else y.to(h.dtype), h)
+            y = product(y if WIDE else y.to(h.dtype), h)
         if FULL:
             high = y.to(h_left.dtype)  # two bf16 numbers hold 16 bits of a sum, and two products cost little
             y = tl.dot(h_left, high) + tl.dot(h_left, (y - high.to(tl.float32)).to(h_left.dtype))
@@ -220,9 +220,9 @@ def _rotated_tile(x_tile, h_left, h_right, NORM: tl.constexpr, LEFT: tl.constexp
     WIDE: tl.constexpr = x_tile.dtype == tl.float32
     y = x_tile
     if RIGHT:
-        y = _product(y if WIDE else y.to(h_right.dtype), h_right)
+        y = product(y if WIDE else y.to(h_right.dtype), h_right)
     if LEFT:
-        y = _product(h_left, y if WIDE or RIGHT else y.to(h_left.dtype))
+        y = product(h_left, y if WIDE or RIGHT else y.to(h_left.dtype))
     y = y.to(tl.float32)
     if LEFT or RIGHT:
         y = y * NORM

@@ -1,0 +1,1 @@
+"""Save what stands between converted layers in few bits."""

@@ -1,0 +1,154 @@
+"""Compress what eager code saves for backward, by hooks on saved tensors.
+
+The hooks are active while the forward of a block runs, for example of a decoder layer: see :func:`watch`. Compiled code passes
+them by (:mod:`halo_tensor.compiler.partition`).
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from halo_tensor.activations.choice import bits_of
+from halo_tensor.activations.packed import Kept, Packed, Pool
+from halo_tensor.fences.pytorch import pop_saved_tensors_hooks, push_saved_tensors_hooks, top_saved_tensors_hooks
+from halo_tensor.recipe import Activations
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+class _State(threading.local):
+    """What is active in this thread.
+
+    Attributes:
+        entered: for each block whose forward runs, whether it has pushed hooks.
+        norms: how many norms' forwards run.
+    """
+
+    def __init__(self) -> None:
+        self.entered: list[bool] = []
+        self.norms = 0
+
+
+_state = _State()
+
+
+class _Hooks:
+    """The hooks on saved tensors of one forward of a block."""
+
+    def __init__(self, activations: Activations, outer: Any):
+        self.activations, self.outer, self.pool = activations, outer, Pool()
+
+    def pack(self, x: torch.Tensor) -> Packed | Kept:
+        """Return what is saved of ``x``."""
+        bits = bits_of(x, self.activations, _state.norms > 0)
+        if bits is None:
+            return Kept(x, self.outer)
+        # Hooks around ours may match the tensors of two runs, so they are given every one.
+        return self.pool.pack(x, bits) if self.outer is None else Packed(x, bits, self.outer)
+
+    @staticmethod
+    def unpack(saved: Packed | Kept) -> torch.Tensor:
+        """Return the tensor."""
+        return saved.unpack()
+
+
+class Enter:
+    """A hook before the forward of a block: from here on, what is saved is compressed.
+
+    Args:
+        activations: the bits of each kind of tensor.
+    """
+
+    def __init__(self, activations: Activations):
+        self.activations = activations
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if is_compiling():
+            return
+        outer = top_saved_tensors_hooks()
+        owner = getattr(outer and outer[0], "__self__", None)
+        # Checkpointing saves nothing that is worth to be compressed, and matches the tensors of two runs.
+        checkpointed = outer is not None and getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
+        pushes = torch.is_grad_enabled() and not isinstance(owner, _Hooks) and not checkpointed
+        _state.entered.append(pushes)
+        if pushes:
+            hooks = _Hooks(self.activations, outer)
+            push_saved_tensors_hooks(hooks.pack, hooks.unpack)
+
+
+def leave(module: nn.Module, args: tuple, output: Any) -> None:
+    """Undo :class:`Enter` after the forward of a block, also if that has failed."""
+    if not is_compiling() and _state.entered and _state.entered.pop():
+        pop_saved_tensors_hooks()
+
+
+def enter_norm(module: nn.Module, args: tuple) -> None:
+    """Note that a norm runs."""
+    if not is_compiling():
+        _state.norms += 1
+
+
+def leave_norm(module: nn.Module, args: tuple, output: Any) -> None:
+    """Note that a norm has run."""
+    if not is_compiling():
+        _state.norms -= 1
+
+
+def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) -> list[str]:
+    """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before.
+
+    A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is
+    in none has the whole model as its block.
+
+    Args:
+        model: whose modules get hooks.
+        layers: names of converted layers, each with what its recipe says.
+
+    Returns:
+        The names of the blocks.
+    """
+    for module in model.modules():
+        _forget(module)
+    blocks: dict[str, Activations] = {}
+    for name, activations in layers:
+        if activations is not None:
+            blocks.setdefault(block_of(model, name), activations)
+    for name, activations in blocks.items():
+        block = model.get_submodule(name)
+        block.register_forward_pre_hook(Enter(activations))
+        block.register_forward_hook(leave, always_call=True)
+        for norm in filter(_is_norm, block.modules()) if activations.norms != activations.inner else ():
+            if enter_norm not in norm._forward_pre_hooks.values():
+                norm.register_forward_pre_hook(enter_norm)
+                norm.register_forward_hook(leave_norm, always_call=True)
+    return list(blocks)
+
+
+def _forget(module: nn.Module) -> None:
+    """Remove the hooks that :func:`watch` has installed."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, Enter) or hook is enter_norm:
+            del module._forward_pre_hooks[key]
+    for key, hook in list(module._forward_hooks.items()):
+        if hook in (leave, leave_norm):
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def block_of(model: nn.Module, layer: str) -> str:
+    """Return the name of the block around a layer; "" for the whole model."""
+    parent, path = model, layer.split(".")
+    for depth, name in enumerate(path[:-1]):
+        child = parent.get_submodule(name)
+        if isinstance(parent, _CONTAINERS) and not isinstance(child, _CONTAINERS):
+            return ".".join(path[: depth + 1])
+        parent = child
+    return ""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
