@@ -386,3 +386,45 @@ def test_targets_are_indices():
     hidden, weight, _, targets = example()
     with pytest.raises(TypeError, match="targets are indices of the vocabulary; got torch.float32"):
         linear_cross_entropy(hidden, weight, targets.float())
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scratch", [2**24, 2**30], ids=["logits twice", "logits kept"])
+@pytest.mark.parametrize("backward", ["fp8", "bf16"])
+@pytest.mark.parametrize("vocabulary", [33000, 32003])
+def test_kernels_compute_what_the_reference_does(vocabulary, backward, scratch):
+    tokens = 2048
+    inputs = [t.detach().bfloat16() if t.is_floating_point() else t for t in example(tokens, vocabulary, ignored=[5])]
+    results = []
+    for device in ("cpu", "cuda"):
+        hidden, weight, bias, targets = (t.to(device) for t in inputs)
+        trained = [t.requires_grad_() for t in (hidden, weight, bias)]
+        loss = linear_cross_entropy(hidden, weight, targets, bias=bias, backward=backward, scratch=scratch)
+        results.append([t.detach().cpu().double() for t in (loss, *torch.autograd.grad(loss, trained))])
+    (loss, *wanted), (made, *gradients) = results
+    assert abs(loss - made) < 1e-4 * loss
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a - b).norm() < 5e-3 * b.norm()
+
+
+@pytest.mark.gpu
+def test_statistics_straight_from_a_product():
+    from halo_tensor.kernels import loss_sm90
+    from halo_tensor.reference import loss as definition
+
+    device, objective, columns = torch.device("cuda"), Objective(scale=0.5), 16400
+    if reason := loss_sm90.why_not(device, 2048, columns, objective):
+        pytest.skip(reason)
+    hidden, weight, bias, targets = (t.detach().to(device) for t in example(2048, columns))
+    codes, _, scales = ops.rotate_quantize(hidden, None, Rotation(32), INT8, "row")
+    w_codes, _, w_scales = ops.rotate_quantize(weight, None, Rotation(32), INT8, "row")
+    logits = ops.scaled_mm(codes, w_codes, scales, w_scales, bias, None, None, (2048, columns), torch.float16)
+    made, expected = (definition.fresh_statistics(2048, device) for _ in range(2))
+    definition.update_statistics_(expected, logits, targets, 0, objective)
+    for part in (slice(0, 16384), slice(16384, columns)):
+        w = w_codes[part], scales, w_scales[part], bias[part]
+        loss_sm90.update_statistics_(made, codes, *w, targets, part.start, objective)
+    torch.testing.assert_close(made[:4], expected[:4], rtol=1e-4, atol=1e-4)
