@@ -407,7 +407,7 @@ def test_kernels_compute_what_the_reference_does(vocabulary, backward, scratch):
     (loss, *wanted), (made, *gradients) = results
     assert abs(loss - made) < 1e-4 * loss
     for a, b in zip(gradients, wanted, strict=True):
-        assert (a - b).norm() < 5e-3 * b.norm()
+        assert (a - b).norm() < 1e-2 * b.norm()
 
 
 @pytest.mark.gpu
