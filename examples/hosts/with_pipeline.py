@@ -16,19 +16,19 @@ from halo_tensor import halo_config, quantize_
 WIDTH = 128
 
 
+def layer() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+
 def layers(count: int) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [
-        nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-        for _ in range(count)
-    ]
+    return [layer() for _ in range(count)]
 
 
 def main(words: list[str] | None = None) -> tuple[nn.Module, list[float]]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=4, help="in all")
-    parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3)
+    for name, default in (("--layers", 4), ("--microbatches", 4), ("--steps", 3)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(words)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -45,10 +45,8 @@ def main(words: list[str] | None = None) -> tuple[nn.Module, list[float]]:
     for _ in range(args.steps):
         x, target = torch.randn(2, 16 * args.microbatches, WIDTH, generator=generator).to(device)  # put your data here
         each: list[torch.Tensor] = []
-        if rank == 0:
-            schedule.step(x)
-        else:
-            schedule.step(target=target if rank == world - 1 else None, losses=each)
+        inputs = (x,) if rank == 0 else ()
+        schedule.step(*inputs, target=target if rank == world - 1 else None, losses=each)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(loss.item() for loss in each) / args.microbatches)

@@ -55,6 +55,12 @@ class PeakMemory:
         gradients: of all trained parameters.
         saved: what forward saves for backward, without parameters.
         step: the most that forward and backward need besides weights, codes and state, gradients included.
+
+    Example:
+        >>> from halo_tensor import PeakMemory
+        >>> peak = PeakMemory(weights=2**30, codes=2**29, optimizer=2**31, gradients=2**30, saved=2**30, step=2**31)
+        >>> print(str(peak).splitlines()[-1])
+        peak                      5.50 GiB
     """
 
     weights: int

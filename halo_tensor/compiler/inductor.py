@@ -140,7 +140,7 @@ def _launches(body: Callable, produced: int, args: tuple) -> Any:
             made = body(*first, *rest)
     except Unsupported:
         return None
-    if any(x.strides != x.memory.stride for x in (made if isinstance(made, tuple) else (made,))):
+    if any((x.shape, x.strides) != (x.memory.shape, x.memory.stride) for x in (made if isinstance(made, tuple) else (made,))):
         return None  # a view: sizes were symbols when the op was traced
     constant = any(isinstance(x, torch.Tensor) for _, arguments in recording for x in arguments)
     # Inductor loads constants of the root graph only: https://github.com/pytorch/pytorch/issues/185482 (torch 2.11 to 2.15).

@@ -125,13 +125,13 @@ def _readers(node: fx.Node, backward: set[fx.Node]) -> Iterator[fx.Node]:
 def _split(node: fx.Node, transposed: list[fx.Node]) -> None:
     """Let a copy of a quantisation, which the partitioner puts into backward, make the transposed codes."""
     arguments: Any = node.args
-    *same, _, _, seed, gain, turned = arguments
+    *same, _, _, seed, gain, flat = arguments
     codes, codes_t, scales = node.meta["val"]
     nothing = codes.new_empty(0)
     with node.graph.inserting_before(node):
         again = node.graph.node_copy(node)
-    node.args, node.meta["val"] = (*same, True, False, seed, gain, turned), (codes, nothing, scales)
-    again.args, again.meta["val"] = (*same, False, True, seed, gain, turned), (nothing, codes_t, scales)
+    node.args, node.meta["val"] = (*same, True, False, seed, gain, flat), (codes, nothing, scales)
+    again.args, again.meta["val"] = (*same, False, True, seed, gain, flat), (nothing, codes_t, scales)
     again.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # neither saved nor computed in forward
     for codes_t in transposed:
         codes_t.replace_input_with(node, again)
@@ -205,10 +205,10 @@ def _sources(e: Any) -> set[fx.Node]:
 
 def _merge(a: fx.Node, b: fx.Node) -> None:
     """Replace the quantisations a and b by one op in the place of b."""
-    e_a, _, format, *folds_a, turned = a.args
+    e_a, _, format, *folds_a, flat = a.args
     e_b, _, _, *folds_b, _ = b.args
     with b.graph.inserting_before(b):
-        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b, turned))
+        both = b.graph.call_function(_PAIRS, (e_a, e_b, format, *folds_a, *folds_b, flat))
     # Inductor keeps the strides of these values for an op that needs exact strides.
     inputs = tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in both.args)
     both.meta = b.meta | {"val": (*a.meta["val"], *b.meta["val"]), "eager_input_vals": (inputs, {})}

@@ -81,8 +81,10 @@ class Prediction:
         return f"on {self.ceilings.a_name} with {self.tokens} tokens" if self.ceilings else ""
 
     def __str__(self) -> str:
-        if self.gain is None or self.ceilings is None:
-            return f"no speed is predicted: {self.why_not}. gpu='H200', for example, names a GPU" if self.why_not else ""
+        if self.ceilings is None:
+            return f"no speed is predicted: {self.why_not}. gpu='H200', for example, names a GPU"
+        if self.gain is None:
+            return f"no speed is predicted: {self.why_not}" if self.why_not else ""
         rates = "" if self.ceilings.measured else " (by published rates; not measured there)"
         head = f"predicted speed of these layers, compiled, {self.where}{rates}: {self.gain:.2f}× bf16"
         return "\n".join([head, *self.by_width(self.seconds)])
@@ -129,15 +131,19 @@ class Predictor:
         self.ceilings, self.why_not = (gpu, "") if isinstance(gpu, Ceilings) else gpus.known_ceilings(gpu, device)
         self._known: dict[tuple, tuple[float, float]] = {}
 
+    @property
+    def where(self) -> str:
+        """The GPU and the number of tokens, in words."""
+        return Prediction(self.tokens, self.ceilings).where
+
     def obstacle(self, recipe: Recipe) -> str:
         """Return why the speed of a recipe cannot be predicted, as a sentence without its full stop; "" if it can."""
         if self.ceilings is None:
             return self.why_not
         if lacking := roofline.lacking(recipe, self.ceilings):
             return f"{self.ceilings.a_name} cannot multiply {', '.join(sorted(lacking))}"
-        return (
-            "" if runs_scales(recipe.granularities, torch.device("cuda")) else "No kernel computes with scales of its blocks"
-        )
+        runs = runs_scales(recipe.granularities, torch.device("cuda"))
+        return "" if runs else "No kernel computes with scales of its blocks"
 
     def seconds(self, module: Any, recipe: Recipe, frozen: bool, sharing: int = 1) -> tuple[float, float]:
         """Return the predicted seconds of a layer in bf16 and under a ``recipe`` without an :meth:`obstacle`."""

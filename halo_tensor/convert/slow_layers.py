@@ -34,7 +34,7 @@ class SlowLayers:
 
     def __init__(self, predictor: Predictor, min_gain: float | None):
         self.reasons: dict[str, str] = {}
-        self._predictor, self._min_gain, self._where = predictor, min_gain, predictor.of(nn.Module(), ()).where
+        self._predictor, self._min_gain, self._where = predictor, min_gain, predictor.where
         if min_gain is None:
             return
         if isinstance(min_gain, bool) or not isinstance(min_gain, int | float) or not min_gain >= 0:
@@ -102,7 +102,8 @@ def _is_judged(module: Any, config: object) -> bool:
     """Whether the layer can be converted. If not, an error or a reason says why."""
     if not isinstance(config, LinearConfig) or layers.features(module) is None:
         return False
-    return not layers.misfit(module, config.recipe) and not layers.is_empty(module) and "weight" in module._parameters
+    has_weight = module._parameters.get("weight") is not None
+    return has_weight and not layers.misfit(module, config.recipe) and not layers.is_empty(module)
 
 
 def restore_layer(name: str, module: nn.Module) -> None:

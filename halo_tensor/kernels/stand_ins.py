@@ -115,6 +115,9 @@ class StandIn:
         whole = tuple(self.numel() // rest if n == -1 else n for n in shape)
         return self._seen_as(whole, contiguous_strides(whole))
 
+    def as_strided(self, shape: Sequence[int], stride: Sequence[int]) -> "StandIn":
+        return self._seen_as(shape, stride)
+
     def _seen_as(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype | None = None) -> "StandIn":
         return type(self)(self.recording, self.memory, shape, stride, dtype or self.dtype, self.offset)
 

@@ -54,5 +54,5 @@ def _transpose(func: Any, types: Any, args: tuple, kwargs: dict | None) -> Hadam
         row_rotation=self.column_rotation,
         column_rotation=self.row_rotation,
         gain_axis=_OTHER_AXIS.get(self.gain_axis or ""),
-        turned=_OTHER_AXIS.get(self.turned or ""),
+        flat=_OTHER_AXIS.get(self.flat or ""),
     )

@@ -38,8 +38,8 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
 
     dtype, shape = dtype or a.dtype, (a.shape[0], b.shape[1])
     rotations = a.row_rotation, b.column_rotation
-    turned = a.turned == "rows" and b.turned == "columns"
-    left, right = (a.codes, b.codes_t) if turned else (a.any_codes(), b.any_codes_t())
+    flat = a.flat == "rows" and b.flat == "columns"
+    left, right = (a.codes, b.codes_t) if flat else (a.any_codes(), b.any_codes_t())
     assert left is not None and right is not None
     if a.format is None:
         y = ops.unrotate(torch.mm(left.to(dtype), right.t().to(dtype)), *rotations, shape)
@@ -50,7 +50,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype
     a_scale, b_scale = a.element_scales(), b.element_scales()
     if b_scale is not None and b.granularity.is_blocked:
         b_scale = b_scale.t()
-    return ops.scaled_mm(left, right, a_scale, b_scale, bias, *rotations, shape, dtype, gain, turned)
+    return ops.scaled_mm(left, right, a_scale, b_scale, bias, *rotations, shape, dtype, gain, flat)
 
 
 def _describe(t: torch.Tensor) -> str:

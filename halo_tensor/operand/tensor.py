@@ -15,7 +15,7 @@ from halo_tensor.kernels.device import check_scales
 from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.old_names import accepts_old_names, old_attribute, present_state
-from halo_tensor.ops.quantizers import turns
+from halo_tensor.ops.quantizers import lies_flat, unflattened
 from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
@@ -39,8 +39,8 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         gain, undo_gain: float32 [c] that its columns were multiplied with before they were rotated, and the inverse; or None.
             Products undo it.
         gain_axis: "columns"; "rows" of a transpose, whose rows [r] carry the gain; None without one.
-        turned: "columns" if ``codes_t`` is a view [r', c'], "rows" (of a transpose) if ``codes`` is a view [c', r'] of what it
-            would be otherwise, see :func:`halo_tensor.ops.quantizers.turns`; None in eager code, and if sizes are constant.
+        flat: "columns" if ``codes_t`` is the memory of the matrix, a vector, "rows" if ``codes`` is (of a transpose): see
+            :func:`halo_tensor.ops.quantizers.lies_flat`; None in eager code, and if sizes are constant.
         dtype: of the matrix that it stands for, and of its products.
 
     Example:
@@ -57,7 +57,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
 
     _parts: tuple[str, ...] = ("codes", "codes_t", "scale")  # its own; gains are constants that others hold too
     _tensors: tuple[str, ...] = (*_parts, "gain", "undo_gain")
-    _attributes: tuple[str, ...] = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis", "turned")
+    _attributes: tuple[str, ...] = ("granularity", "row_rotation", "column_rotation", "format", "gain_axis", "flat")
 
     codes: torch.Tensor | None
     codes_t: torch.Tensor | None
@@ -69,7 +69,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     gain: torch.Tensor | None = None
     undo_gain: torch.Tensor | None = None
     gain_axis: str | None = None
-    turned: str | None = None
+    flat: str | None = None
 
     @staticmethod
     def __new__(
@@ -136,16 +136,16 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         if format is None:
             rotated = ops.rotate(x, row_rotation, column_rotation)
             codes, codes_t, scale = rotated if rows else None, rotated.t().contiguous() if columns else None, None
-            turned = False
+            flat = False
         else:
             check_scales((granularity,), x.device)
-            turned = columns and turns(x)
+            flat = columns and not granularity.is_blocked and lies_flat(x)
             codes, codes_t, scale = ops.rotate_quantize(
                 x, row_rotation, column_rotation, format, granularity, fold_rows=fold_rows, fold_columns=fold_columns,
-                rows=rows, columns=columns, rounding=rounding, gain=None if gains is None else gains[0], turned=turned,
+                rows=rows, columns=columns, rounding=rounding, gain=None if gains is None else gains[0], flat=flat,
             )  # fmt: skip
         scale = None if granularity == UNIT else scale
-        made = cls._of(x, format, granularity, codes, codes_t, scale, row_rotation, column_rotation, turned)
+        made = cls._of(x, format, granularity, codes, codes_t, scale, row_rotation, column_rotation, flat)
         made.gains = gains
         return made
 
@@ -164,11 +164,11 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         They are ``from_hp(x, format, ROW, row_rotation=row_rotation, fold_columns=fold_columns)`` and ``from_hp(x, format,
         COLUMN, fold_rows=fold_rows, rows=False, columns=True)``.
         """
-        turned = turns(x)
-        codes, codes_t, *scales = ops.quantize_pair(x, row_rotation, format, fold_columns, fold_rows, turned)
+        flat = lies_flat(x)
+        codes, codes_t, *scales = ops.quantize_pair(x, row_rotation, format, fold_columns, fold_rows, flat)
         return (
             cls._of(x, format, ROW, codes, None, scales[0], row_rotation),
-            cls._of(x, format, COLUMN, None, codes_t, scales[1], turned=turned),
+            cls._of(x, format, COLUMN, None, codes_t, scales[1], flat=flat),
         )
 
     @classmethod
@@ -187,13 +187,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         scale: torch.Tensor | None,
         row_rotation: Rotation | None = None,
         column_rotation: Rotation | None = None,
-        turned: bool = False,
+        flat: bool = False,
     ) -> "HadamardQuantTensor":
         """Return the operand that stands for x and holds these codes and scales."""
         tensors = {"codes": codes, "codes_t": codes_t, "scale": scale}
         attributes = {
             "granularity": granularity, "row_rotation": row_rotation, "column_rotation": column_rotation, "format": format,
-            "turned": "columns" if turned else None,
+            "flat": "columns" if flat else None,
         }  # fmt: skip
         return cls(x.shape, x.dtype, tensors, attributes)
 
@@ -286,7 +286,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             return (unpack_rows if is_symbolic() else ops.unpack_rows)(*self._packed)
         if self.codes is None:
             return self.any_codes_t().t()
-        return self.codes.t() if self.turned == "rows" else self.codes
+        return (
+            unflattened(self.codes, reference.rotated(self.shape[0], self.row_rotation)) if self.flat == "rows" else self.codes
+        )
 
     def any_codes_t(self) -> torch.Tensor:
         """Return the transposed codes [c', r'] from the layout that is held."""
@@ -294,7 +296,9 @@ class HadamardQuantTensor(TorchAOBaseTensor):
             return unpack_columns(*self._packed) if is_symbolic() else self.any_codes().t()
         if self.codes_t is None:
             return self.any_codes().t()
-        return self.codes_t.t() if self.turned == "columns" else self.codes_t
+        if self.flat == "columns":
+            return unflattened(self.codes_t, reference.rotated(self.shape[1], self.column_rotation))
+        return self.codes_t
 
     def element_scales(self) -> torch.Tensor | None:
         """Return the scales as products take them: with one for each element, [r', c'], if they vary along both dimensions."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halo_tensor.kernels.device import runs_kernels
-from halo_tensor.ops.quantizers import empty_codes, empty_transpose, viewed
+from halo_tensor.ops.quantizers import empty_codes, empty_transpose, flattened
 from halo_tensor.ops.register import fake, op
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
@@ -20,7 +20,7 @@ def quantize_pair(
     format: Format,
     fold_columns: Tensor | None,
     fold_rows: Tensor | None,
-    turned: bool = False,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise a matrix twice, with scales per row and with scales per column. A kernel reads it twice instead of four times.
 
@@ -29,7 +29,7 @@ def quantize_pair(
         row_rotation: rotation of its first dimension for the first operand; r' is the size afterwards.
         format: number format of the codes.
         fold_columns, fold_rows: float32 [c] and [r], which multiply the first operand's columns and the second one's rows.
-        turned: whether to return the transposed codes as a view [r, c], see :func:`halo_tensor.ops.quantizers.turns`.
+        flat: whether to return the transposed codes as their memory: see :func:`halo_tensor.ops.quantizers.lies_flat`.
 
     Returns:
         Codes [r', c] of Rᵀ_row x diag(fold_columns), transposed codes [c, r] of diag(fold_rows) x, and their float32 scales
@@ -39,8 +39,8 @@ def quantize_pair(
         from halo_tensor.kernels.quantize import plan
 
         codes, codes_t, row_scales, column_scales = plan.quantize_pair(x, row_rotation, format, fold_columns, fold_rows)
-        return codes, viewed(codes_t, turned), row_scales, column_scales
-    return _pair(x, row_rotation, format, fold_columns, fold_rows, turned)
+        return codes, flattened(codes_t) if flat else codes_t, row_scales, column_scales
+    return _pair(x, row_rotation, format, fold_columns, fold_rows, flat)
 
 
 def _pair(
@@ -49,21 +49,20 @@ def _pair(
     format: Format,
     fold_columns: Tensor | None,
     fold_rows: Tensor | None,
-    turned: bool,
+    flat: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, row_scales = reference.rotate_quantize(x, row_rotation, None, format, "row", None, fold_columns)
     codes_of_columns, column_scales = reference.rotate_quantize(x, None, None, format, "column", fold_rows, None)
-    return codes.contiguous(), viewed(codes_of_columns.contiguous().t(), turned), row_scales, column_scales
+    codes_t = codes_of_columns.contiguous().t()
+    return codes.contiguous(), flattened(codes_t) if flat else codes_t, row_scales, column_scales
 
 
 @fake("quantize_pair")
-def _empty_pair(
-    x: Tensor, row_rotation: Rotation | None, format: Format, turned: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_pair(x: Tensor, row_rotation: Rotation | None, format: Format, flat: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (r, c), r_padded = x.shape, reference.rotated(x.shape[0], row_rotation)
     return (
         empty_codes(x, r_padded, c, format),
-        empty_transpose(x, c, r, format, turned),
+        empty_transpose(x, c, r, format, flat),
         x.new_empty([r_padded], dtype=torch.float32),
         x.new_empty([c], dtype=torch.float32),
     )
@@ -78,7 +77,7 @@ def quantize_pairs(
     rows_a: Tensor,
     columns_b: Tensor,
     rows_b: Tensor,
-    turned: bool,
+    flat: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Do :func:`quantize_pair` for two matrices of one shape, without a rotation. Only a pass over compiled graphs calls it.
 
@@ -86,7 +85,7 @@ def quantize_pairs(
         a, b: matrices [r, c].
         format: number format of the codes.
         columns_a, rows_a, columns_b, rows_b: ``fold_columns`` and ``fold_rows`` of a and of b.
-        turned: as of :func:`quantize_pair`.
+        flat: as of :func:`quantize_pair`.
 
     Returns:
         The four results of a, and the four of b.
@@ -95,10 +94,10 @@ def quantize_pairs(
         from halo_tensor.kernels.quantize import two_gradients
 
         made = two_gradients.quantize_pairs(a, b, format, columns_a, rows_a, columns_b, rows_b)
-        return tuple(viewed(x, turned and i in (1, 5)) for i, x in enumerate(made))  # type: ignore[return-value]
-    return *_pair(a, None, format, columns_a, rows_a, turned), *_pair(b, None, format, columns_b, rows_b, turned)
+        return tuple(flattened(x) if flat and i in (1, 5) else x for i, x in enumerate(made))  # type: ignore[return-value]
+    return *_pair(a, None, format, columns_a, rows_a, flat), *_pair(b, None, format, columns_b, rows_b, flat)
 
 
 @fake("quantize_pairs")
-def _(a: Tensor, b: Tensor, format: Format, turned: bool) -> tuple[Tensor, ...]:
-    return (*_empty_pair(a, None, format, turned), *_empty_pair(b, None, format, turned))
+def _(a: Tensor, b: Tensor, format: Format, flat: bool) -> tuple[Tensor, ...]:
+    return (*_empty_pair(a, None, format, flat), *_empty_pair(b, None, format, flat))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.ops.quantizers import unflattened
 from halo_tensor.ops.register import fake, op
 from halo_tensor.recipe import Rotation
 from halo_tensor.reference import ops as reference
@@ -25,7 +26,7 @@ def scaled_mm(
     shape: Sequence[int],
     dtype: torch.dtype,
     gain: Tensor | None = None,
-    turned: bool = False,
+    flat: bool = False,
 ) -> Tensor:
     """Return R_row (diag(a_scale) a b_tᵀ diag(b_scale)) Rᵀ_column diag(gain) + bias, as
     :func:`halo_tensor.reference.ops.scaled_mm` defines it, by the fastest backend of the device.
@@ -39,14 +40,16 @@ def scaled_mm(
         row_rotation, column_rotation: the rotations to undo on the result.
         shape, dtype: of the result.
         gain: float32 [n], or None.
-        turned: whether ``a`` and ``b_t`` are given as [k', m'] and [k', n'], views of the same memory. Transposed codes of a
-            number of tokens that is a symbol are: see :func:`halo_tensor.ops.quantizers.turns`.
+        flat: whether ``a`` and ``b_t`` are given as their memory, two vectors. Transposed codes are, if the number of tokens
+            is a symbol: see :func:`halo_tensor.ops.quantizers.lies_flat`.
 
     Raises:
         RuntimeError: if the device has no matrix unit for the codes; it names the device and what it can multiply.
     """
     rows, columns = shape
-    a, b_t = (a.t(), b_t.t()) if turned else (a, b_t)
+    if flat:
+        a = unflattened(a, reference.rotated(rows, row_rotation))
+        b_t = unflattened(b_t, reference.rotated(columns, column_rotation))
     blocks = a_scale is not None and a_scale.ndim == 2
     if runs_kernels(a.device) and not blocks:
         from halo_tensor.kernels.matmul import plan
@@ -57,14 +60,14 @@ def scaled_mm(
 
 
 @fake("scaled_mm")
-def _(a: Tensor, b_t: Tensor, shape: Sequence[int], dtype: torch.dtype, turned: bool) -> Tensor:
-    k = 0 if turned else 1
-    torch._check(a.shape[k] == b_t.shape[k], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
+def _(a: Tensor, b_t: Tensor, shape: Sequence[int], dtype: torch.dtype, flat: bool) -> Tensor:
+    if not flat:
+        torch._check(a.shape[1] == b_t.shape[1], lambda: f"scaled_mm: {list(a.shape)} with {list(b_t.shape)} transposed")
     return a.new_empty(shape, dtype=dtype)
 
 
 @register_flop_formula(torch.ops.halo.scaled_mm)
 def _count_flops(a_shape: Sequence[int], b_t_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """Count two operations per multiply-accumulate, as for aten.mm; undoing a rotation is not counted."""
-    turned = args[8] if len(args) > 8 else kwargs.get("turned", False)
-    return 2 * a_shape[0] * a_shape[1] * b_t_shape[1 if turned else 0]
+    m, n = args[5]
+    return 2 * a_shape[0] * b_t_shape[0] * a_shape[1] if len(a_shape) == 2 else 2 * a_shape[0] // m * m * n

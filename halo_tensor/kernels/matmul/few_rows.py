@@ -36,15 +36,15 @@ def tile_for(n: int, few: int, by_wgmma: bool, multiprocessors: int, shared: int
         multiprocessors: of the GPU.
         shared: bytes of shared memory that a program may have.
     """
-    waves = n / multiprocessors  # columns for each multiprocessor
-    if waves <= 16:
+    columns = n / multiprocessors  # for each multiprocessor
+    if columns <= 16:
         tile = Tile(16, 512, 4, {16: 6, 32: 4, 64: 3}[few])
-    elif waves <= 32 and few < 64 and not by_wgmma:
+    elif columns <= 32 and few < 64 and not by_wgmma:
         tile = Tile(32, 512, 1, 4)
     elif few < 64:
-        tile = Tile(64, 256, 1, 5 if few == 16 and waves <= 64 else 4)
+        tile = Tile(64, 256, 1, 5 if few == 16 and columns <= 64 else 4)
     else:
-        tile = Tile(64, 128, 1, 8 if waves <= 64 else 6)
+        tile = Tile(64, 128, 1, 8 if columns <= 64 else 6)
     room = shared // ((tile.n + few) * tile.k)
     return tile._replace(stages=min(tile.stages, room + 1))  # the tiles that are being multiplied are in registers
 
@@ -160,7 +160,7 @@ def plan(request: Request) -> Variant:
     most = multiprocessors(device)
     tile = tile_for(n, few, by_wgmma, most, shared_memory(device))
     programs = cdiv(n, tile.n)
-    # Where programs wait for multiprocessors, those of the next kernel would take their places, and the product is slower.
+    # With more programs than multiprocessors, dependent launches were as fast or slower.
     dependent = has_dependent_launches(device) and programs <= most
     constants = {
         "BM": few, "BN": tile.n, "BK": tile.k, "PARTS": tile.parts, "DEPENDENT": dependent, **request.constants,
