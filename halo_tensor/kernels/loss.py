@@ -15,15 +15,17 @@ import triton.language as tl
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
 from halo_tensor.kernels.quantize.fast_math import tanh
-from halo_tensor.kernels.quantize.rounding import maximum, round_to_code, scale_from
+from halo_tensor.kernels.quantize.kernels import scale_of, write_scale
+from halo_tensor.kernels.quantize.rounding import maximum, round_to_code
 from halo_tensor.recipe import FP8_E4M3
 from halo_tensor.reference.loss import Objective
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: The most logits of a row that a program holds at a time, and its warps.
 ROW, ROW_WARPS = 4096, 4
-#: Tiles of the passes over a gradient: tokens, columns, tiles of tokens that one program takes, warps.
-MAGNITUDES, CODES, DENSE = (16, 128, 32, 4), (64, 64, 8, 8), (16, 128, 1, 4)
+#: Tiles of the passes over a gradient: tokens, columns, warps. A program takes one tile: those that went through several, one
+#: after the other, waited for memory (docs/notes/head.md).
+MAGNITUDES, CODES, DENSE = (64, 128, 8), (64, 64, 4), (16, 128, 4)
 
 
 @triton.jit
@@ -103,71 +105,60 @@ def _gradient_tile(
 @triton.jit(do_not_specialize=["M"])
 def column_magnitudes(
     logits, targets, factors, magnitudes, sums, M, N, FIRST, stride,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """Store the largest magnitude, and with SUMMED the sum, of each column of E, over the STEPS·BM tokens of one program, to
-    magnitudes and sums [programs, N]."""
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    """Find the largest magnitude of each column of E. A program takes a [BM, BN] tile.
+
+    magnitudes: zeroed int32 [N], which get float bits. They have the order of non-negative floats, with NaN above all.
+    SUMMED: the sum of each column of a tile goes to sums [rows of tiles, N].
+    """
     program = tl.num_programs(1) - 1 - tl.program_id(1)  # in reverse order, because L2 has the last rows
-    most = tl.zeros((BN,), tl.float32)
-    total = tl.zeros((BN,), tl.float32)
-    for step in range(STEPS):
-        rows = (program * STEPS + step) * BM + tl.arange(0, BM)
-        e, _ = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
-        most = maximum(most, tl.reduce(tl.abs(e), 0, maximum))
-        if SUMMED:
-            total += tl.sum(e, 0)
-    at = program * N + columns
-    tl.store(magnitudes + at, most, mask=columns < N)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = program * BM + tl.arange(0, BM)
+    e, _ = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
+    most = tl.reduce(tl.abs(e), 0, maximum)
+    tl.atomic_max(magnitudes + columns, most.to(tl.int32, bitcast=True), mask=columns < N, sem="relaxed")
     if SUMMED:
-        tl.store(sums + at, total, mask=columns < N)
+        tl.store(sums + program * N + columns, tl.sum(e, 0), mask=columns < N)
 
 
-@triton.jit(do_not_specialize=["M", "PROGRAMS"])
+@triton.jit(do_not_specialize=["M"])
 def gradient_codes(
-    logits, targets, factors, magnitudes, codes, codes_t, scales, M, N, FIRST, PROGRAMS, stride, stride_codes, stride_codes_t,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
+    logits, targets, factors, magnitudes, codes, codes_t, scales, M, N, FIRST, stride, stride_codes, stride_codes_t,
+    BM: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Store codes [M, N] of E by tokens, transposed codes [N, M] by columns, and the scales of columns.
 
-    magnitudes: [PROGRAMS, N] of :func:`column_magnitudes`. A program takes STEPS·BM tokens by BN columns.
+    magnitudes: [N] of :func:`column_magnitudes`. A program takes a [BM, BN] tile.
     """
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    most = tl.zeros((BN,), tl.float32)
-    for i in range(PROGRAMS):
-        most = maximum(most, tl.load(magnitudes + i * N + columns, mask=columns < N, other=0.0))
-    scale = scale_from(most, INVERSE_MAX)
-    inverse = tl.div_rn(tl.full((BN,), 1.0, tl.float32), scale)
-    if tl.program_id(1) == 0:
-        tl.store(scales + columns, scale, mask=columns < N)
-    for step in range(STEPS):
-        rows = (tl.program_id(1) * STEPS + step) * BM + tl.arange(0, BM)
-        e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
-        by_row = tl.load(factors + 4 * M + rows, mask=rows < M, other=0.0)
-        q = round_to_code(e * by_row[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
-        tl.store(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], q, mask=inside)
-        q = round_to_code(e * inverse[None, :], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
-        target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
-        tl.store(target, tl.trans(q), mask=tl.trans(inside))
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
+    by_row = tl.load(factors + 4 * M + rows, mask=rows < M, other=0.0)
+    q = round_to_code(e * by_row[:, None], CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
+    tl.store(codes + rows.to(tl.int64)[:, None] * stride_codes + columns[None, :], q, mask=inside)
+    scale = scale_of(magnitudes, columns, N, INVERSE_MAX, 2, BN)
+    write_scale(scales, scale, columns, N, tl.program_id(1), 2)
+    e = e * tl.div_rn(tl.full((BN,), 1.0, tl.float32), scale)[None, :]
+    q = round_to_code(e, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
+    target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]
+    tl.store(target, tl.trans(q), mask=tl.trans(inside))
 
 
 @triton.jit(do_not_specialize=["M"])
 def gradient_dense(
     logits, targets, factors, out, M, N, FIRST, stride,
-    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Store E to out [M, N], which has the row stride of the logits and may have their memory."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    for step in range(STEPS):
-        rows = (tl.program_id(1) * STEPS + step) * BM + tl.arange(0, BM)
-        e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
-        at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-        tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    e, inside = _gradient_tile(logits, targets, factors, rows, columns, M, N, FIRST, stride, SCALE, SOFTCAP, SMOOTHED)
+    at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["COUNT"])
@@ -208,12 +199,11 @@ def quantize_gradient(
     """
     m, n = logits.shape
     find, write = _plan_codes(logits.dtype, logits.device, objective, summed)
-    programs = _programs(m, MAGNITUDES)
-    magnitudes = factors.new_empty(programs, n)
-    sums = factors.new_empty(programs, n) if summed else None
+    magnitudes = targets.new_zeros(n, dtype=torch.int32)
+    sums = factors.new_empty(cdiv(m, MAGNITUDES[0]), n) if summed else None
     find((m, n, first, logits.stride(0)), logits, targets, factors, magnitudes, sums)
     codes_t, scales = code_matrix(logits, n, m, FP8_E4M3), factors.new_empty(n)
-    numbers = m, n, first, programs, logits.stride(0), codes.stride(0), codes_t.stride(0)
+    numbers = m, n, first, logits.stride(0), codes.stride(0), codes_t.stride(0)
     write(numbers, logits, targets, factors, magnitudes, codes, codes_t, scales)
     return codes_t, scales, None if sums is None else sums.sum(0)
 
@@ -234,11 +224,6 @@ def dense_gradient(
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply a contiguous tensor with one float32 number, in place."""
     _plan_scale(x.dtype, x.device)((x.numel(),), x, factor)
-
-
-def _programs(m: int, tile: tuple[int, int, int, int]) -> int:
-    """Return how many programs share ``m`` tokens."""
-    return cdiv(m, tile[0] * tile[2])
 
 
 def _options(objective: Objective) -> dict[str, Any]:
@@ -266,11 +251,11 @@ def _plan_dense(dtype: torch.dtype, out: torch.dtype, device: torch.device, obje
     return _plan_tiles(gradient_dense, DENSE, objective, {})
 
 
-def _plan_tiles(kernel: Any, tile: tuple[int, int, int, int], objective: Objective, options: dict[str, Any]) -> Planned:
-    bm, bn, steps, warps = tile
-    constants = {"BM": bm, "BN": bn, "STEPS": steps, "SMOOTHED": objective.smoothing > 0, "num_warps": warps}
+def _plan_tiles(kernel: Any, tile: tuple[int, int, int], objective: Objective, options: dict[str, Any]) -> Planned:
+    bm, bn, warps = tile
+    constants = {"BM": bm, "BN": bn, "SMOOTHED": objective.smoothing > 0, "num_warps": warps}
     launch = Launch(kernel, constants | _options(objective) | options)
-    sizes: Callable[..., tuple] = lambda m, n, *rest: ((cdiv(n, bn), _programs(m, tile)), (m, n, *rest))  # noqa: E731
+    sizes: Callable[..., tuple] = lambda m, n, *rest: ((cdiv(n, bn), cdiv(m, bm)), (m, n, *rest))  # noqa: E731
     return Planned(lambda _: Variant(launch, sizes))
 
 

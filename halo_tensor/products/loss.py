@@ -16,7 +16,7 @@ from halo_tensor.reference.hadamard import carried, fit
 
 FORWARDS, BACKWARDS, REDUCTIONS = ("int8", "bf16"), ("fp8", "bf16", None), ("mean", "sum", "none")
 #: Tokens that are taken at a time, and bytes for their logits and the gradients of these. Both trade memory for speed.
-CHUNK, SCRATCH = 16384, 3 * 2**27
+CHUNK, SCRATCH = 16384, 15 * 2**25
 _NAME = "linear_cross_entropy"
 _compute: Any = ops.linear_cross_entropy
 
