@@ -49,8 +49,10 @@ class Objective(NamedTuple):
 
 def fresh_statistics(tokens: int, device: torch.device) -> torch.Tensor:
     """Return the statistics [5, tokens] of no logits. A target that is in no part leaves its logit NaN, and so its loss."""
-    initial = torch.tensor([-torch.inf, 0.0, -torch.inf, torch.nan, 0.0], device=device)
-    return initial.unsqueeze(1).repeat(1, tokens)
+    statistics = torch.zeros(5, tokens, device=device)
+    for row, value in ((MOST, -torch.inf), (OTHER, -torch.inf), (CHOSEN, torch.nan)):
+        statistics[row].fill_(value)  # a copy of numbers from the CPU would wait for the GPU
+    return statistics
 
 
 def scores(logits: torch.Tensor, objective: Objective) -> torch.Tensor:

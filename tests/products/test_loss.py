@@ -428,3 +428,15 @@ def test_statistics_straight_from_a_product():
         w = w_codes[part], scales, w_scales[part], bias[part]
         loss_sm90.update_statistics_(made, codes, *w, targets, part.start, objective)
     torch.testing.assert_close(made[:4], expected[:4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_cpu_waits_for_nothing():
+    hidden, weight, _, targets = (t.detach().to("cuda") for t in example(2048, 33000))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, targets).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(hidden, weight, targets, num_items_in_batch=7).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
