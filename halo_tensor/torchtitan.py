@@ -49,7 +49,7 @@ class HaloLinear(Linear):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        kinds.convert(self, config.halo.recipe, frozen=False, keep_codes=config.halo.keep_codes)
+        kinds.convert(self, config.halo.recipe, frozen=False, keep_codes=config.halo.holds_codes)
 
 
 @override(target=Linear.Config, fqns=globs_but(*LEFT_ALONE), description="Linear layers in low precision (halo_tensor)")
@@ -75,10 +75,11 @@ def halo_linear(cfg: Linear.Config, /, **options: Any) -> Linear.Config:
     switch = Switch.of(**options)
     if switch.balance or switch.report or not isinstance(switch.config, LinearConfig):
         raise ValueError("halo_linear takes no balance, report and layers: torchtitan hands over one layer's config at a time")
-    if "skip" in options or switch.config.frozen is not None or switch.config.adapters:
+    of_models = [name for name in ("skip", "frozen", "adapters", "activations") if name in options]
+    if of_models or switch.config.memory == "low":
         raise ValueError(
-            "halo_linear takes no skip, frozen and adapters: an override of your own chooses layers by @override(fqns=...), "
-            "as help(halo_tensor.torchtitan) shows"
+            f"halo_linear takes no {of_models[0] if of_models else 'memory=low'}, which is about a whole model: an override "
+            "of your own chooses layers by @override(fqns=...), as help(halo_tensor.torchtitan) shows"
         )
     if (reason := _why_not(cfg, switch.config)) is not None:
         logger.warning(f"halo_tensor leaves a {type(cfg).__qualname__} {[cfg.out_features, cfg.in_features]} alone: {reason}")

@@ -14,7 +14,12 @@ from torch.compiler import is_compiling
 
 from halo_tensor.activations.choice import bits_of
 from halo_tensor.activations.packed import Kept, Packed, Pool
-from halo_tensor.fences.pytorch import pop_saved_tensors_hooks, push_saved_tensors_hooks, top_saved_tensors_hooks
+from halo_tensor.fences.pytorch import (
+    is_transformed,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
+    top_saved_tensors_hooks,
+)
 from halo_tensor.recipe import Activations
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -73,7 +78,8 @@ class Enter:
         owner = getattr(outer and outer[0], "__self__", None)
         # Checkpointing saves nothing that is worth to be compressed, and matches the tensors of two runs.
         checkpointed = outer is not None and getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
-        pushes = torch.is_grad_enabled() and not isinstance(owner, _Hooks) and not checkpointed
+        able = torch.is_grad_enabled() and not is_transformed()  # torch.func refuses hooks on saved tensors
+        pushes = able and not isinstance(owner, _Hooks) and not checkpointed
         _state.entered.append(pushes)
         if pushes:
             hooks = _Hooks(self.activations, outer)

@@ -66,7 +66,7 @@ def quantize_weights_again_in_backward(graph: fx.Graph) -> None:
         return
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
-        x, *_, rows, columns, seed, _ = arguments
+        x, (rows, columns, seed) = arguments[0], arguments[7:10]
         if rows and not columns and seed is None and _root(x).op == "placeholder" and "recompute" not in node.meta:
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -5,6 +5,7 @@ logits span decades, which a uniform grid cannot hold.
 """
 
 from collections.abc import Iterator
+from operator import getitem
 from typing import Any
 
 import torch
@@ -63,23 +64,33 @@ def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | N
     maker = root_of(node)
     while maker.target in _CASTS:
         maker = root_of(maker.args[0])  # type: ignore[arg-type]
-    if _is_of_attention(maker) or any(map(_is_of_attention, _readers(reader))):
+    result = _of_attention(maker)
+    if result is not None and result > 0:  # the logarithms of sums, on which all probabilities of a row depend
+        return None
+    if result == 0 or any(_of_attention(user) is not None for user in _readers(reader)):
         return activations.attention
     if maker.op == "placeholder":
-        is_operand = any(user.target in _PRODUCTS for user in (*_users(maker), *_users(reader)))
-        return None if is_operand else activations.norms
+        return None if any(map(_reads_weight, (*_users(maker), *_users(reader)))) else activations.norms
     if maker.target not in _MADE_BY or any(source.target in _OF_SOFTMAX for source in _sources(maker)):
         return None
     is_stream = maker.target in (_aten.add.Tensor, _aten.embedding.default, _aten.convolution.default)
     return activations.norms if is_stream else activations.inner
 
 
-def _is_of_attention(node: fx.Node) -> bool:
-    """Whether a node is an op of attention, or its first result."""
-    if node.target is getattr and not node.args:
-        return False
-    maker = node.args[0] if node.op == "call_function" and "getitem" in str(node.target) else node
-    return "_scaled_dot_product_" in str(getattr(maker, "target", ""))
+def _reads_weight(node: fx.Node) -> bool:
+    """Whether a node may read a weight: a product in high precision, or a quantisation in rows only, as of a weight that holds
+    no codes. Compilers know parameters of modules, but not those that are arguments of a function."""
+    is_quantised = node.target is torch.ops.halo.rotate_quantize.default and tuple(node.args[7:9]) == (True, False)
+    return node.target in _PRODUCTS or is_quantised
+
+
+def _of_attention(node: fx.Node) -> int | None:
+    """Return which result of an op of attention a node is, 0 for the op itself; None if it is another node."""
+    made = node.target is getitem
+    maker = node.args[0] if made else node
+    if "_scaled_dot_product_" not in str(getattr(maker, "target", "")):
+        return None
+    return int(node.args[1]) if made else 0  # type: ignore[arg-type]
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:

@@ -40,7 +40,7 @@ def scaled_mm(
         row_rotation, column_rotation: the rotations to undo on the result.
         shape, dtype: of the result.
         gain: float32 [n], or None.
-        flat: whether ``a`` and ``b_t`` are given as their memory, two vectors. Transposed codes are, if the number of tokens
+        flat: whether ``a`` and ``b_t`` are given as their memory, two vectors, as transposed codes are if the number of tokens
             is a symbol: see :func:`halo_tensor.ops.quantizers.lies_flat`.
 
     Raises:

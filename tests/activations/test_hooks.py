@@ -149,7 +149,7 @@ def test_checkpointing(log):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     gradient = step(model.train())[1]
     assert [function for _, _, function in log] == ["EmbeddingBackward0", "AddBackward0"]
-    assert 0 < distance(gradient, exact) < 1e-4
+    assert 0 < distance(gradient, exact) < 5e-4
 
 
 def test_a_block_that_is_checkpointed(log):

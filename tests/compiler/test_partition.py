@@ -99,6 +99,17 @@ def test_a_block():
         assert sorted(tuple(t.shape) for t in saved) == sorted(expected[activations] + own)
 
 
+def test_statistics_stay(monkeypatch):
+    """Whatever their size: attention's logarithms of sums, and the inverse lengths of norms."""
+    monkeypatch.setattr(choice, "FEWEST_ELEMENTS", 2**5)
+    model, saved = make(activations="int8", keep_codes=False), []
+    x = torch.randn(2, TOKENS // 2, WIDTH).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        compiled(model)(x)
+    statistics = sorted(tuple(t.shape) for t in saved if t.dtype == torch.float32 and t.ndim == 3)
+    assert statistics == [(2, 2, TOKENS // 2), (2, TOKENS // 2, 1), (2, TOKENS // 2, 1)]
+
+
 def test_eager_and_compiled_save_alike():
     """The same blocks are rounded in the same way, so gradients differ by the order of sums only."""
     model = make(activations="int8")

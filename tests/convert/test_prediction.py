@@ -1,9 +1,10 @@
 """The predicted speed of converted layers: what ``quantize_`` returns, prints and warns of."""
 
+import doctest
 import re
+import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from torch import nn
 
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import roofline
-from halo_tensor.convert.prediction import Predictor, shape_of
+from halo_tensor.convert.prediction import Prediction, Predictor, shape_of
 from halo_tensor.recipe import RECIPES, Recipe
 
 CPU = torch.device("cpu")
 INT8 = halo_config(1, "int8")
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 
 def stack(*widths: tuple[int, int], layers: int = 2) -> nn.Module:
@@ -48,6 +48,12 @@ def test_the_conversion_shows_the_gain_of_each_layer():
         f"  {predicted.gains['0.1']:.2f}× 4096→4096: *.* (2 layers)",
     ]
     assert str(conversion).endswith(str(predicted))
+
+
+def test_the_example_runs():
+    module = sys.modules[Prediction.__module__]
+    (test,) = doctest.DocTestFinder().find(Prediction, "Prediction", module)[:1]
+    assert len(test.examples) == 5 and not doctest.DocTestRunner().run(test).failed
 
 
 def test_more_tokens_gain_more_and_a_frozen_layer_has_two_products():

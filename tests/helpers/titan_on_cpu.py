@@ -4,12 +4,13 @@
 
 FOLDER has the tokenizer and the texts. What a CPU lacks is replaced: the device's name and memory, the backward of
 FlexAttention, a reduction that gloo lacks, and compiled masks, which take a C++ compiler long. Prints how many products of codes
-ran in int8.
+ran in int8, or how many are in compiled graphs. ``--compile.backend counting`` runs graphs eagerly.
 """
 
 import os
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ def pretend_cpu_is_an_accelerator() -> None:
 
 
 def replace_what_a_cpu_lacks() -> None:
+    import torchtitan.distributed.compile as compiling
     import torchtitan.distributed.fsdp as fsdp
     import torchtitan.models.common.attention as attention
     from torch.distributed.fsdp import FSDPModule
@@ -41,6 +43,7 @@ def replace_what_a_cpu_lacks() -> None:
 
     attention.FlexAttention.compiled_flex_attn = staticmethod(causal)
     attention._compiled_create_block_mask = attention.create_block_mask
+    compiling._maybe_regional_inductor_backend = lambda model, backend: backend  # it would refuse to decompose FlexAttention
 
     def divide_by_hand(model):
         for module in model.modules():
@@ -49,6 +52,21 @@ def replace_what_a_cpu_lacks() -> None:
                 module.set_force_sum_reduction_for_comms(True)
 
     fsdp.disable_fsdp_gradient_division = divide_by_hand
+
+
+def register_counting() -> list[int]:
+    """Register the backend "counting", and return a list of the numbers of products in its graphs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[int] = []
+
+    def count(graph, inputs):
+        found.append(sum(node.target is torch.ops.halo.scaled_mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.register_backend(aot_autograd(fw_compiler=count, bw_compiler=count), name="counting")
+    return found
 
 
 def main() -> None:
@@ -61,9 +79,10 @@ def main() -> None:
     from tests.helpers.recording import OpLog
 
     sys.argv = ["with_torchtitan.py", *DEBUG_MODEL, *SMALL, *sys.argv[2:]]
-    with OpLog() as log:
+    compiled, log = register_counting(), OpLog()
+    with nullcontext() if "--compile.enable" in sys.argv else log:  # torch.compile accepts no modes
         runpy.run_path(str(ROOT / "examples" / "hosts" / "with_torchtitan.py"), run_name="__main__")
-    print("int8 products:", log.products().count(torch.int8), flush=True)
+    print("int8 products:", sum(compiled) or log.products().count(torch.int8), flush=True)
 
 
 if __name__ == "__main__":

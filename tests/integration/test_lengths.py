@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import fresh_cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from halo_tensor import halo_config, quantize_, recipe_config
@@ -35,6 +38,8 @@ def _strides_of_a_gpu(monkeypatch):
     counters.clear()
     if not torch.cuda.is_available():
         monkeypatch.setattr(quantizers, "runs_kernels", lambda device: torch._guards.TracingContext.try_get() is not None)
+    # C++ takes minutes to compile, and what Inductor's kernels compute changes no graph.
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda self, *args, **options: lambda *pointers: None)
 
 
 def model(config, kind: str):
@@ -53,10 +58,11 @@ def model(config, kind: str):
 
 
 def compiled(made, kind: str):
+    backend = "inductor" if "inductor" in kind else "aot_eager"
     if "layers" not in kind:
-        return torch.compile(made, backend="aot_eager")
+        return torch.compile(made, backend=backend)
     for layer in (m for m in made.modules() if isinstance(m, LlamaDecoderLayer)):
-        layer.compile(backend="aot_eager")
+        layer.compile(backend=backend)
     return made
 
 
@@ -73,10 +79,12 @@ def graphs(made, kind: str, shapes: list[tuple[int, int]]) -> list[int]:
     torch._dynamo.reset()
     counters.clear()
     f, found = compiled(made, kind), []
-    for shape in shapes:
-        f(**batch(*shape, "masked" in kind)).loss.backward()
-        made.zero_grad()
-        found.append(counters["stats"]["unique_graphs"])
+    # On a CPU, codes do not have the strides of those that were traced.
+    with fresh_cache(), config.patch(size_asserts=False):
+        for shape in shapes:
+            f(**batch(*shape, "masked" in kind)).loss.backward()
+            made.zero_grad()
+            found.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     return found
 
@@ -89,7 +97,7 @@ def graphs_in_high_precision(kind: str, shapes: int) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "kind", "shapes"),
     [
-        ("halo1", "model, masked", 8),
+        ("halo1", "model, masked, inductor", 5),
         ("halo2", "layers, checkpointed", 5),
         ("hot_llm", "layers, checkpointed", 5),
         ("halo1", "lora, layers", 5),

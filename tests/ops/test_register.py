@@ -35,6 +35,8 @@ NAMES = [
     "turn_codes",
     "turn_stack",
     "turn_stack_",
+    "compress",
+    "decompress",
 ]
 
 
@@ -70,7 +72,9 @@ halo::quantize_groups(Tensor x, Tensor? index, Tensor fold, Tensor tiles, str fo
 halo::quantize_groups_t(Tensor x, Tensor? index, Tensor? weight, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
 halo::turn_codes(Tensor codes, Tensor? index, Tensor tiles) -> Tensor
 halo::turn_stack(Tensor codes) -> Tensor
-halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()""",
+halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()
+halo::compress(Tensor x, SymInt bits) -> (Tensor, Tensor)
+halo::decompress(Tensor codes, Tensor scales, SymInt[] shape, ScalarType dtype) -> Tensor""",
     )
 
 

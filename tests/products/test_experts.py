@@ -200,6 +200,44 @@ def test_a_gain_is_undone():
     assert max(errors) < 0.06
 
 
+def test_outliers_cost_little_at_level_1():
+    """Cosine of gradients with float64's, with features of X that are 30 times as large as the others."""
+    index, e, tensors = data(tokens=256, count=8, d=128, f=64, biased=False)
+    tensors[0][:, 7] *= 30
+    expected = exact(index, e, tensors)
+    cosines = [
+        [
+            torch.nn.functional.cosine_similarity(a.double().flatten(), b.flatten(), 0).item()
+            for a, b in zip(run(index, e, tensors, recipe=halo(level, INT8)), expected, strict=True)
+        ]
+        for level in (0, 1)
+    ]
+    assert min(cosines[1]) > 0.9995 and 0.99 < min(cosines[0]) < min(cosines[1])
+
+
+def test_a_mixture_learns_as_in_high_precision():
+    """Router and experts fit a random mixture: two seeds' losses after 30 steps lie within 3 % of float32's, and are not the
+    same."""
+    for seed in (0, 1):
+        losses = []
+        for recipe in (None, halo(1, INT8)):
+            torch.manual_seed(seed)
+            router, teacher = nn.Linear(32, 4, bias=False), nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+            gate_up, down = (torch.randn(4, *shape) * 0.2 for shape in ((64, 32), (32, 32)))
+            experts_weights = [nn.Parameter(w if recipe is None else HaloWeight.from_hp(w, recipe)) for w in (gate_up, down)]
+            optimizer = torch.optim.Adam([*router.parameters(), *experts_weights], lr=3e-3)
+            for _ in range(30):
+                x = torch.randn(128, 32)
+                weights, index = router(x).softmax(1).topk(2)
+                f = exact_experts if recipe is None else experts
+                loss = (f(x, index, weights, *experts_weights) - teacher(x)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            losses.append(loss.item())
+        assert 0 < abs(losses[1] / losses[0] - 1) < 0.03, losses
+
+
 def test_only_what_is_needed_is_computed_and_saved():
     index, e, (x, weights, gate_up, down) = data(biased=False)
     recipe = halo(1, INT8)
@@ -220,6 +258,6 @@ def test_errors_name_what_does_not_fit():
     with pytest.raises(ValueError, match="must be of one dtype"):
         experts(x.bfloat16(), index, weights, gate_up, down, recipe=halo(1, INT8))
     given = x.clone().requires_grad_()
-    y = experts(given, index, weights, gate_up, down, recipe=halo(1, INT8))
+    y = experts(given, index, weights, gate_up, down, recipe=halo(1, INT8)).sum()
     with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(y.sum(), given, create_graph=True)
+        torch.autograd.grad(y, given, create_graph=True)

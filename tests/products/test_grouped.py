@@ -77,6 +77,16 @@ def test_errors_within_a_window(format, level):
         assert 0.6 * typical_error(format) < relative_error(got, expected) < 1.4 * typical_error(format)
 
 
+def test_an_expert_with_small_gradients_keeps_its_precision():
+    """Scales of E in grad_weight exist for each (expert, out_feature): shared ones would round its codes to zero."""
+    torch.manual_seed(0)
+    x, w, e = torch.randn(200, 64), torch.randn(2, 32, 64), torch.randn(200, 32)
+    e[100:] *= 1e-4
+    _, _, grad_w = run(x, w, offsets([100, 100]), e, halo(1, INT8))
+    for expert, part in enumerate((slice(0, 100), slice(100, 200))):
+        assert relative_error(grad_w[expert], e[part].double().t() @ x[part].double()) < 1.4 * typical_error(INT8)
+
+
 def test_a_frozen_weight_has_no_gradient_and_holds_codes():
     torch.manual_seed(0)
     x, w, e = torch.randn(40, 64, requires_grad=True), torch.randn(2, 32, 64), torch.randn(40, 32)

@@ -23,6 +23,7 @@ import common  # noqa: E402
 import data  # noqa: E402
 import evaluation  # noqa: E402
 import finetune  # noqa: E402
+import memory_modes  # noqa: E402
 import vit  # noqa: E402
 
 from halo_tensor import HaloWeight, balance_  # noqa: E402
@@ -687,3 +688,10 @@ def test_tables_of_the_examples_are_kept_as_records(tmp_path, monkeypatch, capsy
     row = json.loads((tmp_path / "lora.json").read_text())["rows"][1]
     expected = {"recipe": "halo1-int8", "train loss": 1.5, "validation loss": 1.5, "merged, plain": 1.25, "s/step": 0.5}
     assert row.items() >= (expected | {"base weights, MiB": 2.0, "saved for backward, MiB": 1.0}).items()
+
+
+def test_memory(capsys):
+    rows = memory_modes.main(["--memory", "speed", "low", "--steps", "3", "--lr", "3e-3"])
+    assert [row["memory"] for row in rows] == ["speed", "low"] and len(capsys.readouterr().out.splitlines()) == 2
+    assert all(row["last loss"] < row["first loss"] for row in rows)
+    assert rows[1]["predicted GiB"] < rows[0]["predicted GiB"]

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.fences.fast_paths import TMA
 from halo_tensor.kernels.device import has_tma
 from halo_tensor.kernels.experts.request import GroupedRequest
 from halo_tensor.kernels.experts.rows import load_tile
@@ -200,7 +201,8 @@ def plan(request: GroupedRequest) -> Planned:
     device = request.device
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     tile = tile_for(generation, request.integer)
-    programs, tma = multiprocessors(device) * tile.resident, has_tma(device)
+    # Without TMA, by choice or by generation, operands are read by pointers.
+    programs, tma = multiprocessors(device) * tile.resident, has_tma(device) and TMA.why_off() is None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrix = block_diagonal(request.rotation, EDGE, dtype, device, transposed=True) if request.rotation else None
 

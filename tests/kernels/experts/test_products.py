@@ -5,13 +5,15 @@ import torch
 
 pytest.importorskip("triton")
 from halo_tensor import ops
+from halo_tensor.fences.fast_paths import TMA
 from halo_tensor.kernels.experts import products, triton_products
-from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
+from halo_tensor.products.experts import experts
+from halo_tensor.recipe import FP8_E4M3, INT8, Rotation, halo
 from halo_tensor.reference import experts as reference
 from halo_tensor.reference.codes import code_dtype
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
-from tests.helpers.expert_layers import offsets
+from tests.helpers.expert_layers import exact_experts, offsets, routed
 from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
 
 #: Triton's interpreter computes in float32 only.
@@ -95,6 +97,30 @@ def test_what_an_epilogue_cannot_undo(backend):
     a, b, scale = codes(INT8, rows, k), codes(INT8, len(SIZES), n, k), torch.rand(rows, device=DEVICE)
     y = ops.grouped_mm(a, b, tiles, starts, scale, None, None, None, rotation, DTYPE)
     assert relative_error(y, reference.grouped_mm(a, b, tiles, scale, None, None, None, rotation, DTYPE, None)) < 2 * LIMIT
+
+
+@runs_kernels
+@pytest.mark.parametrize(("level", "without"), [(0, TMA), (1, None), (2, None)], ids=["0, without TMA", "1", "2"])
+def test_a_layer_by_kernels(monkeypatch, level, without):
+    """Output and all gradients, with a rotation of tokens too, and where operands are read by pointers."""
+    if without is not None:
+        monkeypatch.setattr(without, "disabled", True)
+        monkeypatch.setattr(products, "BACKENDS", products.BACKENDS[-1:])
+    products.plan.cache_clear()
+    torch.manual_seed(0)
+    index, e = routed(40, 3, 2, unused=1).to(DEVICE), torch.randn(40, 32, device=DEVICE, dtype=DTYPE)
+    index[::5] = 3  # no expert here
+    shapes = (40, 32), (40, 2), (3, 64, 32), (3, 32, 32), (3, 64), (3, 32)
+    given = [(torch.randn(s, device=DEVICE) * (0.2 if len(s) == 3 else 1)).to(DTYPE).requires_grad_() for s in shapes]
+    names = {"gate_up_bias": given[4], "down_bias": given[5]}
+    y = experts(given[0], index, *given[1:4], recipe=halo(level, INT8), **names)
+    actual = [y, *torch.autograd.grad(y, given, e)]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    y = exact_experts(exact[0], index, *exact[1:])
+    for a, b in zip(actual, [y, *torch.autograd.grad(y, exact, e.double())], strict=True):
+        assert relative_error(a.detach(), b.detach()) < 0.04
+    assert not any(a[2].any() for a in actual[3:]), "an expert without tokens"
+    products.plan.cache_clear()
 
 
 @runs_kernels

@@ -1,9 +1,9 @@
 """Train a model of Llama's shape for a few steps with each memory mode and each optimiser, and compare the peak with the
 predicted one.
 
-    python examples/memory.py                                                       # a small shape, on a CPU too
-    python examples/memory.py --model 1b --memory speed balanced low --optimizers adamw adamw8bit
-    python examples/memory.py --model 3b --memory low --optimizers stochastic offloaded --compile
+    python examples/memory_modes.py                                                       # a small shape, on a CPU too
+    python examples/memory_modes.py --model 1b --memory speed balanced low --optimizers adamw adamw8bit
+    python examples/memory_modes.py --model 3b --memory low --optimizers stochastic offloaded --compile
 
 The optimisers are torch's fused AdamW and torchao's: "adamw8bit" keeps its state in 8 bits, "offloaded" keeps it in the memory
 of the CPU, and "stochastic" is AdamW that rounds bfloat16 weights stochastically, which then need no float32 copy.
