@@ -88,7 +88,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--blocks", type=int, default=4)
@@ -102,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
     results.add_arguments(parser, "ddp")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.tiny:
         vars(args).update(TINY, vocabulary=256, bucket=1)
     return args
