@@ -163,7 +163,9 @@ def main() -> None:
                 print(f"{case} {name}: {error!r:.300}", flush=True)
                 why_not[case, name] = results.reason(error)
             torch.cuda.empty_cache()
-    results.write(args.name, "What users run, in eager mode", rows, NOTES, args.folder, panels=["case"], why_not=why_not)
+            if rows:  # a run that is stopped keeps what it has measured
+                title = "What users run, in eager mode"
+                results.write(args.name, title, rows, NOTES, args.folder, True, panels=["case"], why_not=why_not)
 
 
 if __name__ == "__main__":

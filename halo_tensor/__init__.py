@@ -30,6 +30,7 @@ Choose a config by measurement:
 Improve accuracy, save memory:
     ``balance_`` scales columns so that int8 loses less. ``memory="low"`` in a config trades speed for memory, and
     ``predict_peak`` predicts the peak of a step (``PeakMemory``). ``keep_products`` is a policy of activation checkpointing.
+    ``linear_cross_entropy`` computes the head and its loss without making logits.
 
 Find errors:
     ``environment`` lists versions, devices and fast paths. ``find_nonfinite`` finds the first operand that is not finite
@@ -38,7 +39,8 @@ Find errors:
 Tensors:
     ``HaloWeight`` is the parameter of a converted layer, ``HadamardQuantTensor`` a rotated and quantised matrix.
 
-``halo_tensor.transformers`` loads and saves quantised checkpoints; ``halo_tensor.fsdp`` has what users of FSDP2 call.
+``halo_tensor.transformers`` loads and saves quantised checkpoints, and fuses the heads of language models;
+``halo_tensor.fsdp`` has what users of FSDP2 call.
 ``python -m halo_tensor`` prints the environment for a bug report, and ``python -m halo_tensor bench`` measures this GPU.
 """
 
@@ -61,6 +63,7 @@ from halo_tensor.config import (
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_
 from halo_tensor.diagnostics import NonFiniteError, Report, environment, find_nonfinite, report
 from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products.loss import linear_cross_entropy
 from halo_tensor.version import __version__ as __version__
 from halo_tensor.weight.tensor import HaloWeight
 
@@ -86,6 +89,7 @@ __all__ = [
     "hot_config",
     "keep_products",
     "layer_filter",
+    "linear_cross_entropy",
     "predict_peak",
     "quantize_",
     "recipe_config",

@@ -169,7 +169,7 @@ class Launch:
         """Compile for tensors of these dtypes, which lie at multiples of 16 bytes, before there are any."""
         # On the CPU, since a thread that compiles must not allocate while another one captures a CUDA graph.
         tensors = tuple(torch.empty(16, dtype=dtype, device="cpu") for dtype in dtypes)
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = current_device() if device.index is None else device.index
         with nullcontext() if index == current_device() else torch.cuda.device(index):
             self._compile(tensors, sizes, index)
 

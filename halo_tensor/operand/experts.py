@@ -5,9 +5,11 @@ from typing import Any
 import torch
 
 from halo_tensor import ops
+from halo_tensor.fences.pytorch import is_symbolic
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import ROW, Format, Rotation
+from halo_tensor.reference.packing import unpack_rows
 
 
 class ExpertsOperand(HadamardQuantTensor):
@@ -104,6 +106,13 @@ class ExpertsOperand(HadamardQuantTensor):
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names, attributes = super().__tensor_flatten__()
         return names, attributes | {"class": type(self)}
+
+
+def unpacked(codes: torch.Tensor, format: Format) -> torch.Tensor:
+    """Return codes that a matrix unit reads, of those that an operand holds, which may be packed."""
+    if codes.dtype is not torch.uint8:
+        return codes
+    return (unpack_rows if is_symbolic() else ops.unpack_rows)(codes, format)
 
 
 def all_rows(stack: torch.Tensor, in_features_first: bool) -> torch.Tensor:

@@ -22,6 +22,7 @@ from halo_tensor.ops.experts import (
     turn_stack_,
 )
 from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
+from halo_tensor.ops.loss import linear_cross_entropy, scale_
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
 from halo_tensor.ops.products import scaled_mm
 from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quantize_
@@ -35,6 +36,7 @@ __all__ = [
     "group_tiles",
     "grouped_grad",
     "grouped_mm",
+    "linear_cross_entropy",
     "pack_rows_",
     "quantize_gated",
     "quantize_gated_grad",
@@ -47,6 +49,7 @@ __all__ = [
     "rotate",
     "rotate_quantize",
     "rotate_quantize_",
+    "scale_",
     "scaled_mm",
     "turn_codes",
     "turn_stack",

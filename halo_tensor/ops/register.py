@@ -71,6 +71,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     int: "SymInt",
     bool: "bool",
     Sequence[int]: "SymInt[]",
+    Sequence[float]: "float[]",
     torch.dtype: "ScalarType",
 }
 #: How values cross the dispatcher, if not as they are: type -> (to its representation, and back).

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from halo_tensor import ops
-from halo_tensor.operand.experts import ExpertsOperand
+from halo_tensor.operand.experts import ExpertsOperand, unpacked
 from halo_tensor.operand.gains import Gains
 from halo_tensor.products.routing import Routing
 from halo_tensor.recipe import Format, Recipe, Rotation, why_not_grouped
@@ -16,7 +16,9 @@ class Stack(NamedTuple):
     """The weights of all experts, as products read them.
 
     Attributes:
-        codes, scales: codes [experts, out, in], and float32 [experts, out].
+        held: the codes of the matrix of all rows as the weight holds them, perhaps packed. Backward gets these, so unpacked
+            codes are not kept.
+        scales: float32 [experts, out].
         turned: codes [experts, in, out]; None if they are to be made.
         rotation: of in_features.
         gains: of in_features.
@@ -25,7 +27,7 @@ class Stack(NamedTuple):
         dtype: of the gradient.
     """
 
-    codes: torch.Tensor
+    held: torch.Tensor
     scales: torch.Tensor
     turned: torch.Tensor | None
     rotation: Rotation | None
@@ -40,9 +42,9 @@ class Stack(NamedTuple):
         if operand is None:
             master = getattr(weight, "master", weight)
             operand = stack_operand(master, recipe, in_features_first=in_features_first)
-        assert operand.format is not None
+        assert operand.format is not None and operand.codes is not None
         return cls(
-            operand.stacked_codes(), operand.stacked_scales(), operand.turned_stack, operand.column_rotation, operand.gains,
+            operand.codes, operand.stacked_scales(), operand.turned_stack, operand.column_rotation, operand.gains,
             operand.format, operand.in_features_first, weight.dtype,
         )  # fmt: skip
 
@@ -50,15 +52,20 @@ class Stack(NamedTuple):
     def tensors(self) -> list[torch.Tensor | None]:
         """What to save for backward."""
         gains = self.gains or (None, None)
-        return [self.codes, self.scales, self.turned, *gains]
+        return [self.held, self.scales, self.turned, *gains]
 
     def with_tensors(self, tensors: tuple) -> "Stack":
-        codes, scales, turned, gain, undo = tensors
-        return self._replace(codes=codes, scales=scales, turned=turned, gains=None if gain is None else (gain, undo))
+        held, scales, turned, gain, undo = tensors
+        return self._replace(held=held, scales=scales, turned=turned, gains=None if gain is None else (gain, undo))
 
     def without_tensors(self) -> "Stack":
         nothing: Any = None
-        return self._replace(codes=nothing, scales=nothing, turned=None, gains=None)
+        return self._replace(held=nothing, scales=nothing, turned=None, gains=None)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The codes that a matrix unit reads, [experts, out, in]."""
+        return unpacked(self.held, self.format).unflatten(0, (self.scales.shape[0], -1))
 
     def gain(self, undo: bool) -> torch.Tensor | None:
         return None if self.gains is None else self.gains[undo]

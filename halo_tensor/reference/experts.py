@@ -16,7 +16,7 @@ import torch
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.recipe.gates import Gate
 from halo_tensor.reference import ops as reference
-from halo_tensor.reference.codes import code_dtype
+from halo_tensor.reference.codes import code_dtype, round_to
 
 #: Rows of a tile.
 TILE = 128
@@ -193,6 +193,9 @@ def quantize_groups_t(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantise columns with a scale for each expert, the scales of rows folded in.
 
+    An expert of more rows than an int32 can sum products of int8 (LONGEST_SUM) gets scales that are as many times larger, so
+    that its codes are smaller and no sum overflows.
+
     Args:
         x: [·, c].
         index: [rows], which row of x each row is; None if they are its rows.
@@ -212,7 +215,12 @@ def quantize_groups_t(
     for expert, (first, end) in enumerate(pairwise(first_tiles[:-1])):
         start, stop = (table[first][1], table[end - 1][2]) if end > first else (0, 0)
         rows = x[start:stop]
+        headroom = max(-(-(stop - start) // reference.LONGEST_SUM), 1) if format.uniform else 1
         codes, scales[expert] = reference.rotate_quantize(rows, None, None, format, "column", fold[start:stop], None)
+        if headroom > 1:
+            scales[expert] *= headroom
+            y = rows.to(torch.float32) * (fold[start:stop] * reference.FOLD_LIFT).unsqueeze(1)
+            codes = round_to(y / (scales[expert] * reference.FOLD_LIFT), format)
         sums[expert] = rows.to(torch.float32).sum(0)
         codes_t[:, first * TILE : first * TILE + stop - start] = codes.t()
     return codes_t, scales, sums

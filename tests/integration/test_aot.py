@@ -35,8 +35,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from halo_tensor.compiler import kernels_ahead  # noqa: E402
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
 from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
-from halo_tensor.kernels import ahead  # noqa: E402
+from halo_tensor.kernels import ahead, loss_sm90  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
+from halo_tensor.kernels import loss as loss_kernels  # noqa: E402
 from halo_tensor.kernels import rotate as rotating  # noqa: E402
 from halo_tensor.kernels.experts import products as grouped  # noqa: E402
 from halo_tensor.kernels.experts import quantizers as of_experts  # noqa: E402
@@ -62,6 +63,7 @@ from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotatio
 from halo_tensor.reference import experts as reference_of_experts  # noqa: E402
 from halo_tensor.reference import ops as reference  # noqa: E402
 from halo_tensor.reference.codes import aligned  # noqa: E402
+from halo_tensor.reference.loss import Objective  # noqa: E402
 
 #: compute capability -> (bytes of shared memory that a program may have, multiprocessors)
 GPUS = {
@@ -112,7 +114,7 @@ def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
     quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
     of_groups = grouped, of_experts, moving, grouped_sm90
-    for module in (*quantisers, *of_groups, rotating, product, cublas, tma):
+    for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -206,6 +208,7 @@ SPILLS = {
     ("int8, undo right, gain", 90): 76,
     ("int8, gain", 90): 204,
     ("fp8, undo both, fp32", 90): 132,
+    ("statistics of a product", 90): 8,  # with a scale of logits
 }
 
 
@@ -503,6 +506,51 @@ def test_packing(launched, capability):
     assert [kernel.name for kernel in kernels] == ["pack_kernel", "unpack_kernel", *["whole_rows_of_many"] * 2]
     check_fit(kernels, capability)
     assert "st.global.b32" in kernels[1].asm["ptx"], "codes are not stored four at a time"
+
+
+# The loss of a head.
+
+
+#: name -> what is computed of the logits
+OBJECTIVES = {"plain": Objective(), "everything": Objective(0.5, 30.0, 0.1, 1e-4)}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("columns", [4096, 257])
+def test_losses(launched, capability, name, columns):
+    def request(empty):
+        logits, targets = empty(8192, columns, dtype=torch.float16), empty(8192, dtype=torch.int64)
+        arguments = logits, targets, empty(5, 8192), 128, OBJECTIVES[name]
+        loss_kernels.update_statistics_(arguments[2], logits, targets, 128, OBJECTIVES[name])
+        if capability >= 89:
+            loss_kernels.quantize_gradient(*arguments, empty(8192, aligned(columns), dtype=FP8[0]), True)
+        loss_kernels.dense_gradient(*arguments, logits.view(BF16))
+        loss_kernels.scale_(empty(4096, dtype=BF16), empty(()))
+
+    kernels = launched(capability, request)
+    codes = ["column_magnitudes", "gradient_codes"] if capability >= 89 else []
+    assert [k.name for k in kernels] == ["row_statistics", *codes, "gradient_dense", "scale_elements"]
+    check_nan(kernels[1:])  # a NaN stays in the sum of exponentials, not in the largest logit
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, name)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_statistics_of_a_product(launched, biased, scale):
+    def request(empty):
+        codes, w_codes = empty(8192, 2048, dtype=torch.int8), empty(16384, 2048, dtype=torch.int8)
+        bias, targets = empty(16384, dtype=BF16) if biased else None, empty(8192, dtype=torch.int64)
+        objective = Objective(scale)
+        assert loss_sm90.why_not(codes.device, 8192, 16384, objective) is None
+        loss_sm90.update_statistics_(empty(5, 8192), codes, w_codes, empty(8192), empty(16384), bias, targets, 128, objective)
+
+    kernels = launched(90, request)
+    assert [kernel.name for kernel in kernels] == ["logit_statistics", "merge_statistics"]
+    assert not kernels[0].metadata.serialized and any("s32.s8" in name for name in instructions(kernels[0]))
+    check_fit(kernels, 90)
+    check_registers(kernels, 90, "statistics of a product")
 
 
 # Products.

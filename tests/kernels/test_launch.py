@@ -174,8 +174,8 @@ def test_no_length_is_compiled_for(compiled, launch):
 
 def test_classes_that_differ_in_nothing_share_a_launch(compiled):
     planned = product.plan(torch.device("cpu"), FP8, FP8, 512, 2, 0, False, None, None, H, BF16)
-    variants = [planned.variant((m, 256, m, 256, 256)) for m in (64, 65, 128, 300, 512, 4096)]
-    classes = {request.size_class(m, 512, 8) for m in (64, 65, 128, 300, 512, 4096)}
+    variants = [planned.variant((m, 256, m, 256, 256)) for m in (8, 30, 64, 65, 128, 300, 512, 4096)]
+    classes = {request.size_class(m, 512, 8) for m in (8, 30, 64, 65, 128, 300, 512, 4096)}
     assert len(planned.variants) == len(classes) > len({id(variant.launch) for variant in variants}) > 1
 
 

@@ -251,6 +251,19 @@ def test_only_what_is_needed_is_computed_and_saved():
         assert torch.equal(experts(x, index, weights, *frozen), y)
 
 
+def test_packed_codes_are_not_kept_unpacked():
+    """What forward saves of a frozen fp6 layer is its weights as they are held, which take no memory of their own, and h."""
+    index, _, (x, weights, gate_up, down) = data(tokens=8, biased=False)
+    frozen = [HaloWeight.from_hp(w, halo(1, FP6_E3M2), frozen=True) for w in (gate_up, down)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = experts(x.clone().requires_grad_(), index, weights, *frozen)
+    held = {w.operand.codes.data_ptr() for w in frozen}
+    assert held <= {t.data_ptr() for t in saved}
+    assert max(t.numel() for t in saved if t.data_ptr() not in held) == 16 * 96, "h is the largest"
+    y.sum().backward()
+
+
 def test_errors_name_what_does_not_fit():
     index, _, (x, weights, gate_up, down) = data(biased=False)
     with pytest.raises(ValueError, match="the gate makes 48 features of 96, and down reads 32"):

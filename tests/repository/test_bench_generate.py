@@ -30,7 +30,6 @@ def test_the_step_is_that_of_a_plain_model(monkeypatch):
 def test_the_table(monkeypatch, tmp_path):
     times = iter([4.0, 2.0, 3.0, 1.0])
     monkeypatch.setattr(generate, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(generate, "eager_ms", lambda step: (step(), next(times))[1])
     monkeypatch.setattr(generate, "graph_ms", lambda step: (step(), next(times))[1])
     options = ["--shapes", "tiny", "--batches", "2", "--contenders", "bf16", "halo1-int8", "--folder", str(tmp_path)]

@@ -26,7 +26,16 @@ def module(name: str):
 
 hook = module("mkdocs_hook")
 #: public names that are not imported with the package
-OF_HOSTS = ["HaloArguments", "HaloCallback", "HaloPrecision", "HaloQuantConfig", "halo_linear", "precompute_scales"]
+OF_HOSTS = [
+    "HaloArguments",
+    "HaloCallback",
+    "HaloPrecision",
+    "HaloQuantConfig",
+    "fuse_head_",
+    "halo_linear",
+    "precompute_scales",
+    "unfuse_head_",
+]
 
 
 def record(name: str) -> dict:

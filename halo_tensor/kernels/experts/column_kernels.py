@@ -23,6 +23,15 @@ def _rows_of(tiles, starts, expert):
 
 
 @triton.jit
+def _headroom(rows, LONGEST: tl.constexpr, MANTISSA: tl.constexpr):
+    """Return by what the scales of a group are multiplied, so that no sum of products of its integers leaves int32."""
+    if MANTISSA == -1:
+        return tl.maximum((rows + (LONGEST - 1)) // LONGEST, 1).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
 def _load_rows(x, index, weight, fold, row, end, columns, stride_row, C, INDEXED: tl.constexpr, WEIGHTED: tl.constexpr):
     """Return a tile of x, times its routing weights, and the folded scales of its rows."""
     at = row
@@ -48,7 +57,7 @@ def group_columns(
     INDEXED: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, SUMS: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
+    INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """Quantise BC columns of x [·, C] of one expert, BM rows at a time."""
     expert = tl.program_id(1)
@@ -63,7 +72,7 @@ def group_columns(
         if SUMS:
             total += tl.sum(y, 0)
         most = maximum(most, tl.abs(y * by_row[:, None]))
-    scale = scale_from(tl.reduce(most, 0, maximum), INVERSE_MAX)
+    scale = scale_from(tl.reduce(most, 0, maximum) * _headroom(end - first, LONGEST, MANTISSA), INVERSE_MAX)
     inverse = tl.div_rn(tl.full((BC,), 1.0, tl.float32), scale)
     for i in tl.range(0, steps, num_stages=STAGES):
         row = first + i * BM + tl.arange(0, BM)
@@ -101,7 +110,7 @@ def gated_grad_columns(
     WEIGHTED: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
-    INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
+    INVERSE_MAX: tl.constexpr, STEP: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """Quantise the gradient of h [·, 2F] of one expert: BC columns of the gate's half and of up's, BM rows at a time."""
     expert = tl.program_id(1)
@@ -122,8 +131,9 @@ def gated_grad_columns(
         most_gate = maximum(most_gate, tl.abs(d_gate * by_row[:, None]))
         most_up = maximum(most_up, tl.abs(d_up * by_row[:, None]))
     one = tl.full((BC,), 1.0, tl.float32)
-    scale_gate = scale_from(tl.reduce(most_gate, 0, maximum), INVERSE_MAX)
-    scale_up = scale_from(tl.reduce(most_up, 0, maximum), INVERSE_MAX)
+    headroom = _headroom(end - first, LONGEST, MANTISSA)
+    scale_gate = scale_from(tl.reduce(most_gate, 0, maximum) * headroom, INVERSE_MAX)
+    scale_up = scale_from(tl.reduce(most_up, 0, maximum) * headroom, INVERSE_MAX)
     inverse_gate, inverse_up = tl.div_rn(one, scale_gate), tl.div_rn(one, scale_up)
     # The rows of codes_t are the columns of h.
     at_gate = 2 * columns if INTERLEAVED else columns

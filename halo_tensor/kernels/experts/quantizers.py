@@ -17,6 +17,7 @@ from halo_tensor.reference import experts as reference
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.experts import TILE
 from halo_tensor.reference.hadamard import block_diagonal
+from halo_tensor.reference.ops import LONGEST_SUM
 
 
 class Rows(NamedTuple):
@@ -132,7 +133,7 @@ def _plan_columns(
     bm, bc, warps, stages = COLUMNS
     constants = {
         "INDEXED": indexed, "WEIGHTED": weighted, "T": TILE, "BM": bm, "BC": bc, "STAGES": stages, "SUMS": summed,
-        "num_warps": warps, **format_options(format, device),
+        "LONGEST": LONGEST_SUM, "num_warps": warps, **format_options(format, device),
     }  # fmt: skip
     launch = Launch(column_kernels.group_columns, constants)
 
@@ -237,8 +238,8 @@ def _plan_gated_grad_t(
 ) -> Planned:
     bm, bc, warps, stages = COLUMNS_GATED
     constants = {
-        "WEIGHTED": weighted, "T": TILE, "BM": bm, "BC": bc, "STAGES": stages, "SUMS": summed, "num_warps": warps,
-        **_gate_options(gate), **format_options(format, device),
+        "WEIGHTED": weighted, "T": TILE, "BM": bm, "BC": bc, "STAGES": stages, "SUMS": summed,
+        "LONGEST": LONGEST_SUM, "num_warps": warps, **_gate_options(gate), **format_options(format, device),
     }  # fmt: skip
     launch = Launch(column_kernels.gated_grad_columns, constants)
     return Planned(

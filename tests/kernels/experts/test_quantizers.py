@@ -122,6 +122,32 @@ def test_columns(groups, format, summed):
 
 
 @runs_kernels
+def test_no_sum_of_a_long_group_overflows(groups, monkeypatch):
+    """Codes of a group that is n times too long are n times smaller."""
+    tiles, starts, _, used = groups
+    for module in (quantizers, dense):
+        monkeypatch.setattr(module, "LONGEST_SUM", 50)  # the third expert has 130 rows
+    quantizers._plan_columns.cache_clear()
+    quantizers._plan_gated_grad_t.cache_clear()
+    x, fold = random(ROWS, C), positive(ROWS)
+    codes_t, scales, _ = ops.quantize_groups_t(x, None, None, fold, tiles, starts, False, INT8)
+    expected = reference.quantize_groups_t(x, None, None, fold, tiles, starts, INT8)
+    assert (codes_t[:, used].int() - expected[0][:, used].int()).abs().max() <= 1  # divided by another number than 1 / s
+    assert_close(scales, expected[1])
+    third = codes_t[:, starts[2] * reference.TILE : starts[3] * reference.TILE].int()
+    size = SIZES[2]
+    assert 120 // -(-size // 50) <= third.abs().max() <= -(-127 // -(-size // 50)) and size * third.abs().max() <= 50 * 130
+    h, grad = random(ROWS, 2 * F), random(ROWS, F)
+    codes_t, scales, _ = ops.quantize_gated_grad_t(h, grad, None, Gate(), fold, tiles, starts, False, INT8)
+    expected = reference.quantize_groups_t(
+        reference.activate_backward(h, grad, None, Gate())[0], None, None, fold, tiles, starts, INT8
+    )  # fmt: skip
+    assert_close(scales, expected[1])
+    quantizers._plan_columns.cache_clear()
+    quantizers._plan_gated_grad_t.cache_clear()
+
+
+@runs_kernels
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize(("rotation", "gained"), [(None, False), (16, False), (16, True)])
 def test_gated(gate, rotation, gained):
