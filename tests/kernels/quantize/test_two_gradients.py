@@ -81,7 +81,9 @@ def of_a_gated_mlp(dh, gate, up, columns, rows):
 
 def of_different_scales(dh, gate, up, columns, rows):
     a, b = gated(dh, gate, up)
-    return *halo.quantize_pair(a, [], "int8", columns, rows, False), *halo.quantize_pair(b, [], "int8", columns * 2, rows + 1, False)
+    return *halo.quantize_pair(a, [], "int8", columns, rows, False), *halo.quantize_pair(
+        b, [], "int8", columns * 2, rows + 1, False
+    )
 
 
 def through_views(dh, gate, up, columns, rows):
