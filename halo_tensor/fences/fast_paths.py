@@ -7,7 +7,7 @@ Nothing has been computed by then, so a path never fails half-way.
 The environment variable ``HALO_DISABLE`` switches paths off. It holds names of :data:`FAST_PATHS`, separated by commas, for
 example ``HALO_DISABLE=gluon,launcher``, and is read once, when the library is imported. The backends of products are among
 these names: ``HALO_DISABLE=few_rows,cublas,gluon,tma,sm80`` leaves PyTorch's own products. ``halo_tensor.environment()``
-lists the paths, with the reason for each that is off.
+lists the paths, with the reason for each that is off. ``HALO_ENABLE`` switches on those that are off by default.
 """
 
 import os
@@ -48,15 +48,17 @@ class FastPath:
         package: the package whose internals it uses.
         only_tested: whether it is off under untested versions of that package, because a change there could crash the process
             or give wrong numbers instead of an error.
+        by_default: whether it is on unless ``HALO_DISABLE`` names it. Others are on if ``HALO_ENABLE`` names them.
 
     Attributes:
         disabled: whether ``HALO_DISABLE`` names it.
+        enabled: whether ``HALO_ENABLE`` names it, or it is on by default.
         failure: the last error while it was prepared, or None.
     """
 
-    def __init__(self, name: str, what: str, cost: str, package: str, only_tested: bool = False):
+    def __init__(self, name: str, what: str, cost: str, package: str, only_tested: bool = False, by_default: bool = True):
         self.name, self.what, self.cost, self.package, self.only_tested = name, what, cost, package, only_tested
-        self.disabled = False
+        self.disabled, self.enabled = False, by_default
         self.failure: str | None = None
         self._modules: dict[str, ModuleType | None] = {}
 
@@ -64,6 +66,8 @@ class FastPath:
         """Return why the path is not used in this process; None if it may be used."""
         if self.disabled:
             return "HALO_DISABLE names it"
+        if not self.enabled:
+            return f"it is off by default: HALO_ENABLE={self.name} switches it on"
         if installed(self.package) is None:
             return f"{self.package} is not installed"
         if self.only_tested and not is_tested(self.package):
@@ -169,6 +173,7 @@ AHEAD = FastPath(
     "kernels of a compiled graph compiled in threads, while PyTorch compiles the graph",
     "the first step of a compiled model takes longer",
     "triton",
+    by_default=False,  # the threads were not run on a GPU yet
 )
 FEW_ROWS = FastPath(
     "few_rows",
@@ -207,14 +212,16 @@ _PATHS = (
 FAST_PATHS = {path.name: path for path in _PATHS}
 
 
-def _disable(names: str) -> None:
-    for name in filter(None, map(str.strip, names.split(","))):
+def _switch(variable: str, attribute: str) -> None:
+    """Set an attribute of the paths that an environment variable names."""
+    for name in filter(None, map(str.strip, os.environ.get(variable, "").split(","))):
         if name not in FAST_PATHS:
-            raise ValueError(f"HALO_DISABLE: there is no fast path {name!r}; there are {', '.join(FAST_PATHS)}")
-        FAST_PATHS[name].disabled = True
+            raise ValueError(f"{variable}: there is no fast path {name!r}; there are {', '.join(FAST_PATHS)}")
+        setattr(FAST_PATHS[name], attribute, True)
 
 
-_disable(os.environ.get("HALO_DISABLE", ""))
+_switch("HALO_DISABLE", "disabled")
+_switch("HALO_ENABLE", "enabled")
 
 
 def disabled() -> list[str]:

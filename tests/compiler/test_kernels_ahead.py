@@ -9,6 +9,7 @@ from torch._inductor.utils import fresh_cache
 
 pytest.importorskip("triton")
 from halo_tensor import halo_config, hot_config, quantize_
+from halo_tensor.fences.fast_paths import AHEAD
 from halo_tensor.kernels import ahead
 from halo_tensor.kernels.launch import Launch, SizedLaunch
 from tests.helpers import interpreter
@@ -28,6 +29,7 @@ def what(launch: Launch, sizes, dtypes) -> tuple:
 def started(monkeypatch):
     """What was to be compiled ahead. Bodies of ops run in another thread, which has no fake tensors."""
     found, threads = [], ThreadPoolExecutor(1)
+    monkeypatch.setattr(AHEAD, "enabled", True)
     monkeypatch.setattr(ahead, "start", lambda compile: threads.submit(compile).result())
     monkeypatch.setattr(
         SizedLaunch, "ahead", lambda self, device, dtypes: found.append(what(self.launch, self.sizes, dtypes)) or self

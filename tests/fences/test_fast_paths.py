@@ -99,13 +99,26 @@ def test_a_state_names_no_files():
 def test_paths_are_switched_off(monkeypatch):
     for path in FAST_PATHS.values():
         monkeypatch.setattr(path, "disabled", False)
-    fences._disable(" gluon, joint_graph,")
+    monkeypatch.setenv("HALO_DISABLE", " gluon, joint_graph,")
+    fences._switch("HALO_DISABLE", "disabled")
     assert fences.disabled() == ["gluon", "joint_graph"]
     assert JOINT_GRAPH.attempt(raising(AssertionError)) is None, "nothing is tried, and nobody warned"
     assert environment()["fast paths"]["joint_graph"] == "off: HALO_DISABLE names it"
     assert "fast path joint_graph: off: HALO_DISABLE names it" in str(environment())
-    with pytest.raises(ValueError, match="no fast path 'glue'; there are gluon, precompiled, launcher"):
-        fences._disable("glue")
+    monkeypatch.setenv("HALO_DISABLE", "glue")
+    with pytest.raises(ValueError, match="HALO_DISABLE: there is no fast path 'glue'; there are gluon, precompiled, launcher"):
+        fences._switch("HALO_DISABLE", "disabled")
+
+
+def test_paths_are_switched_on(monkeypatch):
+    """Those that are off by default."""
+    off = [name for name, path in FAST_PATHS.items() if not path.enabled]
+    assert off == ["ahead"] and fences.AHEAD.state() == "off: it is off by default: HALO_ENABLE=ahead switches it on"
+    assert fences.AHEAD.attempt(raising(AssertionError)) is None
+    monkeypatch.setattr(fences.AHEAD, "enabled", False)
+    monkeypatch.setenv("HALO_ENABLE", "ahead")
+    fences._switch("HALO_ENABLE", "enabled")
+    assert fences.AHEAD.why_off() is None
 
 
 def test_the_environment_variable_is_read():

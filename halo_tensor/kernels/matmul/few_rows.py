@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from halo_tensor.kernels.device import has_dependent_launches, has_wgmma
+from halo_tensor.kernels.device import has_dependent_launches, has_wgmma, is_hopper
 from halo_tensor.kernels.launch import Launch, Variant, cdiv, shared_memory
 from halo_tensor.kernels.matmul.request import Request, multiprocessors
 
@@ -145,11 +145,13 @@ def _product_in_parts(a, b, rows, within, M, K, stride_a, stride_b, BK: tl.const
 
 
 def why_not(request: Request) -> str | None:
-    """Return the reason to decline: the product has more rows, or undoes a rotation. None if it has few."""
+    """Return the reason to decline: more rows, a rotation to undo, or a GPU on which the kernel was not run; None otherwise."""
     if not request.size.few:
         return "the result has more than 64 rows"
     if request.row_rotation is not None or request.column_rotation is not None:
         return "it undoes no rotation"
+    if request.device.type == "cuda" and not is_hopper(request.device):  # tests compile it for other GPUs
+        return "it was run on SM 9.0 only"
     return None
 
 
