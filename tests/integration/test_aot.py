@@ -4,6 +4,7 @@ The library's own functions run on fake CUDA tensors right up to the launch. So 
 the same constants, specialised on the same strides and alignments. Only the driver is a stand-in.
 """
 
+import gc
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from halo_tensor.compiler import kernels_ahead  # noqa: E402
 from halo_tensor.fences import gluon, triton_launch  # noqa: E402
-from halo_tensor.fences.fast_paths import CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
+from halo_tensor.fences.fast_paths import AHEAD, CUBLAS, GLUON, LAUNCHER, PRECOMPILED, TMA, Refusal  # noqa: E402
 from halo_tensor.kernels import ahead, loss_sm90  # noqa: E402
 from halo_tensor.kernels import launch as launching  # noqa: E402
 from halo_tensor.kernels import loss as loss_kernels  # noqa: E402
@@ -980,6 +981,10 @@ def test_threads_compile_what_one_thread_does(launched, monkeypatch, tmp_path):
         return compile(self, key, *args, **kwargs)
 
     monkeypatch.setattr(JITFunction, "_do_compile", noting)
+    monkeypatch.setattr(AHEAD, "enabled", True)
+    for function in gc.get_objects():
+        if issubclass(type(function), JITFunction):
+            function.device_caches.clear()  # of what other tests have compiled
 
     def fake(compile):
         try:

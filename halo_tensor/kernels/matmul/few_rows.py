@@ -145,7 +145,7 @@ def _product_in_parts(a, b, rows, within, M, K, stride_a, stride_b, BK: tl.const
 
 
 def why_not(request: Request) -> str | None:
-    """Return the reason to decline: more rows, a rotation to undo, or a GPU on which the kernel was not run; None otherwise."""
+    """Return the reason to decline: more rows, a rotation to undo, or a GPU on which the kernel was not run; else None."""
     if not request.size.few:
         return "the result has more than 64 rows"
     if request.row_rotation is not None or request.column_rotation is not None:
