@@ -380,7 +380,8 @@ def test_frozen_weights(world):
             outputs += [y.detach(), x.grad]
         assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3]), (dtype, granularity, size)
         state = weights(model)
-        assert all(torch.equal(v, single.state_dict()[k]) for k, v in state.items())
+        for name, value in state.items():  # rows are un-rotated in products of other sizes: the last bit may differ
+            torch.testing.assert_close(value, single.state_dict()[name], rtol=1e-6, atol=1e-6)
         set_model_state_dict(model, {k: 2 * v for k, v in state.items()}, options=FULL)
         for name, value in weights(model).items():
             assert (value - 2 * state[name]).norm() < (0.02 if dtype == "int8" else 0.06) * value.norm() + 1e-9, name
