@@ -15,8 +15,7 @@ from halo_tensor.kernels.experts import triton_products
 from halo_tensor.kernels.experts.request import GroupedRequest
 from halo_tensor.kernels.launch import Planned
 from halo_tensor.kernels.matmul.backends import Backend
-from halo_tensor.kernels.matmul.plan import fits_epilogue
-from halo_tensor.kernels.rotate import unrotate
+from halo_tensor.kernels.matmul.plan import finish, fits_epilogue, unfinished
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference.ops import LONGEST_SUM
 
@@ -43,8 +42,9 @@ def grouped_mm(
     """Return what :func:`halo_tensor.reference.experts.grouped_mm` defines."""
     (rows, k), (experts, n, _) = a.shape, b.shape
     if column_rotation is not None and not fits_epilogue(column_rotation):
-        y = grouped_mm(a, b, tiles, starts, a_scale, b_scale, None, None, None, _wide(dtype), None)
-        return _rest(y, column_rotation, gain, dtype)
+        assert bias is None and weight is None, "products that undo a rotation are gradients, which have neither"
+        y = grouped_mm(a, b, tiles, starts, a_scale, b_scale, None, None, None, unfinished(dtype), None)
+        return finish(y, None, column_rotation, (rows, n), gain, None, dtype)
     out = a.new_empty((rows, n), dtype=dtype)
     if rows == 0:
         return out
@@ -71,25 +71,13 @@ def grouped_grad(
     """Return what :func:`halo_tensor.reference.experts.grouped_grad` defines."""
     (m, k), n, experts = a_t.shape, b_t.shape[0], starts.shape[0] - 2
     if column_rotation is not None and not fits_epilogue(column_rotation):
-        g = grouped_grad(a_t, b_t, starts, a_scale, None, _wide(dtype), None)
-        return _rest(g.view(experts * m, n), column_rotation, gain, dtype).view(experts, m, n)
+        g = grouped_grad(a_t, b_t, starts, a_scale, None, unfinished(dtype), None)
+        return finish(g.view(experts * m, n), None, column_rotation, (experts * m, n), gain, None, dtype).view(experts, m, n)
     out = a_t.new_empty((experts, m, n), dtype=dtype)
     planned = plan(a_t.device, a_t.dtype, True, False, None, False, gain is not None, column_rotation, dtype)
     numbers = (k, experts, 0, m, n, k, a_t.stride(0), b_t.stride(0))
     planned(numbers, a_t, b_t, out, None, starts, a_scale, None, None, None, gain)
     return out
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    # A result that is still rotated may be outside of float16's range.
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _rest(y: torch.Tensor, column_rotation: Rotation, gain: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Undo in a pass of its own what the epilogue cannot."""
-    y = unrotate(y, None, column_rotation, (y.shape[0], y.shape[1]), y.dtype)
-    y = y if gain is None else y.mul_(gain)
-    return y if y.dtype == dtype else y.to(dtype)
 
 
 @lru_cache(maxsize=4096)

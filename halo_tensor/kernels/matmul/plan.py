@@ -54,13 +54,36 @@ def scaled_mm(
     # pass rotates columns.
     rows = shape[0] if in_rows else a.shape[0]
     in_gain, gain = (gain, None) if in_columns == column_rotation else (None, gain)
-    # A result that is still rotated, or lacks the gain, may be outside of float16's range.
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    y = _product(a, b_t, a_scale, b_scale, in_gain, None, in_rows, in_columns, rows, wide)
-    y = unrotate(y, None if in_rows else row_rotation, None if in_columns else column_rotation, shape, wide)
+    y = _product(a, b_t, a_scale, b_scale, in_gain, None, in_rows, in_columns, rows, unfinished(dtype))
+    rest = None if in_rows else row_rotation, None if in_columns else column_rotation
+    return finish(y, *rest, shape, gain, bias, dtype)
+
+
+def unfinished(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product before :func:`finish`: without its un-rotation or its gain, a result of ``dtype`` may be
+    outside of float16's range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def finish(
+    y: torch.Tensor,
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    shape: tuple[int, int],
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Undo rotations of a product in a pass of its own, multiply the gain in and add the bias.
+
+    Args:
+        y: the product, of the dtype that :func:`unfinished` gives. It is overwritten.
+        shape, dtype: of the result.
+    """
+    y = unrotate(y, row_rotation, column_rotation, shape, y.dtype)
     y = y if gain is None else y.mul_(gain)
     y = y if bias is None else y.add_(bias)
-    return y if wide == dtype else y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _undoes_rows_in_epilogue(a: torch.Tensor, b_t: torch.Tensor, rows: int, dtype: torch.dtype) -> bool:
