@@ -1,4 +1,4 @@
-"""What reaches layers in one forward and backward: hooks for as long as a block lasts, and the operands."""
+"""Record the operands that reach layers in one forward and backward, and register hooks for the length of a block."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

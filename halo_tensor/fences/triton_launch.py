@@ -29,7 +29,7 @@ def shared_memory(index: int) -> int:
 
 
 class Address(NamedTuple):
-    """What a descriptor needs of a tensor: where it begins, and its dtype."""
+    """An address and a dtype. A descriptor reads these two of its base, which may then be this instead of a tensor."""
 
     pointer: int
     dtype: torch.dtype
@@ -151,7 +151,7 @@ def _encoders(compiled: Any, described: int) -> list[Callable[[Any], tuple]]:
     def encoder(meta: Any) -> Callable[[Any], tuple]:
         def encode(descriptor: Any) -> tuple:
             encoded = make_tensordesc_arg(descriptor, meta, *unused)
-            # Without TMA the argument is the tensor, or what stands for it, whose address is passed.
+            # Without TMA, Triton returns the descriptor's base itself. The C function takes its address.
             return tuple(a.data_ptr() if isinstance(a, (torch.Tensor, Address)) else a for a in encoded)
 
         return encode

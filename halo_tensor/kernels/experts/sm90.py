@@ -162,7 +162,7 @@ def grouped_wgmma_kernel(
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
 
-    # What is loaded next: step ahead_k of tile ``ahead``.
+    # The next load is of step ahead_k of tile ``ahead``.
     ahead, ahead_k = tile, 0
     _, a_row, _, _, b_row, k_first, count = _work(
         ahead, total, tiles, starts, tiles_m, tiles_n, steps, N, GROUP, ALONG_TOKENS, T, BN, BK

@@ -201,7 +201,7 @@ def plan(request: GroupedRequest) -> Planned:
     device = request.device
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     tile = tile_for(generation, request.integer)
-    # Without TMA, by choice or by generation, operands are read by pointers.
+    # The kernel reads operands through pointers if the GPU has no TMA, or if HALO_DISABLE names it.
     programs, tma = multiprocessors(device) * tile.resident, has_tma(device) and TMA.why_off() is None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # Triton's interpreter has no 16-bit products
     matrix = block_diagonal(request.rotation, EDGE, dtype, device, transposed=True) if request.rotation else None

@@ -69,7 +69,7 @@ def few_rows_kernel(
     stride_a, stride_b = tl.multiple_of(stride_a, 16), tl.multiple_of(stride_b, 16)
     first = tl.program_id(0) * BN
     rows, columns = tl.arange(0, BM), first + tl.arange(0, BN)
-    # What is multiplied at the end is read first. The memory's latency is long beside the product of a small weight.
+    # Load scales, gain and bias before the main loop: for a small weight, their latency is a large part of the time.
     SHIFT: tl.constexpr = 128.0 if B_SCALE == 2 and A_SCALE > 0 else 1.0  # see reference.ops.SHIFT
     if B_SCALE == 2:
         by_column = tl.load(b_scale + columns, mask=columns < N, other=0.0) * (1.0 / SHIFT)
@@ -162,7 +162,7 @@ def plan(request: Request) -> Variant:
     most = multiprocessors(device)
     tile = tile_for(n, few, by_wgmma, most, shared_memory(device))
     programs = cdiv(n, tile.n)
-    # With more programs than multiprocessors, dependent launches were as fast or slower.
+    # A dependent launch saved time only where the programs are not more than the multiprocessors (docs/notes/products.md).
     dependent = has_dependent_launches(device) and programs <= most
     constants = {
         "BM": few, "BN": tile.n, "BK": tile.k, "PARTS": tile.parts, "DEPENDENT": dependent, **request.constants,
