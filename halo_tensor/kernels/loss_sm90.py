@@ -1,7 +1,7 @@
 """Statistics of int8 logits straight from the accumulators of their product, in Gluon for SM 9.0: no logits are written.
 
-The loop over tiles is that of :mod:`halo_tensor.kernels.matmul.sm90`. Instead of storing a tile, the epilogue reduces each of
-its rows to three numbers, and a second kernel merges those of all tiles.
+The main loop is that of :mod:`halo_tensor.kernels.matmul.sm90`. Instead of storing a tile, the epilogue reduces each of its
+rows to three numbers, and a second kernel merges those of all tiles.
 """
 
 from functools import lru_cache
@@ -12,18 +12,11 @@ import triton
 import triton.language as tl
 
 from halo_tensor.fences.fast_paths import GLUON
-from halo_tensor.fences.gluon import (
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from halo_tensor.fences.gluon import fence_async_shared, gl, gluon, mbarrier
 from halo_tensor.kernels.device import INTERPRETED, is_hopper
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.matmul.request import multiprocessors
-from halo_tensor.kernels.matmul.sm90 import BK, BM, BN, GROUP, STAGES, WARPS, _load, _next, _place_of
+from halo_tensor.kernels.matmul.sm90 import BK, BM, BN, GROUP, STAGES, WARPS, _place_of, multiply_tile, start_loading
 from halo_tensor.reference.loss import Objective
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -58,33 +51,16 @@ def logit_statistics(
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
 
-    to_load = gl.cdiv(tiles_m * tiles_n - first, PROGRAMS) * steps
-    tile_m, tile_n = _place_of(first, tiles_m, tiles_n, GROUP, True)
-    ahead, ahead_m, ahead_n, ahead_k = first, tile_m, tile_n, 0
-    for i in gl.static_range(STAGES - 1):
-        _load(a, b, a_tiles, b_tiles, arrived, i, ahead_m, ahead_n, ahead_k, to_load > 0)
-        to_load -= 1
-        ahead, ahead_m, ahead_n, ahead_k = _next(ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS)
-
+    to_load, ahead, ahead_m, ahead_n, ahead_k = start_loading(
+        a, b, a_tiles, b_tiles, arrived, first, steps, tiles_m, tiles_n, STAGES, GROUP, PROGRAMS
+    )
     slot, free, phase = 0, STAGES - 1, 0
     for tile in range(first, tiles_m * tiles_n, PROGRAMS):
         tile_m, tile_n = _place_of(tile, tiles_m, tiles_n, GROUP, True)
-        acc = gl.zeros([BM, BN], gl.int32, layout)
-        for _ in range(steps):
-            mbarrier.wait(arrived.index(slot), phase)
-            acc = warpgroup_mma(a_tiles.index(slot), b_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            _load(a, b, a_tiles, b_tiles, arrived, free, ahead_m, ahead_n, ahead_k, to_load > 0)
-            to_load -= 1
-            ahead, ahead_m, ahead_n, ahead_k = _next(
-                ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS
-            )
-            free = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc, slot, free, phase, to_load, ahead, ahead_m, ahead_n, ahead_k = multiply_tile(
+            a, b, a_tiles, b_tiles, arrived, gl.zeros([BM, BN], gl.int32, layout), slot, free, phase,
+            to_load, ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, STAGES, GROUP, PROGRAMS,
+        )  # fmt: skip
 
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
         columns = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))

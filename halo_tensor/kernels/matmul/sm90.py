@@ -62,6 +62,57 @@ def _next(tile, tile_m, tile_n, k, steps, tiles_m, tiles_n, GROUP: gl.constexpr,
     return tile, tile_m, tile_n, k
 
 
+@gluon.jit
+def start_loading(
+    a, b, a_tiles, b_tiles, arrived, first, steps, tiles_m, tiles_n,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """Start to load what a program multiplies first, to all slots but one.
+
+    first: its first tile, before the steps of PROGRAMS to the next ones. steps: tiles along K.
+
+    Returns how many loads are left, and the tile, its place and the depth of the next one.
+    """
+    to_load = gl.cdiv(tiles_m * tiles_n - first, PROGRAMS) * steps
+    tile_m, tile_n = _place_of(first, tiles_m, tiles_n, GROUP, True)
+    ahead, ahead_m, ahead_n, ahead_k = first, tile_m, tile_n, 0
+    for i in gl.static_range(STAGES - 1):
+        _load(a, b, a_tiles, b_tiles, arrived, i, ahead_m, ahead_n, ahead_k, to_load > 0)
+        to_load -= 1
+        ahead, ahead_m, ahead_n, ahead_k = _next(ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS)
+    return to_load, ahead, ahead_m, ahead_n, ahead_k
+
+
+@gluon.jit
+def multiply_tile(
+    a, b, a_tiles, b_tiles, arrived, acc, slot, free, phase, to_load, ahead, ahead_m, ahead_n, ahead_k,
+    steps, tiles_m, tiles_n,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """Add the products of one tile to ``acc``, while later tiles are loaded. :func:`start_loading` gives the first arguments.
+
+    slot, free: the slots to multiply next and to load to. phase: of the barriers.
+
+    Returns ``acc``, and what changed: from ``slot`` to ``ahead_k``.
+    """
+    for _ in range(steps):
+        mbarrier.wait(arrived.index(slot), phase)
+        acc = warpgroup_mma(a_tiles.index(slot), b_tiles.index(slot).permute((1, 0)), acc, is_async=True)
+        # The product before this one is done, so the next load may overwrite its tiles. It is done in all warps, because
+        # Triton puts a barrier before a load to memory that others may still read.
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        _load(a, b, a_tiles, b_tiles, arrived, free, ahead_m, ahead_n, ahead_k, to_load > 0)
+        to_load -= 1
+        ahead, ahead_m, ahead_n, ahead_k = _next(ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS)
+        free = slot
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    return acc, slot, free, phase, to_load, ahead, ahead_m, ahead_n, ahead_k
+
+
 @gluon.constexpr_function
 def _rows_of_eight(m: int, n: int, warps: int) -> Any:
     """Return a layout like that of an accumulator, in which a thread holds 8 neighbouring columns, for wide stores. To convert
@@ -139,35 +190,16 @@ def wgmma_kernel(
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
 
-    to_load = gl.cdiv(tiles_m * tiles_n - first, PROGRAMS) * steps
-    tile_m, tile_n = _place_of(first, tiles_m, tiles_n, GROUP, True)
-    ahead, ahead_m, ahead_n, ahead_k = first, tile_m, tile_n, 0
-    for i in gl.static_range(STAGES - 1):
-        _load(a, b, a_tiles, b_tiles, arrived, i, ahead_m, ahead_n, ahead_k, to_load > 0)
-        to_load -= 1
-        ahead, ahead_m, ahead_n, ahead_k = _next(ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS)
-
+    to_load, ahead, ahead_m, ahead_n, ahead_k = start_loading(
+        a, b, a_tiles, b_tiles, arrived, first, steps, tiles_m, tiles_n, STAGES, GROUP, PROGRAMS
+    )
     slot, free, phase = 0, STAGES - 1, 0
     for tile in range(first, tiles_m * tiles_n, PROGRAMS):
         tile_m, tile_n = _place_of(tile, tiles_m, tiles_n, GROUP, True)
-        acc = gl.zeros([BM, BN], accumulator_type, layout)
-        for _ in range(steps):
-            mbarrier.wait(arrived.index(slot), phase)
-            acc = warpgroup_mma(a_tiles.index(slot), b_tiles.index(slot).permute((1, 0)), acc, is_async=True)
-            # The product before this one is done, so the next load may overwrite its tiles. It is done in all warps, because
-            # Triton puts a barrier before a load to memory that others may still read.
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            _load(a, b, a_tiles, b_tiles, arrived, free, ahead_m, ahead_n, ahead_k, to_load > 0)
-            to_load -= 1
-            ahead, ahead_m, ahead_n, ahead_k = _next(
-                ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, GROUP, PROGRAMS
-            )
-            free = slot
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc, slot, free, phase, to_load, ahead, ahead_m, ahead_n, ahead_k = multiply_tile(
+            a, b, a_tiles, b_tiles, arrived, gl.zeros([BM, BN], accumulator_type, layout), slot, free, phase,
+            to_load, ahead, ahead_m, ahead_n, ahead_k, steps, tiles_m, tiles_n, STAGES, GROUP, PROGRAMS,
+        )  # fmt: skip
 
         y = acc.to(gl.float32)
         rows = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, layout))
