@@ -188,13 +188,16 @@ def _lower(name: str, produced: int = 0) -> None:
         return as_op(*args) if buffers is None else buffers
 
 
-_lower("rotate_quantize", produced=1)
-_lower("quantize_pair")
-_lower("quantize_pairs", produced=2)
-_lower("scaled_mm")
-_lower("rotate")
-_lower("unrotate")
-for _name in (
+#: Of some ops, how many tensors their kernels can compute.
+_PRODUCED = {"rotate_quantize": 1, "quantize_pairs": 2}
+#: The ops that compiled graphs lower to launches.
+_LOWERED = (
+    "rotate_quantize",
+    "quantize_pair",
+    "quantize_pairs",
+    "scaled_mm",
+    "rotate",
+    "unrotate",
     "combine",
     "gather_codes",
     "group_tiles",
@@ -207,7 +210,8 @@ for _name in (
     "quantize_groups_t",
     "turn_codes",
     "turn_stack",
-):
-    _lower(_name)
-_lower("compress")
-_lower("decompress")
+    "compress",
+    "decompress",
+)
+for _name in _LOWERED:
+    _lower(_name, _PRODUCED.get(_name, 0))
