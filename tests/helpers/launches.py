@@ -1,9 +1,14 @@
-"""Records which kernels are launched."""
+"""Records which kernels are launched, and switches off backends of products."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.products import eager
 
 
@@ -20,3 +25,16 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Launch, "bound", lambda self, sizes: None)  # programs then call launches with tensors
     eager._lowered.clear()
     return names
+
+
+@contextmanager
+def switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Yield a function that switches fast paths off by their names. Products are planned anew after it, and after the block."""
+
+    def switch_off(*names: str) -> None:
+        for name in names:
+            monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
+        product.plan.cache_clear()
+
+    yield switch_off
+    product.plan.cache_clear()

@@ -11,7 +11,6 @@ from halo_tensor import ops
 from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Planned
 from halo_tensor.kernels.matmul import backends, cublas, sm80, tma
-from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.matmul.pytorch import PyTorchProduct
 from halo_tensor.kernels.stand_ins import Memory, StandIn, Unsupported
 from halo_tensor.ops.register import body_of
@@ -19,6 +18,7 @@ from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from halo_tensor.reference import ops as reference
 from tests.helpers import interpreter
 from tests.helpers.interpreter import DEVICE, INTERPRETED, runs_kernels
+from tests.helpers.launches import switch
 
 NAMES = ["few_rows", "cublas", "gluon", "tma", "sm80", "pytorch"]
 
@@ -30,15 +30,8 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def switch_off(monkeypatch):
-    """A function that switches fast paths off."""
-
-    def switch_off(*names):
-        for name in names:
-            monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
-        product.plan.cache_clear()
-
-    yield switch_off
-    product.plan.cache_clear()
+    with switch(monkeypatch) as switch_off:
+        yield switch_off
 
 
 @pytest.fixture

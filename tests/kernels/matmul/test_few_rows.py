@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from halo_tensor import ops
-from halo_tensor.fences.fast_paths import FAST_PATHS
-from halo_tensor.kernels.launch import Launch, cdiv
+from halo_tensor.kernels.launch import cdiv
 from halo_tensor.kernels.matmul import few_rows, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.quantize import whole_rows
 from halo_tensor.recipe import FP6_E3M2, FP8_E4M3, FP8_E5M2, INT8, Rotation
 from halo_tensor.reference.codes import aligned
-from tests.helpers import interpreter
+from tests.helpers import interpreter, launches
 from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import DEVICE, GPU, INTERPRETED, runs_kernels
 from tests.helpers.kernel_checks import DTYPES, ROUNDING, codes_of, exact_product, gain_of, scales_of
@@ -30,10 +29,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the kernels that run."""
-    names, call = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self, *args: (names.append(self.kernel.fn.__name__), call(self, *args))[1])
-    return names
+    return launches.noted(monkeypatch)
 
 
 def beside_others(codes: torch.Tensor) -> torch.Tensor:
@@ -47,15 +43,8 @@ def beside_others(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def switch_off(monkeypatch):
-    """A function that switches backends off."""
-
-    def switch_off(*names):
-        for name in names:
-            monkeypatch.setattr(FAST_PATHS[name], "disabled", True)
-        product.plan.cache_clear()
-
-    yield switch_off
-    product.plan.cache_clear()
+    with launches.switch(monkeypatch) as switch_off:
+        yield switch_off
 
 
 @runs_kernels
