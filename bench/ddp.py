@@ -8,17 +8,14 @@ Dynamo's DDPOptimizer splits the graph where buckets of gradients are sent. Weig
 """
 
 import argparse
-import gc
-import os
-import statistics
-import sys
 
+import ranks
 import results
 import torch
 import torch.distributed as dist
-from contenders import CONTENDERS, convert
-from fsdp import TINY, alone, milliseconds
-from steps import BACKEND, CUDA
+from contenders import convert
+from ranks import timed
+from steps import BACKEND
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,18 +63,11 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict:
 
     for _ in range(args.warmup):
         step()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    dist.barrier()
-    ms = milliseconds(step, args.steps)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
-    issue = statistics.median(alone(step) for _ in range(5))
+    ms, issue, peak = timed(step, args.steps, device)
     sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
     most, least = sums.clone(), -sums
-    slowest = torch.tensor([ms, issue, peak], device=device)
-    for tensor in (slowest, most, least):
+    for tensor in (most, least):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    ms, issue, peak = slowest.tolist()
     same = "yes" if torch.equal(most, -least) else "no"
     return {
         "ms": round(ms, 2),
@@ -88,60 +78,29 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
+def row_of(name: str, args: argparse.Namespace, device: torch.device, rows: list[dict]) -> dict:
+    """Return the row of a contender. It is compared with the row of bf16 in ``rows``, if there is one."""
+    columns = measure(name, args, device)
+    ms = columns.pop("ms")
+    return {"contender": name, "ms": ms, "× bf16": results.speedup(ranks.reference(rows, name, ms), ms)} | columns
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=14336)
+    parser = ranks.parser_of(__doc__.splitlines()[0], DEFAULT, warmup=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=2, help="sequences per GPU")
-    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bucket", type=float, default=500, help="MB of gradients in a bucket; DDP's own default is 25")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before the first that is timed")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
     results.add_arguments(parser, "ddp")
     args = parser.parse_args(argv)
     if args.tiny:
-        vars(args).update(TINY, vocabulary=256, bucket=1)
+        vars(args).update(ranks.TINY, vocabulary=256, bucket=1)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    if "LOCAL_RANK" not in os.environ or not (CUDA or args.tiny):
-        sys.exit("bench/ddp.py needs CUDA devices and torchrun: torchrun --standalone --nproc-per-node 2 bench/ddp.py")
-    device = torch.device("cpu")
-    if CUDA:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if CUDA else "gloo", device_id=device if CUDA else None)
-    world, first = dist.get_world_size(), dist.get_rank() == 0
-    shape = f"{args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
-    title = f"DDP, compiled, on {world} {'GPUs' if CUDA else 'processes of a CPU'}, {shape}"
-    rows: list[dict] = []
-    why_not = {(name,): results.ENDED for name in args.contenders}
-    for name in args.contenders:
-        try:
-            columns = measure(name, args, device)
-        except Exception as error:  # all ranks run the same code, so all of them fail
-            print(f"rank {dist.get_rank()}, {name}: {error!r:.2000}", flush=True)
-            why_not[(name,)] = results.reason(error)
-        else:
-            bf16 = next((row["ms"] for row in rows if row["contender"] == "bf16"), columns["ms"] if name == "bf16" else None)
-            rows.append({"contender": name, "ms": columns.pop("ms"), "× bf16": None} | columns)
-            rows[-1]["× bf16"] = results.speedup(bf16, rows[-1]["ms"])
-            if first:
-                print(rows[-1], flush=True)
-        finally:
-            torch._dynamo.reset()
-            gc.collect()
-            if CUDA:
-                torch.cuda.empty_cache()
-        if first and rows:
-            results.write(args.name, title, rows, NOTES, args.folder, quiet=True, expected=DEFAULT, why_not=why_not)
-    dist.destroy_process_group()
+    with ranks.process_group("ddp.py", args.tiny) as device:
+        title = ranks.title("DDP, compiled,", args)
+        ranks.take_turns(args, title, NOTES, DEFAULT, lambda name, rows: row_of(name, args, device, rows))
 
 
 if __name__ == "__main__":
