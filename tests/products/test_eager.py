@@ -12,7 +12,7 @@ from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.recorded import Program
 from halo_tensor.products import eager
-from halo_tensor.products.eager import can_lower
+from halo_tensor.products.lowered import can_lower
 from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
 from tests.helpers import interpreter, launches
 from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
