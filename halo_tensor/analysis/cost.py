@@ -38,6 +38,11 @@ class Shape:
     saved: tuple[int, int]
     first: bool = True
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name of a dimension of X, W or E -> its size."""
+        return {"tokens": self.tokens, "in_features": self.in_features, "out_features": self.out_features}
+
 
 def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
     """Run ``model(*args, **kwargs)`` once and return the shape of every layer that a recipe can convert, by name.
@@ -107,7 +112,7 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
     Returns:
         "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
-    sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
+    sizes = shape.sizes
     counts, transforms = {}, 0
     transformed: set[tuple] = set()
     for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
