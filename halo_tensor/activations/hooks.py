@@ -26,7 +26,7 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 class _State(threading.local):
-    """What is active in this thread.
+    """Counts the blocks and norms whose forwards run in this thread.
 
     Attributes:
         entered: for each block whose forward runs, whether it has pushed hooks.

@@ -1,4 +1,4 @@
-"""What reaches layers in one forward and backward: hooks for as long as a block lasts, and the operands."""
+"""Record the operands that reach layers in one forward and backward, with hooks that are removed afterwards."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
