@@ -38,6 +38,11 @@ class Shape:
     saved: tuple[int, int]
     first: bool = True
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name of a dimension of X, W or E -> its size."""
+        return {"tokens": self.tokens, "in_features": self.in_features, "out_features": self.out_features}
+
 
 def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
     """Run ``model(*args, **kwargs)`` once and return the shape of every layer that a recipe can convert, by name.
@@ -50,15 +55,12 @@ def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
 
     def record(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: torch.Tensor) -> None:
-            sides, x = layers.features(module), layers.input_of(inputs, named)
-            assert sides is not None
+            x = layers.input_of(inputs, named)
             if isinstance(module, nn.Conv2d):
-                tokens, window = output.numel() // output.shape[-3], prod(module.kernel_size)
-                saved = (tokens if window == 1 else x.numel() // x.shape[-3], sides[0])
-                found[name] = Shape(tokens, sides[0] * window, sides[1], module.groups, saved)
+                found[name] = shape_of(module, output.numel() // output.shape[-3], x.numel() // x.shape[-3])
             else:
-                tokens = x.numel() // sides[0]
-                found[name] = Shape(tokens, *sides, 1, (tokens, sides[0]), id(x) not in seen)
+                tokens = x.numel() // x.shape[-1]
+                found[name] = shape_of(module, tokens, tokens, id(x) not in seen)
                 seen[id(x)] = x
 
         return hook
@@ -66,6 +68,23 @@ def shapes(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Shape]:
     with hooked({name: m for name, m in model.named_modules() if layers.features(m)}, record), torch.no_grad():
         model(*args, **kwargs)
     return found
+
+
+def shape_of(module: Any, tokens: int, positions: int, first: bool = True) -> Shape:
+    """Return the shape of one call of a layer. Each group of a convolution is a product of its own.
+
+    Args:
+        module: a layer that a recipe can convert.
+        tokens: rows of X; for a convolution, output positions.
+        positions: input positions of a convolution; for a linear layer, ``tokens``.
+        first: see :class:`Shape`.
+    """
+    sides = layers.features(module)
+    assert sides is not None
+    if not isinstance(module, nn.Conv2d):
+        return Shape(tokens, *sides, 1, (tokens, sides[0]), first)
+    window = prod(module.kernel_size)
+    return Shape(tokens, sides[0] * window, sides[1], module.groups, (tokens if window == 1 else positions, sides[0]), first)
 
 
 def _width(dimension: str, size: int, operand: Operand) -> int:
@@ -107,7 +126,7 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
     Returns:
         "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
-    sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
+    sizes = shape.sizes
     counts, transforms = {}, 0
     transformed: set[tuple] = set()
     for name, (left_dims, right_dims, contracted) in PRODUCTS.items():

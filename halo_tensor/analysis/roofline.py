@@ -164,7 +164,7 @@ def seconds_of(
     Returns:
         seconds.
     """
-    sizes = {"tokens": shape.tokens, "in_features": shape.in_features, "out_features": shape.out_features}
+    sizes = shape.sizes
     unfolded = shape.in_features > shape.saved[1] and not recipe.is_identity
     if not unfolded:
         return shape.groups * seconds(recipe, sizes, products, trained=trained, sharing=sharing, ceilings=ceilings)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.analysis import gpus, roofline
+from halo_tensor.analysis import cost, gpus, roofline
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.kernels.device import runs_scales
@@ -189,13 +189,8 @@ def sharing_of(converted: Mapping[str, tuple[nn.Module, Recipe]]) -> dict[str, i
 
 
 def shape_of(module: Any, tokens: int) -> Shape:
-    """Return the shape of a layer's work in a step. Each group of a convolution is a product of its own."""
-    sides = layers.features(module)
-    assert sides is not None
-    if not isinstance(module, nn.Conv2d):
-        return Shape(tokens, *sides, 1, (tokens, sides[0]))
-    window, stride = prod(module.kernel_size), prod(module.stride)
-    return Shape(tokens, sides[0] * window, sides[1], module.groups, (tokens if window == 1 else tokens * stride, sides[0]))
+    """Return the shape of a layer's work in a step, as far as it is known without a call."""
+    return cost.shape_of(module, tokens, tokens * prod(module.stride) if isinstance(module, nn.Conv2d) else tokens)
 
 
 def sides_of(module: Any) -> str:

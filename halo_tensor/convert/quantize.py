@@ -122,8 +122,8 @@ def quantize_(
     conversion.predicted = predictor.of(model, converted)
     if _has_our_config(config):
         _check_something_converted(model, conversion, slow)
-    if _has_our_config(config) and converted:
-        warn_of_share(model, conversion)
+        if converted:
+            warn_of_share(model, conversion)
     warn_of_unrotated(model, conversion)
     if min_gain is None:
         warn_of_slower(conversion.predicted)

@@ -32,9 +32,9 @@ def fuse_head_(model: nn.Module, **options: Any) -> None:
     ``model(input_ids, labels=labels)`` then computes the loss with :func:`~halo_tensor.linear_cross_entropy`: the product of
     the head in int8, its backward in fp8, and the gradients together with the loss. Forwards without labels or under
     ``torch.no_grad()``, as in ``generate`` and in evaluations, are unchanged. ``outputs.logits`` of the others are computed
-    when something reads them. The model trains as before with
-    ``Trainer``, ``torch.compile``, FSDP2 and gradient checkpointing, with a tied, frozen or trained head, and with LoRA on it.
-    Softcaps and factors of logits, as of Gemma 2, Cohere and Granite, are followed.
+    when something reads them. The model trains as before with ``Trainer``, ``torch.compile``, FSDP2 and gradient
+    checkpointing, with a tied, frozen or trained head, and with LoRA on it. Softcaps and factors of logits, as of Gemma 2,
+    Cohere and Granite, are followed.
 
     Call it before ``torch.compile`` and FSDP, and after PEFT and :func:`~halo_tensor.quantize_`. A second call replaces the
     options of the first; :func:`unfuse_head_` undoes it.
@@ -75,10 +75,11 @@ def fuse_head_(model: nn.Module, **options: Any) -> None:
     parameters = [*inspect.signature(type(found).forward).parameters]
     if "labels" not in parameters:
         raise ValueError(f"the forward of this {type(found).__name__} takes no labels, so it computes no loss to fuse")
-    for head in _layers_of(found.get_output_embeddings()):
+    heads = _layers_of(found.get_output_embeddings())
+    for head in heads:
         _check_head(head)
     state = HeadState(options, parameters.index("labels") - 1)
-    for head in _layers_of(found.get_output_embeddings()):
+    for head in heads:
         own: Any = type(head)
         head.__class__ = _fused_class(own)
         head.fused_state = state
@@ -193,13 +194,12 @@ class _Product:
 
 def _before(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Arm the head before a forward with labels."""
-    head = model.get_output_embeddings()
     labels = kwargs.get("labels")
     if labels is None and len(args) > (place := model.__dict__["_fused_head"].place):
         labels = args[place]
-    layer = _layers_of(head)[0]
     if labels is None:
         return
+    layer = _layers_of(model.get_output_embeddings())[0]
     if not isinstance(layer, FusedHead):
         warnings.warn(
             "the head was replaced after fuse_head_, and the loss is computed from logits: call fuse_head_ again", stacklevel=2
