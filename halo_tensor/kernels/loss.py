@@ -123,7 +123,7 @@ def column_magnitudes(
         tl.store(sums + program * N + columns, tl.sum(e, 0), mask=columns < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def gradient_codes(
     logits, targets, factors, magnitudes, codes, codes_t, scales, M, N, FIRST, stride, stride_codes, stride_codes_t,
     BM: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,
