@@ -2,7 +2,7 @@
 
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
-    python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8 halo1-int8-no-codes-head halo1-int8-low-head
+    python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8-no-codes-head halo1-int8-low-head
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
 Weights and data are random. The contenders run one after another in one process; each compiles from empty caches. The table is
