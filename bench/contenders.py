@@ -72,7 +72,7 @@ BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balanc
 DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
 FROZEN = "-frozen"  #: suffix of a contender's name: weights need no gradient
 #: Suffixes of a contender's name -> what computes the head and its loss, instead of PyTorch: linear_cross_entropy, or
-#: Liger-Kernel's fused loss. The caller calls Llama.fuse_head.
+#: Liger-Kernel's fused loss. The caller fuses the head.
 HEADS = {"-head": "halo_tensor", "-liger": "liger"}
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 #: Suffixes of names -> fields that trade speed for memory (docs/memory.md).
@@ -102,7 +102,7 @@ def split_head(name: str) -> tuple[str, str | None]:
 
 
 def rotated(name: str) -> bool:
-    name = name.removesuffix(BALANCED)
+    name = split_head(name)[0].removesuffix(BALANCED)
     return name in HALO and HALO[name].level > 0
 
 

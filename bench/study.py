@@ -4,6 +4,7 @@
     python bench/study.py --data chats.jsonl --budget-seconds 520      # call it again to continue where it stopped
     python bench/study.py --data chats.jsonl --part 0/8                # one of 8 processes that share a GPU
     python bench/study.py --join                                       # merge what they wrote
+    python bench/study.py --no-compile --variants "as shipped" --name study_memory --only bf16 halo1-int8-balanced-head
     python bench/study.py --data chats.jsonl --smoke                   # every code path, on any machine
     python bench/study.py --data chats.jsonl --final 0.2.0             # on the reserved part, once for a release
 
@@ -19,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -26,7 +28,7 @@ from pathlib import Path
 import results
 import torch
 from common import fail, load_model
-from contenders import BALANCED, DRAWN, convert, draw_gains, rotated
+from contenders import BALANCED, DRAWN, convert, draw_gains, rotated, split_head
 from data import SOURCES, Chat, batches, encode, load_chats, pack, read_chats
 from evaluation import answers, exact_match, mean_loss, sql
 from outliers import inject_outliers
@@ -35,6 +37,7 @@ from study_results import EAGER, MAIN, MODELS, NOTES, OTHERS, draw, join, key, l
 from torch import nn
 
 from halo_tensor import balance_
+from halo_tensor.transformers import fuse_head_
 from halo_tensor.weight.tensor import dense_value
 
 HUB_CHATS = 800  # from a data set of the hub, for training and the reserved part
@@ -90,7 +93,10 @@ class Study:
             self.group = self.converted = None
             gc.collect()  # a compiled module refers to itself
             model = deepcopy(self.plain).requires_grad_(True)
-            convert(model, "bf16" if recipe == EAGER else recipe, seed)
+            layers, head = split_head(recipe)
+            convert(model, "bf16" if layers == EAGER else layers, seed)
+            if head:
+                fuse_head_(model)
             if self.args.compile and recipe != EAGER:
                 for block in model.model.layers:
                     block.compile(fullgraph=True, dynamic=False)
@@ -119,7 +125,7 @@ class Study:
         model = self.model(recipe, seed)
         model.load_state_dict(self.states[which])
         run = {"model": which, "recipe": recipe, "seed": seed, "rotation seed": group_of(recipe, seed)[1]}
-        if recipe.endswith(BALANCED):
+        if split_head(recipe)[0].endswith(BALANCED):
             self.balance(model, seed)
         if recipe.endswith(DRAWN):
             draw_gains(model, seed)
@@ -205,13 +211,13 @@ def group_of(recipe: str, seed: int) -> tuple[str, int | None]:
     return recipe, seed if rotated(recipe) else None
 
 
-def queue(recipes: list[str], seeds: int, other_seeds: int) -> list[tuple[str, str, int]]:
+def queue(recipes: list[str], seeds: int, other_seeds: int, variants: Sequence[str] = MODELS) -> list[tuple[str, str, int]]:
     """Return (model, recipe, seed) of all runs in order, group by group.
 
     The main recipes come first. Runs of the other rotated recipes are ordered by seed.
     """
-    first = [(which, recipe, seed) for recipe in MAIN for seed in range(seeds) for which in MODELS]
-    rest = [(which, recipe, seed) for recipe in OTHERS for seed in range(other_seeds) for which in MODELS]
+    first = [(which, recipe, seed) for recipe in MAIN for seed in range(seeds) for which in variants]
+    rest = [(which, recipe, seed) for recipe in OTHERS for seed in range(other_seeds) for which in variants]
     rest.sort(key=lambda task: group_of(*task[1:])[1] or 0)
     return [task for task in first + rest if task[1] in recipes]
 
@@ -253,6 +259,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[*MAIN, *OTHERS], choices=[*MAIN, *OTHERS], metavar="RECIPE")
     parser.add_argument("--seeds", type=int, default=8, help=f"seeds of {', '.join(MAIN)}")
     parser.add_argument("--other-seeds", type=int, default=3, help="seeds of the other recipes")
+    parser.add_argument("--variants", nargs="+", default=MODELS, choices=MODELS, help="of the model (default: both)")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="rows of packed conversations")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
@@ -306,7 +313,7 @@ def main() -> None:
         for old in (whole, path):
             old.unlink(missing_ok=True)
     done = {key(run) for run in read(whole, settings)}
-    tasks = [task for task in queue(args.only, args.seeds, args.other_seeds) if task not in done]
+    tasks = [task for task in queue(args.only, args.seeds, args.other_seeds, args.variants) if task not in done]
     if args.part:  # no part writes to the whole record, so all parts compute the same shares
         tasks = share(tasks, *args.part)
     runs = read(path, settings)
@@ -336,7 +343,7 @@ def main() -> None:
             write(args.name, title, runs, notes, folder, **about)
         print(json.dumps(run, ensure_ascii=False), flush=True)
 
-    for which in MODELS if not args.part or args.part[0] == 0 else ():
+    for which in args.variants if not args.part or args.part[0] == 0 else ():
         if (which, "untrained", 0) not in done:
             first = {"model": which, "recipe": "untrained", "seed": 0, "rotation seed": None}
             record(first | study.evaluate(study.states[which]))

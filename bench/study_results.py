@@ -35,6 +35,8 @@ OTHERS = (
     "halo0-fp6",
     "halo1-fp6",
     "halo2-fp6",
+    "halo1-int8" + BALANCED + "-head",
+    "halo1-int8-8-bit-activations" + BALANCED,
 )
 RECIPES = ("untrained", *MAIN, *OTHERS)
 NOTES = (
@@ -47,6 +49,8 @@ NOTES = (
     "in {dtype}; change: against bf16 with the same seed. " + EAGER + " is bf16 with its blocks not compiled, that is with "
     "other roundings: its change shows what this study can resolve. balanced: by balance_, on one batch of "
     "training data, before training. drawn: with other roundings for every seed, by random powers of two that X and W share. "
+    "head: the head and its loss by linear_cross_entropy, int8 forward and fp8 backward. 8-bit-activations: "
+    "activations='int8'. "
     "By recipe: the loss of the same weights run by the recipe. tokens/s: of the median "
     "step, optimiser included{compiled}, over runs that had the device to themselves; a model this small is bound by "
     "launching, so this is no measure of speed. A command with --part 0/N stands for those of all N parts."
