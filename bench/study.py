@@ -222,14 +222,14 @@ def queue(recipes: list[str], seeds: int, other_seeds: int, variants: Sequence[s
     return [task for task in first + rest if task[1] in recipes]
 
 
-def share(tasks: list[tuple], part: int, parts: int) -> list[tuple]:
+def share(tasks: list[tuple], part: int, parts: int, most: int = MOST_RUNS) -> list[tuple]:
     """Return the tasks that one of ``parts`` processes does.
 
     The longest group goes to the process with the least work, main recipes before the others. Groups of many runs are cut into
-    pieces, each of which compiles by itself.
+    pieces of ``most``, each of which compiles by itself.
     """
     whole = [list(group) for _, group in groupby(tasks, lambda task: group_of(*task[1:]))]
-    groups = [group[i : i + MOST_RUNS] for group in whole for i in range(0, len(group), MOST_RUNS)]
+    groups = [group[i : i + most] for group in whole for i in range(0, len(group), most)]
     loads, mine = [0] * parts, []
     for group in sorted(groups, key=lambda group: (group[0][1] not in MAIN, -_cost(group))):
         least = loads.index(min(loads))
@@ -315,7 +315,7 @@ def main() -> None:
     done = {key(run) for run in read(whole, settings)}
     tasks = [task for task in queue(args.only, args.seeds, args.other_seeds, args.variants) if task not in done]
     if args.part:  # no part writes to the whole record, so all parts compute the same shares
-        tasks = share(tasks, *args.part)
+        tasks = share(tasks, *args.part, most=MOST_RUNS if args.compile else 1)
     runs = read(path, settings)
     done |= {key(run) for run in runs}
 
