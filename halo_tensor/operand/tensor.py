@@ -203,7 +203,12 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     @property
     def parts(self) -> list[torch.Tensor]:
         """The tensors that no other operand holds: codes and scales."""
-        return [part for part in (getattr(self, name) for name in self._parts) if part is not None]
+        return [part for part in self.all_parts if part is not None]
+
+    @property
+    def all_parts(self) -> list[torch.Tensor | None]:
+        """The same, with None for each that this operand does not hold."""
+        return [getattr(self, name) for name in self._parts]
 
     @property
     def gains(self) -> Gains | None:

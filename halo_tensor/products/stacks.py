@@ -138,6 +138,7 @@ def stack_operand(
     *,
     in_features_first: bool = False,
     turned: bool = False,
+    multiplied: bool = True,
 ) -> ExpertsOperand:
     """Return what the weights of experts bring to the products.
 
@@ -147,11 +148,12 @@ def stack_operand(
         gains: of in_features.
         in_features_first: the order of the dimensions of ``master``.
         turned: hold the codes in the order of grad_input too.
+        multiplied: whether products read them. Those of a shard may have any width, since it is gathered before.
 
     Raises:
         ValueError: experts cannot follow the recipe, or have widths that are no multiples of 16.
     """
-    if reason := misfit(tuple(master.shape), recipe):
+    if multiplied and (reason := misfit(tuple(master.shape), recipe)):
         raise ValueError(f"experts [{', '.join(map(str, master.shape))}] cannot follow this recipe: {reason}")
     operand = recipe.output.right
     assert operand.format is not None

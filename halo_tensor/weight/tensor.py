@@ -124,6 +124,7 @@ class HaloWeight(torch.Tensor):
         gains: Gains | None = None,
         keep_codes: bool = True,
         in_features_first: bool = False,
+        multiplied: bool = True,
     ) -> "HaloWeight":
         """Convert a dense weight.
 
@@ -135,6 +136,8 @@ class HaloWeight(torch.Tensor):
             gains: the balance of the columns, float32 [in] and its inverse, or None.
             keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
             in_features_first: whether the master of experts is [experts, in, out]. It needs codes.
+            multiplied: whether products read the codes. Those of a shard are gathered first; the codes of its experts are not
+                held in the order of grad_input, which is not sent.
 
         Returns:
             A whole weight, whose codes are up to date.
@@ -144,7 +147,10 @@ class HaloWeight(torch.Tensor):
         gains = moved(gains, master.device)
         operand: HadamardQuantTensor | None
         if master.ndim == 3:
-            operand = stack_operand(master, recipe, gains, in_features_first=in_features_first, turned=not frozen)
+            turned = multiplied and not frozen
+            operand = stack_operand(
+                master, recipe, gains, in_features_first=in_features_first, turned=turned, multiplied=multiplied
+            )
         else:
             operand = weight_operand(master, recipe, gains)
         if frozen and operand is not None and reuses_operand(recipe):
