@@ -29,7 +29,11 @@ class Mixture(nn.Module):
 
 
 def convert(
-    model: nn.Module, recipe: Recipe = INT8_HALO_1, frozen: bool = False, keep_codes: bool = True, in_features_first: bool = False
+    model: nn.Module,
+    recipe: Recipe = INT8_HALO_1,
+    frozen: bool = False,
+    keep_codes: bool = True,
+    in_features_first: bool = False,
 ) -> nn.Module:
     """Convert the experts of all mixtures in a model."""
     for module in model.modules():
@@ -45,7 +49,9 @@ def convert(
     return model
 
 
-def mixtures(recipe: Recipe | None = INT8_HALO_1, layers: int = 2, count: int = 4, d: int = 64, f: int = 48, **options) -> nn.Module:
+def mixtures(
+    recipe: Recipe | None = INT8_HALO_1, layers: int = 2, count: int = 4, d: int = 64, f: int = 48, **options
+) -> nn.Module:
     """Return a model of ``layers`` mixtures; in high precision if ``recipe`` is None."""
     torch.manual_seed(1)
     model = nn.Sequential(*[Mixture(count, d, f, 2) for _ in range(layers)])
