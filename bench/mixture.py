@@ -6,7 +6,8 @@
 A transformer of random initialisation learns to predict the bytes of Python's documentation. Only its experts follow the
 recipe: attention, routers and embeddings stay in high precision. The seed of a run determines the initialisation and the order
 of the data, and is the same for all recipes. Two records are written: the losses, and how much each product of the experts is
-like that of high precision, with the weights, tokens and gradients of the trained model of the first seed. Results are written after every seed.
+like that of high precision, with the weights, tokens and gradients of the trained model of the first seed. Results
+are written after every seed.
 """
 
 import argparse
@@ -238,8 +239,8 @@ def write_losses(losses: dict[str, list[float]], loads: dict[str, list[float]], 
         args.name,
         f"A mixture trained on the bytes of Python's documentation: {WHAT}",
         rows,
-        f"{seeds} seeds, {args.steps} steps of {args.batch} rows of {args.length} bytes, AdamW. The loss is that of the next byte "
-        "on text that was not trained on, in nats. Each difference is between runs of one seed, which determines the "
+        f"{seeds} seeds, {args.steps} steps of {args.batch} rows of {args.length} bytes, AdamW. The loss is that of the next "
+        "byte on text that was not trained on, in nats. Each difference is between runs of one seed, which determines the "
         f"initialisation and the batches. An even share of an expert is {1 / EXPERTS}. Only experts follow the recipe; their "
         "masters are float32.",
         args.folder,
