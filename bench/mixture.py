@@ -6,8 +6,8 @@
 A transformer of random initialisation learns to predict the bytes of Python's documentation. Only its experts follow the
 recipe: attention, routers and embeddings stay in high precision. The seed of a run determines the initialisation and the order
 of the data, and is the same for all recipes. Two records are written: the losses, and how much each product of the experts is
-like that of high precision, with the weights, tokens and gradients of the trained model of the first seed. Results
-are written after every seed.
+like that of high precision, with the weights, tokens and gradients of the trained model of the first seed. Results are
+written after every seed.
 """
 
 import argparse

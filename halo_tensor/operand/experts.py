@@ -97,7 +97,8 @@ class ExpertsOperand(HadamardQuantTensor):
     def rows_of_each(self, start: int, stop: int) -> HadamardQuantTensor:
         """Return the operand of rows ``start`` to ``stop`` of each expert's matrix [out, in], in memory of its own."""
         assert self.codes is not None and self.scale is not None and not self.in_features_first
-        codes, scale = (part.unflatten(0, (self.experts, -1))[:, start:stop].flatten(0, 1) for part in (self.codes, self.scale))
+        parts = (part.unflatten(0, (self.experts, -1)) for part in (self.codes, self.scale))
+        codes, scale = (part[:, start:stop].flatten(0, 1) for part in parts)
         size = torch.Size((self.experts, stop - start, self.shape[2]))
         return self._with(size=size, codes=codes, scale=scale, turned_stack=None)
 

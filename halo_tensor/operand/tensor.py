@@ -329,7 +329,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         scale = "none" if self.scale is None else f"per {self.granularity}"
         gain = "" if self.gain is None else f"a gain of its {self.gain_axis}, "
         return (
-            f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, row_rotation "
+            f"{type(self).__name__}({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, row_rotation "
             f"{self.row_rotation}, column_rotation {self.column_rotation}, {gain}{layouts}, dtype={self.dtype}, "
             f"device='{self.device}')"
         )

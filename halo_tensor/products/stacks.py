@@ -17,8 +17,8 @@ class Stack(NamedTuple):
     """The weights of all experts, as products read them.
 
     Attributes:
-        master: of a weight that holds no codes, the weight itself. Backward gets it and quantises it again: codes that are saved
-            would take as much memory as codes that are held.
+        master: of a weight that holds no codes, the weight itself. Backward gets it and quantises it again: codes that are
+            saved would take as much memory as codes that are held.
         recipe: what the codes of ``master`` carry.
         held: the codes of the matrix of all rows as the weight holds them, perhaps packed. Backward gets these, so unpacked
             codes are not kept.
@@ -51,9 +51,7 @@ class Stack(NamedTuple):
         return cls._of_operand(operand, master, recipe, weight.dtype)
 
     @classmethod
-    def _of_operand(
-        cls, operand: ExpertsOperand, master: torch.Tensor | None, recipe: Recipe, dtype: torch.dtype
-    ) -> "Stack":
+    def _of_operand(cls, operand: ExpertsOperand, master: torch.Tensor | None, recipe: Recipe, dtype: torch.dtype) -> "Stack":
         assert operand.format is not None and operand.codes is not None
         return cls(
             master, recipe, operand.codes, operand.stacked_scales(), operand.turned_stack, operand.column_rotation,
@@ -115,8 +113,8 @@ def prepare(weight: Any, recipe: Recipe | None) -> Recipe:
     if not hasattr(weight, "codes_state"):
         if recipe is None:
             raise ValueError(
-                f"experts: a plain weight {list(weight.shape)} has no recipe: pass recipe=, or convert the weight. Shards of a "
-                "converted weight are converted if fully_shard cuts experts or out_features"
+                f"experts: a plain weight {list(weight.shape)} has no recipe: pass recipe=, or convert the weight. Shards "
+                "of a converted weight are converted if fully_shard cuts experts or out_features"
             )
         return recipe
     if weight.shard_role.is_part:

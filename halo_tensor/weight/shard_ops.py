@@ -55,7 +55,7 @@ def _split(op: Any, weight: HaloWeight, size: int, dim: int = 0) -> Any:
         chunks = [_rows_of_each(weight, start, start + size) for start in range(0, max(weight.shape[1], 1), size)]
     elif dim:
         if not torch.is_grad_enabled():  # as when FSDP shards
-            warnings.warn(_warning_of_columns(weight), stacklevel=4)
+            warnings.warn(_warning_of_plain_parts(weight, dim), stacklevel=4)
         chunks = [plain_view(weight, columns) for columns in weight.dequantize().split(size, dim)]
     else:
         weight.follow()
@@ -72,12 +72,12 @@ def _rows_of_each(weight: HaloWeight, start: int, stop: int) -> HaloWeight:
     return HaloWeight(None, weight.operand.rows_of_each(start, min(stop, weight.shape[1])), weight.recipe)
 
 
-def _warning_of_columns(weight: HaloWeight) -> str:
+def _warning_of_plain_parts(weight: HaloWeight, dim: int) -> str:
     what = f"of a converted weight of {list(weight.shape)} are plain tensors: if shard_placement_fn asked for them,"
     if weight.ndim == 2:
         return f"columns {what} this layer now trains in high precision. Shard it along dim 0"
     along = "dim 0, experts" if weight.in_features_first else "dim 0, experts, or dim 1, out_features"
-    return f"in_features {what} the products of these experts will raise an error. Shard them along {along}"
+    return f"parts along dim {dim} {what} the products of these experts will raise an error. Shard it along {along}"
 
 
 @implements(aten.new_zeros.default)

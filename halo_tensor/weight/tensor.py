@@ -55,7 +55,8 @@ class HaloWeight(torch.Tensor):
                                                                                       GATHERED
 
     A frozen weight that is gathered is WHOLE again. An optimiser updates WHOLE and SHARD; ``F.linear`` takes WHOLE and
-    GATHERED.
+    GATHERED. So do the products of experts (:mod:`halo_tensor.products.experts`), whose weights are [experts, out, in] and are
+    cut into experts, or into rows of each.
 
     Attributes:
         master: the dense high-precision weight [out, in], which optimisers update; its gradient is an ordinary dense tensor.
@@ -216,7 +217,7 @@ class HaloWeight(torch.Tensor):
         return None if self.operand is None else self.operand.gains
 
     def dequantize(self) -> torch.Tensor:
-        """Return the dense weight [out, in]: the master itself, or the values of a frozen weight's codes."""
+        """Return the dense weight, of this shape: the master itself, or the values of a frozen weight's codes."""
         if self.master is not None:
             return self.master
         assert self.operand is not None

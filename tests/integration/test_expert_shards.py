@@ -240,10 +240,10 @@ def test_compiled(world):
 
 @on_ranks(2)
 def test_misuse(world):
-    """Shards of in_features have no codes; other ranks must have converted alike."""
+    """Other shards have no codes; other ranks must have converted alike."""
     for first, dims in ((False, (2,)), (True, (1, 2))):
         for dim in dims:
-            with pytest.warns(UserWarning, match=r"in_features of a converted weight .* Shard them along dim 0, experts"):
+            with pytest.warns(UserWarning, match=rf"parts along dim {dim} of a converted weight .* Shard it along dim 0"):
                 model = shard(mixtures(in_features_first=first), dim)
             assert isinstance(model[0].down, DTensor) and shard_of(model[0].down) is None
     model = shard(mixtures(halo(dist.get_rank() % 2, INT8)))
