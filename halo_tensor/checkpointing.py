@@ -19,6 +19,7 @@ aten = torch.ops.aten
 SHORTEST_CONTRACTION = 512
 _CONTRACTED = {  # matrix product -> the argument whose last dimension it contracts
     torch.ops.halo.scaled_mm.default: 0,
+    torch.ops.halo.grouped_mm.default: 0,
     aten.mm.default: 0,
     aten.mm.dtype: 0,
     aten.addmm.default: 1,

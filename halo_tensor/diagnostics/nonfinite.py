@@ -114,7 +114,8 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
     """Watch the forwards and backwards inside the block for NaN and Inf.
 
     For a linear layer, plain or converted, the operands X, W, E and the bias are checked, and the products output, grad_input
-    and grad_weight. For any other module without children, inputs, parameters, outputs and gradients are checked. The first
+    and grad_weight. For any other module without children or with parameters of its own, such as the experts of a mixture,
+    inputs, parameters, outputs and gradients are checked. The first
     finding is therefore either a product that made the NaN or Inf from finite operands, or an operand that had it already;
     ``last_finite`` then names the tensor after which it was made.
 
@@ -144,7 +145,7 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) or not any(module.children()):
+            if isinstance(module, nn.Linear) or not any(module.children()) or module._parameters:
                 for handle in _Watch(log, name, module).register():
                     stack.callback(handle.remove)
         stack.callback(log.close)
@@ -187,6 +188,8 @@ class _Watch:
         self.log, self.name, self.module = log, name, module
         self.input, self.gradient = ("X", "E") if isinstance(module, nn.Linear) else ("input", "grad_output")
         self.finite = {"forward": True, "backward": True}  # whether all operands of the latest call are
+        self.children = any(module.children())
+        self.before = 0  # findings before the latest call
 
     def register(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -204,11 +207,13 @@ class _Watch:
         self.finite[phase] &= self.log.is_finite(tensor, self.name, self.module, phase, product, operand)
 
     def _check_result(self, phase: str, product: str, tensor: Any) -> None:
+        if self.children and len(self.log.found.all) > self.before:  # a module inside of it may explain the result
+            return
         if self.finite["forward"] and self.finite[phase]:  # otherwise an operand explains the result
             self.log.is_finite(tensor, self.name, self.module, phase, product)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self.finite["forward"] = True
+        self.finite["forward"], self.before = True, len(self.log.found.all)
         args, kwargs = tuple(self._enter(x) for x in args), {key: self._enter(x) for key, x in kwargs.items()}
         for key, parameter in module.named_parameters(recurse=False):
             self._check_operand(parameter, "forward", "output", "W" if key == "weight" else key)

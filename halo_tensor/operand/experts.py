@@ -84,6 +84,24 @@ class ExpertsOperand(HadamardQuantTensor):
         """Return codes [experts, in', out], those that are held, or new ones."""
         return ops.turn_stack(self.stacked_codes()) if self.turned_stack is None else self.turned_stack
 
+    def experts_of(self, start: int, stop: int) -> HadamardQuantTensor:
+        """Return the operand of experts ``start`` to ``stop``, on the same memory."""
+        out, turned = self.features[0], self.turned_stack
+        assert self.codes is not None and self.scale is not None
+        rows = slice(start * out, stop * out)
+        return self._with(
+            size=torch.Size((stop - start, *self.shape[1:])), codes=self.codes[rows], scale=self.scale[rows],
+            turned_stack=None if turned is None else turned[start:stop],
+        )  # fmt: skip
+
+    def rows_of_each(self, start: int, stop: int) -> HadamardQuantTensor:
+        """Return the operand of rows ``start`` to ``stop`` of each expert's matrix [out, in], in memory of its own."""
+        assert self.codes is not None and self.scale is not None and not self.in_features_first
+        parts = (part.unflatten(0, (self.experts, -1)) for part in (self.codes, self.scale))
+        codes, scale = (part[:, start:stop].flatten(0, 1) for part in parts)
+        size = torch.Size((self.experts, stop - start, self.shape[2]))
+        return self._with(size=size, codes=codes, scale=scale, turned_stack=None)
+
     def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
         return all_rows(x, self.in_features_first)
 

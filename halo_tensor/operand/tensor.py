@@ -203,7 +203,12 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     @property
     def parts(self) -> list[torch.Tensor]:
         """The tensors that no other operand holds: codes and scales."""
-        return [part for part in (getattr(self, name) for name in self._parts) if part is not None]
+        return [part for part in self.all_parts if part is not None]
+
+    @property
+    def all_parts(self) -> list[torch.Tensor | None]:
+        """The same, with None for each that this operand does not hold."""
+        return [getattr(self, name) for name in self._parts]
 
     @property
     def gains(self) -> Gains | None:
@@ -324,7 +329,7 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         scale = "none" if self.scale is None else f"per {self.granularity}"
         gain = "" if self.gain is None else f"a gain of its {self.gain_axis}, "
         return (
-            f"HadamardQuantTensor({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, row_rotation "
+            f"{type(self).__name__}({list(self.shape)}, {self.format or 'high precision'}, scale {scale}, row_rotation "
             f"{self.row_rotation}, column_rotation {self.column_rotation}, {gain}{layouts}, dtype={self.dtype}, "
             f"device='{self.device}')"
         )

@@ -23,6 +23,7 @@ from halo_tensor.products.stacks import (
     grad_input,
     grad_weight,
     misfit,
+    prepare,
     quantize_tokens,
     stack_operand,
 )
@@ -69,7 +70,8 @@ class _Experts(torch.autograd.Function):
             a_saved = [a_codes, a_scales] if needs[3] else [None, None]
             # The gradient of a routing weight reads the bias that it multiplies.
             b_saved = down_bias if weight is not None and needs[1] else None
-            ctx.save_for_backward(*x_saved, *a_saved, h, weight, b_saved, *first.tensors, *second.tensors, *routing)
+            first_saved, second_saved = first.saved(any(needs[:2])), second.saved(any(needs[:3]) or needs[4])
+            ctx.save_for_backward(*x_saved, *a_saved, h, weight, b_saved, *first_saved, *second_saved, *routing)
         ctx.stacks, ctx.gate, ctx.x_dtype = (first.without_tensors(), second.without_tensors()), gate, x.dtype
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (gate_up_bias, down_bias))
         return y
@@ -78,8 +80,8 @@ class _Experts(torch.autograd.Function):
     @backward_of_rounding
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, row_scales, a_codes, a_scales, h, weight, down_bias, *rest = ctx.saved_tensors
-        first = ctx.stacks[0].with_tensors(tuple(rest[:STACK_TENSORS]))
-        second = ctx.stacks[1].with_tensors(tuple(rest[STACK_TENSORS : 2 * STACK_TENSORS]))
+        first = ctx.stacks[0].with_saved(tuple(rest[:STACK_TENSORS]))
+        second = ctx.stacks[1].with_saved(tuple(rest[STACK_TENSORS : 2 * STACK_TENSORS]))
         routing = Routing.of(rest[2 * STACK_TENSORS :])
         wants_x, wants_weight, wants_first, wants_second, wants_bias, wants_down_bias = ctx.needs_input_grad[:6]
         e, tiles, starts, gate = grad_output.contiguous(), routing.tiles, routing.starts, ctx.gate
@@ -138,7 +140,7 @@ def _fused(
     *routing: torch.Tensor | None,
 ) -> torch.Tensor:
     dtype = product_dtype("experts", x, gate_up, gate_up_bias)
-    recipes = (recipe or gate_up.recipe, recipe or down.recipe)
+    recipes = prepare(gate_up, recipe), prepare(down, recipe)
     with torch.autocast(x.device.type, enabled=False):
         return _Experts.apply(
             x, weight, gate_up, down, gate_up_bias, down_bias, Gate.of(gate), recipes, dtype, in_features_first,
@@ -228,9 +230,9 @@ def experts_of_rows(
     The other arguments are those of :func:`experts`.
     """
     gate = Gate() if gate is None else gate
-    recipes = [recipe or gate_up.recipe, recipe or down.recipe]
+    recipes = [recipe or getattr(w, "recipe", None) for w in (gate_up, down)]
     _check_pair(gate_up, down, gate, in_features_first)
-    if isinstance(gate, Gate) and not any(r.grad_input.left.tokens for r in recipes):
+    if isinstance(gate, Gate) and not any(r and r.grad_input.left.tokens for r in recipes):
         return _fused_in_graph(
             x, weight, gate_up, down, gate_up_bias, down_bias, str(gate), recipe, in_features_first, *routing
         )

@@ -12,7 +12,7 @@ from halo_tensor import ops
 from halo_tensor.products.backward import backward_of_rounding
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.routing import Routing
-from halo_tensor.products.stacks import STACK_TENSORS, Stack, features, grad_input, grad_weight, quantize_tokens
+from halo_tensor.products.stacks import STACK_TENSORS, Stack, features, grad_input, grad_weight, prepare, quantize_tokens
 from halo_tensor.recipe import Recipe
 from halo_tensor.reference import experts as reference
 
@@ -69,9 +69,9 @@ class _GroupedLinear(torch.autograd.Function):
         y = ops.grouped_mm(
             rows, stack.codes, routing.tiles, routing.starts, row_scales, stack.scales, bias, None, None, dtype
         )  # fmt: skip
-        wants_w = trains and ctx.needs_input_grad[1]
+        wants_x, wants_w = (trains and needed for needed in ctx.needs_input_grad[:2])
         saved_x = [codes, scales] if wants_w else [None, None]
-        ctx.save_for_backward(*saved_x, *stack.tensors, *routing)
+        ctx.save_for_backward(*saved_x, *stack.saved(wants_x), *routing)
         ctx.stack, ctx.recipe, ctx.x_dtype = stack.without_tensors(), recipe, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -80,7 +80,7 @@ class _GroupedLinear(torch.autograd.Function):
     @backward_of_rounding
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (codes, scales), saved = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        stack, routing = ctx.stack.with_tensors(saved[:STACK_TENSORS]), Routing.of(saved[STACK_TENSORS:])
+        stack, routing = ctx.stack.with_saved(saved[:STACK_TENSORS]), Routing.of(saved[STACK_TENSORS:])
         e, tiles, starts = grad_output.contiguous(), routing.tiles, routing.starts
         wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
@@ -111,11 +111,9 @@ def _product(
     in_features_first: bool,
     *routing: torch.Tensor | None,
 ) -> torch.Tensor:
-    dtype = product_dtype("experts", x, weight, bias)
+    recipe, dtype = prepare(weight, recipe), product_dtype("experts", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _GroupedLinear.apply(
-            x, weight, bias, recipe or weight.recipe, dtype, in_features_first, torch.is_grad_enabled(), *routing
-        )
+        return _GroupedLinear.apply(x, weight, bias, recipe, dtype, in_features_first, torch.is_grad_enabled(), *routing)
 
 
 # Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.

@@ -127,7 +127,7 @@ def linear(
     """
     refuse_tracing()
     if recipe is None:
-        _check_trainable(weight)
+        check_trainable("linear", weight)
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: an input of shape {list(x.shape)} does not fit a weight of {list(weight.shape)} [out, in]")
     if bias is not None and bias.numel() == 1:
@@ -144,17 +144,17 @@ def linear(
         return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain)
 
 
-def _check_trainable(weight: Any) -> None:
+def check_trainable(name: str, weight: Any) -> None:
     """Raise ValueError if a weight is to be trained but is held as codes only."""
     if weight.master is not None or not weight.requires_grad or weight.is_gathered:
         return
     if weight.grad_fn is not None:  # SHiRA adds its adapter to a clone
         raise ValueError(
-            "linear: something trainable was added to this weight, which was frozen when it was converted and is held "
+            f"{name}: something trainable was added to this weight, which was frozen when it was converted and is held "
             "as codes only: the sum would be rounded to codes in every forward, and small changes lost. Convert its layer "
             "with frozen=False in the config, which keeps the high-precision weight, or leave it out (skip, filter_fn)"
         )
     raise ValueError(
-        "linear: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
+        f"{name}: this weight was frozen when it was converted and is held as codes only, so it cannot be trained. Call "
         "dequantize_(model), then requires_grad_(True), then quantize_(model, ...)"
     )

@@ -7,6 +7,7 @@ import torch
 from halo_tensor import ops
 from halo_tensor.operand.experts import ExpertsOperand, unpacked
 from halo_tensor.operand.gains import Gains
+from halo_tensor.products.linear import check_trainable
 from halo_tensor.products.routing import Routing
 from halo_tensor.recipe import Format, Recipe, Rotation, why_not_grouped
 from halo_tensor.reference import hadamard
@@ -16,6 +17,9 @@ class Stack(NamedTuple):
     """The weights of all experts, as products read them.
 
     Attributes:
+        master: of a weight that holds no codes, the weight itself. Backward gets it and quantises it again: codes that are
+            saved would take as much memory as codes that are held.
+        recipe: what the codes of ``master`` carry.
         held: the codes of the matrix of all rows as the weight holds them, perhaps packed. Backward gets these, so unpacked
             codes are not kept.
         scales: float32 [experts, out].
@@ -27,6 +31,8 @@ class Stack(NamedTuple):
         dtype: of the gradient.
     """
 
+    master: torch.Tensor | None
+    recipe: Recipe
     held: torch.Tensor
     scales: torch.Tensor
     turned: torch.Tensor | None
@@ -38,29 +44,43 @@ class Stack(NamedTuple):
 
     @classmethod
     def of(cls, weight: Any, recipe: Recipe, in_features_first: bool) -> "Stack":
-        operand = getattr(weight, "operand", None)
+        operand, master = getattr(weight, "operand", None), None
         if operand is None:
             master = getattr(weight, "master", weight)
             operand = stack_operand(master, recipe, in_features_first=in_features_first)
+        return cls._of_operand(operand, master, recipe, weight.dtype)
+
+    @classmethod
+    def _of_operand(cls, operand: ExpertsOperand, master: torch.Tensor | None, recipe: Recipe, dtype: torch.dtype) -> "Stack":
         assert operand.format is not None and operand.codes is not None
         return cls(
-            operand.codes, operand.stacked_scales(), operand.turned_stack, operand.column_rotation, operand.gains,
-            operand.format, operand.in_features_first, weight.dtype,
+            master, recipe, operand.codes, operand.stacked_scales(), operand.turned_stack, operand.column_rotation,
+            operand.gains, operand.format, operand.in_features_first, dtype,
         )  # fmt: skip
 
-    @property
-    def tensors(self) -> list[torch.Tensor | None]:
-        """What to save for backward."""
-        gains = self.gains or (None, None)
-        return [self.held, self.scales, self.turned, *gains]
+    def saved(self, reads: bool) -> list[torch.Tensor | None]:
+        """Return what to save for backward, which ``reads`` the codes or only needs to know of the weight.
 
-    def with_tensors(self, tensors: tuple) -> "Stack":
-        held, scales, turned, gain, undo = tensors
+        A weight without codes is saved as it is.
+        """
+        gains = self.gains or (None, None)
+        if not reads:
+            return [None, None, None, None, *gains]
+        if self.master is not None:
+            return [self.master, None, None, None, *gains]
+        return [None, self.held, self.scales, self.turned, *gains]
+
+    def with_saved(self, tensors: tuple) -> "Stack":
+        """Return the stack of tensors that were saved."""
+        master, held, scales, turned, gain, undo = tensors
+        if master is not None:
+            operand = stack_operand(master, self.recipe, in_features_first=self.in_features_first)
+            return self._of_operand(operand, None, self.recipe, self.dtype)
         return self._replace(held=held, scales=scales, turned=turned, gains=None if gain is None else (gain, undo))
 
     def without_tensors(self) -> "Stack":
         nothing: Any = None
-        return self._replace(held=nothing, scales=nothing, turned=None, gains=None)
+        return self._replace(master=None, held=nothing, scales=nothing, turned=None, gains=None)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -78,7 +98,35 @@ class Stack(NamedTuple):
 
 
 #: How many tensors a stack saves for backward.
-STACK_TENSORS = 5
+STACK_TENSORS = 6
+
+
+def prepare(weight: Any, recipe: Recipe | None) -> Recipe:
+    """Check that a weight of experts can be multiplied with, and bring its codes up to date.
+
+    Returns:
+        The recipe to follow: ``recipe``, or the weight's own.
+
+    Raises:
+        ValueError: no recipe, a part of a weight, or a weight that is held as codes only and is to be trained.
+    """
+    if not hasattr(weight, "codes_state"):
+        if recipe is None:
+            raise ValueError(
+                f"experts: a plain weight {list(weight.shape)} has no recipe: pass recipe=, or convert the weight. Shards "
+                "of a converted weight are converted if fully_shard cuts experts or out_features"
+            )
+        return recipe
+    if weight.shard_role.is_part:
+        raise ValueError(
+            f"experts: a product with a part, {list(weight.shape)}, of a converted weight is not supported: convert each part "
+            "by itself, or keep the weight whole"
+        )
+    if recipe is None:
+        check_trainable("experts", weight)
+    if weight.master is not None:
+        weight.follow()
+    return recipe or weight.recipe
 
 
 def stack_operand(
@@ -88,6 +136,7 @@ def stack_operand(
     *,
     in_features_first: bool = False,
     turned: bool = False,
+    multiplied: bool = True,
 ) -> ExpertsOperand:
     """Return what the weights of experts bring to the products.
 
@@ -97,11 +146,12 @@ def stack_operand(
         gains: of in_features.
         in_features_first: the order of the dimensions of ``master``.
         turned: hold the codes in the order of grad_input too.
+        multiplied: whether products read them. Those of a shard may have any width, since it is gathered before.
 
     Raises:
         ValueError: experts cannot follow the recipe, or have widths that are no multiples of 16.
     """
-    if reason := misfit(tuple(master.shape), recipe):
+    if multiplied and (reason := misfit(tuple(master.shape), recipe)):
         raise ValueError(f"experts [{', '.join(map(str, master.shape))}] cannot follow this recipe: {reason}")
     operand = recipe.output.right
     assert operand.format is not None

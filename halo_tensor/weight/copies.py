@@ -36,15 +36,20 @@ def plain_view(weight: HaloWeight, view: torch.Tensor) -> HaloWeight:
     return made
 
 
-def renewed(weight: HaloWeight, dense: torch.Tensor) -> HaloWeight:
-    """Return a weight like ``weight``, of the dense value ``dense``, of its shape."""
+def renewed(weight: HaloWeight, dense: torch.Tensor, role: ShardRole | None = None) -> HaloWeight:
+    """Return a weight like ``weight``, of the dense value ``dense``, of its shape.
+
+    Args:
+        role: of the new weight, by default that of ``weight``. The dense value of a part may have another shape.
+    """
+    role = weight.shard_role if role is None else role
     made = HaloWeight.from_hp(
         dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None,
-        in_features_first=weight.in_features_first,
+        in_features_first=weight.in_features_first, multiplied=not role.is_part,
     )  # fmt: skip
     if weight.operand is not None and weight.operand.is_packed:
         made.operand = cast(HadamardQuantTensor, made.operand).packed()
-    made.shard_role = weight.shard_role
+    made.shard_role = role
     return _with_attributes(made, weight)
 
 
@@ -100,10 +105,16 @@ def _copy(op: Any, target: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     if target.operand is not None:
         assert source.operand is not None
         operand = source.operand.packed() if target.operand.is_packed else source.operand.unpacked()
-        pairs += zip(target.operand.parts, operand.parts, strict=True)
+        pairs += [
+            (to, from_)
+            for to, from_ in zip(target.operand.all_parts, operand.all_parts, strict=True)
+            if to is not None and from_ is not None  # a shard has no codes in the order of grad_input
+        ]
     for to, from_ in pairs:
         to.copy_(from_)
     torch.autograd.graph.increment_version([to for to, _ in pairs])
+    if target.turned_stack is not None and source.turned_stack is None:
+        cast(HadamardQuantTensor, target.operand).after_requantize()
     target.mark_in_step()
     # Every rank must come to the same answer, so padding, which only some ranks need, must not lose a common scale.
     if target.operand is not None and source.operand is not None and source.codes_state.has_common_scale(source.operand):

@@ -11,7 +11,8 @@ Exceptions:
 - Scales of blocks, which are no vector, are sent as a second tensor.
 - Per-tensor scales are the one thing that ranks must agree on: see :mod:`halo_tensor.weight.common_scales`.
 - Where the number of ranks does not divide out_features, FSDP accepts only tensors of a padded shard's size. Row scales are
-  then sent in a small all-gather of their own, and fp6 as whole bytes.
+  then sent in a small all-gather of their own, and fp6 as whole bytes. The same is true of experts that are cut into rows of
+  each expert (``Shard(1)``), whose codes FSDP puts together again.
 - An operand that a recipe leaves in high precision is gathered in high precision.
 """
 
@@ -26,11 +27,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from halo_tensor.fences.pytorch import preserved_version
+from halo_tensor.operand.experts import ExpertsOperand
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import TENSOR
 from halo_tensor.weight.common_scales import share_scales
-from halo_tensor.weight.refusals import refuse_fsdp1
+from halo_tensor.weight.refusals import named, refuse_fsdp1
 from halo_tensor.weight.roles import ShardRole
 from halo_tensor.weight.sent_rows import alias, can_be_sent_in_rows, codes_in, put_in_rows, rows_of, scales_in, send_scales
 from halo_tensor.weight.tensor import HaloWeight
@@ -78,19 +80,20 @@ class _PreAllGather:
         if operand is None:
             assert shard.master is not None
             rows = -(-outer_size[0] // ranks)
-            return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"rows": outer_size[0]}
+            return (_pad(shard.master, rows).to(mp_policy.param_dtype or shard.dtype),), {"size": outer_size}
         if operand.scale is not None and operand.granularity == TENSOR and not state.has_common_scale(operand):
             share_scales([shard], mesh)
-        if state.sent is None and ranks > 1 and outer_size[0] % ranks == 0 and can_be_sent_in_rows(operand):
+        is_even = outer_size[0] % ranks == 0 and not _is_cut_inside(operand, outer_size)
+        if state.sent is None and ranks > 1 and is_even and can_be_sent_in_rows(operand):
             state.sent, state.scales_in_rows = _rows_to_send(operand, outer_size)
         if state.sent is not None:
             if not state.sends_scales:
                 send_scales([shard])
             return state.sent
-        sent = _to_send(operand, mesh, outer_size)
+        sent = _to_send(operand, mesh, outer_size, is_even)
         # Kept only if no copy was made: copies would take memory for as long as the shard lives, and become out of date.
         codes = cast(torch.Tensor, operand.codes)
-        if sent[0][0].data_ptr() == codes.data_ptr() and outer_size[0] % ranks == 0:
+        if sent[0][0].data_ptr() == codes.data_ptr() and is_even:
             state.sent = sent
         return sent
 
@@ -102,24 +105,43 @@ def _rows_to_send(operand: HadamardQuantTensor, outer_size: torch.Size) -> tuple
     """Return the rows in which codes and scales lie, to be sent, and the scales in them."""
     put_in_rows(operand)  # they are already, unless the shard was copied or loaded
     rows, codes = rows_of(operand), cast(torch.Tensor, operand.codes)
-    metadata = {"rows": outer_size[0], "dtype": codes.dtype, "width": codes.shape[1]}
+    metadata = {"size": outer_size, "dtype": codes.dtype, "width": codes.shape[1]}
     return ((rows,), metadata), scales_in(rows, codes.shape[1])
 
 
-def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.Size) -> Sent:
-    ranks = mesh.size()
-    rows, even = -(-outer_size[0] // ranks), outer_size[0] % ranks == 0
+def _is_cut_inside(operand: HadamardQuantTensor, outer_size: torch.Size) -> bool:
+    """Whether a shard has some rows of each expert's matrix."""
+    return operand.shape[1:] != outer_size[1:]
+
+
+def _matrix_rows(operand: HadamardQuantTensor, size: torch.Size) -> int:
+    """Return how many rows of codes a weight of this size has."""
+    if not isinstance(operand, ExpertsOperand):
+        return size[0]
+    return size[0] * size[2 if operand.in_features_first else 1]
+
+
+def _to_send(operand: HadamardQuantTensor, mesh: DeviceMesh, outer_size: torch.Size, even: bool) -> Sent:
+    ranks, inside = mesh.size(), _is_cut_inside(operand, outer_size)
     operand = operand if even else operand.unpacked()
+    padded = operand.shape if inside else torch.Size((-(-outer_size[0] // ranks), *operand.shape[1:]))
+    rows = _matrix_rows(operand, padded)
     codes, scale = _pad(cast(torch.Tensor, operand.codes), rows).contiguous(), operand.scale
-    metadata: dict[str, Any] = {"rows": outer_size[0], "dtype": codes.dtype, "scale": scale}
+    metadata: dict[str, Any] = {"size": outer_size, "dtype": codes.dtype, "scale": scale}
     dtype = torch.uint8 if codes.itemsize == 1 else codes.dtype  # gloo sends no fp8
     sent = [alias(codes, dtype, codes.shape, codes.stride())]
+    if operand.ndim == 3 and not even:
+        sent = [sent[0].view(padded)]  # the size that FSDP looks for
     if scale is not None and operand.granularity.block:
         scale = _pad(scale, operand.granularity.shape(rows, codes.shape[1])[0])
         if even and ranks > 1:
             sent, metadata["scale"] = [*sent, scale], None
+        elif inside and ranks > 1:
+            of_ranks = _all_gather(scale, mesh).view(ranks, padded[0], -1)
+            metadata["scale"] = of_ranks.transpose(0, 1).flatten()
         elif ranks > 1:
-            metadata["scale"] = operand.granularity.cut(_all_gather(scale, mesh), "rows", 0, outer_size[0])
+            rows = _matrix_rows(operand, outer_size)
+            metadata["scale"] = operand.granularity.cut(_all_gather(scale, mesh), "rows", 0, rows)
         # A lone rank has all scales; FSDP takes only the first tensor that it sends.
     return tuple(sent), metadata
 
@@ -137,20 +159,23 @@ def _post_all_gather(
     The first call returns a new weight of ``param_dtype``, whose gradients have this dtype, and the tensors to be freed with
     it. Later calls bring ``out`` up to date in place, since autograd has saved its codes.
     """
-    rows, operand = metadata["rows"], shard.operand
+    size, operand = metadata["size"], shard.operand
     if operand is None:
-        return None if out is not None else (_gathered(shard, outputs[0][:rows], None), ())
+        return None if out is not None else (_gathered(shard, outputs[0][: size[0]], None), ())
     width = metadata.get("width")  # if codes and scales lie in rows
     if out is not None:  # its codes are views of the outputs, and so up to date already
         _bring_scales_up_to_date(shard, out, metadata["scale"] if width is None else out.codes_state.scales_in_rows)
         return None
     if width is None:
-        codes, scale = outputs[0].view(metadata["dtype"])[:rows], metadata["scale"]
+        codes = outputs[0].view(metadata["dtype"])
+        if codes.ndim == 3:
+            codes = codes.view(-1, cast(ExpertsOperand, operand).features[1])
+        codes, scale = codes[: _matrix_rows(operand, size)], metadata["scale"]
         scale = outputs[1] if len(outputs) > 1 else None if scale is None else scale.clone()
-        return _gathered_operand(shard, rows, param_dtype, codes, scale), ()
+        return _gathered_operand(shard, size, param_dtype, codes, scale), ()
     scales = scales_in(outputs[0], width)
     codes = codes_in(outputs[0], width, metadata["dtype"])
-    weight = _gathered_operand(shard, rows, param_dtype, codes, scales.clone(memory_format=torch.contiguous_format))
+    weight = _gathered_operand(shard, size, param_dtype, codes, scales.clone(memory_format=torch.contiguous_format))
     weight.codes_state.scales_in_rows = scales
     return weight, ()
 
@@ -170,11 +195,10 @@ def _bring_scales_up_to_date(shard: HaloWeight, gathered: HaloWeight, scale: tor
 
 
 def _gathered_operand(
-    shard: HaloWeight, rows: int, param_dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None
+    shard: HaloWeight, size: torch.Size, param_dtype: torch.dtype, codes: torch.Tensor, scale: torch.Tensor | None
 ) -> HaloWeight:
     """Return the gathered weight of these codes and scales."""
     operand = cast(HadamardQuantTensor, shard.operand)
-    size = torch.Size((rows, shard.shape[1]))
     operand = operand._with(size=size, dtype=param_dtype, codes=codes, scale=scale)
     operand.gains = moved(operand.gains, codes.device)  # shards may be offloaded
     return _gathered(shard, None, operand)
@@ -201,7 +225,7 @@ def _check_agreement(weight: HaloWeight, mesh: DeviceMesh, outer_size: torch.Siz
     if len(set(digests)) > 1:
         others = [rank for rank, other in enumerate(digests) if other != digest]
         raise ValueError(
-            f"a weight of {list(outer_size)} [out, in] is converted differently on ranks {others} of its mesh than on rank "
+            f"a weight of {named(outer_size)} is converted differently on ranks {others} of its mesh than on rank "
             f"{mesh.get_local_rank()}: call quantize_ with the same config on every rank, and balance_ with the same batch. "
             f"Here it is: {here}"
         )

@@ -5,6 +5,7 @@ Files name classes by module. Modules have moved since 0.1.0, so the names of th
 
 import torch
 
+from halo_tensor.operand.experts import ExpertsOperand
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import Format, Operand, Product, Recipe, Rotation, Scales
 from halo_tensor.weight.tensor import HaloWeight
@@ -16,5 +17,5 @@ _NAMES_OF_0_1_0 = [
     *((kind, f"halo_tensor.recipe.{kind.__name__}") for kind in (Format, Operand, Product, Recipe, Rotation)),
 ]
 torch.serialization.add_safe_globals(
-    [HaloWeight, HadamardQuantTensor, Format, Operand, Product, Recipe, Rotation, Scales, *_NAMES_OF_0_1_0]
+    [HaloWeight, HadamardQuantTensor, ExpertsOperand, Format, Operand, Product, Recipe, Rotation, Scales, *_NAMES_OF_0_1_0]
 )

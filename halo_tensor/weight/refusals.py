@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 
+def named(shape: Sequence[int]) -> str:
+    """Return the shape of a weight as text, with the names of its dimensions."""
+    return f"{list(shape)} {'[out, in]' if len(shape) == 2 else 'of experts'}"
+
+
 def refuse_fsdp1(shape: Sequence[int]) -> NoReturn:
     """Refuse FSDP1, which flattens parameters: the layer would run in high precision."""
     raise RuntimeError(

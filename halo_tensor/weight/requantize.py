@@ -96,13 +96,16 @@ def requantize_all(pairs: list[tuple[HaloWeight, torch.Tensor]]) -> None:
 
 
 def _kind_of(weight: HaloWeight, operand: HadamardQuantTensor) -> Kind | None:
-    """Return how an operand is quantised; None if no other can be quantised with it. It is remembered with the weight."""
+    """Return how an operand is quantised; None if no other can be quantised with it. It is remembered with the weight.
+
+    Experts [experts, in, out] are copied before they are quantised, so they are taken one after another.
+    """
     remembered = weight.codes_state.kind
     if remembered is not None and remembered[0] is operand:
         return remembered[1]
     codes = operand.codes
     traced = type(codes) is not torch.Tensor  # or fake
-    if codes is None or operand.format is None or operand.scale is None or traced:
+    if codes is None or operand.format is None or operand.scale is None or traced or weight.in_features_first:
         return None
     rotations = operand.row_rotation, operand.column_rotation
     kind = Kind(*rotations, operand.format, operand.granularity, codes.device, operand.is_packed, operand.ndim == 3)

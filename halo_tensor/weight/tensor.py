@@ -55,7 +55,8 @@ class HaloWeight(torch.Tensor):
                                                                                       GATHERED
 
     A frozen weight that is gathered is WHOLE again. An optimiser updates WHOLE and SHARD; ``F.linear`` takes WHOLE and
-    GATHERED.
+    GATHERED. So do the products of experts (:mod:`halo_tensor.products.experts`), whose weights are [experts, out, in] and are
+    cut into experts, or into rows of each.
 
     Attributes:
         master: the dense high-precision weight [out, in], which optimisers update; its gradient is an ordinary dense tensor.
@@ -124,6 +125,7 @@ class HaloWeight(torch.Tensor):
         gains: Gains | None = None,
         keep_codes: bool = True,
         in_features_first: bool = False,
+        multiplied: bool = True,
     ) -> "HaloWeight":
         """Convert a dense weight.
 
@@ -135,6 +137,8 @@ class HaloWeight(torch.Tensor):
             gains: the balance of the columns, float32 [in] and its inverse, or None.
             keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
             in_features_first: whether the master of experts is [experts, in, out]. It needs codes.
+            multiplied: whether products read the codes. Those of a shard are gathered first; the codes of its experts are not
+                held in the order of grad_input, which is not sent.
 
         Returns:
             A whole weight, whose codes are up to date.
@@ -144,7 +148,10 @@ class HaloWeight(torch.Tensor):
         gains = moved(gains, master.device)
         operand: HadamardQuantTensor | None
         if master.ndim == 3:
-            operand = stack_operand(master, recipe, gains, in_features_first=in_features_first, turned=not frozen)
+            turned = multiplied and not frozen
+            operand = stack_operand(
+                master, recipe, gains, in_features_first=in_features_first, turned=turned, multiplied=multiplied
+            )
         else:
             operand = weight_operand(master, recipe, gains)
         if frozen and operand is not None and reuses_operand(recipe):
@@ -210,7 +217,7 @@ class HaloWeight(torch.Tensor):
         return None if self.operand is None else self.operand.gains
 
     def dequantize(self) -> torch.Tensor:
-        """Return the dense weight [out, in]: the master itself, or the values of a frozen weight's codes."""
+        """Return the dense weight, of this shape: the master itself, or the values of a frozen weight's codes."""
         if self.master is not None:
             return self.master
         assert self.operand is not None

@@ -1,11 +1,13 @@
-"""A small model, and its shards by FSDP2."""
+"""A small model, its shards by FSDP2, and what collectives bring."""
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from halo_tensor import quantize_
+from halo_tensor import HadamardQuantTensor, HaloWeight, quantize_
 
 # Width and output features. 96 rows are shared out evenly among 2 and 3 ranks, 131 are not, 128 not among 3.
 EVEN, MIXED, UNEVEN = (96, 6), (96, 131), (128, 131)
@@ -40,3 +42,20 @@ def shard(model: nn.Module, **options) -> nn.Module:
     for layer in model:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what collectives bring: bytes all-gathered, and calls by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathered, self.calls = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, (HadamardQuantTensor, HaloWeight, DTensor)) for t in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls.append(func._opname)
+            if func._opname == "_allgather_base_":
+                self.gathered += args[0].nbytes
+        return func(*args, **(kwargs or {}))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halo_tensor import HadamardQuantTensor, HaloWeight, balance_, dequantize_, halo_config, quantize_, recipe_config
+from halo_tensor import HaloWeight, balance_, dequantize_, halo_config, quantize_, recipe_config
 from halo_tensor.fsdp import precompute_scales
 from halo_tensor.recipe import FP6_E2M3
 from halo_tensor.reference.packing import pack_rows
@@ -30,7 +30,7 @@ from halo_tensor.weight.sent_rows import ALIGNMENT
 from halo_tensor.weight.sharded_parameters import shard_of
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
-from tests.helpers.sharded import EVEN, MIXED, UNEVEN, make, shard
+from tests.helpers.sharded import EVEN, MIXED, UNEVEN, Traffic, make, shard
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -105,23 +105,6 @@ def assert_same(world: int, losses, expected, sharded: nn.Module, single: nn.Mod
             assert torch.equal(a, b), name
         elif a.ndim == 2:  # AdamW moves a bias of no consequence by the sign of its gradient
             assert (a - b).norm() < 0.05 * b.norm(), name
-
-
-class Traffic(TorchDispatchMode):
-    """Counts what collectives bring: bytes all-gathered, and calls by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.gathered, self.calls = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(t, (HadamardQuantTensor, HaloWeight, DTensor)) for t in types):
-            return NotImplemented
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.calls.append(func._opname)
-            if func._opname == "_allgather_base_":
-                self.gathered += args[0].nbytes
-        return func(*args, **(kwargs or {}))
 
 
 # Checks of any number of ranks.

@@ -84,14 +84,14 @@ def load_tile(tiles, tile):
 
 
 @triton.jit
-def turn_stack_kernel(codes, turned, N, K, T: tl.constexpr):
-    """Store the transposes of matrices [N, K]. A program takes a [T, T] tile of one."""
+def turn_stack_kernel(codes, turned, N, K, stride, T: tl.constexpr):
+    """Store the transposes of matrices [N, K], whose rows lie ``stride`` apart. A program takes a [T, T] tile of one."""
     rows = tl.program_id(1) * T + tl.arange(0, T)
     columns = tl.program_id(0) * T + tl.arange(0, T)
-    matrix = tl.program_id(2).to(tl.int64) * N * K
+    matrix = tl.program_id(2).to(tl.int64) * N
     inside = (rows < N)[:, None] & (columns < K)[None, :]
-    block = tl.load(codes + matrix + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=inside, other=0)
-    target = turned + matrix + columns.to(tl.int64)[:, None] * N + rows[None, :]
+    block = tl.load(codes + (matrix + rows)[:, None] * stride + columns[None, :], mask=inside, other=0)
+    target = turned + matrix * K + columns.to(tl.int64)[:, None] * N + rows[None, :]
     tl.store(target, tl.trans(block), mask=tl.trans(inside))
 
 
@@ -170,14 +170,18 @@ def turn_stack(codes: torch.Tensor, turned: torch.Tensor | None = None) -> torch
     """Return codes [experts, n, k] transposed in memory, [experts, k, n], or write them to ``turned``."""
     experts, n, k = codes.shape
     turned = codes.new_empty((experts, k, n)) if turned is None else turned
-    _plan_turn_stack(codes.device)((n, k, experts), as_bytes(codes), as_bytes(turned))
+    _plan_turn_stack(codes.device)((n, k, codes.stride(1), experts), as_bytes(codes), as_bytes(turned))
     return turned
 
 
 @lru_cache
 def _plan_turn_stack(device: torch.device) -> Planned:
     launch = Launch(turn_stack_kernel, {"T": 128, "num_warps": 4})
-    return Planned(lambda _: Variant(launch, lambda n, k, experts: ((cdiv(k, 128), cdiv(n, 128), experts), (n, k))))
+
+    def sizes(n: int, k: int, stride: int, experts: int) -> tuple:
+        return (cdiv(k, 128), cdiv(n, 128), experts), (n, k, stride)
+
+    return Planned(lambda _: Variant(launch, sizes))
 
 
 def combine(y: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
