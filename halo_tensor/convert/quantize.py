@@ -41,7 +41,7 @@ def quantize_(
     tokens: int = TOKENS,
     gpu: str | Ceilings | None = None,
 ) -> Conversion:
-    """Make the linear layers of a model follow a config, in place: a low-precision training method.
+    """Make the linear layers and the experts of a model follow a config, in place: a low-precision training method.
 
     Call this before making the optimiser, before ``torch.compile`` and before FSDP. Training then works as before: parameters
     keep their names, shapes and dtypes, and ``model.state_dict()`` is a plain one. A converted model can be converted again
@@ -60,7 +60,7 @@ def quantize_(
         device: where to move each layer before it is converted, as in torchao; None leaves layers where they are.
         min_gain: leave layers in high precision whose predicted speed, × bf16, is lower: 1.0 for all that would be slower.
             None converts them too, with a warning, and 0 without one. What is converted then depends on the model alone, and
-            not on the GPU.
+            not on the GPU. The speed of experts is not predicted, and they are converted in any case.
         tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution.
         gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
             :class:`~halo_tensor.analysis.roofline.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of

@@ -116,9 +116,10 @@ def restore(module: Any) -> None:
 
 def register() -> None:
     """Register the function with transformers, as ``experts_implementation="halo"``."""
-    functions = _moe().ALL_EXPERTS_FUNCTIONS
-    if NAME not in functions:
-        functions.register(NAME, experts_implementation)
+    from transformers.integrations import moe
+
+    if NAME not in moe.ALL_EXPERTS_FUNCTIONS:
+        moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_implementation)
 
 
 def experts_implementation(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

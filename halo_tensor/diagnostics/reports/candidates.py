@@ -12,10 +12,12 @@ from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey
 from halo_tensor.kernels.device import check_device, check_scales, runs, runs_scales
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Rotation
 
 Candidate = LinearConfig | Balanced
+EXPERTS = "report does not measure experts: quantize_ with one config for the whole model converts them"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def accepted_layers(
         raise ValueError(f"no layer of this {type(model).__name__} is eligible{why}")
     reasons |= {name: CHOICE for name, _ in known if name not in taken | reasons.keys()}
     reasons |= {name: "report does not measure convolutions" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    reasons |= {name: EXPERTS for name, m in model.named_modules() if is_experts(m)}
     skipped = {name: reason for name, reason in reasons.items() if name not in taken}
     covered = survey(model, None, [name for name, _ in known if name in taken], skipped, configs.values())
     return accepted, covered
