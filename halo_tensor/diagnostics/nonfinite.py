@@ -116,8 +116,8 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
 
     For a linear layer, plain or converted, the operands X, W, E and the bias are checked, and the products output, grad_input
     and grad_weight. For experts of a mixture, and for any other module without children, inputs, parameters, outputs and
-    gradients are checked. The first finding is therefore either a product that made the NaN or Inf from finite operands, or an operand that had it already;
-    ``last_finite`` then names the tensor after which it was made.
+    gradients are checked. The first finding is therefore either a product that made the NaN or Inf from finite operands, or an
+    operand that had it already; ``last_finite`` then names the tensor after which it was made.
 
     Modules run eagerly inside the block, and every check waits for the device. Use it for debugging only.
 

@@ -1,8 +1,8 @@
 """Experts of mixtures that transformers holds in parameters of three dimensions: which modules, how they are converted.
 
-transformers (tested with 5.23) decorates such classes with ``use_experts_implementation``, and sends their forward to a function
-that ``ALL_EXPERTS_FUNCTIONS`` has under the name in the config. A converted module calls this library's function whatever the
-config says. That function is also registered as ``"halo"``.
+transformers (tested with 5.23) decorates such classes with ``use_experts_implementation``, and sends their forward to a
+function that ``ALL_EXPERTS_FUNCTIONS`` has under the name in the config. A converted module calls this library's function
+whatever the config says. That function is also registered as ``"halo"``.
 """
 
 import sys
@@ -43,6 +43,12 @@ def is_experts(module: Any) -> bool:
     return _moe() is not None and all(name in module.__dict__ for name in _FLAGS) and hasattr(type(module), "_apply_gate")
 
 
+def _own_class(module: Any) -> Any:
+    """Return the class that a module had before it was converted."""
+    kind: Any = type(module)
+    return getattr(kind, "_own_class", kind)
+
+
 def stack_names(module: Any) -> tuple[str, str]:
     """Return the names of the parameters [experts, …] of the products up and down."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
@@ -61,7 +67,7 @@ def sides(module: Any) -> list[tuple[int, int]]:
 
 def misfit(module: Any, recipe: Recipe) -> str | None:
     """Return why experts cannot follow ``recipe``; None if they can."""
-    own = getattr(type(module), "_own_class", type(module))
+    own = _own_class(module)
     if "forward" in module.__dict__ or own.forward.__code__.co_filename != _moe().__file__:
         return f"it is a {own.__name__}, whose forward may be its own"
     for name, weight in zip(stack_names(module), stacks(module), strict=True):
@@ -103,7 +109,7 @@ def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool =
         replace_parameter(module, name, nn.Parameter(made, requires_grad=old.requires_grad))
     update_hooks(module)
     module._halo_gate = gate_of(module)
-    module.__class__ = _converted_class(getattr(type(module), "_own_class", type(module)))
+    module.__class__ = _converted_class(_own_class(module))
     register()
 
 
@@ -111,7 +117,7 @@ def restore(module: Any) -> None:
     """Undo :func:`convert`, in place."""
     restore_weight(module)
     module.__dict__.pop("_halo_gate", None)
-    module.__class__ = getattr(type(module), "_own_class", type(module))
+    module.__class__ = _own_class(module)
 
 
 def register() -> None:
@@ -134,7 +140,7 @@ def experts_implementation(module: Any, *args: Any, **kwargs: Any) -> torch.Tens
         [tokens, d], of the dtype of hidden_states.
     """
     given = (*args, *kwargs.values())
-    weights = [getattr(module, name) for name in stack_names(module)]
+    weights = tuple(getattr(module, name) for name in stack_names(module))
     if all(isinstance(w, HaloWeight | LowRankSum) for w in weights):
         return _quantised(module, weights, *given)
     if not is_compiling() and not all(hasattr(w, STANDS_IN) for w in weights):
@@ -142,7 +148,9 @@ def experts_implementation(module: Any, *args: Any, **kwargs: Any) -> torch.Tens
     return _plain(module)(module, *given)
 
 
-def _quantised(module: Any, weights: list[Any], x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _quantised(
+    module: Any, weights: tuple[Any, ...], x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in stack_names(module)]
     if not is_compiling():
         for w in weights:
@@ -150,7 +158,7 @@ def _quantised(module: Any, weights: list[Any], x: torch.Tensor, index: torch.Te
     gate = module.__dict__.get("_halo_gate") or (module._apply_gate if module.has_gate else module.act_fn)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     if norm is None and not any(isinstance(w, LowRankSum) for w in weights):
-        y = experts(x, index, weight, *weights, gate, gate_up_bias=biases[0], down_bias=biases[1])
+        y = experts(x, index, weight, weights[0], weights[1], gate, gate_up_bias=biases[0], down_bias=biases[1])
     else:
         first, second = (_part(w, bias) for w, bias in zip(weights, biases, strict=True))
         y = experts_in_parts(x, index, weight, first, second, gate, norm)
@@ -169,7 +177,7 @@ def _plain(module: Any) -> Callable:
     """Return the forward that the module has without this library."""
     if module.config._experts_implementation == NAME:
         return _moe().grouped_mm_experts_forward
-    return getattr(type(module), "_own_class", type(module)).forward
+    return _own_class(module).forward
 
 
 def _warn_of_plain(module: Any) -> None:
@@ -201,4 +209,3 @@ def _converted_class(own: Any) -> Any:
 
 def _rebuild(own: type) -> nn.Module:
     return nn.Module.__new__(_converted_class(own))
-

@@ -74,7 +74,7 @@ def with_forward(own: Any, forward: Callable, rebuild: Callable[[type], nn.Modul
     Args:
         own: a class of modules. It is the attribute ``_own_class`` of the subclass.
         forward: of the subclass.
-        rebuild: own -> a module of the subclass without a state. Pickles call it, since they cannot find the class by its name.
+        rebuild: own -> a module of the subclass without a state. Pickles call it, since they cannot find the class by name.
     """
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:

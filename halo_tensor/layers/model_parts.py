@@ -21,7 +21,7 @@ _HEAD = re.compile(
 _ADAPTED = {"base_layer", "base_model", "model", "original_module", "lora_model", "modules_to_save"}
 #: Names of parameters of several dimensions that do not multiply activations: tables of positions and tokens, and biases.
 _TABLE = re.compile(r"embed|pos|token|bias|table", re.IGNORECASE)
-_STACK = "a stack of matrices, as of experts, of a module that is not called through transformers' experts functions"
+_STACK = "a stack of matrices, as of experts, which is not called through F.linear"
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:

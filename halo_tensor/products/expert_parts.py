@@ -1,9 +1,10 @@
-"""The products of experts one after the other, with what the fused function cannot take: LoRA's factors, and a norm of results.
+"""The products of experts one by one, with what the fused function cannot take: LoRA's factors, and a norm of results.
 
 LoRA's products stay in high precision: their rank is small, and quantising their operands would cost more than it saves.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -95,5 +96,5 @@ def _grouped(rows: torch.Tensor, stack: torch.Tensor, offs: torch.Tensor) -> tor
     if rows.dtype is torch.bfloat16 and aligned and rows.is_cuda:
         return F.grouped_mm(rows, stack, offs=offs)
     ends = [0, *offs.tolist()]
-    parts = [rows[a:b] @ stack[i] for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+    parts = [rows[a:b] @ stack[i] for i, (a, b) in enumerate(pairwise(ends))]
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], stack.shape[2])])

@@ -22,8 +22,8 @@ def _grouped_mm(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    weight = None if bias is not None or offs is None or mat_a.ndim != 2 else _stack_of(mat_b)
-    if weight is None:
+    weight = None if bias is not None or mat_a.ndim != 2 else _stack_of(mat_b)
+    if weight is None or offs is None:
         with torch._C.DisableTorchFunctionSubclass():
             return run_function(func, (mat_a, mat_b, offs, bias, out_dtype), {})
     weight.check_whole()

@@ -43,14 +43,15 @@ def exact_run(module, x, index, weights, e):
     biases = [parameters.get(f"{name}_proj_bias") for name in ("gate_up", "down")]
     stacks = [turned(parameters[f"{name}_proj"]) for name in ("gate_up", "down")]
     y = exact_experts(x, index, weights, *stacks, *biases, gate=Gate() if module.is_concatenated else GPT_OSS)
-    return y, dict(zip(("x", "weights", *parameters), torch.autograd.grad(y, [x, weights, *parameters.values()], e.double())))
+    gradients = torch.autograd.grad(y, [x, weights, *parameters.values()], e.double())
+    return y, dict(zip(("x", "weights", *parameters), gradients, strict=True))
 
 
 def run(module, x, index, weights, e):
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     y = module(x, index, weights)
     names, parameters = zip(*module.named_parameters(), strict=True)
-    return y, dict(zip(("x", "weights", *names), torch.autograd.grad(y, [x, weights, *parameters], e)))
+    return y, dict(zip(("x", "weights", *names), torch.autograd.grad(y, [x, weights, *parameters], e), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

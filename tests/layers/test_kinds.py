@@ -75,7 +75,7 @@ def test_a_filter_may_take_containers():
         ValueError, match="converts the weight of nn.Linear .* of Sequential: no layer of a kind that it knows"
     ):
         torchao.quantization.quantize_(model, halo_config(1, "int8"), filter_fn=lambda *_: True)
-    with pytest.raises(ValueError, match="it has no nn.Linear, nn.Conv2d or Conv1D"):
+    with pytest.raises(ValueError, match="it has no nn.Linear, nn.Conv2d, Conv1D or experts"):
         quantize_(nn.Sequential(nn.Embedding(128, 128)), halo_config(1, "int8"), filter_fn=lambda *_: True)
 
 
