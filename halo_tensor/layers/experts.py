@@ -106,11 +106,17 @@ def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool =
         gains = old.gains if isinstance(old, HaloWeight) else None
         dense = dense_value(old).detach()
         made = HaloWeight.from_hp(dense, recipe, is_frozen, gains, keep_codes, in_features_first=module.is_transposed)
-        replace_parameter(module, name, nn.Parameter(made, requires_grad=old.requires_grad))
+        hold(module, name, made, old.requires_grad)
+
+
+def hold(module: Any, name: str, weight: HaloWeight, requires_grad: bool = False) -> None:
+    """Make ``weight`` the parameter ``name`` of experts, which then call this library's function."""
+    replace_parameter(module, name, nn.Parameter(weight, requires_grad=requires_grad))
     update_hooks(module)
-    module._halo_gate = gate_of(module)
-    module.__class__ = _converted_class(_own_class(module))
-    register()
+    if "_halo_gate" not in module.__dict__:
+        module._halo_gate = gate_of(module)
+        module.__class__ = _converted_class(_own_class(module))
+        register()
 
 
 def restore(module: Any) -> None:
