@@ -79,7 +79,8 @@ class Quantize(ConversionOps):
             return value
         recipe = self.loading.recipe
         check_device(recipe.formats, value.device)
-        turned = value.ndim == 3 and model.get_submodule(name.rpartition(".")[0]).is_transposed
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        turned = value.ndim == 3 and module.is_transposed
         return _hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True, in_features_first=turned))
 
 

@@ -198,8 +198,8 @@ class HaloQuantizer(HfQuantizer):
             if isinstance(tensor, HaloWeight) and tensor.master is None:
                 if tensor.ndim == 3:
                     raise ValueError(
-                        f"{name} holds experts, which save_pretrained does not write as codes yet: call model.dequantize() first, "
-                        "or save the adapters only"
+                        f"{name} holds experts, which save_pretrained does not write as codes yet: call model.dequantize() "
+                        "first, or save the adapters only"
                     )
                 if tensor.recipe != self.recipe:
                     raise ValueError(

@@ -49,8 +49,8 @@ def test_the_loader_and_report_say_it_too(tmp_path):
 
     model = mixtral()
     model.save_pretrained(tmp_path)
+    per_tensor = HaloQuantConfig(granularity="tensor")
     with pytest.warns(UserWarning, match="only .* % of the parameters in the linear layers of this MixtralForCausalLM"):
-        per_tensor = HaloQuantConfig(granularity="tensor")
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=per_tensor)
     only = {"int8": halo_config(1, "int8")}
     with pytest.warns(UserWarning, match="only .* % of the parameters in the linear layers of this MixtralForCausalLM"):
