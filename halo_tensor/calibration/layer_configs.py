@@ -97,8 +97,8 @@ def calibrate(
         )
     if mixtures := [name for name, m in model.named_modules() if is_experts(m) and accept(m, name)]:
         warnings.warn(
-            f"calibrate measures no experts, and {len(mixtures)} layers of them will be left in high precision, as {mixtures[0]}: "
-            "name them in .layers of what it returns, with a config, to convert them",
+            f"calibrate measures no experts, and {len(mixtures)} layers of them will be left in high precision: "
+            f"to convert {mixtures[0]}, for example, name it in .layers of what it returns, with a config",
             stacklevel=2,
         )
     measured = {name: means.of(name) for name in chosen if name in means.sums}
