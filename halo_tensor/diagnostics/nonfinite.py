@@ -115,9 +115,8 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
 
     For a linear layer, plain or converted, the operands X, W, E and the bias are checked, and the products output, grad_input
     and grad_weight. For any other module without children or with parameters of its own, such as the experts of a mixture,
-    inputs, parameters, outputs and gradients are checked. The first
-    finding is therefore either a product that made the NaN or Inf from finite operands, or an operand that had it already;
-    ``last_finite`` then names the tensor after which it was made.
+    inputs, parameters, outputs and gradients are checked. The first finding is therefore either a product that made the NaN or
+    Inf from finite operands, or an operand that had it already; ``last_finite`` then names the tensor after which it was made.
 
     Modules run eagerly inside the block, and every check waits for the device. Use it for debugging only.
 
