@@ -58,22 +58,26 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_w, *_ = ctx.needs_input_grad
         lowered, codes, scale = ready.lowered, ready.codes, ready.scale
         rows, columns, x_scale = lowered.quantized_x(x, shape, ready.undo_gain, wants_w)
-        saved_x = (columns, x_scale) if wants_w else _NOTHING
-        saved_w = (codes, scale) if wants_x else _NOTHING
-        quantises_w = wants_x and not ready.holds_codes
-        if quantises_w:  # codes that are saved take as much memory as codes that are held
-            saved_w = weight.master, None
-        ctx.save_for_backward(*saved_x, *saved_w)
-        ctx.call = lowered, shape, quantises_w, ready.gain, ready.undo_gain
+        saved_x = (columns, x_scale) if wants_w else (None, None)
+        # A weight's own codes are no memory of the graph: hooks on saved tensors, which checkpointing has too, need not see
+        # them. Codes of a weight that holds none would be, so its master is saved, and quantised again.
+        w = (codes, scale, codes._version, scale._version) if wants_x and ready.holds_codes else None
+        ctx.save_for_backward(*saved_x, weight.master if wants_x and w is None else None)
+        ctx.call = lowered, shape, w, ready.gain, ready.undo_gain
         return lowered.output(shape, rows, x_scale, codes, scale, bias)[0]
 
     @staticmethod
     def backward(ctx: Any, e: torch.Tensor) -> Any:
         check_first_derivative()
-        lowered, shape, quantises_w, *gains = ctx.call
-        x_columns, x_scale, w_rows, w_scale = ctx.saved_tensors
-        if quantises_w:
-            w_rows, _, w_scale = lowered.quantize_w(w_rows.detach())
+        lowered, shape, w, *gains = ctx.call
+        x_columns, x_scale, master = ctx.saved_tensors
+        w_rows = w_scale = None
+        if w is not None:
+            w_rows, w_scale, *versions = w
+            if versions != [w_rows._version, w_scale._version]:
+                raise RuntimeError(_WRITTEN)
+        elif master is not None:
+            w_rows, _, w_scale = lowered.quantize_w(master.detach())
         numbers = shape, e.stride(), x_columns is None, w_rows is None
         grad_x, grad_w = lowered.backward(numbers, e, x_columns, x_scale, w_rows, w_scale, *gains)
         grad_bias = None
@@ -82,7 +86,10 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, None, None
 
 
-_NOTHING = None, None
+_WRITTEN = (
+    "a weight that is needed for gradient computation has been modified by an inplace operation: it was written to between "
+    "forward and backward"
+)
 _linear = applied(_Linear)
 
 #: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
