@@ -28,7 +28,7 @@ class Ready:
     Attributes:
         recipe: of the weight.
         x: the dtype of X.
-        device: where all tensors are.
+        device, device_type: where all tensors are.
         autocast: the dtype of autocast, or None.
         bias: dtype, device, shape and strides of the bias, or None.
         codes, scale, gain: of the weight's operand.
@@ -40,6 +40,7 @@ class Ready:
     recipe: Recipe
     x: torch.dtype
     device: torch.device
+    device_type: str
     autocast: torch.dtype | None
     bias: tuple | None
     codes: torch.Tensor
@@ -113,8 +114,8 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
         or ready.recipe is not weight.recipe
         or ready.x is not x.dtype
         or ready.device != x.device
-        or ready.autocast is not autocast_dtype(ready.device.type)
-        or ready.bias != _described(bias)
+        or ready.autocast is not autocast_dtype(ready.device_type)
+        or ready.bias != (None if bias is None else _described(bias))
     ):
         ready = _look_up(x, weight, bias)
         if ready is None:
@@ -137,8 +138,8 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
     return lowered.output(shape, rows, scale, ready.codes, ready.scale, bias)[0]
 
 
-def _described(bias: torch.Tensor | None) -> tuple | None:
-    return None if bias is None else (bias.dtype, bias.device, bias.shape, bias.stride())
+def _described(bias: torch.Tensor) -> tuple:
+    return bias.dtype, bias.device, bias.shape, bias.stride()
 
 
 def _look_up(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Ready | None:
@@ -169,8 +170,8 @@ def _look_up(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Ready |
     if operand is None:
         codes, _, scale = lowered.quantize_w(weight.master.detach())
     gain, undo_gain = gains or (None, None)
-    how = recipe, x.dtype, device, autocast, _described(bias), codes, scale, gain, undo_gain
-    return Ready(*how, lowered, holds_codes=operand is not None)
+    how = recipe, x.dtype, device, device.type, autocast, None if bias is None else _described(bias)
+    return Ready(*how, codes, scale, gain, undo_gain, lowered, holds_codes=operand is not None)
 
 
 def _lower(recipe: Recipe, key: tuple) -> tuple[Recipe, Lowered | None]:

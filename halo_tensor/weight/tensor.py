@@ -36,7 +36,9 @@ from halo_tensor.weight.state import CodesState
 #: Types of a master whose writes can be followed: a fake or functional tensor has no values.
 _HAVE_VALUES = (torch.Tensor, torch.nn.Parameter)
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
-_LINEAR, _WHOLE, _GATHERED = F.linear, ShardRole.WHOLE, ShardRole.GATHERED
+# Looked up once: optimisers read attributes of every weight in each step, and each is a call of __torch_function__.
+_LINEAR, _GRAD, _BACKWARD = F.linear, torch.autograd.grad, torch.autograd.backward
+_WHOLE, _GATHERED = ShardRole.WHOLE, ShardRole.GATHERED
 _linear_in_graph = torch.compiler.allow_in_graph(linear)
 
 
@@ -304,9 +306,9 @@ class HaloWeight(torch.Tensor):
                         if (y := eager.linear(x, weight, bias)) is not None:
                             return y
                     return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
-        elif func is torch.autograd.grad:
+        elif func is _GRAD:
             return gradients.grad(cls, *args, **kwargs)
-        elif func is torch.autograd.backward:
+        elif func is _BACKWARD:
             return gradients.backward(cls, *args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():
