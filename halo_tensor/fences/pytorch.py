@@ -156,7 +156,7 @@ unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.unw
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return ``function.apply`` without the Python code around it, which takes some 3 µs. That serves function transforms,
     and functions that have a ``setup_context``."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)

@@ -154,9 +154,9 @@ class Launch:
         dtypes = tuple(t.dtype for t in tensors[: len(self.blocks)])
         return compiled, self._descriptors, dtypes, tuple(self.constants[name] for name in names)
 
-    def bound(self, sizes: Sizes) -> Callable[[Sequence[int], int], None] | None:
-        """Return this launch with its sizes as a function of pointers, multiples of 16, and a stream; None before the first
-        launch with such sizes, and where Triton's C function does not launch it."""
+    def bound(self, sizes: Sizes) -> triton_launch.Bound | None:
+        """Return this launch with its sizes as a call of Triton's C function, with pointers at multiples of 16; None before the
+        first launch with such sizes, and where that function does not launch it."""
         run = self._runs.get(sizes.kinds)
         return run.bound(sizes) if isinstance(run, triton_launch.Bare) else None
 
@@ -249,7 +249,7 @@ class SizedLaunch:
             ahead.start(partial(self.launch.compile, device, dtypes, self.sizes))
         return self
 
-    def bound(self) -> Callable[[Sequence[int], int], None] | None:
+    def bound(self) -> triton_launch.Bound | None:
         """Return :meth:`Launch.bound` with these sizes."""
         return self.launch.bound(self.sizes)
 
