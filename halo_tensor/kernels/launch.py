@@ -4,7 +4,7 @@ Triton's own dispatch looks at every argument of every call, which takes longer 
 only looks at pointers. Neither plans nor compiled kernels depend on a number of tokens: see :class:`Planned`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, reduce
 from operator import or_
@@ -155,7 +155,7 @@ class Launch:
         return compiled, self._descriptors, dtypes, tuple(self.constants[name] for name in names)
 
     def bound(self, sizes: Sizes) -> triton_launch.Bound | None:
-        """Return this launch with its sizes as a call of Triton's C function, with pointers at multiples of 16; None before the
+        """Return this launch with its sizes as a call of Triton's C function, for pointers at multiples of 16. None before the
         first launch with such sizes, and where that function does not launch it."""
         run = self._runs.get(sizes.kinds)
         return run.bound(sizes) if isinstance(run, triton_launch.Bare) else None
