@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# How many encoded descriptors of one extent, and how many extents, a launch remembers. A model uses few pointers, since
-# allocations recur.
-_REMEMBERED = 512
+# How many extents a launch remembers, and how many encoded descriptors of each. A model uses few pointers, since allocations
+# recur: the weights of one shape, or the inputs of one length.
+_EXTENTS, _REMEMBERED = 128, 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
 #: A function of sizes (see halo_tensor.kernels.launch), tensors, their pointers and a stream.
@@ -94,7 +94,7 @@ class Bare:
         """Return the descriptors of one of the first tensors with these sizes."""
         remembered, extent, encoder = self._encoded[index], sizes.extents[index], self._encoders[index]
         if extent not in remembered:
-            if len(remembered) >= _REMEMBERED:
+            if len(remembered) >= _EXTENTS:
                 remembered.clear()
 
             def encode(pointer: int) -> tuple:
