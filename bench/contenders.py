@@ -71,6 +71,9 @@ FP8_ALL_GATHER = "torchao-tensorwise-fp8-all-gather"  #: for FSDP2
 BALANCED = "-balanced"  #: suffix of a contender's name: the caller calls balance_ after converting
 DRAWN = "-drawn"  #: suffix of a contender's name: the caller calls draw_gains after converting
 FROZEN = "-frozen"  #: suffix of a contender's name: weights need no gradient
+#: Suffixes of a contender's name -> what computes the head and its loss, instead of PyTorch: linear_cross_entropy, or
+#: Liger-Kernel's fused loss. The caller calls Llama.fuse_head.
+HEADS = {"-head": "halo_tensor", "-liger": "liger"}
 HALO = {f"halo{level}-{dtype}": halo_config(level, dtype) for dtype in ("fp8", "int8", "fp6") for level in (0, 1, 2)}
 #: Suffixes of names -> fields that trade speed for memory (docs/memory.md).
 MEMORY = {
@@ -90,6 +93,12 @@ CONTENDERS = {
     "ideal-fp8": partial(_ours, recipe_config("ideal_fp8")),
     **{name: partial(_ours, config) for name, config in (HALO | RECIPES).items()},
 }
+
+
+def split_head(name: str) -> tuple[str, str | None]:
+    """Split a contender's name into that of its layers and a value of HEADS, or None."""
+    suffix = next((suffix for suffix in HEADS if name.endswith(suffix)), "")
+    return name.removesuffix(suffix), HEADS.get(suffix)
 
 
 def rotated(name: str) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halo_tensor import keep_products
+from halo_tensor import keep_products, linear_cross_entropy
 
 
 def shape(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, tied: bool = True, kv_heads: int = 8) -> dict:
@@ -53,6 +53,16 @@ def _loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.
     return F.cross_entropy(head(norm(hidden)).float().flatten(0, 1), labels.flatten())
 
 
+def _fused_loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return linear_cross_entropy(norm(hidden), head.weight, labels)
+
+
+def _liger_loss(norm: nn.Module, head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(norm(hidden).flatten(0, 1), head.weight, labels.flatten())
+
+
 class Llama(nn.Module):
     """Llama called without an attention mask.
 
@@ -68,6 +78,13 @@ class Llama(nn.Module):
         self.llama = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa")
         self.recompute, self._block, self._loss = recompute, _block, _loss
 
+    def fuse_head(self, by: str) -> None:
+        """Compute the head and its loss by linear_cross_entropy ("halo_tensor") or Liger-Kernel ("liger").
+
+        Liger's function is not compiled: compile the model by "blocks".
+        """
+        self._loss = {"halo_tensor": _fused_loss, "liger": _liger_loss}[by]
+
     def compile_as(self, one: str, **options: Any) -> None:
         """Compile the model.
 
@@ -79,7 +96,9 @@ class Llama(nn.Module):
         if one == "model":
             self.compile(**options)
         elif one == "blocks":
-            self._block, self._loss = torch.compile(_block, **options), torch.compile(_loss, **options)
+            self._block = torch.compile(_block, **options)
+            if self._loss is not _liger_loss:
+                self._loss = torch.compile(self._loss, **options)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the last hidden states of hidden states ``x``; with labels, the loss of token ids ``x``."""

@@ -2,7 +2,7 @@
 
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
-    python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8 halo1-int8-no-codes halo1-int8-low
+    python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8-no-codes-head halo1-int8-low-head
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
 Weights and data are random. The contenders run one after another in one process; each compiles from empty caches. The table is
@@ -16,7 +16,7 @@ import time
 import chart
 import results
 import torch
-from contenders import convert
+from contenders import convert, split_head
 from llama import RECOMPUTED, SHAPES, Llama
 from steps import BACKEND, DEVICE, Measured, allocated, check_gradients, measure_steps, need_cuda, take_turn, warm_up
 from torch._functorch import config as functorch
@@ -33,7 +33,9 @@ DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "hal
 PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
     "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
-    "every linear are trained. lm_head is converted in none. Weights in bf16, random. A step: forward, loss, backward, fused "
+    "every linear are trained. Names that end in head compute lm_head and the loss by linear_cross_entropy, those in liger by "
+    "Liger-Kernel's function, which is not compiled; in all others both are in high precision. Weights in bf16, random. A "
+    "step: forward, loss, backward, fused "
     "AdamW. torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
     "and the loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
     "activation_memory_budget. Names that end in no-codes have memory='balanced', in low memory='low' (docs/memory.md). ms: "
@@ -48,6 +50,7 @@ RECOMPUTED_AS = {"no": [], "layers": ["layers"], "products": ["all but products"
 
 def make(name: str, place: dict, args: argparse.Namespace) -> Llama:
     shape, lora, _ = args.known[place["model"]]
+    name, head = split_head(name)
     if lora:
         import adapters  # imports peft, which the other models do not need
 
@@ -55,6 +58,8 @@ def make(name: str, place: dict, args: argparse.Namespace) -> Llama:
     with torch.device(DEVICE):
         model = Llama(SHAPES[shape], recompute=place["checkpointing"])
     convert(model, name)
+    if head:
+        model.fuse_head(head)
     return model
 
 

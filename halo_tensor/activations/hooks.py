@@ -15,13 +15,17 @@ from torch.compiler import is_compiling
 from halo_tensor.activations.choice import bits_of
 from halo_tensor.activations.packed import Kept, Packed, Pool
 from halo_tensor.fences.pytorch import (
+    hook_forward,
     is_transformed,
     pop_saved_tensors_hooks,
     push_saved_tensors_hooks,
     top_saved_tensors_hooks,
+    unhook_forward,
 )
 from halo_tensor.recipe import Activations
 
+#: The keys of the hooks of blocks and of norms.
+_BLOCK, _NORM = "halo_tensor.block", "halo_tensor.norm"
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -118,31 +122,18 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
         The names of the blocks.
     """
     for module in model.modules():
-        _forget(module)
+        unhook_forward(module, _BLOCK)
+        unhook_forward(module, _NORM)
     blocks: dict[str, Activations] = {}
     for name, activations in layers:
         if activations is not None:
             blocks.setdefault(block_of(model, name), activations)
     for name, activations in blocks.items():
         block = model.get_submodule(name)
-        block.register_forward_pre_hook(Enter(activations))
-        block.register_forward_hook(leave, always_call=True)
+        hook_forward(block, _BLOCK, Enter(activations), leave)
         for norm in filter(_is_norm, block.modules()) if activations.norms != activations.inner else ():
-            if enter_norm not in norm._forward_pre_hooks.values():
-                norm.register_forward_pre_hook(enter_norm)
-                norm.register_forward_hook(leave_norm, always_call=True)
+            hook_forward(norm, _NORM, enter_norm, leave_norm)
     return list(blocks)
-
-
-def _forget(module: nn.Module) -> None:
-    """Remove the hooks that :func:`watch` has installed."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, Enter) or hook is enter_norm:
-            del module._forward_pre_hooks[key]
-    for key, hook in list(module._forward_hooks.items()):
-        if hook in (leave, leave_norm):
-            del module._forward_hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
 
 
 def block_of(model: nn.Module, layer: str) -> str:

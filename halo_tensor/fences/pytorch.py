@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes as hidden_from_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, return_and_correct_aliasing
@@ -238,6 +239,24 @@ def copy_all_(targets: list, sources: list) -> None:
     torch._foreach_copy_(targets, sources)
 
 
+def hook_forward(module: nn.Module, key: str, before: Callable, after: Callable) -> None:
+    """Call ``before(module, args)`` ahead of a module's forward, and ``after(module, args, output)`` in every case after it.
+
+    Hooks of PyTorch's own methods have another number in each module. Compiled code checks the number of a hook that is always
+    called, so it would be compiled again for each of many equal layers.
+    """
+    unhook_forward(module, key)
+    module._forward_pre_hooks[key] = before  # type: ignore[index]
+    module._forward_hooks[key] = after  # type: ignore[index]
+    module._forward_hooks_always_called[key] = True  # type: ignore[index]
+
+
+def unhook_forward(module: nn.Module, key: str) -> None:
+    """Remove the hooks of :func:`hook_forward`, if there are any."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called):
+        hooks.pop(key, None)  # type: ignore[call-overload]
+
+
 def preserved_version(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> AbstractContextManager:
     """Return a context in which writes to ``tensors`` do not change their versions, so that autograd does not see them."""
     return torch.autograd._unsafe_preserve_version_counter(tensors)
@@ -253,6 +272,7 @@ __all__ = [
     "current_device",
     "current_raw_stream",
     "hidden_from_modes",
+    "hook_forward",
     "is_capturing",
     "is_compiled",
     "is_recorded",
@@ -275,5 +295,6 @@ __all__ = [
     "top_saved_tensors_hooks",
     "tracing_context",
     "tree_map_only",
+    "unhook_forward",
     "unwrap_if_dead",
 ]

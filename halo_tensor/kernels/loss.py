@@ -25,7 +25,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 ROW, ROW_WARPS = 4096, 4
 #: Tiles of the passes over a gradient: tokens, columns, warps. A program takes one tile: those that went through several, one
 #: after the other, waited for memory (docs/notes/head.md).
-MAGNITUDES, CODES, DENSE = (64, 128, 8), (64, 64, 4), (16, 128, 4)
+MAGNITUDES, CODES, DENSE = (128, 64, 4), (64, 128, 4), (16, 128, 4)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def column_magnitudes(
         tl.store(sums + program * N + columns, tl.sum(e, 0), mask=columns < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def gradient_codes(
     logits, targets, factors, magnitudes, codes, codes_t, scales, M, N, FIRST, stride, stride_codes, stride_codes_t,
     BM: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SMOOTHED: tl.constexpr,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from halo_tensor import dequantize_, halo_config, quantize_
@@ -204,6 +205,26 @@ def test_copies_and_dequantize():
 def test_blocks():
     model = nn.Sequential(nn.Linear(128, 128), nn.Sequential(nn.Linear(128, 128), nn.GELU()), nn.ModuleList([Parts()]))
     assert [hooks.block_of(model, name) for name in ("0", "1.0", "2.0.layer")] == ["", "", "2.0"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(128), nn.Linear(128, 128)
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+
+def test_equal_blocks_share_compiled_code():
+    blocks = nn.ModuleList(Block() for _ in range(3))
+    quantize_(nn.ModuleDict({"blocks": blocks}), halo_config(memory="low"))
+    assert all(block._forward_hooks for block in blocks)
+    counter = CompileCounter()
+    run = torch.compile(lambda block, x: block(x), backend=counter, fullgraph=True)
+    for block in blocks:
+        run(block, torch.randn(16, 128)).sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_without_gradients(log):
