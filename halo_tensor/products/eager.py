@@ -170,6 +170,7 @@ def _look_up(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> Ready |
     if operand is None:
         codes, _, scale = lowered.quantize_w(weight.master.detach())
     gain, undo_gain = gains or (None, None)
+    assert codes is not None and scale is not None
     how = recipe, x.dtype, device, device.type, autocast, None if bias is None else _described(bias)
     return Ready(*how, codes, scale, gain, undo_gain, lowered, holds_codes=operand is not None)
 

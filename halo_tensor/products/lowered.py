@@ -149,8 +149,8 @@ class Lowered:
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor]:
         """Return Y for X, whose shape and strides are ``numbers``, and keep nothing."""
-        codes = self.quantize_x_for_output.function(numbers, x, gain)
-        return self._output(numbers[0], codes.rows, codes.scale, w_rows, w_scale, bias)
+        rows, _, scale = self.quantize_x_for_output.function(numbers, x, gain)
+        return self._output(numbers[0], rows, scale, w_rows, w_scale, bias)
 
     def _backward(
         self,

@@ -243,7 +243,7 @@ class HaloWeight(torch.Tensor):
     def is_behind(self) -> bool:
         """Whether the master may have been written to after the codes were made from it."""
         state, master = self.codes_state, self.master
-        if self.operand is None or type(master) not in _HAVE_VALUES:
+        if self.operand is None or master is None or type(master) not in _HAVE_VALUES:
             return False
         return state.lent or not state.is_of(master)
 
