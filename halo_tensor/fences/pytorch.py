@@ -60,6 +60,7 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 current_raw_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 #: Inductor's generated code allocates by it, several times faster than by its public twin.
 _empty_strided_cuda = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
 _KEYS = torch._C._TorchDispatchModeKey
@@ -139,6 +140,36 @@ def partition_only() -> Callable:
 def is_transformed() -> bool:
     """Whether a function transform of torch.func is active, or torch.jit traces: tensors then stand for others."""
     return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_level_of_transforms = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+
+
+def is_watched() -> bool:
+    """Whether :func:`is_recorded` or :func:`is_transformed`."""
+    return _dispatch_modes() > 0 or _level_of_transforms() is not None or _tracing_state() is not None
+
+
+#: A function transform wraps tensors. When it has ended, this returns what is in the wrapper that another code has kept.
+unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.unwrap_if_dead
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return ``function.apply`` without the Python code around it, which takes some 3 µs. That serves function transforms,
+    and functions that have a ``setup_context``."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of autocast on devices of a type; None outside of autocast."""
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def multiply_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -237,16 +268,20 @@ __all__ = [
     "ALLOWED_AO_MODULES",
     "TorchAOBaseTensor",
     "allocator",
+    "applied",
+    "autocast_dtype",
     "copy_all_",
     "current_device",
     "current_raw_stream",
     "hidden_from_modes",
     "hook_forward",
+    "is_capturing",
     "is_compiled",
     "is_recorded",
     "is_symbolic",
     "is_traceable_wrapper_subclass",
     "is_transformed",
+    "is_watched",
     "let_optimizers_use_foreach",
     "list_updates",
     "local_tensor",
@@ -263,4 +298,5 @@ __all__ = [
     "tracing_context",
     "tree_map_only",
     "unhook_forward",
+    "unwrap_if_dead",
 ]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# How many encoded descriptors a launch remembers. A model uses few pointers, since allocations recur.
-_REMEMBERED = 512
+# How many extents a launch remembers, and how many encoded descriptors of each. A model uses few pointers, since allocations
+# recur: the weights of one shape, or the inputs of one length.
+_EXTENTS, _REMEMBERED = 128, 512
 _VERSION = triton.__version__.rpartition(".")[0]
 
 #: A function of sizes (see halo_tensor.kernels.launch), tensors, their pointers and a stream.
@@ -71,42 +72,86 @@ class Bare:
         self._launch, self._descriptors, self._dtypes, self._constants = launch, descriptors, dtypes, constants
         self._function, self._head = _bare(compiled, len(dtypes))
         self._encoders = _encoders(compiled, len(dtypes))
-        # For each descriptor: pointers and extents recur, and one of two operands is often a weight, whose pointer stays.
-        self._remembered: list[dict[tuple, tuple]] = [{} for _ in dtypes]
+        # For each descriptor: extent -> encoded ones. One of two operands is often a weight, whose pointer stays.
+        self._encoded: list[dict[tuple, Encoded]] = [{} for _ in dtypes]
         self._spread = _VERSION == "3.6"  # the kernel's arguments one by one, instead of in a tuple
 
     def __call__(self, sizes: Any, tensors: tuple, pointers: list[int], stream: int) -> None:
         if is_observed():
             return self._launch(sizes, tensors, pointers, stream)
-        self.bound(sizes)(pointers, stream)
+        arguments: list[Any] = []
+        for index, extent in enumerate(sizes.extents):
+            arguments += (self._encoded[index].get(extent) or self._encode(index, sizes))[pointers[index]]
+        arguments += (*pointers[len(sizes.extents) :], *sizes.integers, *self._constants)
+        self._function(*sizes.grid, stream, *self._head, *(arguments if self._spread else (tuple(arguments),)))
 
-    def bound(self, sizes: Any) -> Callable[[Sequence[int], int], None]:
-        """Return the launch with these sizes, as a function of the tensors' pointers and a stream."""
-        function, head, grid, extents = self._function, self._head, sizes.grid, sizes.extents
-        tail = (*sizes.integers, *self._constants)
-        described, remembered, spread = len(extents), self._remembered, self._spread
+    def bound(self, sizes: Any) -> "Bound":
+        """Return the launch with these sizes."""
+        encoded = [self._encode(index, sizes) for index in range(len(sizes.extents))]
+        return Bound(self._function, sizes.grid, self._head, encoded, (*sizes.integers, *self._constants), self._spread)
 
-        def launch(pointers: Sequence[int], stream: int) -> None:
-            if described:
-                encoded: tuple = ()
-                for index, extent in enumerate(extents):
-                    key = pointers[index], extent
-                    encoded += remembered[index].get(key) or self._encode(index, key, sizes, pointers)
-                pointers = (*encoded, *pointers[described:])
-            if spread:
-                function(*grid, stream, *head, *pointers, *tail)
-            else:
-                function(*grid, stream, *head, (*pointers, *tail))
+    def _encode(self, index: int, sizes: Any) -> "Encoded":
+        """Return the descriptors of one of the first tensors with these sizes."""
+        remembered, extent, encoder = self._encoded[index], sizes.extents[index], self._encoders[index]
+        if extent not in remembered:
+            if len(remembered) >= _EXTENTS:
+                remembered.clear()
 
-        return launch
+            def encode(pointer: int) -> tuple:
+                addresses = tuple(Address(pointer, dtype) for dtype in self._dtypes)
+                return encoder(self._descriptors(sizes, addresses)[index])
 
-    def _encode(self, index: int, key: tuple, sizes: Any, pointers: Sequence[int]) -> tuple:
-        remembered = self._remembered[index]
-        if len(remembered) >= _REMEMBERED:
-            remembered.clear()
-        addresses = tuple(map(Address, pointers, self._dtypes))
-        found = remembered[key] = self._encoders[index](self._descriptors(sizes, addresses)[index])
+            remembered[extent] = Encoded(encode)
+        return remembered[extent]
+
+
+class Encoded(dict[int, tuple]):
+    """Pointer -> the arguments of the C function that describe a matrix there. They are encoded when they are first read."""
+
+    def __init__(self, encode: Callable[[int], tuple]):
+        super().__init__()
+        self._encode = encode
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __missing__(self, pointer: int) -> tuple:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        found = self[pointer] = self._encode(pointer)
         return found
+
+
+class Bound(NamedTuple):
+    """A launch with its sizes, as a call of the C function.
+
+    Attributes:
+        function: the C function.
+        grid, head: its arguments before and after the stream.
+        encoded: the descriptors of the kernel's first tensors.
+        tail: the arguments behind the pointers.
+        spread: whether the kernel's arguments are passed one by one, and not in a tuple.
+    """
+
+    function: Callable
+    grid: tuple[int, int, int]
+    head: tuple
+    encoded: list[Encoded]
+    tail: tuple
+    spread: bool
+
+    def source(self, pointers: Sequence[str], stream: str, name: Callable[[Any], str]) -> str:
+        """Return the call as Python source.
+
+        Args:
+            pointers: expressions of the pointers to the kernel's tensors.
+            stream: an expression.
+            name: returns the name by which the source knows an object.
+        """
+        described = [f"*{name(encoded)}[{pointer}]" for encoded, pointer in zip(self.encoded, pointers, strict=False)]
+        arguments = ", ".join([*described, *pointers[len(described) :], f"*{name(self.tail)}"])
+        arguments = arguments if self.spread else f"({arguments})"
+        return f"{name(self.function)}(*{name(self.grid)}, {stream}, *{name(self.head)}, {arguments})"
 
 
 def bare(launch: Run, compiled: Any, *how: Any) -> Run:

@@ -4,7 +4,7 @@ Triton's own dispatch looks at every argument of every call, which takes longer 
 only looks at pointers. Neither plans nor compiled kernels depend on a number of tokens: see :class:`Planned`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, reduce
 from operator import or_
@@ -154,9 +154,9 @@ class Launch:
         dtypes = tuple(t.dtype for t in tensors[: len(self.blocks)])
         return compiled, self._descriptors, dtypes, tuple(self.constants[name] for name in names)
 
-    def bound(self, sizes: Sizes) -> Callable[[Sequence[int], int], None] | None:
-        """Return this launch with its sizes as a function of pointers, multiples of 16, and a stream; None before the first
-        launch with such sizes, and where Triton's C function does not launch it."""
+    def bound(self, sizes: Sizes) -> triton_launch.Bound | None:
+        """Return this launch with its sizes as a call of Triton's C function, for pointers at multiples of 16. None before the
+        first launch with such sizes, and where that function does not launch it."""
         run = self._runs.get(sizes.kinds)
         return run.bound(sizes) if isinstance(run, triton_launch.Bare) else None
 
@@ -249,7 +249,7 @@ class SizedLaunch:
             ahead.start(partial(self.launch.compile, device, dtypes, self.sizes))
         return self
 
-    def bound(self) -> Callable[[Sequence[int], int], None] | None:
+    def bound(self) -> triton_launch.Bound | None:
         """Return :meth:`Launch.bound` with these sizes."""
         return self.launch.bound(self.sizes)
 

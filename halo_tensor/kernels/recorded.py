@@ -3,20 +3,18 @@
 A function of tensors that only allocates and launches kernels does the same for all tensors of the same shapes and strides.
 The Python that decides on it takes longer than the launches. So :class:`Recorded` runs the function on stand-ins once for each
 shape, and later calls repeat the recording (:class:`Program`): one allocation for each result, one for all temporary matrices,
-and one call of Triton's C function for each launch.
+and one call of Triton's C function for each launch. :mod:`halo_tensor.kernels.repeating` writes that as a Python function.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial, reduce
-from operator import itemgetter, or_
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
-from halo_tensor.fences.pytorch import allocator, current_device, current_raw_stream
-from halo_tensor.fences.triton_launch import is_observed
-from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
+from halo_tensor.kernels.launch import Launch, cdiv
 from halo_tensor.kernels.quantize import kernels
+from halo_tensor.kernels.repeating import Argument, Program
 from halo_tensor.kernels.stand_ins import Memory, StandIn, Unsupported
 
 #: For this many shapes a function remembers what it launches.
@@ -45,9 +43,12 @@ class Recorded:
 
     def __call__(self, numbers: Any, *tensors: torch.Tensor | None) -> Sequence[Any]:
         """Return what the function returns."""
-        program = self.programs.get(numbers) or self._next(numbers, tensors)
-        made = program.run(tensors) if isinstance(program, Program) else None
-        return self.function(numbers, *tensors) if made is None else made
+        program: Any = self.programs.get(numbers) or self._next(numbers, tensors)
+        if program:
+            made = program.repeat(*tensors)
+            if made is not None:
+                return made
+        return self.function(numbers, *tensors)
 
     def _next(self, numbers: Any, tensors: tuple) -> "Program | bool | None":
         """Record a call with numbers that were seen once, and remember those that were not."""
@@ -58,117 +59,6 @@ class Recorded:
         elif self.programs[numbers] is None:
             self.programs[numbers] = record(partial(self.function, numbers), tensors) or False
         return self.programs[numbers]
-
-
-class Argument(NamedTuple):
-    """A tensor that a launch takes.
-
-    Attributes:
-        storage: the number of the tensor that it lies in, see :class:`Program`.
-        offset: its first byte there.
-        shape, stride, dtype: how the launch sees it.
-    """
-
-    storage: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, storage: torch.Tensor) -> torch.Tensor:
-        """Return the tensor."""
-        if storage.dtype == torch.uint8:  # the temporary matrices
-            return storage[self.offset :].view(self.dtype).as_strided(self.shape, self.stride)
-        first = storage.storage_offset() + self.offset // storage.dtype.itemsize
-        return storage.as_strided(self.shape, self.stride, first).view(self.dtype)
-
-
-class Step(NamedTuple):
-    """A launch of a program.
-
-    Attributes:
-        launch: a launch that is called with tensors only.
-        arguments: these tensors.
-        pick: takes their pointers from all pointers of a call.
-        bound: the launch as a function of pointers and a stream; None if it needs tensors.
-    """
-
-    launch: Any
-    arguments: tuple[Argument, ...]
-    pick: Callable[[Sequence[int]], Sequence[int]]
-    bound: Callable[[Sequence[int], int], None] | None
-
-
-class Program:
-    """What a function allocates and launches. :func:`record` makes it.
-
-    Args:
-        device: where all tensors are.
-        results: shape, stride and dtype of each tensor that the function returns; None where it returns None.
-        temporary_bytes: the size of all temporary matrices together.
-        constants: tensors that are the same in every call.
-        launches: each with its arguments. They lie in the function's arguments, then in its results without None, in the
-            temporary matrices, and in the constants.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        results: Sequence[tuple | None],
-        temporary_bytes: int,
-        constants: Sequence[torch.Tensor],
-        launches: Sequence[tuple[Any, tuple[Argument, ...]]],
-    ):
-        self.device, self.results, self.temporary_bytes, self.constants = device, results, temporary_bytes, constants
-        self._index = -1 if device.index is None else device.index  # tensors on a GPU have an index
-        self._empty = allocator(device)
-        self._made = [result for result in results if result is not None]
-        places: dict[tuple[int, int], int] = {}
-        self.steps: list[Step] = []
-        for launch, arguments in launches:
-            at = [places.setdefault((a.storage, a.offset), len(places)) for a in arguments]
-            self.steps.append(Step(launch, arguments, _pick(at), None))
-        self._places = tuple(places)
-        self._binds = 3  # a kernel may be launched by a C function after its first launch
-
-    def run(self, tensors: tuple) -> Sequence[torch.Tensor | None] | None:
-        """Return the results for these arguments; None, and nothing is done, if they do not lie as launches need."""
-        on_gpu = self._index >= 0
-        if on_gpu and self._index != current_device():
-            return None
-        empty = self._empty
-        made = [empty(*how) for how in self._made]
-        temporary = empty((self.temporary_bytes,), (1,), torch.uint8) if self.temporary_bytes else None
-        storages = (*tensors, *made, temporary, *self.constants)
-        firsts = [0 if t is None else t.data_ptr() for t in storages]
-        pointers = [firsts[storage] + offset for storage, offset in self._places]
-        if reduce(or_, pointers, 0) & 15:
-            return None
-        if self._binds:
-            self._bind()
-        stream, observed = current_raw_stream(self._index) if on_gpu else 0, is_observed()
-        for launch, arguments, pick, bound in self.steps:
-            if bound is None or observed:
-                launch(*[argument.of(storages[argument.storage]) for argument in arguments])
-            else:
-                bound(pick(pointers), stream)
-        return made if len(made) == len(self.results) else _with_none(made, self.results)
-
-    def _bind(self) -> None:
-        self._binds -= 1
-        self.steps = [
-            step._replace(bound=step.launch.bound()) if step.bound is None and isinstance(step.launch, SizedLaunch) else step
-            for step in self.steps
-        ]
-
-
-def _pick(at: list[int]) -> Callable[[Sequence[int]], Sequence[int]]:
-    return itemgetter(*at) if len(at) > 1 else lambda pointers: (pointers[at[0]],)
-
-
-def _with_none(made: Sequence[torch.Tensor], results: Sequence[tuple | None]) -> list[torch.Tensor | None]:
-    rest = iter(made)
-    return [None if result is None else next(rest) for result in results]
 
 
 def record(function: Callable[..., tuple], tensors: tuple) -> Program | None:
@@ -202,9 +92,12 @@ def record(function: Callable[..., tuple], tensors: tuple) -> Program | None:
         return Argument(storage, offset, tuple(x.shape), x.strides, x.dtype)
 
     launches = [(launch, tuple(map(argument, arguments))) for launch, arguments in recording]
+    own = [a.offset for _, arguments in launches for a in arguments if a.storage >= len(tensors)]
+    if any(offset % 16 for offset in own) or any(constant.data_ptr() % 16 for constant in constants):
+        return None  # kernels count on pointers at multiples of 16 bytes, as new memory has them
     device = next(x.device for x in given if x is not None)
     made_of = [None if memory is None else (memory.shape, memory.stride, memory.dtype) for memory in results]
-    return Program(device, made_of, temporary_bytes, constants, launches)
+    return Program(device, len(tensors), made_of, temporary_bytes, constants, launches)
 
 
 def _whole(x: Any) -> Memory:

@@ -4,7 +4,7 @@ A :class:`Lowered` is made for the widths, dtypes and device of a layer. Its fun
 (:mod:`halo_tensor.products.steps`), and only allocate and launch. :mod:`halo_tensor.products.eager` calls them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ class Lowered:
         self.layer = layer
         self.transposed: Callable[..., torch.Tensor] = transposed
         (step,) = steps_for(layer.recipe, X, ("output", "grad_weight"))
-        self.x_operand = _INTERNED.setdefault(step.operand, step.operand)
+        self.x_operand = id(_INTERNED.setdefault(step.operand, step.operand))
         (for_output,) = steps_for(layer.recipe, X, ("output",))
         self.quantize_x, self.quantize_x_for_output = (
             Recorded(partial(_quantized, _quantizer(layer, X, step, layer.x), layer.in_features))
@@ -102,22 +102,27 @@ class Lowered:
         self.folds = folded_products(layer.recipe, BOTH)
         dtypes = {"output": layer.output, "grad_input": layer.x, "grad_weight": layer.weight}
         self.products = {name: _product(layer, name, dtype) for name, dtype in dtypes.items()}
-        self.output = Recorded(self._output)
+        self.output, self.evaluate = Recorded(self._output), Recorded(self._evaluate)
         self.backward = Recorded(self._backward)
 
-    def quantized_x(self, x: torch.Tensor, gain: torch.Tensor | None, trains_w: bool) -> Codes:
-        """Return what X brings to its products, for grad_weight too if ``trains_w``. Layers that follow each other and read
-        the same X quantise it once.
+    def quantized_x(
+        self, x: torch.Tensor, shape: torch.Size, gain: torch.Tensor | None, trains_w: bool
+    ) -> Sequence[torch.Tensor | None]:
+        """Return what X brings to its products, for grad_weight too if ``trains_w``, as :class:`Codes` lists it. Layers that
+        follow each other and read the same X quantise it once.
 
         Args:
-            x: [..., in]. gain: float32 [in], with which columns are multiplied first.
+            x: [..., in], of this ``shape``.
+            gain: float32 [in], with which columns are multiplied first.
         """
         quantize = self.quantize_x if trains_w else self.quantize_x_for_output
+        if x.is_leaf:  # of which nothing is shared
+            return quantize((shape, x.stride()), x, gain)
         shared = shared_operands(x)
-        key = id(self.x_operand), id(gain)
-        found, _ = shared.get(key, (None, None))
-        if found is None or (trains_w and found.columns is None):
-            found = Codes(*quantize((x.shape, x.stride()), x, gain))
+        key = self.x_operand, id(gain)
+        found, _ = shared.get(key) or _NOTHING
+        if found is None or (trains_w and found[1] is None):
+            found = quantize((shape, x.stride()), x, gain)
             shared[key] = found, gain  # which so keeps its id
         return found
 
@@ -133,6 +138,19 @@ class Lowered:
         """Return Y for X of ``x_shape``."""
         shape = (*x_shape[:-1], self.layer.out_features)
         return (self.products["output"](x_rows, self.w_codes(w_rows), x_scale, w_scale, None, bias, x_rows.shape[0], shape),)
+
+    def _evaluate(
+        self,
+        numbers: tuple,
+        x: torch.Tensor,
+        gain: torch.Tensor | None,
+        w_rows: torch.Tensor,
+        w_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor]:
+        """Return Y for X, whose shape and strides are ``numbers``, and keep nothing."""
+        rows, _, scale = self.quantize_x_for_output.function(numbers, x, gain)
+        return self._output(numbers[0], rows, scale, w_rows, w_scale, bias)
 
     def _backward(
         self,
@@ -176,6 +194,7 @@ def _quantized(
     return quantize(x if x.ndim == 2 else x.reshape(-1, width), None, gain)
 
 
+_NOTHING = None, None
 #: An operand -> the first one that equals it, so that equal ones are known by their id.
 _INTERNED: dict[Operand, Operand] = {}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from halo_tensor.fences.pytorch import current_raw_stream, must_repeat
+from halo_tensor.fences.pytorch import current_raw_stream, is_capturing, must_repeat
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products.steps import as_pair, steps_for
@@ -108,22 +108,17 @@ def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[
     )
 
 
-def _is_shared(owner: torch.Tensor) -> bool:
-    """Whether operands of ``owner`` can be reused in another call."""
-    # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
-    if type(owner) is not torch.Tensor or owner.grad_fn is None or must_repeat():
-        return False
-    return not _is_captured(owner)  # every replay of a CUDA graph must quantise anew
-
-
 def _is_captured(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and is_capturing()
 
 
 def shared_operands(owner: torch.Tensor | None) -> dict:
     """Return the operands that were made of ``owner``, to look up and to add to. Nothing is shared while a dispatch mode is
     active (tracing, selective checkpointing), which must see every op."""
-    if owner is None or not _is_shared(owner):
+    # Other code may write to a leaf without changing its version: receiving ranks, NumPy, x.data, the replay of a graph.
+    if owner is None or type(owner) is not torch.Tensor or owner.is_leaf or must_repeat():
+        return {}
+    if _is_captured(owner):  # every replay of a CUDA graph must quantise anew
         return {}
     stream = current_raw_stream(owner.get_device()) if owner.is_cuda else None
     return _thread.shared.of(owner, (owner._version, stream))

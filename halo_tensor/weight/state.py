@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products.eager import Ready
 
 #: The identity of a master, its version, and the version of the DTensor of it that state dicts hold.
 MasterVersion = tuple[int, int | None, int | None]
@@ -23,6 +24,7 @@ class CodesState:
         lent_dtensor: the DTensor of a shard's master that state dicts hold.
         common_scale_version: the version of the codes when they got a scale that all ranks share.
         kind: the operand, and how it is quantised together with others: see :mod:`halo_tensor.weight.requantize`.
+        ready: what the last ``F.linear`` in eager code found: see :mod:`halo_tensor.products.eager`.
         sent: what a shard sends before each gather: tensors that share the memory of the codes, and metadata.
         scales_in_rows: the scales in the rows that a shard sends, or that a gathered weight was made of, float32 [rows]: see
             :mod:`halo_tensor.weight.sent_rows`.
@@ -35,6 +37,7 @@ class CodesState:
     lent_dtensor: DTensor | None = None
     common_scale_version: int | None = None
     kind: tuple[HadamardQuantTensor, Any] | None = None
+    ready: Ready | None = None
     sent: tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None = None
     scales_in_rows: torch.Tensor | None = None
     sends_scales: bool = False
@@ -49,6 +52,15 @@ class CodesState:
             return None
         lent = self.lent_dtensor  # its version tells of ops on the DTensor, which its shard's version does not
         return id(master), None if master.is_inference() else master._version, None if lent is None else lent._version
+
+    def is_of(self, master: torch.Tensor) -> bool:
+        """Whether ``version`` is that of a master as it is now."""
+        version = self.version
+        if version is None or version[0] != id(master):
+            return False
+        if self.lent_dtensor is None and version[2] is None and version[1] is not None and not master.is_inference():
+            return version[1] == master._version
+        return version == self.master_version(master)
 
     def has_common_scale(self, operand: HadamardQuantTensor) -> bool:
         """Whether the codes of ``operand`` were made with a scale that all ranks share, and not written to since then."""

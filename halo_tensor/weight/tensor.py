@@ -36,6 +36,9 @@ from halo_tensor.weight.state import CodesState
 #: Types of a master whose writes can be followed: a fake or functional tensor has no values.
 _HAVE_VALUES = (torch.Tensor, torch.nn.Parameter)
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
+# Looked up once: optimisers read attributes of every weight in each step, and each is a call of __torch_function__.
+_LINEAR, _GRAD, _BACKWARD = F.linear, torch.autograd.grad, torch.autograd.backward
+_WHOLE, _GATHERED = ShardRole.WHOLE, ShardRole.GATHERED
 _linear_in_graph = torch.compiler.allow_in_graph(linear)
 
 
@@ -246,18 +249,21 @@ class HaloWeight(torch.Tensor):
     @property
     def is_behind(self) -> bool:
         """Whether the master may have been written to after the codes were made from it."""
-        state = self.codes_state
-        if self.operand is None or type(self.master) not in _HAVE_VALUES:
+        state, master = self.codes_state, self.master
+        if self.operand is None or master is None or type(master) not in _HAVE_VALUES:
             return False
-        return state.lent or state.version != state.master_version(self.master)
+        return state.lent or not state.is_of(master)
 
     def follow(self) -> None:
         """Bring the codes up to date if the master itself was written to, as by averages of state dicts, before their use."""
+        state, master = self.codes_state, self.master
+        if not state.lent and master is not None and state.is_of(master):
+            return  # what nearly every call finds
         if not self.is_behind:
             return
-        operand, state = self.operand, self.codes_state
+        operand = self.operand
         assert operand is not None
-        counted = state.version != state.master_version(self.master)
+        counted = master is not None and not state.is_of(master)
         # Autograd counts no writes through .data of a plain weight, and so must not count the writes to codes that follow.
         parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
         # Hidden from modes, since these ops belong to the write. Selective checkpointing matches the ops of two runs and would
@@ -291,24 +297,27 @@ class HaloWeight(torch.Tensor):
         cls, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            x, weight, bias = _linear_arguments(*args, **kwargs)
+        if func is _LINEAR:
+            x, weight, bias = args if len(args) == 3 else _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls):
-                weight.check_whole()
-            if isinstance(weight, cls) and not weight.recipe.is_identity and weight.shard_role is not ShardRole.CHUNK:
-                if torch.compiler.is_exporting():
-                    refusals.refuse_export()
-                if not is_compiling():
-                    if weight.master is not None:
-                        weight.follow()
-                    if (y := eager.linear(x, weight, bias)) is not None:
-                        return y
-                return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
+                role = weight.shard_role
+                if role is not _WHOLE and role is not _GATHERED:
+                    weight.check_whole()
+                if not weight.recipe.is_identity and role is not ShardRole.CHUNK:
+                    if is_compiling():
+                        if torch.compiler.is_exporting():
+                            refusals.refuse_export()
+                    else:
+                        if weight.master is not None:
+                            weight.follow()
+                        if (y := eager.linear(x, weight, bias)) is not None:
+                            return y
+                    return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
         elif func is GROUPED_MM:
             return grouped.grouped_in_graph(*args, **kwargs)
-        elif func is torch.autograd.grad:
+        elif func is _GRAD:
             return gradients.grad(cls, *args, **kwargs)
-        elif func is torch.autograd.backward:
+        elif func is _BACKWARD:
             return gradients.backward(cls, *args, **kwargs)
         # Python code that runs in here has this function disabled, so nothing that may call a layer belongs in here.
         with torch._C.DisableTorchFunctionSubclass():

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from halo_tensor import balance_, halo_config, quantize_
 from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.recorded import Program
+from halo_tensor.kernels.repeating import Program
 from halo_tensor.products import eager
 from halo_tensor.products.lowered import can_lower
 from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
@@ -71,12 +71,14 @@ def taken(monkeypatch):
 def test_it_gives_what_the_operand_path_gives(name, taken, monkeypatch):
     model, x = model_of(name)
     taken.clear()
-    repeated, run = [], Program.run
-    monkeypatch.setattr(Program, "run", lambda self, tensors: (repeated.append(self), run(self, tensors))[1])
+    repeated, repeat = [], Program._repeat_and_write
+    monkeypatch.setattr(
+        Program, "_repeat_and_write", lambda self, *tensors: (repeated.append(self), repeat(self, *tensors))[1]
+    )
     inputs = [x * scale for scale in (1, 2, -3)[:CALLS]]
     eagerly = [results(model, x) for x in inputs]
     assert len(taken) == 4 * CALLS and all(y is not None for y in taken)
-    assert len(repeated) >= 2 * 5, "quantised X, output and backward of two layers, and without autograd"
+    assert len({*repeated}) >= 2 * 3, "quantised X and output of two layers, one after the other and in one without autograd"
     monkeypatch.setattr(eager, "linear", lambda *args: None)
     for made, x in zip(eagerly, inputs, strict=True):
         for actual, expected in zip(made, results(model, x), strict=True):
@@ -157,6 +159,59 @@ def test_layers_that_follow_each_other_share_an_operand(monkeypatch):
         h.mul_(2)
     model[0](h)
     assert launched.count("whole_rows") == 2, "h was written to"
+
+
+@runs_kernels
+def test_a_weight_written_between_forward_and_backward_is_an_error(taken):
+    model, x = model_of("int8 level 1")
+    y = model[0](x.clone().requires_grad_())
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert len(taken) == 1 and taken[0] is not None
+
+
+@runs_kernels
+def test_hooks_on_saved_tensors_see_no_codes_of_weights():
+    """Only what a graph keeps alive: the codes of X, and the master of a weight that holds no codes."""
+    for name, count in (("int8 level 1", 2), ("fp8 level 0, no codes kept", 3)):
+        (layer, _), x = model_of(name)
+        saved: list[torch.Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t)
+        with hooks:
+            y = layer(x.clone().requires_grad_())
+        assert len(saved) == count
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+        layer.requires_grad_(False)
+        saved.clear()
+        with hooks:
+            layer(x.clone().requires_grad_()).sum().backward()
+        assert len(saved) == count - 2
+
+
+@runs_kernels
+def test_what_a_weight_remembers_of_its_last_call():
+    """Another dtype, bias, autocast, recipe's gain or set of codes: each is seen by the next call."""
+    model, x = model_of("int8 level 1, balanced")
+    layer = model[0]
+    first, state = layer(x), layer.weight.codes_state
+    ready = state.ready
+    assert torch.equal(layer(x), first) and state.ready is ready
+    bias = layer.bias.detach().clone()
+    layer.bias.data = bias + 1
+    assert (layer(x) - first - 1).abs().max() < 0.05
+    layer.bias.data = torch.stack([bias] * 2, 1)[:, 0]
+    assert layer.bias.stride() == (2,) and torch.equal(layer(x), first)
+    layer.bias.data = bias
+    with torch.autocast(x.device.type, dtype=torch.float16):
+        assert layer(x).dtype == torch.float16
+    assert torch.equal(layer(x), first)
+    operand = layer.weight.operand
+    operand.codes = operand.codes * 0
+    assert torch.equal(layer(x), layer.bias.detach().expand_as(first))
 
 
 @runs_kernels
