@@ -26,7 +26,17 @@ require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpo
 from halo_tensor.transformers.arguments import HaloArguments  # noqa: E402  after the check of the version
 from halo_tensor.transformers.callback import HaloCallback  # noqa: E402
 from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
+from halo_tensor.transformers.export.api import Exported, export_compressed_tensors  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
 
-__all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]
+__all__ = [
+    "Exported",
+    "HaloArguments",
+    "HaloCallback",
+    "HaloQuantConfig",
+    "HaloQuantizer",
+    "export_compressed_tensors",
+    "fuse_head_",
+    "unfuse_head_",
+]
