@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from halo_tensor.transformers.export.choice import Choice, choose, listed
+from halo_tensor.transformers.export import balance
+from halo_tensor.transformers.export.choice import Choice, check_any, choose, leave_partners, listed, stacks
 from halo_tensor.transformers.export.quantization_config import matrices, precision, quantization_config
 from halo_tensor.transformers.quantizer import HaloQuantizer
 from halo_tensor.weight.tensor import dense_value
@@ -29,7 +30,6 @@ class Exported:
     ignored: dict[str, str]
 
 
-@torch.no_grad()
 def export_compressed_tensors(model: PreTrainedModel, path: str | os.PathLike, tokenizer: Any = None) -> Exported:
     """Write a converted model as compressed-tensors W8A8, which vLLM serves.
 
@@ -39,8 +39,12 @@ def export_compressed_tensors(model: PreTrainedModel, path: str | os.PathLike, t
     tensors are written as they are, under the names of a plain checkpoint. Nothing is quantised again, unless the model holds
     no codes (``keep_codes=False``), and the model does not change.
 
+    A balance (:func:`~halo_tensor.balance_`) is folded into the weight of the norm before the layer, or into the scales of
+    ``up_proj`` or ``v_proj``. This is exact, and is checked by running the model on a few tokens.
+
     One warning names the layers that were trained in low precision and are written in high precision, since no server could
-    compute them otherwise: layers with tied weights, and those that vLLM merges with such a layer.
+    compute them otherwise: layers with tied weights, those whose balance cannot be folded (``o_proj`` with grouped queries),
+    and those that vLLM merges with such a layer.
 
     Args:
         model: a model of transformers, whose linear layers :func:`~halo_tensor.quantize_` or ``HaloQuantConfig`` has
@@ -72,9 +76,12 @@ def export_compressed_tensors(model: PreTrainedModel, path: str | os.PathLike, t
     """
     _check(model, path)
     choice = choose(model)
+    with torch.no_grad():
+        factors = _fold(model, choice)
+        state = tensors(model, choice)
+        balance.apply(factors, state)
     _warn(model, choice)
-    state = tensors(model, choice)
-    config = quantization_config(choice.codes, choice.ignored, model.dtype)
+    config = quantization_config(choice.codes, [*choice.ignored, *stacks(model)], model.dtype)
     _save(model, Path(path), state, config)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -100,6 +107,16 @@ def tensors(model: PreTrainedModel, choice: Choice) -> dict[str, torch.Tensor]:
         else:
             state[name] = dense_value(tensor).detach()
     return state | matrices(choice.codes, precision(model.dtype))
+
+
+def _fold(model: PreTrainedModel, choice: Choice) -> dict[str, torch.Tensor]:
+    """Fold balances until no more layers are left in high precision because of that."""
+    while True:
+        factors, count = balance.fold(model, choice), len(choice.codes)
+        leave_partners(choice)
+        if len(choice.codes) == count:
+            check_any(model, choice)
+            return factors
 
 
 def _check(model: Any, path: str | os.PathLike) -> None:
@@ -130,8 +147,8 @@ def _warn(model: PreTrainedModel, choice: Choice) -> None:
     biased = [n for n, operand in choice.codes.items() if operand.column_rotation and model.get_submodule(n).bias is not None]
     if biased:
         warnings.warn(
-            f"vLLM (read in August 2026) refuses layers with a transform and a bias, as {listed(biased, most=3)} are. "
-            "compressed-tensors reads them. For vLLM, train them without rotation (level 0, fp8) or skip them",
+            f"vLLM refuses layers that have a transform and a bias, as {listed(biased, most=3)} do; compressed-tensors reads "
+            "them. For vLLM, train them without a rotation (fp8 at level 0), or leave them out by skip=",
             stacklevel=3,
         )
 

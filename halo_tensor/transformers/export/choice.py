@@ -141,12 +141,27 @@ def _scheme(codes: HadamardQuantTensor) -> tuple:
     return codes.format, codes.column_rotation
 
 
-def _lines(reasons: dict[str, str], most: int = 5) -> str:
-    lines = [f"  {name}: {why}" for name, why in reasons.items()]
-    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
+def _lines(reasons: dict[str, str]) -> str:
+    """A line for each reason, with the first names that have it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "\n".join(f"  {listed(own, most=3)}: {reason}" for reason, own in names.items())
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:
     """Names as text, the first ones of a long list."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def stacks(model: nn.Module) -> list[str]:
+    """Return what a server must also leave in high precision: the names of modules with other matrices than those of linear
+    layers and embeddings, as routers, and a pattern for experts, since their names in the checkpoint differ.
+    """
+    names = []
+    for name, module in model.named_modules():
+        ranks = [p.ndim for p in module._parameters.values() if p is not None]
+        if name and ranks and max(ranks) > 1 and kinds.features(module) is None and not isinstance(module, nn.Embedding):
+            names += [f"re:.*\\.{name.rpartition('.')[2]}(\\..*)?$"] if max(ranks) > 2 else [name]
+    return list(dict.fromkeys(names))
