@@ -16,7 +16,9 @@ from tests.helpers.recording import OpLog
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from halo_tensor.transformers import HaloCallback
+from safetensors.torch import load_file
+
+from halo_tensor.transformers import HaloCallback, export_compressed_tensors
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "hosts"
 
@@ -66,45 +68,41 @@ def test_trainer(folder, tmp_path):
     assert log.products().count(torch.int8) == (4 * 3 + 1) * 14
     resumed = main([*words, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
     assert losses(resumed) == losses(whole) and losses(whole)[-1] < losses(whole)[0]
+    assert_servable(whole.model, tmp_path / "served")
 
 
-def test_trl(folder, tmp_path):
+#: Rows of data and options of each method of with_trl.py.
+METHODS = {
+    "sft": ({"prompt": "t{}?", "completion": " {} rows"}, []),
+    "dpo": ({"prompt": "t{}?", "chosen": " {} rows", "rejected": " none"}, []),
+    "grpo": ({"prompt": "t{}?"}, ["--num_generations", "2", "--max_completion_length", "4", "--beta", "0.1"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trl(method, folder, tmp_path):
     pytest.importorskip("trl")
-    rows = [{"prompt": f"t{i % 7}?", "chosen": f" {i % 7} rows", "rejected": " none"} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    words = [
-        "--model",
-        folder,
-        "--data",
-        str(tmp_path / "pairs.jsonl"),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "1",
-    ]
-    words += [
-        "--per_device_train_batch_size",
-        "2",
-        "--report_to",
-        "none",
-        "--use_cpu",
-        "--disable_tqdm",
-        "True",
-        "--bf16",
-        "False",
-    ]
+    row, options = METHODS[method]
+    rows = [{key: text.format(i % 7) for key, text in row.items()} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = [method, "--model", folder, "--data", f"{tmp_path}/rows.jsonl", "--output_dir", f"{tmp_path}/out", *options]
+    words += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu"]
+    words += ["--disable_tqdm", "True", "--bf16", "False", "--halo", "int8"]
     with OpLog() as log:
-        trained = example("with_trl").main([*words, "--halo", "int8"])
-    assert log.products().count(torch.int8) >= 14 * (3 + 1)
-    assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
+        trained = example("with_trl").main(words)
+    assert log.products().count(torch.int8) >= 14 * (3 if method == "sft" else 4)
+    if method != "sft":
+        assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
+    assert_servable(trained.model, tmp_path / "served")
 
-    """The environment of a rank as torchrun sets it; accelerate reads it."""
 
-    def set_up(world: int) -> None:
-        values = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-        os.environ.update({name: str(value) for name, value in values.items()}, MASTER_PORT="29500", ACCELERATE_USE_CPU="1")
-
-    return set_up
+def assert_servable(model: nn.Module, path: Path) -> None:
+    """The model of a host is exported for a server, with the codes that it was trained with."""
+    exported = export_compressed_tensors(model, path)
+    assert len(exported.layers) == 14
+    state = load_file(path / "model.safetensors")
+    for name in exported.layers:
+        assert torch.equal(state[f"{name}.weight"], model.get_submodule(name).weight.codes), name
 
 
 def forget_accelerate() -> None:
@@ -193,6 +191,22 @@ def test_ddp_of_a_compiled_hugging_face_model(world, folder):
             assert every[rank][step] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@on_ranks(2)
+def test_fsdp2(world, folder, tmp_path):
+    """Two ranks train as DDP does; the gathered model is exported by the first one."""
+    module = example("with_fsdp2")
+    with OpLog() as log:
+        losses = module.main(["--model", folder, "--steps", "3", "--export", f"{tmp_path}/served"])
+    assert log.products().count(torch.int8) == 3 * 3 * 14
+    assert losses == pytest.approx(
+        example("with_ddp").main(["--model", folder, "--backend", "eager", "--steps", "3"]), rel=1e-4
+    )
+    if dist.get_rank() == 0:
+        state = load_file(tmp_path / "served" / "model.safetensors")
+        assert sum(codes.dtype == torch.int8 for codes in state.values()) == 14
+        assert sum(name.endswith("H128_seed0_input.weight") for name in state) == 14
 
 
 @on_ranks(2)

@@ -131,7 +131,9 @@ def _check(model: Any, path: str | os.PathLike) -> None:
         raise TypeError(f"expected a model of transformers; got a {type(model).__name__}: {advice[wrapped]}")
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, HaloQuantizer):
-        raise ValueError(f"the model is quantised by transformers' {type(quantizer).__name__}: load it without, then convert it")
+        raise ValueError(
+            f"the model is quantised by transformers' {type(quantizer).__name__}: load it without, then convert it"
+        )
     if Path(path).is_file():
         raise ValueError(f"{path} is a file; pass a folder")
 

@@ -158,8 +158,8 @@ def _folded(model: PreTrainedModel, choice: Choice, factors: Mapping[str, torch.
 def _parts(module: nn.Module) -> list[torch.Tensor]:
     """The tensors that a factor multiplies: of a converted weight its scales, since codes and the master stay as they are."""
     weight: Any = module.weight
-    bias: Any = getattr(module, "bias", None)
-    return [weight.scale if isinstance(weight, HaloWeight) else weight] + ([] if bias is None else [bias])
+    parts: list[Any] = [weight.scale if isinstance(weight, HaloWeight) else weight, getattr(module, "bias", None)]
+    return [part for part in parts if part is not None]
 
 
 def _output(model: PreTrainedModel) -> torch.Tensor:

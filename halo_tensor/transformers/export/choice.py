@@ -84,7 +84,9 @@ def misfit(recipe: Recipe) -> str | None:
             "dequantize_(model) and save_pretrained for a plain checkpoint"
         )
     if not all(o.granularity == TENSOR or o.granularity.is_per(side) for o, side in ((x, "tokens"), (w, "out_features"))):
-        return f"it has scales per {x.granularity} of X and per {w.granularity} of W: only those of granularity='row' or 'tensor'"
+        return (
+            f"it has scales per {x.granularity} of X and per {w.granularity} of W: only those of granularity='row' or 'tensor'"
+        )
     if x.tokens or w.out_features or (w.in_features and w.in_features.rank):
         return "only a rotation of in_features, of full rank, can be described"
     return None
@@ -108,7 +110,7 @@ def check_any(model: nn.Module, choice: Choice) -> None:
     if not choice.codes:
         why = f":\n{_lines(choice.ignored)}" if choice.ignored else ""
         raise ValueError(
-            f"no layer of this {type(model).__name__} can be exported as codes; call quantize_(model, halo_config(...)) first{why}"
+            f"no layer of this {type(model).__name__} can be exported as codes: call quantize_(model, config) first{why}"
         )
 
 
@@ -116,9 +118,9 @@ def _check_model(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if sharded := [name for name, p in parameters.items() if isinstance(p, DTensor)]:
         raise ValueError(
-            f"{sharded[0]} is sharded. Gather the model first: "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True on all ranks; then, on one "
-            "rank, load that into a model that was converted and balanced in the same way, and export this one"
+            f"{sharded[0]} is sharded. Gather the model first, by get_model_state_dict of torch.distributed.checkpoint with "
+            "full_state_dict=True on all ranks; on one rank load that into a model that was converted and balanced in the "
+            "same way, and export this one (examples/hosts/with_fsdp2.py)"
         )
     if meta := [name for name, p in parameters.items() if p.is_meta]:
         raise ValueError(f"{meta[0]} is on the meta device and has no values: load the model's weights first")
@@ -131,10 +133,13 @@ def _check_model(model: nn.Module) -> None:
 
 def _codes_of(weight: Any) -> HadamardQuantTensor:
     """The codes of a converted weight: those that it holds, brought up to date, or those that its next forward would make."""
-    if weight.operand is None:
-        return weight_operand(weight.dequantize().detach(), weight.recipe, None)
-    weight.follow()
-    return weight.operand
+    operand = weight.operand
+    if operand is None:
+        operand = weight_operand(weight.dequantize().detach(), weight.recipe, None)
+    else:
+        weight.follow()
+    assert operand is not None
+    return operand
 
 
 def _scheme(codes: HadamardQuantTensor) -> tuple:

@@ -1,8 +1,9 @@
 """The ``quantization_config`` of an exported checkpoint, as compressed-tensors 0.20 defines it, and the tensors it refers to.
 
 A rotation of in_features is a transform at two locations: "input", which a server computes, and "weight_input", which is in
-the codes already. compressed-tensors' "hadamard" is Sylvester's matrix without signs, which is ours for a power of two.
-"random-hadamard" reads its matrix, of ±1, from the checkpoint: ``<layer>.<scheme>_input.weight``. Both divide by √block.
+the codes already. compressed-tensors' "hadamard" is Sylvester's matrix without signs, which is ours for a power of two, and
+servers have a fast kernel for it. For "random-hadamard" they multiply with the matrix that the checkpoint holds, of ±1:
+``<layer>.<scheme>_input.weight``. Both divide by √block.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,13 +38,11 @@ def quantization_config(codes: Codes, ignored: Iterable[str], dtype: torch.dtype
         for i, (format, names) in enumerate(by_format.items())
     }
     unrotated = by_rotation.pop(None, [])
-    schemes = {
-        scheme_name(rotation): _transform(
-            rotation, *(([names, []]) if len(by_rotation) > 1 else (["Linear"], ignore + unrotated)), dtype
-        )
-        for rotation, names in by_rotation.items()
-        if rotation is not None
-    }
+    schemes = {}
+    for rotation, names in by_rotation.items():
+        assert rotation is not None
+        targets, but = (names, []) if len(by_rotation) > 1 else (["Linear"], ignore + unrotated)
+        schemes[scheme_name(rotation)] = _transform(rotation, targets, but, dtype)
     return {
         "quant_method": "compressed-tensors",
         "format": next(iter(groups.values()))["format"] if len(groups) == 1 else "mixed-precision",
@@ -62,7 +61,7 @@ def scheme_name(rotation: Rotation) -> str:
 
 
 def is_sylvester(rotation: Rotation) -> bool:
-    """Whether a rotation is compressed-tensors' "hadamard", which needs no matrix in the checkpoint."""
+    """Whether a rotation is compressed-tensors' "hadamard"."""
     return rotation.seed is None and rotation.edge & (rotation.edge - 1) == 0
 
 
@@ -76,7 +75,7 @@ def matrices(codes: Codes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     seen = set()
     for name, operand in codes.items():
         rotation = operand.column_rotation
-        if rotation is None or is_sylvester(rotation) or (rotation in seen and rotation.edge > LARGEST_FACTOR):
+        if rotation is None or (rotation in seen and rotation.edge > LARGEST_FACTOR):
             continue
         seen.add(rotation)
         matrix = signs(rotation.edge, rotation.seed)[:, None] * hadamard(rotation.edge)

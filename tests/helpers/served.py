@@ -1,0 +1,70 @@
+"""Reads an exported checkpoint with the compressed-tensors package, as a server does, and states what it should compute."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from halo_tensor import HaloWeight
+
+transformers = pytest.importorskip("transformers")
+WHY = "compressed-tensors is not installed"
+
+
+def sections(folder: Path) -> dict:
+    """The quantization_config of config.json."""
+    return json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+
+
+def read(folder: Path, transformed: bool = True) -> nn.Module:
+    """Build the model of a checkpoint with compressed-tensors alone, without this library, and load every tensor of it."""
+    pytest.importorskip("compressed_tensors", reason=WHY)
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+    from safetensors.torch import load_file
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    quantisation = QuantizationConfig.model_validate(sections(folder))
+    if transformed and sections(folder)["transform_config"]:
+        apply_transform_config(model, TransformConfig.model_validate(sections(folder)["transform_config"]))
+    apply_quantization_config(model, quantisation)
+    compressor = ModelCompressor(quantization_config=quantisation)
+    compressor.compress_model(model)
+    state = load_file(Path(folder) / "model.safetensors")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = set(missing) - set(model.all_tied_weights_keys)
+    assert not missing and (not transformed or not unexpected), (missing, unexpected)
+    model.tie_weights()
+    compressor.decompress_model(model)
+    return model.eval()
+
+
+def exact_activations(model: nn.Module) -> nn.Module:
+    """Make what :func:`read` returned leave activations as they are, rotated and not quantised."""
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.quantization_enabled = False
+    return model
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """A plain copy of a converted model, with the values of the codes as weights."""
+    values = {
+        name: weight.operand.dequantize()
+        for name, weight in model.named_parameters()
+        if isinstance(weight, HaloWeight) and weight.operand is not None
+    }
+    plain = type(model)(copy.deepcopy(model.config))
+    plain.load_state_dict({name: values.get(name, tensor) for name, tensor in model.state_dict().items()})
+    return plain.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits
