@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> Trainer:
         processing_class=AutoTokenizer.from_pretrained(script.model),
         callbacks=halo.callbacks(),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     return trainer
 
 

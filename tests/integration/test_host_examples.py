@@ -13,12 +13,13 @@ from torch import nn
 from halo_tensor import HaloWeight, halo_config, quantize_
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
+from tests.helpers.served import assert_servable
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 
-from halo_tensor.transformers import HaloCallback, export_compressed_tensors
+from halo_tensor.transformers import HaloCallback
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "hosts"
 
@@ -86,23 +87,29 @@ def test_trl(method, folder, tmp_path):
     rows = [{key: text.format(i % 7) for key, text in row.items()} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     words = [method, "--model", folder, "--data", f"{tmp_path}/rows.jsonl", "--output_dir", f"{tmp_path}/out", *options]
-    words += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--report_to", "none", "--use_cpu"]
+    words += [
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--report_to",
+        "none",
+        "--use_cpu",
+    ]
     words += ["--disable_tqdm", "True", "--bf16", "False", "--halo", "int8"]
     with OpLog() as log:
         trained = example("with_trl").main(words)
-    assert log.products().count(torch.int8) >= 14 * (3 if method == "sft" else 4)
+    assert log.products().count(torch.int8) >= 2 * 14 * (3 if method == "sft" else 4)
     if method != "sft":
         assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
     assert_servable(trained.model, tmp_path / "served")
-
-
-def assert_servable(model: nn.Module, path: Path) -> None:
-    """The model of a host is exported for a server, with the codes that it was trained with."""
-    exported = export_compressed_tensors(model, path)
-    assert len(exported.layers) == 14
-    state = load_file(path / "model.safetensors")
-    for name in exported.layers:
-        assert torch.equal(state[f"{name}.weight"], model.get_submodule(name).weight.codes), name
+    resumed = example("with_trl").main([*words, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1"])
+    for (name, p), q in zip(trained.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def forget_accelerate() -> None:
@@ -167,18 +174,19 @@ def test_accelerate(world, folder, tmp_path, fsdp):
 
 
 @on_ranks(2)
-def test_ddp_of_a_compiled_hugging_face_model(world, folder):
+def test_ddp_of_a_compiled_hugging_face_model(world, folder, tmp_path):
     """Dynamo's DDPOptimizer splits the graph at buckets of gradients; the ranks train as one process that sees all data."""
     from transformers import AutoModelForCausalLM
 
     words = ["--model", folder, "--backend", "aot_eager", "--bucket", "1", "--steps", "3"]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    losses = example("with_ddp").main(words)
+    ddp, losses = example("with_ddp").main(words)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     every = [None] * world
     dist.all_gather_object(every, losses)
     if dist.get_rank():
         return
+    assert_servable(ddp.module, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     quantize_(model, halo_config(1, "int8"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

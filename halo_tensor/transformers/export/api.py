@@ -142,7 +142,8 @@ def _warn(model: PreTrainedModel, choice: Choice) -> None:
     if choice.lost:
         reasons = listed(dict.fromkeys(choice.ignored[name] for name in choice.lost), most=3)
         warnings.warn(
-            f"{len(choice.lost)} layers that were trained in low precision are exported in high precision: "
+            f"exported in high precision, although trained in low precision: {len(choice.lost)} of "
+            f"{len(choice.codes) + len(choice.lost)} layers, "
             f"{listed(choice.lost)} ({reasons})",
             stacklevel=3,
         )

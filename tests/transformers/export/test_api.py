@@ -20,9 +20,7 @@ IDS = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))
 LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 CONFIGS = {
     "int8": halo_config(1, "int8"),
-    "int8 level 2": halo_config(2, "int8"),
     "int8 without signs": halo_config(1, "int8", seed=None),
-    "int8, blocks of 64": halo_config(1, "int8", block_size=64),
     "int8, full width": halo_config(1, "int8", block_size=None),
     "int8, a scale per tensor": halo_config(1, "int8", granularity="tensor"),
     "int8 without codes": halo_config(1, "int8", keep_codes=False),
@@ -34,7 +32,7 @@ CONFIGS = {
 def llama(dtype=torch.float32, **fields):
     """Its norms are unequal, so that activations have outliers and a rotation and a balance matter."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes | {"num_attention_heads": 4, "num_key_value_heads": 4} | fields)
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
@@ -52,7 +50,7 @@ def train(model, steps=2):
             model(input_ids=IDS, labels=IDS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert len(log.products()) >= steps * 14
+    assert len(log.products()) >= steps * 7
     return model.eval()
 
 
@@ -68,7 +66,7 @@ def test_compressed_tensors_computes_what_was_trained(name, tmp_path):
     model = train(converted(CONFIGS[name]))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exported = export_compressed_tensors(model, tmp_path)
-    assert exported.layers == [f"model.layers.{i}.{layer}" for i in range(2) for layer in LAYERS]
+    assert exported.layers == [f"model.layers.0.{layer}" for layer in LAYERS]
     assert exported.ignored == {"lm_head": "it was not converted"}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the model does not change"
 
@@ -82,7 +80,9 @@ def test_compressed_tensors_computes_what_was_trained(name, tmp_path):
     error = relative_error(trained, plain)
     assert 1e-4 < error < 0.06
     assert 0.7 * error < relative_error(served, plain) < 1.4 * error
-    if CONFIGS[name].granularity == "row":
+    if CONFIGS[name].dtype == "fp8":
+        assert relative_error(served, trained) < 1e-5, "the same codes of activations, too"
+    elif CONFIGS[name].granularity == "row":
         assert 1e-6 < relative_error(served, trained) < 1.4 * error
     if sections(tmp_path)["transform_config"]:
         assert relative_error(logits(read(tmp_path, transformed=False), IDS), trained) > 0.3, "the rotation matters"
@@ -127,15 +127,15 @@ def test_a_model_in_bf16_with_a_tied_head_and_biases(tmp_path):
 def test_layers_in_different_formats(tmp_path):
     pytest.importorskip("compressed_tensors", reason=WHY)
     model = llama()
-    attention = {f"model.layers.{i}.{name}": halo_config(1, "int8") for i in range(2) for name in LAYERS[:4]}
-    mlp = {f"model.layers.{i}.{name}": halo_config(0, "fp8") for i in range(2) for name in LAYERS[4:]}
+    attention = {f"model.layers.0.{name}": halo_config(1, "int8") for name in LAYERS[:4]}
+    mlp = {f"model.layers.0.{name}": halo_config(0, "fp8") for name in LAYERS[4:]}
     quantize_(model, LayerConfigs(attention | mlp))
     export_compressed_tensors(train(model), tmp_path)
     config = sections(tmp_path)
     assert config["format"] == "mixed-precision"
     assert {g["format"]: len(g["targets"]) for g in config["config_groups"].values()} == {
-        "int-quantized": 8,
-        "float-quantized": 6,
+        "int-quantized": 4,
+        "float-quantized": 3,
     }
     assert relative_error(logits(exact_activations(read(tmp_path)), IDS), logits(dequantised(model), IDS)) < 1e-5
 
@@ -148,14 +148,14 @@ def test_a_merged_adapter(tmp_path):
     quantize_(model, halo_config(1, "int8"))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     plain = logits(adapted, IDS)
-    train(adapted, steps=8)
+    train(adapted, steps=4)
     trained = logits(adapted, IDS)
     with pytest.raises(TypeError, match=r"got a PeftModelForCausalLM: export what its merge_and_unload\(\) returns"):
         export_compressed_tensors(adapted, tmp_path)
     with pytest.raises(ValueError, match=r"the model has adapters: export what merge_and_unload\(\) returns"):
         export_compressed_tensors(adapted.base_model.model, tmp_path)
     merged = adapted.merge_and_unload()
-    assert len(export_compressed_tensors(merged, tmp_path).layers) == 14
+    assert len(export_compressed_tensors(merged, tmp_path).layers) == 7
     served = logits(read(tmp_path), IDS)
     learnt = relative_error(plain, trained)
     assert 1e-4 < relative_error(served, trained) < learnt / 4, "what the adapter has learnt is in the codes"
@@ -187,7 +187,7 @@ def test_shards_and_a_tokenizer(tmp_path):
     export_compressed_tensors(model, tmp_path, Tokenizer())
     assert (tmp_path / "tokenizer.json").exists()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) > 1 and "model.layers.1.mlp.up_proj.weight_scale" in index
+    assert len(set(index.values())) > 1 and "model.layers.0.mlp.up_proj.weight_scale" in index
 
 
 @on_ranks(2)
@@ -209,7 +209,7 @@ def test_a_sharded_model_is_refused(world, tmp_path):
     [
         (
             halo_config(1, "fp6"),
-            r"(?s)cannot be exported as W8A8:\n.*q_proj, .*k_proj, .*v_proj and 11 more: its products are in fp6_e2m3",
+            r"(?s)cannot be exported as W8A8:\n.*q_proj, .*k_proj, .*v_proj and 4 more: its products are in fp6_e2m3",
         ),
         (recipe_config("jetfire"), "it has scales per 32x32 of X and per 32x32 of W: only those of granularity"),
         (
@@ -240,12 +240,13 @@ def test_other_bad_input(tmp_path):
     with pytest.raises(ValueError, match="is on the meta device and has no values"):
         export_compressed_tensors(converted(halo_config(1, "int8")).to("meta"), tmp_path)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight has a NaN or Inf"):
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight has a NaN or Inf"):
         export_compressed_tensors(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    model.hf_quantizer = transformers.quantizers.HfQuantizer.__new__(type("Other", (transformers.quantizers.HfQuantizer,), {}))
-    with pytest.raises(ValueError, match="is quantised by transformers' Other"):
+    hqq = transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["hqq"]
+    model.hf_quantizer = hqq.__new__(hqq)
+    with pytest.raises(ValueError, match="is quantised by transformers' HqqHfQuantizer"):
         export_compressed_tensors(model, tmp_path)
 
 
@@ -253,16 +254,16 @@ def test_other_bad_input(tmp_path):
 def test_a_balanced_model(heads, tmp_path):
     pytest.importorskip("compressed_tensors", reason=WHY)
     model = converted(halo_config(1, "int8"), num_key_value_heads=heads, hidden_size=256)
-    assert balance_(model, IDS) == 14
+    assert balance_(model, IDS) == 7
     train(model)
     if heads == 4:
         exported = export_compressed_tensors(model, tmp_path)
     else:
         with pytest.warns(
-            UserWarning, match=r"2 layers .* in high precision: .*o_proj, .*o_proj \(its balance cannot be folded"
+            UserWarning, match=r"in high precision, although .*: 1 of 7 layers, .*o_proj \(its balance cannot be folded"
         ):
             exported = export_compressed_tensors(model, tmp_path)
-    assert len(exported.layers) == (14 if heads == 4 else 12)
+    assert len(exported.layers) == (7 if heads == 4 else 6)
     server = read(tmp_path)
     plain = dequantised(model)
     if heads == 4:
