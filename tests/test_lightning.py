@@ -16,7 +16,6 @@ import lightning
 
 from halo_tensor.lightning import HaloPrecision
 
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hosts" / "with_lightning.py"
 
 
