@@ -66,6 +66,18 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain.eval()
 
 
+def served_output(state: dict[str, torch.Tensor], layer: str, x: torch.Tensor) -> torch.Tensor:
+    """X W'ᵀ from the tensors of a checkpoint: rotate, quantise each token, multiply codes, scale. In float64."""
+    codes, scale = state[f"{layer}.weight"], state[f"{layer}.weight_scale"].double()
+    x = x.double()
+    for matrix in (tensor.double() for name, tensor in state.items() if name.startswith(f"{layer}.H")):
+        x = (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2) / len(matrix) ** 0.5
+    whole = codes.dtype == torch.int8
+    step = x.abs().amax(-1, keepdim=True) / (127 if whole else 448)
+    q = (x / step).round() if whole else (x / step).float().to(codes.dtype).double()
+    return q @ codes.double().t() * step * scale.t()
+
+
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).logits
