@@ -68,6 +68,10 @@ def choose(model: nn.Module) -> Choice:
             choice.leave(name, "its weight is tied to another layer's")
         else:
             choice.codes[name] = _codes_of(module.weight)
+    of_linears = {id(module._parameters.get("weight")) for module in model.modules() if isinstance(module, nn.Linear)}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, HaloWeight) and id(parameter) not in of_linears:
+            choice.leave(name, "experts have no codes with rotations in servers")
     if refused:
         raise ValueError(f"these layers cannot be exported as W8A8:\n{_lines(refused)}")
     leave_partners(choice)
@@ -126,9 +130,6 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{meta[0]} is on the meta device and has no values: load the model's weights first")
     if model_parts.adapters(model):
         raise ValueError("the model has adapters: export what merge_and_unload() returns")
-    layers = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    if others := [name for name, p in parameters.items() if isinstance(p, HaloWeight) and id(p) not in layers]:
-        raise ValueError(f"{others[0]} is a converted weight outside of nn.Linear, which cannot be exported: dequantize_ it")
 
 
 def _codes_of(weight: Any) -> HadamardQuantTensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from halo_tensor import halo_config, quantize_, recipe_config
+from halo_tensor import HaloWeight, halo_config, quantize_, recipe_config
 from halo_tensor.recipe import INT8, Operand, Product, Recipe, Rotation
 
 pytest.importorskip("transformers")
@@ -66,6 +66,13 @@ def test_a_tied_weight_is_written_in_high_precision():
     model.head.weight = model.embed.weight
     choice = choose(converted(model, filter_fn=lambda m, _: isinstance(m, nn.Linear)))
     assert list(choice.codes) == ["a"] and choice.ignored == {"head": "its weight is tied to another layer's"} and choice.lost
+
+
+def test_experts_are_written_in_high_precision():
+    model = converted(Block(a=nn.Linear(128, 128), experts=nn.Module()))
+    model.experts.up = nn.Parameter(HaloWeight.from_hp(torch.randn(2, 128, 128), INT.recipe))
+    choice = choose(model)
+    assert list(choice.codes) == ["a"] and choice.lost == ["experts.up"] and stacks(model) == [r"re:.*\.experts(\..*)?$"]
 
 
 def test_codes_follow_writes_to_the_master():
