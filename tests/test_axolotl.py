@@ -15,6 +15,7 @@ from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 
 from halo_tensor.axolotl import NAME
+from tests.helpers.served import assert_servable
 from tests.helpers.trainers import Rows, arguments, losses, save_chat_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hosts" / "with_axolotl.yaml"
@@ -60,11 +61,18 @@ def test_its_trainer_trains_in_low_precision(manager, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = save_chat_model(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    callbacks = manager.add_callbacks_pre_trainer(DictDefault(config()), model)
     rows = pytest.importorskip("datasets").Dataset.from_list(list(Rows(16))).with_format("torch")
-    args = AxolotlTrainingArguments(**arguments(tmp_path, max_steps=2))
-    trainer = AxolotlTrainer(model, args, train_dataset=rows, callbacks=callbacks)
+
+    def trained(resume: str | None = None) -> AxolotlTrainer:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        callbacks = manager.add_callbacks_pre_trainer(DictDefault(config()), model)
+        args = AxolotlTrainingArguments(**arguments(tmp_path, max_steps=2, save_steps=1))
+        trainer = AxolotlTrainer(model, args, train_dataset=rows, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
     with OpLog() as log:
-        trainer.train()
-    assert log.products().count(torch.int8) == 14 * (2 * 3 + 1) and losses(trainer)[-1] < losses(trainer)[0]
+        whole = trained()
+    assert log.products().count(torch.int8) == 14 * (2 * 3 + 1) and losses(whole)[-1] < losses(whole)[0]
+    assert losses(trained(f"{tmp_path}/checkpoint-1")) == losses(whole)
+    assert_servable(whole.model, tmp_path / "served")

@@ -1,5 +1,8 @@
 """HaloPrecision in Lightning's Trainer and in Fabric."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,8 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 import lightning
 
 from halo_tensor.lightning import HaloPrecision
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "hosts" / "with_lightning.py"
 
 
 class Module(lightning.LightningModule):
@@ -53,6 +58,24 @@ def test_the_trainer_trains_and_resumes(tmp_path):
     assert resumed.losses == whole.losses[2:]
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_the_example(tmp_path):
+    """examples/hosts/with_lightning.py: a language model is trained, resumed and exported for a server."""
+    pytest.importorskip("transformers")
+    from tests.helpers.served import assert_servable
+    from tests.helpers.small_models import save_small_model
+
+    save_small_model(tmp_path / "model")
+    script = runpy.run_path(str(EXAMPLE))
+    words = ["--model", f"{tmp_path}/model", "--steps", "2", "--folder", f"{tmp_path}/out"]
+    with OpLog() as log:
+        whole = script["main"](words)
+    assert log.products().count(torch.int8) == 2 * 3 * 14
+    assert_servable(whole.lightning_module.model, tmp_path / "served")
+    (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")
+    resumed = script["main"]([*words[:2], "--steps", "4", "--folder", f"{tmp_path}/resumed", "--resume", str(checkpoint)])
+    assert resumed.global_step == 4
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

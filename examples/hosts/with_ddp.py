@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from halo_tensor import halo_config, quantize_
 
 
-def main(words: list[str] | None = None) -> list[float]:
+def main(words: list[str] | None = None) -> tuple[DistributedDataParallel, list[float]]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
@@ -28,7 +28,8 @@ def main(words: list[str] | None = None) -> list[float]:
 
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     quantize_(model, halo_config(level=1, dtype="int8"))  # before DDP, torch.compile and the optimizer
-    compiled = torch.compile(DistributedDataParallel(model, bucket_cap_mb=args.bucket), backend=args.backend)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=args.bucket)
+    compiled = torch.compile(ddp, backend=args.backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(dist.get_rank())
     losses = []
@@ -39,9 +40,9 @@ def main(words: list[str] | None = None) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return ddp, losses
 
 
 if __name__ == "__main__":
-    print(main())
+    print(main()[1])
     dist.destroy_process_group()

@@ -27,9 +27,19 @@ from halo_tensor.layers import experts  # noqa: E402  after the check of the ver
 from halo_tensor.transformers.arguments import HaloArguments  # noqa: E402
 from halo_tensor.transformers.callback import HaloCallback  # noqa: E402
 from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
+from halo_tensor.transformers.export.api import Exported, export_compressed_tensors  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
 
 experts.register()
 
-__all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]
+__all__ = [
+    "Exported",
+    "HaloArguments",
+    "HaloCallback",
+    "HaloQuantConfig",
+    "HaloQuantizer",
+    "export_compressed_tensors",
+    "fuse_head_",
+    "unfuse_head_",
+]

@@ -13,9 +13,12 @@ from torch import nn
 from halo_tensor import HaloWeight, halo_config, quantize_
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
+from tests.helpers.served import assert_servable
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from safetensors.torch import load_file
+
 from halo_tensor.transformers import HaloCallback
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "hosts"
@@ -66,45 +69,36 @@ def test_trainer(folder, tmp_path):
     assert log.products().count(torch.int8) == (4 * 3 + 1) * 14
     resumed = main([*words, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")])
     assert losses(resumed) == losses(whole) and losses(whole)[-1] < losses(whole)[0]
+    assert_servable(whole.model, tmp_path / "served")
 
 
-def test_trl(folder, tmp_path):
+#: Rows of data and options of each method of with_trl.py.
+METHODS = {
+    "sft": ({"prompt": "t{}?", "completion": " {} rows"}, []),
+    "dpo": ({"prompt": "t{}?", "chosen": " {} rows", "rejected": " none"}, []),
+    "grpo": ({"prompt": "t{}?"}, ["--num_generations", "2", "--max_completion_length", "4", "--beta", "0.1"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trl(method, folder, tmp_path):
     pytest.importorskip("trl")
-    rows = [{"prompt": f"t{i % 7}?", "chosen": f" {i % 7} rows", "rejected": " none"} for i in range(8)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    words = [
-        "--model",
-        folder,
-        "--data",
-        str(tmp_path / "pairs.jsonl"),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "1",
-    ]
-    words += [
-        "--per_device_train_batch_size",
-        "2",
-        "--report_to",
-        "none",
-        "--use_cpu",
-        "--disable_tqdm",
-        "True",
-        "--bf16",
-        "False",
-    ]
+    row, options = METHODS[method]
+    rows = [{key: text.format(i % 7) for key, text in row.items()} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = [method, "--model", folder, "--data", f"{tmp_path}/rows.jsonl", "--output_dir", f"{tmp_path}/out", *options]
+    words += ["--max_steps", "2", "--save_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "2"]
+    words += ["--report_to", "none", "--use_cpu"]
+    words += ["--disable_tqdm", "True", "--bf16", "False", "--halo", "int8"]
     with OpLog() as log:
-        trained = example("with_trl").main([*words, "--halo", "int8"])
-    assert log.products().count(torch.int8) >= 14 * (3 + 1)
-    assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
-
-    """The environment of a rank as torchrun sets it; accelerate reads it."""
-
-    def set_up(world: int) -> None:
-        values = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-        os.environ.update({name: str(value) for name, value in values.items()}, MASTER_PORT="29500", ACCELERATE_USE_CPU="1")
-
-    return set_up
+        trained = example("with_trl").main(words)
+    assert log.products().count(torch.int8) >= 2 * 14 * (3 if method == "sft" else 4)
+    if method != "sft":
+        assert sum(isinstance(p, HaloWeight) for p in trained.ref_model.parameters()) == 14
+    assert_servable(trained.model, tmp_path / "served")
+    resumed = example("with_trl").main([*words, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1"])
+    for (name, p), q in zip(trained.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def forget_accelerate() -> None:
@@ -169,18 +163,19 @@ def test_accelerate(world, folder, tmp_path, fsdp):
 
 
 @on_ranks(2)
-def test_ddp_of_a_compiled_hugging_face_model(world, folder):
+def test_ddp_of_a_compiled_hugging_face_model(world, folder, tmp_path):
     """Dynamo's DDPOptimizer splits the graph at buckets of gradients; the ranks train as one process that sees all data."""
     from transformers import AutoModelForCausalLM
 
     words = ["--model", folder, "--backend", "aot_eager", "--bucket", "1", "--steps", "3"]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    losses = example("with_ddp").main(words)
+    ddp, losses = example("with_ddp").main(words)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     every = [None] * world
     dist.all_gather_object(every, losses)
     if dist.get_rank():
         return
+    assert_servable(ddp.module, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     quantize_(model, halo_config(1, "int8"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -193,6 +188,21 @@ def test_ddp_of_a_compiled_hugging_face_model(world, folder):
             assert every[rank][step] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@on_ranks(2)
+def test_fsdp2(world, folder, tmp_path):
+    """Two ranks train as DDP does; the gathered model is exported by the first one."""
+    module = example("with_fsdp2")
+    with OpLog() as log:
+        losses = module.main(["--model", folder, "--steps", "3", "--export", f"{tmp_path}/served"])
+    assert log.products().count(torch.int8) == 3 * 3 * 14
+    _, expected = example("with_ddp").main(["--model", folder, "--backend", "eager", "--steps", "3"])
+    assert losses == pytest.approx(expected, rel=1e-4)
+    if dist.get_rank() == 0:
+        state = load_file(tmp_path / "served" / "model.safetensors")
+        assert sum(codes.dtype == torch.int8 for codes in state.values()) == 14
+        assert sum(name.endswith("H128_seed0_input.weight") for name in state) == 14
 
 
 @on_ranks(2)

@@ -27,6 +27,8 @@ def module(name: str):
 hook = module("mkdocs_hook")
 #: public names that are not imported with the package
 OF_HOSTS = [
+    "export_compressed_tensors",
+    "Exported",
     "HaloArguments",
     "HaloCallback",
     "HaloPrecision",
