@@ -28,5 +28,6 @@ from halo_tensor.transformers.callback import HaloCallback  # noqa: E402
 from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
+from halo_tensor.transformers.recoding import Recoding  # noqa: E402
 
-__all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "fuse_head_", "unfuse_head_"]
+__all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "Recoding", "fuse_head_", "unfuse_head_"]
