@@ -65,7 +65,7 @@ def cosine_of_codes(weight: HaloWeight, values: torch.Tensor) -> float:
     sums = torch.zeros(3, dtype=torch.float64, device=values.device)
     for a, b in zip(coded.split(ROWS), values.split(ROWS), strict=True):
         a, b = a.float(), b.float()
-        sums += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+        sums += torch.stack([(x * y).sum(dtype=torch.float64) for x, y in ((a, b), (a, a), (b, b))])
     dot, coded_square, square = sums.tolist()
     return dot / sqrt(coded_square * square) if coded_square * square else float(coded_square == square)
 
