@@ -18,14 +18,16 @@ from halo_tensor.transformers.recoding import cosine_of_codes
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 ROWS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
-W8A8 = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights": ROWS}}}
+GROUPS = {"group_0": {"weights": ROWS}}
+W8A8 = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": GROUPS}
 RECIPES = {
     "int8, level 1": halo_config(1, "int8"), "fp8, level 0": halo_config(0, "fp8"), "fp8, level 1": halo_config(1, "fp8"),
     "fp6, level 1": halo_config(1, "fp6"),
 }  # fmt: skip
 NOTES = (
-    "Re-coding: the cosine of the released values and of this library's codes, which model.halo_recoding gives. Release: of the "
-    "original weights and the released values. Both: of the original weights and the codes. Mean and smallest over all layers."
+    "Re-coding: the cosine of the released values and of this library's codes, which model.halo_recoding gives. Release: of "
+    "the original weights and the released values. Both: of the original weights and the codes. Mean and smallest of all "
+    "layers."
 )
 
 
@@ -51,11 +53,15 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), 0).item()
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="path (.gguf too) or hub name (default: SmolLM2-135M-Instruct)")
     results.add_arguments(parser, "recoding")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     model, _ = load_model(args.model, torch.float32, "cpu")
     accept = layer_filter(model, halo_config())
     matrices = [module.weight.detach() for name, module in model.named_modules() if accept(module, name)]

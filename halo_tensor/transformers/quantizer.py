@@ -242,9 +242,7 @@ class HaloQuantizer(HfQuantizer):
     def _make_trainable(self, model: Any) -> Any:
         """Convert the layers of a model that was loaded in high precision, all of which is to be trained."""
         wanted = {name.removesuffix(".weight") for name in self.loading.weights}
-        self.report = quantize_(
-            model, self.quantization_config.halo_config, filter_fn=lambda module, name: name in wanted
-        )
+        self.report = quantize_(model, self.quantization_config.halo_config, filter_fn=lambda module, name: name in wanted)
         if self.layout is not None:
             for name in self.report.converted:
                 weight = model.get_submodule(name).weight

@@ -38,7 +38,10 @@ class Recoding:
         lines = [f"{len(self.cosines)} weights of a checkpoint ({self.layout}) were re-coded"]
         if self.cosines:
             lines[0] += f": cosine {self.mean:.5f} on average, at least {self.cosines[self.worst]:.5f} ({self.worst})"
-        for names, what in ((self.dequantised, "dequantised"), (self.plain, "in high precision in the checkpoint, and left so")):
+        for names, what in (
+            (self.dequantised, "dequantised"),
+            (self.plain, "in high precision in the checkpoint, and left so"),
+        ):
             if names:
                 lines.append(f"  {what}: {listed(names)}")
         return "\n".join(lines)

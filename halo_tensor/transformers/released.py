@@ -1,8 +1,8 @@
 """Weights of a checkpoint that another library released in 8 bits -> parameters, one at a time.
 
-transformers runs :class:`Recode` for each weight that is a parameter of its own. Parameters that it makes of several weights of
-the checkpoint, as ``gate_up_proj`` of ``gate_proj`` and ``up_proj``, or the experts of a layer, go through :class:`Dequantize`,
-transformers' own operations and :class:`Hold`. Only the weights of one parameter are in high precision at a time.
+transformers runs :class:`Recode` for each weight that is a parameter of its own. Parameters that it makes of several weights
+of the checkpoint, as the experts of a layer, go through :class:`Dequantize`, transformers' own operations and :class:`Hold`.
+Only the weights of one parameter are in high precision at a time.
 """
 
 from collections.abc import Sequence
@@ -132,7 +132,13 @@ class Hold(_Op):
     """What transformers has made of dequantised weights -> parameters."""
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, target_patterns: Sequence[str], model: Any, full_layer_name: str, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        target_patterns: Sequence[str],
+        model: Any,
+        full_layer_name: str,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Quantise those that are weights of converted layers."""
         coded = full_layer_name not in self.loading.plain

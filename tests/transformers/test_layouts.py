@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
-from halo_tensor.transformers import layouts  # noqa: E402
-from halo_tensor.transformers.layouts import SCALE, SCALE_INV, WEIGHT, ZERO_POINT, Layout, layout_of  # noqa: E402
-from tests.helpers.released import coded, fp8_config, w8a8_config  # noqa: E402
+from halo_tensor.transformers import layouts
+from halo_tensor.transformers.layouts import SCALE, SCALE_INV, WEIGHT, ZERO_POINT, Layout, layout_of
+from tests.helpers.released import coded, fp8_config, w8a8_config
 
 E4M3 = torch.float8_e4m3fn
 sides = st.integers(1, 40)
