@@ -1,6 +1,7 @@
-"""Measure what re-coding a checkpoint that was released in 8 bits loses, on the linear layers of a real model.
+"""Measure what re-coding a checkpoint that was released in 8 bits loses.
 
-    python bench/recoding.py
+    python bench/recoding.py                   # a matrix of a normal distribution
+    python bench/recoding.py --model MODEL     # the linear layers of a Llama
 
 Each weight is coded as such checkpoints are, in fp8 with a scale per block of 128×128 or in int8 with a scale per row, read by
 ``halo_tensor.transformers.layouts``, and quantised again.
@@ -55,16 +56,20 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="path (.gguf too) or hub name (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama")
+    parser.add_argument("--width", type=int, default=1024, help="of the matrix of a normal distribution")
     results.add_arguments(parser, "recoding")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse_args()
-    model, _ = load_model(args.model, torch.float32, "cpu")
-    accept = layer_filter(model, halo_config())
-    matrices = [module.weight.detach() for name, module in model.named_modules() if accept(module, name)]
+    if args.model:
+        model, _ = load_model(args.model, torch.float32, "cpu")
+        accept = layer_filter(model, halo_config())
+        matrices = [module.weight.detach() for name, module in model.named_modules() if accept(module, name)]
+    else:
+        matrices = [torch.randn(args.width, args.width, generator=torch.Generator().manual_seed(0)) / args.width**0.5]
     rows = []
     for release, (config, code) in RELEASES.items():
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in RECIPES}
@@ -77,9 +82,10 @@ def main() -> None:
                 found[name].append((cosine_of_codes(weight, values), released, cosine_of_codes(weight, w)))
         for name, cosines in found.items():
             columns = zip(("re-coding", "release", "both"), zip(*cosines, strict=True), strict=True)
-            shown = {column: f"{sum(values) / len(values):.5f} ({min(values):.5f})" for column, values in columns}
+            shown = {column: f"{sum(values) / len(values):.5f} (least {min(values):.5f})" for column, values in columns}
             rows.append({"released in": release, "re-coded in": name} | shown)
-    title = f"Cosines of re-coded weights: {len(matrices)} layers of {args.model or 'SmolLM2-135M-Instruct'}"
+    source = f"{len(matrices)} layers of {args.model}" if args.model else f"{args.width}×{args.width}, normal distribution"
+    title = f"Cosines of re-coded weights: {source}"
     results.write(args.name, title, rows, NOTES, args.folder)
 
 

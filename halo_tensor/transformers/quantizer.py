@@ -225,6 +225,9 @@ class HaloQuantizer(HfQuantizer):
         self.pre_quantized = True
         # What transformers runs when it saves: the model's own conversions, without those of the layout.
         model._weight_conversions = [own for own, made in self._conversions if made.was_used()]
+        text_config = model.config.get_text_config(decoder=True)
+        if text_config is not model.config and hasattr(text_config, "quantization_config"):
+            del text_config.quantization_config  # that of the checkpoint
         dequantised = self.recoding.dequantised
         if not self.loading.coded:
             raise ValueError(f"config.json says that this checkpoint is quantised ({self.layout}), and none of its weights is")
