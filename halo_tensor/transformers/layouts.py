@@ -147,7 +147,8 @@ def refuse_codes(files: Sequence[str] | None) -> None:
             continue
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
-                if name.endswith(".weight") and is_code(opened.get_slice(name)):
+                tensor = opened.get_slice(name)
+                if name.endswith(".weight") and is_code(tensor) and len(tensor.get_shape()) > 1:  # this library's have one
                     raise _refusal(f"{name} is 8-bit, and config.json does not say how, in a way that is known")
 
 
