@@ -36,8 +36,8 @@ def read_other_checkpoints() -> None:
             return merge(quantization_config, given)
         require_version("transformers>=5.21", "Earlier ones round scales of 8-bit checkpoints while loading: upgrade them.")
         given = deepcopy(given)
-        given.source = own
+        vars(given)["source"] = own
         return given
 
     merged.reads_others = True  # type: ignore[attr-defined]
-    AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign]
+    AutoHfQuantizer.merge_quantization_configs = classmethod(merged)  # type: ignore[method-assign, assignment]

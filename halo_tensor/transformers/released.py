@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer
 
 from halo_tensor.kernels.device import check_device
 from halo_tensor.transformers.layouts import OF_ACTIVATIONS, PARTS, WEIGHT, Layout
@@ -38,7 +37,7 @@ class _Op(ConversionOps):
         recoding: where they note what became of weights.
     """
 
-    def __init__(self, hf_quantizer: HfQuantizer):
+    def __init__(self, hf_quantizer: Any):
         self.hf_quantizer = hf_quantizer
         self.loading: Loading = hf_quantizer.loading
         self.layout: Layout = hf_quantizer.layout
@@ -106,8 +105,8 @@ class Dequantize(_Op):
         self, input_dict: dict[str, Any], *args: Any, model: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
         """Dequantise each weight, and drop what belongs to it."""
-        dtype, made = model.get_parameter(full_layer_name).dtype, {}
-        plain = True
+        dtype, plain = model.get_parameter(full_layer_name).dtype, True
+        made: dict[str, list[torch.Tensor]] = {}
         for pattern in [p for p in input_dict if p.endswith(f"weight{WEIGHT}")]:
             found = {part: input_dict.pop(pattern + part) for part in PARTS if pattern + part in input_dict}
             count = len(found[WEIGHT])
