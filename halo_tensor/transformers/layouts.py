@@ -169,11 +169,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Layout:
     groups = {name: group for name, group in (config.get("config_groups") or {}).items() if (group or {}).get("weights")}
     if not groups:
         raise _refusal("its config_groups name no quantised weights")
-    dtypes, blocks = {}, {}
-    for name, group in groups.items():
-        kind, block = _scheme(name, group, config.get("format"))
-        dtypes[kind], blocks[block] = None, None
-    return Layout("compressed-tensors", tuple(dtypes), tuple(blocks))
+    dtypes, blocks = zip(*(_scheme(name, group, config.get("format")) for name, group in groups.items()), strict=True)
+    return Layout("compressed-tensors", tuple(dict.fromkeys(dtypes)), tuple(dict.fromkeys(blocks)))
 
 
 def _scheme(name: str, group: Mapping[str, Any], format: str | None) -> tuple[torch.dtype, Block]:
@@ -224,7 +221,7 @@ def _refusal(why: str) -> ValueError:
 
 
 def _described(block: Block) -> str:
-    names = {(None, None): "the weight", (1, None): "a row"}
+    names: dict[Block, str] = {(None, None): "the weight", (1, None): "a row"}
     return names.get(block) or f"a block of {block[0]}×{block[1]}"
 
 

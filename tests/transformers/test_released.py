@@ -148,22 +148,20 @@ class Live(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("name", ["blocks", "w8a8 int8"])
-def test_a_few_weights_at_a_time_are_in_high_precision(tmp_path, monkeypatch, name):
+def test_a_few_weights_at_a_time_are_in_high_precision(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=10, **sizes)
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=5, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
-    folder, _ = write_released(tmp_path / "plain", tmp_path / "released", *LAYOUTS[name])
+    folder, _ = write_released(tmp_path / "plain", tmp_path / "released", *LAYOUTS["blocks"])
 
     def no_threads(*args, **kwargs):
         raise AssertionError("threads would load weights ahead")
 
     monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", no_threads)
-    load(folder, dtype=torch.bfloat16)  # caches of matrices
     with Live() as live:
         model = load(folder, dtype=torch.bfloat16)
-    assert len(weights(model)) == 70
+    assert len(weights(model)) == 35
     left = sum(p.nbytes for p in model.parameters() if not isinstance(p, HaloWeight))
     largest, total = 256 * 512 * 2, sum(w.numel() for w in weights(model).values()) * 2
     assert largest < live.peak - left < 10 * largest < total / 2, "each is quantised in float32"
