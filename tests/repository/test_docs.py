@@ -31,6 +31,7 @@ OF_HOSTS = [
     "HaloCallback",
     "HaloPrecision",
     "HaloQuantConfig",
+    "Recoding",
     "fuse_head_",
     "halo_linear",
     "precompute_scales",
