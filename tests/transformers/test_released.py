@@ -15,7 +15,10 @@ from halo_tensor.weight.tensor import dense_value
 
 transformers = pytest.importorskip("transformers", "5.21")
 
+from transformers.quantizers import AutoHfQuantizer  # noqa: E402
+
 from halo_tensor.transformers import HaloQuantConfig  # noqa: E402
+from halo_tensor.transformers.layouts import layout_of  # noqa: E402
 from tests.helpers.checkpoints import IDS, WEIGHT, copied, logits, replacing, weights  # noqa: E402
 from tests.helpers.recording import OpLog  # noqa: E402
 from tests.helpers.released import fp8_config, w8a8_config, write_released  # noqa: E402
@@ -314,17 +317,16 @@ def test_layouts_and_configs_that_do_not_fit(odd, blocks, quantised, tmp_path):
         load(blocks, HaloQuantConfig(min_features=1024))
 
 
-def test_other_configs_are_merged_as_before(blocks, odd):
-    """transformers still reads the checkpoint itself, and still refuses configs of other classes."""
+def test_other_configs_are_merged_as_before(blocks):
+    """transformers still refuses configs of other classes."""
     with pytest.raises(ValueError, match="quantized with FineGrainedFP8Config but you are passing a BitsAndBytesConfig"):
         AutoModel.from_pretrained(blocks, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True))
     config = HaloQuantConfig(1, "int8")
-    model = load(blocks, config)
+    load(blocks, config)
     assert vars(config) == vars(HaloQuantConfig(1, "int8")), "the user's config stays as it was"
-    # The config may also come as an object.
-    own = transformers.AutoConfig.from_pretrained(blocks)
-    own.quantization_config = transformers.FineGrainedFP8Config(weight_block_size=(128, 128))
-    assert torch.equal(logits(load(blocks, config=own)), logits(model))
+    own = transformers.FineGrainedFP8Config(weight_block_size=(64, 128))
+    merged = AutoHfQuantizer.merge_quantization_configs(own, config)
+    assert merged is not config and merged.level == 1 and "64×128" in str(layout_of(merged.source))
 
 
 def test_values_are_those_of_transformers(tiny, tmp_path):
