@@ -113,6 +113,26 @@ def following(recipes: Mapping[nn.Module, Recipe]) -> Iterator[None]:
                 kinds.restore(module)
 
 
+@contextmanager
+def following_experts(recipes: Mapping[Any, Recipe]) -> Iterator[None]:
+    """Convert modules of experts to their recipes inside the block."""
+    holders = ("_parameters", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_forward_pre_hooks")
+    before = [(m, type(m), m.__dict__.get("_halo_gate"), [dict(m.__dict__[name]) for name in holders]) for m in recipes]
+    try:
+        for module, recipe in recipes.items():
+            kinds.convert(module, recipe, frozen=False)
+        yield
+    finally:
+        for module, own, gate, held in before:
+            kinds.restore(module)
+            for name, was in zip(holders, held, strict=True):
+                module.__dict__[name].clear()
+                module.__dict__[name].update(was)
+            module.__class__ = own
+            if gate is not None:
+                module._halo_gate = gate
+
+
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return new dense parameters for all of the model's, by qualified name. They share memory with the old ones.
 

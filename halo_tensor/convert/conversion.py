@@ -129,14 +129,14 @@ def warn_of_unrotated(model: nn.Module, conversion: Conversion) -> None:
     unrotated = []
     for name in conversion.converted:
         module = model.get_submodule(name)
-        sides, recipe = layers.features(module), layers.recipe_of(module)
-        assert sides and recipe
-        widths = {"out_features": sides[1], "in_features": sides[0]}
+        recipe = layers.recipe_of(module)
+        assert recipe
         operands = [o for p in PRODUCTS for o in (getattr(recipe, p).left, getattr(recipe, p).right)]
-        for dimension, width in widths.items():
-            wanted = {o.rotation(dimension) for o in operands} - {None}
-            if any(fit(rotation, width) is None for rotation in wanted):
-                unrotated.append(f"{name or 'the model'} ({dimension} {width})")
+        for in_features, out_features in layers.widths(module):
+            for dimension, width in (("out_features", out_features), ("in_features", in_features)):
+                wanted = {o.rotation(dimension) for o in operands} - {None}
+                if any(fit(rotation, width) is None for rotation in wanted):
+                    unrotated.append(f"{name or 'the model'} ({dimension} {width})")
     if unrotated:
         warnings.warn(
             f"left un-rotated, since no block of at least 16 divides the width: {', '.join(unrotated)}", stacklevel=4

@@ -9,6 +9,7 @@ from halo_tensor.config import LinearConfig
 from halo_tensor.convert import ties
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.weight.tensor import HaloWeight
 
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -23,8 +24,8 @@ EMPTY = "it has no features on a side, so there is nothing to multiply"
 def layer_filter(model: nn.Module, config: LinearConfig) -> "LayerFilter":
     """Return the default filter: a ``filter_fn`` for ``quantize_``, this library's or torchao's.
 
-    It accepts every ``nn.Linear`` (also of a subclass whose forward adds nothing), every ``Conv1D`` of transformers, and every
-    ``nn.Conv2d`` if the config's forward is plain. It refuses
+    It accepts every ``nn.Linear`` (also of a subclass whose forward adds nothing), every ``Conv1D`` and all experts of
+    transformers, and every ``nn.Conv2d`` if the config's forward is plain. It refuses
 
     - output embeddings, layers with tied weights, and PEFT's adapters unless ``config.adapters``,
     - layers whose name ``config.skip`` matches,
@@ -75,6 +76,8 @@ class LayerFilter:
 
     def _obstacle(self, module: Any) -> str | None:
         """Why the layer cannot be converted, or not safely."""
+        if is_experts(module):
+            return layers.misfit(module, self.config.recipe)
         if layers.features(module) is None:
             return layers.misfit(module, self.config.recipe)
         if layers.is_empty(module):
@@ -92,12 +95,11 @@ class LayerFilter:
 
     def _choice(self, module: Any, name: str) -> str | None:
         """Why the layer is not to be converted, although it can be."""
-        config, sides = self.config, layers.features(module)
-        assert sides is not None
+        config, sides = self.config, [side for widths in layers.widths(module) for side in widths]
         is_adapter = module in self._adapters
         if is_adapter and not config.adapters:
             return "it belongs to an adapter"
-        if id(module.weight) in self._tied:
+        if any(id(weight) in self._tied for weight in layers.weights(module).values()):
             return "its weight is tied to another layer's"
         if module in self._heads:
             return "it is the output embedding"

@@ -15,6 +15,7 @@ from halo_tensor.analysis.cost import Shape
 from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.kernels.device import runs_scales
 from halo_tensor.layers import kinds as layers
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.recipe import PRODUCTS, Recipe
 
 #: Tokens of a step for which ``quantize_`` predicts by default: a full batch, as 4 sequences of 2048.
@@ -42,6 +43,7 @@ class Prediction:
         why_not: why there is none, or none for some layers, as a sentence without its full stop.
         seconds: qualified name of a layer -> predicted seconds of a step in bf16, and as converted.
         sides: qualified name of a layer -> its widths, as text.
+        experts: how many of the converted layers are experts of mixtures, whose speed is not predicted.
 
     Example:
         >>> import torch
@@ -57,6 +59,7 @@ class Prediction:
     why_not: str = ""
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     sides: dict[str, str] = field(default_factory=dict)
+    experts: int = 0
 
     @property
     def gains(self) -> dict[str, float]:
@@ -87,7 +90,8 @@ class Prediction:
             return f"no speed is predicted: {self.why_not}" if self.why_not else ""
         rates = "" if self.ceilings.measured else " (by published rates; not measured there)"
         head = f"predicted speed of these layers, compiled, {self.where}{rates}: {self.gain:.2f}× bf16"
-        return "\n".join([head, *self.by_width(self.seconds)])
+        more = [f"  of {self.experts} layers of experts no speed is predicted"] if self.experts else []
+        return "\n".join([head, *self.by_width(self.seconds), *more])
 
     def by_width(self, names: Iterable[str]) -> list[str]:
         """Return a line for each width and gain of these layers, the slowest first."""
@@ -165,6 +169,9 @@ class Predictor:
         for name in names:
             module = model.get_submodule(name)
             recipe = layers.recipe_of(module)
+            if is_experts(module):
+                found.experts += 1
+                continue
             obstacle = self.obstacle(recipe) if recipe is not None else ""
             found.why_not = obstacle or found.why_not
             if recipe is not None and not obstacle:

@@ -24,6 +24,7 @@ from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
 from halo_tensor.layers.linear import restore_weight
 from halo_tensor.trainers import watch_deepspeed, watch_trainers
+from halo_tensor.weight.tensor import HaloWeight
 
 logger = logging.getLogger("halo_tensor")
 Filter = Callable[[nn.Module, str], bool]
@@ -40,7 +41,7 @@ def quantize_(
     tokens: int = TOKENS,
     gpu: str | Ceilings | None = None,
 ) -> Conversion:
-    """Make the linear layers of a model follow a config, in place: a low-precision training method.
+    """Make the linear layers and the experts of a model follow a config, in place: a low-precision training method.
 
     Call this before making the optimiser, before ``torch.compile`` and before FSDP. Training then works as before: parameters
     keep their names, shapes and dtypes, and ``model.state_dict()`` is a plain one. A converted model can be converted again
@@ -59,7 +60,7 @@ def quantize_(
         device: where to move each layer before it is converted, as in torchao; None leaves layers where they are.
         min_gain: leave layers in high precision whose predicted speed, × bf16, is lower: 1.0 for all that would be slower.
             None converts them too, with a warning, and 0 without one. What is converted then depends on the model alone, and
-            not on the GPU.
+            not on the GPU. The speed of experts is not predicted, and they are converted in any case.
         tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution.
         gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
             :class:`~halo_tensor.analysis.roofline.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
@@ -173,7 +174,7 @@ def _check_something_converted(model: nn.Module, conversion: Conversion, slow: S
     elif not conversion.converted:
         raise ValueError(
             f"no layer of this {type(model).__name__} was converted:\n"
-            f"{conversion.reasons or '  it has no nn.Linear, nn.Conv2d or Conv1D'}\n"
+            f"{conversion.reasons or '  it has no nn.Linear, nn.Conv2d, Conv1D or experts'}\n"
             "Pass filter_fn, or a config with another skip or min_features"
         )
 
@@ -203,10 +204,12 @@ def _once(wanted: set[nn.Module]) -> Filter:
 def _marks(model: nn.Module) -> dict[str, object]:
     """For every layer that could be converted, an object that a conversion replaces; None if it is not converted."""
     found = ((name, m) for name, m in model.named_modules() if model_parts.is_layer(m))
-    return {
-        name: None if (recipe := layers.recipe_of(m)) is None else m.weight if isinstance(m, nn.Linear) else recipe
-        for name, m in found
-    }
+    return {name: None if layers.recipe_of(m) is None else _mark(m) for name, m in found}
+
+
+def _mark(module: nn.Module) -> object:
+    converted = (w for w in layers.weights(module).values() if isinstance(w, HaloWeight))
+    return next(converted, layers.recipe_of(module))
 
 
 def dequantize_(model: nn.Module) -> None:

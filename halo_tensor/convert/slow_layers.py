@@ -112,8 +112,8 @@ def restore_layer(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: FSDP has sharded it.
     """
-    weight: Any = getattr(module, "weight", None)
-    if is_sharded(weight) or (layers.recipe_of(module) and isinstance(weight, DTensor)):
+    held = layers.weights(module).values()
+    if any(is_sharded(w) or (layers.recipe_of(module) and isinstance(w, DTensor)) for w in held):
         raise ValueError(
             f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
             "tensors, which load into a plain model"

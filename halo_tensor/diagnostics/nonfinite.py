@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.weight.tensor import dense_value
 
 
@@ -114,9 +115,9 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
     """Watch the forwards and backwards inside the block for NaN and Inf.
 
     For a linear layer, plain or converted, the operands X, W, E and the bias are checked, and the products output, grad_input
-    and grad_weight. For any other module without children, inputs, parameters, outputs and gradients are checked. The first
-    finding is therefore either a product that made the NaN or Inf from finite operands, or an operand that had it already;
-    ``last_finite`` then names the tensor after which it was made.
+    and grad_weight. For experts of a mixture, and for any other module without children, inputs, parameters, outputs and
+    gradients are checked. The first finding is therefore either a product that made the NaN or Inf from finite operands, or an
+    operand that had it already; ``last_finite`` then names the tensor after which it was made.
 
     Modules run eagerly inside the block, and every check waits for the device. Use it for debugging only.
 
@@ -144,7 +145,7 @@ def find_nonfinite(model: nn.Module, *, stop: bool = False) -> Iterator[Findings
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) or not any(module.children()):
+            if isinstance(module, nn.Linear) or is_experts(module) or not any(module.children()):
                 for handle in _Watch(log, name, module).register():
                     stack.callback(handle.remove)
         stack.callback(log.close)

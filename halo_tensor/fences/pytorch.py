@@ -52,6 +52,8 @@ with _without_messages():
     from torchao.core.config import ALLOWED_AO_MODULES
     from torchao.utils import TorchAOBaseTensor
 
+#: What ``F.grouped_mm`` calls (torch 2.11 to 2.15), and what older code calls itself.
+GROUPED_MM: Callable[..., torch.Tensor] = torch._grouped_mm
 #: Every launch calls these two. Each takes less than a microsecond, and its public twin several.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_raw_stream: Callable[[int], int] = getattr(

@@ -3,7 +3,8 @@
 ``nn.Linear`` follows any recipe: its weight becomes a :class:`~halo_tensor.weight.tensor.HaloWeight`. transformers' ``Conv1D``
 also follows any, and ``nn.Conv2d`` follows recipes with a plain forward. Their weights stay as they are, and the class of the
 module becomes a subclass. A Conv1D under a recipe with a quantised forward quantises its weight in every forward, as an
-nn.Linear with ``keep_codes=False`` does.
+nn.Linear with ``keep_codes=False`` does. Experts of mixtures (:mod:`halo_tensor.layers.experts`) follow recipes whose products
+can be grouped by expert. They are layers of two products, so :func:`features` is not asked about them.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from halo_tensor.layers import linear_subclasses
+from halo_tensor.layers import experts, linear_subclasses
 from halo_tensor.layers.conv2d import HaloConv2d
 from halo_tensor.layers.linear import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
@@ -47,8 +48,22 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def widths(module: nn.Module) -> list[tuple[int, int]]:
+    """Return the (in, out) features of each product of a layer: two of experts, one of other layers."""
+    return experts.sides(module) if experts.is_experts(module) else [sides] if (sides := features(module)) else []
+
+
+def weights(module: Any) -> dict[str, Any]:
+    """Return the parameters that multiply activations in a layer, by name."""
+    if experts.is_experts(module):
+        return {name: w for name, w in zip(experts.stack_names(module), experts.stacks(module), strict=True) if w is not None}
+    return {"weight": w} if (w := getattr(module, "weight", None)) is not None else {}
+
+
 def misfit(module: nn.Module, recipe: Recipe) -> str | None:
     """Return why a layer cannot follow ``recipe``; None if it can."""
+    if experts.is_experts(module):
+        return experts.misfit(module, recipe)
     if features(module) is None:
         return "of convolutions, only nn.Conv2d is converted"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -64,21 +79,28 @@ def misfit(module: nn.Module, recipe: Recipe) -> str | None:
 
 def recipe_of(module: nn.Module) -> Recipe | None:
     """Return the recipe that a converted layer follows; None for any other module."""
+    if experts.is_experts(module):
+        return experts.recipe_of(module)
     if isinstance(module, nn.Linear):
         weight = module._parameters.get("weight")  # not module.weight: a subclass may return another module's
         return weight.recipe if isinstance(weight, HaloWeight) else None
     return module.__dict__.get("recipe") if features(module) else None
 
 
-def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) -> None:
+def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool = True) -> None:
     """Make a layer follow ``recipe``, in place.
 
     Args:
         module: a layer that :func:`misfit` accepts.
         recipe: of its three products.
-        frozen: of an nn.Linear; see :class:`~halo_tensor.config.LinearConfig`.
-        keep_codes: of an nn.Linear; see there.
+        frozen: of an nn.Linear and of experts; see :class:`~halo_tensor.config.LinearConfig`.
+        keep_codes: of these too; see there.
     """
+    if experts.is_experts(module):
+        experts.convert(module, recipe, frozen, keep_codes)
+        return
+    if frozen is None:
+        frozen = not module.weight.requires_grad
     if isinstance(module, nn.Linear):
         convert_weight(module, recipe, frozen, keep_codes)
         linear_subclasses.follow_linear(module)
@@ -94,7 +116,9 @@ def convert(module: Any, recipe: Recipe, frozen: bool, keep_codes: bool = True) 
 
 def restore(module: Any) -> None:
     """Undo :func:`convert`, in place."""
-    if isinstance(module, nn.Linear):
+    if experts.is_experts(module):
+        experts.restore(module)
+    elif isinstance(module, nn.Linear):
         restore_weight(module)
         linear_subclasses.own_class(module)
     else:

@@ -36,7 +36,7 @@ def convert_weight(module: torch.nn.Linear, recipe: Recipe, frozen: bool = False
 
 def set_weight(module: torch.nn.Linear, weight: HaloWeight, requires_grad: bool = False) -> None:
     """Make ``weight`` the parameter of ``module``, whose state dict stays a plain one."""
-    _replace(module, "weight", torch.nn.Parameter(weight, requires_grad=requires_grad))
+    replace_parameter(module, "weight", torch.nn.Parameter(weight, requires_grad=requires_grad))
     update_hooks(module)
     watch_replacements()
 
@@ -45,7 +45,7 @@ def restore_weight(module: torch.nn.Module) -> None:
     """Make every converted weight that ``module`` itself holds a plain parameter."""
     for name, weight in module._parameters.items():
         if isinstance(weight, HaloWeight):
-            _replace(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
+            replace_parameter(module, name, torch.nn.Parameter(weight.dequantize(), requires_grad=weight.requires_grad))
     update_hooks(module)
 
 
@@ -58,7 +58,7 @@ def stand_in(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return made
 
 
-def _replace(module: torch.nn.Module, name: str, new: torch.nn.Parameter) -> None:
+def replace_parameter(module: torch.nn.Module, name: str, new: torch.nn.Parameter) -> None:
     """Put ``new`` in the place of a parameter, with its attributes, its gradient and its hooks, whose handles still remove
     them.
     """

@@ -61,17 +61,28 @@ def own_class(module: nn.Module) -> None:
 @cache
 def _following(own: Any) -> Any:
     """Make a subclass of ``own`` with nn.Linear's forward."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # pickle cannot find a class that is made here
-        return _rebuild, (own,), self.__getstate__()
-
-    members = {"forward": nn.Linear.forward, "__reduce_ex__": __reduce_ex__, "_own_class": own}
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), members | names)
+    return with_forward(own, nn.Linear.forward, _rebuild)
 
 
 def _rebuild(own: type) -> nn.Module:
     return nn.Module.__new__(_following(own))
+
+
+def with_forward(own: Any, forward: Callable, rebuild: Callable[[type], nn.Module]) -> Any:
+    """Make a subclass of ``own`` with another forward, which has the names and the documentation of ``own``.
+
+    Args:
+        own: a class of modules. It is the attribute ``_own_class`` of the subclass.
+        forward: of the subclass.
+        rebuild: own -> a module of the subclass without a state. Pickles call it, since they cannot find the class by name.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return rebuild, (own,), self.__getstate__()
+
+    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_own_class": own}
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), members | names)
 
 
 def _product(module: nn.Linear) -> str | None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from halo_tensor.layers.kinds import features
+from halo_tensor.layers.experts import is_experts
+from halo_tensor.layers.kinds import features, weights
 
 #: Names of the last layer of a language model, for models that do not declare it.
 _HEAD = re.compile(
@@ -141,12 +142,14 @@ def _least_side(shape: torch.Size) -> int:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or a convolution, including kinds that cannot be converted."""
-    return features(module) is not None or isinstance(module, nn.modules.conv._ConvNd)
+    """Whether a module is a linear layer, a convolution or experts, including kinds that cannot be converted."""
+    return features(module) is not None or isinstance(module, nn.modules.conv._ConvNd) or is_experts(module)
 
 
 def _matrices_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield name and parameter for the module's own parameters with at least two dimensions longer than 1."""
-    for leaf, parameter in module._parameters.items():
+    """Yield name and parameter for the module's own parameters with at least two dimensions longer than 1. Biases of experts
+    are not among them.
+    """
+    for leaf, parameter in weights(module).items() if is_experts(module) else module._parameters.items():
         if parameter is not None and not nn.parameter.is_lazy(parameter) and sum(side > 1 for side in parameter.shape) > 1:
             yield leaf, parameter

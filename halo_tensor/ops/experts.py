@@ -159,7 +159,7 @@ def _(codes: Tensor, tiles: Tensor) -> Tensor:
 
 @op("turn_stack")
 def turn_stack(codes: Tensor) -> Tensor:
-    """Return the codes of weights, [experts, n, k], transposed in memory: [experts, k, n]."""
+    """Return the codes of weights, or a gradient, [experts, n, k], transposed in memory: [experts, k, n]."""
     if runs_kernels(codes.device):
         from halo_tensor.kernels.experts import rows as kernels
 

@@ -74,7 +74,8 @@ class Stack(NamedTuple):
         return ops.turn_stack(self.codes) if self.turned is None else self.turned
 
     def gradient(self, g: torch.Tensor) -> torch.Tensor:
-        return g.transpose(1, 2) if self.in_features_first else g
+        # Autograd would copy a transposed view into the parameter's layout by a slow general copy.
+        return ops.turn_stack(g) if self.in_features_first else g
 
 
 #: How many tensors a stack saves for backward.

@@ -26,11 +26,14 @@ from transformers.utils.versions import require_version
 
 require_version("transformers>=5.6", "Earlier ones cannot read quantised checkpoints: upgrade transformers.")
 
-from halo_tensor.transformers.arguments import HaloArguments  # noqa: E402  after the check of the version
+from halo_tensor.layers import experts  # noqa: E402  after the check of the version
+from halo_tensor.transformers.arguments import HaloArguments  # noqa: E402
 from halo_tensor.transformers.callback import HaloCallback  # noqa: E402
 from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
 from halo_tensor.transformers.recoding import Recoding  # noqa: E402
+
+experts.register()
 
 __all__ = ["HaloArguments", "HaloCallback", "HaloQuantConfig", "HaloQuantizer", "Recoding", "fuse_head_", "unfuse_head_"]

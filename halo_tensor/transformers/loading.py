@@ -10,6 +10,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 
 from halo_tensor.kernels.device import check_device
+from halo_tensor.layers import experts
 from halo_tensor.layers.linear import set_weight
 from halo_tensor.layers.linear_subclasses import follow_linear
 from halo_tensor.recipe import Recipe
@@ -82,7 +83,9 @@ class Quantize(ConversionOps):
             return value
         recipe = self.loading.recipe
         check_device(recipe.formats, value.device)
-        return hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True))
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        turned = value.ndim == 3 and module.is_transposed
+        return hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True, in_features_first=turned))
 
 
 class Deserialize(ConversionOps):
@@ -144,7 +147,11 @@ class Keep(ConversionOps):
 
 def hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:
     """Give a layer its weight."""
-    module = model.get_submodule(name.rpartition(".")[0])
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if experts.is_experts(module):
+        experts.hold(module, leaf, weight)
+        return module.get_parameter(leaf)
     assert isinstance(module, nn.Linear)
     set_weight(module, weight)
     follow_linear(module)

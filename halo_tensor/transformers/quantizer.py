@@ -11,6 +11,8 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_, survey, warn_of_share, warn_of_unrotated
 from halo_tensor.fences import fast_paths as fences
+from halo_tensor.layers.experts import is_experts
+from halo_tensor.layers.kinds import weights
 from halo_tensor.operand import gains
 from halo_tensor.recipe import Recipe
 from halo_tensor.trainers import watch_trainers
@@ -24,6 +26,12 @@ from halo_tensor.weight.tensor import HaloWeight, dense_value
 
 logger = logging.getLogger("halo_tensor")
 read_other_checkpoints()
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    """Whether all weights of a linear layer or of experts are converted ones."""
+    held = list(weights(module).values()) if isinstance(module, nn.Linear) or is_experts(module) else []
+    return bool(held) and all(isinstance(weight, HaloWeight) for weight in held)
 
 
 @register_quantizer(METHOD)
@@ -87,7 +95,7 @@ class HaloQuantizer(HfQuantizer):
         warn_of_share(model, self.report)
         self.loading = Loading(
             recipe=config.recipe,
-            weights={f"{name}.weight" for name in self.report.converted},
+            weights={f"{name}.{leaf}" for name in self.report.converted for leaf in weights(model.get_submodule(name))},
             readable=readable,
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
             frozen=config.frozen is True,
@@ -108,9 +116,9 @@ class HaloQuantizer(HfQuantizer):
                 readable.append(name)
             if not accept(module, name):
                 continue
-            if not isinstance(module, nn.Linear):
+            if not (isinstance(module, nn.Linear) or is_experts(module)):
                 skipped[name] = f"a {type(module).__name__} holds no codes: load without HaloQuantConfig, then call quantize_"
-            elif f"{name}.weight" in tied:
+            elif any(f"{name}.{leaf}" in tied for leaf in weights(module)):
                 skipped[name] = "its weight is tied to another layer's"
             elif is_precise:
                 skipped[name] = "the model keeps it in float32"
@@ -187,14 +195,13 @@ class HaloQuantizer(HfQuantizer):
             self._finish_released(model)
         if not self.loading.frozen:
             return self._make_trainable(model)
-        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        held = [name for name, module in linears if isinstance(module._parameters.get("weight"), HaloWeight)]
-        self._report_what_is_held(held)
+        held = [name for name, module in model.named_modules() if _holds_codes(module)]
+        self._report_what_is_held(model, held)
         watch_trainers()
         warn_of_unrotated(model, Conversion(self.report.config, held))
         # Layers that read the same X have equal gains. Make those one object, by which the layers find that they share X.
         seen: dict[tuple, gains.Gains] = {}
-        for operand in (model.get_submodule(name).weight.operand for name in held):
+        for operand in (weight.operand for name in held for weight in weights(model.get_submodule(name)).values()):
             if operand.gain is not None:
                 operand.gains = seen.setdefault((operand.gain.device, *operand.gain.tolist()), operand.gains)
         return model
@@ -244,23 +251,23 @@ class HaloQuantizer(HfQuantizer):
 
     def _make_trainable(self, model: Any) -> Any:
         """Convert the layers of a model that was loaded in high precision, all of which is to be trained."""
-        wanted = {name.removesuffix(".weight") for name in self.loading.weights}
+        wanted = {name.rpartition(".")[0] for name in self.loading.weights}
         self.report = quantize_(model, self.quantization_config.halo_config, filter_fn=lambda module, name: name in wanted)
         if self.layout is not None:
             for name in self.report.converted:
-                weight = model.get_submodule(name).weight
-                self.recoding.cosines[f"{name}.weight"] = cosine_of_codes(weight, dense_value(weight).detach())
+                for leaf, weight in weights(model.get_submodule(name)).items():
+                    self.recoding.cosines[f"{name}.{leaf}"] = cosine_of_codes(weight, dense_value(weight).detach())
             logger.info("%s", self.recoding)
         self.remove_quantization_config(model)
         return model
 
-    def _report_what_is_held(self, held: list[str]) -> None:
+    def _report_what_is_held(self, model: Any, held: list[str]) -> None:
         """Bring ``report`` in line with the layers that are held as codes. Warn of newly initialised ones."""
         new = []
         for name in held:
             self.report.skipped.pop(name, None)
         for name in set(self.report.converted) - set(held):
-            plain = f"{name}.weight" in self.loading.plain
+            plain = any(f"{name}.{leaf}" in self.loading.plain for leaf in weights(model.get_submodule(name)))
             saved = "it was plain when it was saved" if self.layout is None else "the checkpoint has it in high precision"
             self.report.skipped[name] = saved if plain else "its weight is not in the checkpoint"
             new += [] if plain else [name]
@@ -283,6 +290,11 @@ class HaloQuantizer(HfQuantizer):
         state: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():  # without keep_vars, weights come dequantised
             if isinstance(tensor, HaloWeight) and tensor.master is None:
+                if tensor.ndim == 3:
+                    raise ValueError(
+                        f"{name} holds experts, which save_pretrained does not write as codes yet: call model.dequantize() "
+                        "first, or save the adapters only"
+                    )
                 if tensor.recipe != self.recipe:
                     raise ValueError(
                         f"{name} was converted again, with another recipe than this model's quantization_config says, so that "

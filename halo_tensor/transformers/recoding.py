@@ -62,11 +62,11 @@ class Recoding:
 
 
 def cosine_of_codes(weight: HaloWeight, values: torch.Tensor) -> float:
-    """Return the cosine of a weight's codes and of ``values``, both [out, in]. 1 if both are zero."""
+    """Return the cosine of a weight's codes and of ``values``, of one shape. 1 if both are zero."""
     assert weight.operand is not None
     coded = weight.operand.dequantize()
     sums = torch.zeros(3, dtype=torch.float64, device=values.device)
-    for a, b in zip(coded.split(ROWS), values.split(ROWS), strict=True):
+    for a, b in zip(*(matrix.flatten(0, -2).split(ROWS) for matrix in (coded, values)), strict=True):
         a, b = a.float(), b.float()
         sums += torch.stack([(x * y).sum(dtype=torch.float64) for x, y in ((a, b), (a, a), (b, b))])
     dot, coded_square, square = sums.tolist()

@@ -65,7 +65,9 @@ class _Op(ConversionOps):
         if not loading.frozen:
             return values
         check_device(loading.recipe.formats, values.device)
-        weight = HaloWeight.from_hp(values, loading.recipe, frozen=True)
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        turned = values.ndim == 3 and module.is_transposed
+        weight = HaloWeight.from_hp(values, loading.recipe, frozen=True, in_features_first=turned)
         self.recoding.cosines[name] = cosine_of_codes(weight, values)
         return hold(model, name, weight)
 

@@ -6,7 +6,17 @@ hook that FSDP2 calls.
 
 from halo_tensor.fences.fast_paths import DERIVED
 from halo_tensor.fences.pytorch import is_compiled
-from halo_tensor.weight import copies, derived, exports, fsdp_hooks, pickling, product_warnings, shard_ops, write_through
+from halo_tensor.weight import (
+    copies,
+    derived,
+    exports,
+    fsdp_hooks,
+    low_rank,
+    pickling,
+    product_warnings,
+    shard_ops,
+    write_through,
+)
 from halo_tensor.weight.roles import ShardRole
 from halo_tensor.weight.tensor import HaloWeight
 
@@ -17,6 +27,7 @@ __all__ = [
     "derived",
     "exports",
     "fsdp_hooks",
+    "low_rank",
     "pickling",
     "shard_ops",
     "write_through",

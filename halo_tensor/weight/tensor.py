@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from halo_tensor.fences.pytorch import hidden_from_modes, is_symbolic, preserved_version
+from halo_tensor.fences.pytorch import GROUPED_MM, hidden_from_modes, is_symbolic, preserved_version
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products import eager
@@ -28,7 +28,7 @@ from halo_tensor.products.stacks import stack_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
 from halo_tensor.version import fingerprint
-from halo_tensor.weight import gradients, refusals
+from halo_tensor.weight import gradients, grouped, refusals
 from halo_tensor.weight.handlers import run_function, run_op
 from halo_tensor.weight.roles import ShardRole
 from halo_tensor.weight.state import CodesState
@@ -297,6 +297,8 @@ class HaloWeight(torch.Tensor):
                     if (y := eager.linear(x, weight, bias)) is not None:
                         return y
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
+        elif func is GROUPED_MM:
+            return grouped.grouped_in_graph(*args, **kwargs)
         elif func is torch.autograd.grad:
             return gradients.grad(cls, *args, **kwargs)
         elif func is torch.autograd.backward:

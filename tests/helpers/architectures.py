@@ -412,6 +412,7 @@ LEFT = {
     "fewer than min_features=16 features on a side": {
         "DogeForCausalLM": 0.998, "SwitchTransformersForConditionalGeneration": 0.998,
         "NllbMoeForConditionalGeneration": 0.998, "Swinv2Model": 0.913, "TimeSeriesTransformerModel": 0.991,
+        "HunYuanMoEV1ForCausalLM": 0.998, "Gemma4ForCausalLM": 0.996, "AfmoeForCausalLM": 0.997,
     },
     "of convolutions, only nn.Conv2d is converted": {
         "Lfm2ForCausalLM": 0.998, "Mamba2ForCausalLM": 0.975, "BambaForCausalLM": 0.993, "FalconH1ForCausalLM": 0.99,
@@ -421,19 +422,18 @@ LEFT = {
         "SEWModel": 0.785, "Wav2Vec2ConformerModel": 0.687, "Wav2Vec2BertModel": 0.779,
         "WhisperForConditionalGeneration": 0.914, "Speech2TextForConditionalGeneration": 0.928,
         "MoonshineForConditionalGeneration": 0.667, "Qwen2VLForConditionalGeneration": 0.947,
-        "Qwen2_5_VLForConditionalGeneration": 0.951,
+        "Qwen2_5_VLForConditionalGeneration": 0.951, "Qwen3NextForCausalLM": 0.99, "Qwen3_5MoeForCausalLM": 0.99,
+        "GraniteMoeHybridForCausalLM": 0.998, "Lfm2MoeForCausalLM": 0.998,
     },
     "a stack of matrices, as of experts, which is not called through F.linear": {
-        "RecurrentGemmaForCausalLM": 0.941, "JambaForCausalLM": 0.408, "Qwen3NextForCausalLM": 0.533,
-        "XLNetLMHeadModel": 0.444, "MixtralForCausalLM": 0.111, "Qwen2MoeForCausalLM": 0.5, "Qwen3MoeForCausalLM": 0.333,
-        "GptOssForCausalLM": 0.111, "DeepseekV2ForCausalLM": 0.707, "DeepseekV3ForCausalLM": 0.684,
-        "Glm4MoeForCausalLM": 0.692, "GraniteMoeForCausalLM": 0.111, "GraniteMoeSharedForCausalLM": 0.2,
-        "GraniteMoeHybridForCausalLM": 0.246, "OlmoeForCausalLM": 0.111, "FlexOlmoForCausalLM": 0.111,
-        "PhimoeForCausalLM": 0.111, "Dots1ForCausalLM": 0.692, "Ernie4_5_MoeForCausalLM": 0.5,
-        "HunYuanMoEV1ForCausalLM": 0.272, "MiniMaxForCausalLM": 0.143, "MiniMaxM2ForCausalLM": 0.111,
-        "JetMoeForCausalLM": 0.034, "Llama4ForCausalLM": 0.272, "Lfm2MoeForCausalLM": 0.683,
-        "LongcatFlashForCausalLM": 0.684, "Gemma4ForCausalLM": 0.617, "Qwen3_5MoeForCausalLM": 0.533,
-        "AfmoeForCausalLM": 0.737, "FunnelForMaskedLM": 0.889,
+        "RecurrentGemmaForCausalLM": 0.941, "XLNetLMHeadModel": 0.444, "JetMoeForCausalLM": 0.034, "Llama4ForCausalLM": 0.272,
+        "LongcatFlashForCausalLM": 0.684, "FunnelForMaskedLM": 0.889,
+    },
+    "a matrix of a JambaMambaMixer, which is no layer": {
+        "JambaForCausalLM": 0.985,
+    },
+    "it is a PhimoeTopKRouter, whose forward may be its own": {
+        "PhimoeForCausalLM": 0.998,
     },
     "a matrix of a MambaMixer, which is no layer": {
         "MambaForCausalLM": 0.928,

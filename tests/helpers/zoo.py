@@ -157,11 +157,17 @@ def _train(model: nn.Module, batch: dict[str, Any]) -> tuple[list[float], dict[s
             loss = _loss(_forward(model, batch))
             loss.backward()
         if log is not None:
-            products = log.products().count(torch.int8)
+            products = _products(log)
             first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         losses.append(loss.item())
     return losses, first, products
+
+
+def _products(log: OpLog) -> int:
+    """Return the number of int8 products: one for each product of a linear layer, and for each pair of those of experts."""
+    grouped = [name for name, _ in log.calls if name in ("grouped_mm", "grouped_grad")]
+    return log.products().count(torch.int8) + len(grouped) // 2
 
 
 def examine(case: Case) -> Outcome:
@@ -190,7 +196,7 @@ def examine(case: Case) -> Outcome:
         _forward(model, batch)
     for hook in hooks:
         hook.remove()
-    found.called, found.products = len(calls), log.products().count(torch.int8)
+    found.called, found.products = len(calls), _products(log)
 
     ours, gradients, found.trained = _train(model, batch)
     plain, expected, none = _train(twin, batch)

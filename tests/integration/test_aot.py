@@ -739,6 +739,7 @@ def test_quantising_for_experts(launched, capability, model):
         moving.gather_codes(empty(8192, d, dtype=torch.int8), empty(8192), index)
         moving.turn_codes(empty(8192, d, dtype=torch.int8), index, tiles)
         moving.turn_stack(empty(experts, d, f, dtype=torch.int8))
+        moving.turn_stack(empty(experts, d, f, dtype=BF16))
         moving.combine(empty(rows, d, dtype=BF16), empty(8192, 8, dtype=torch.int32), BF16)
         x, h, grad = empty(8192, d, dtype=BF16), empty(rows, 2 * f, dtype=BF16), empty(rows, f, dtype=BF16)
         of_experts.quantize_groups(x, index, empty(experts, d), tiles, format)
@@ -748,7 +749,7 @@ def test_quantising_for_experts(launched, capability, model):
         of_experts.quantize_gated_grad_t(h, grad, empty(rows), gate, empty(rows), tiles, starts, True, format)
 
     kernels = launched(capability, request)
-    assert len(kernels) == 10
+    assert len(kernels) == 11
     check_nan(kernels)
     check_subnormal(kernels)
     check_fit(kernels, capability)

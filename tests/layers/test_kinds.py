@@ -21,16 +21,14 @@ INT8 = halo_config(1, "int8", skip="")
 def test_mixtures_are_said_to_be_left_alone():
     model = mixtral()
     with pytest.warns(UserWarning, match="only") as caught:
-        found = quantize_(model, halo_config(1, "int8"))
+        found = quantize_(model, halo_config(1, "int8", granularity="tensor"))  # which experts cannot follow
     (message,) = [str(w.message) for w in caught]
     stacks = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.ndim == 3)
     attention = sum(model.get_submodule(n).weight.numel() for n in found.converted)
     assert found.share == attention / (attention + stacks) < 0.2 and len(found.converted) == 8
     assert f"only {100 * found.share:.0f} % of the parameters in the linear layers of this MixtralForCausalLM" in message
-    assert "mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj, model.layers.1" in message
-    assert (
-        f"a stack of matrices, as of experts, which is not called through F.linear ({100 * (1 - found.share):.0f} %" in message
-    )
+    assert "model.layers.0.mlp.experts, model.layers.1.mlp.experts: experts cannot follow this recipe: X needs" in message
+    assert f"(granularity='row') ({100 * (1 - found.share):.0f} % of the parameters)" in message
     assert f"with {100 * found.share:.0f} % of the linear layers' parameters" in str(found)
 
 
@@ -51,14 +49,15 @@ def test_the_loader_and_report_say_it_too(tmp_path):
 
     model = mixtral()
     model.save_pretrained(tmp_path)
+    per_tensor = HaloQuantConfig(granularity="tensor")
     with pytest.warns(UserWarning, match="only .* % of the parameters in the linear layers of this MixtralForCausalLM"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HaloQuantConfig())
-    only = {"int8": halo_config(1, "int8")}
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=per_tensor)
+    only = {"int8": halo_config(1, "int8", granularity="tensor")}
     with pytest.warns(UserWarning, match="only .* % of the parameters in the linear layers of this MixtralForCausalLM"):
         found = report(model, {"input_ids": IDS, "labels": IDS}, candidates=only)
     assert found.share < 0.2 and found.to_dict()["share"] == found.share
     for text in (str(found), found.to_markdown(), found.to_html()):
-        assert "gain nothing" in text and "mlp.experts.gate_up_proj" in text
+        assert "gain nothing" in text and "mlp.experts: experts cannot follow this recipe" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = report(llama(), {"input_ids": IDS, "labels": IDS}, candidates=only)
@@ -75,7 +74,7 @@ def test_a_filter_may_take_containers():
         ValueError, match="converts the weight of nn.Linear .* of Sequential: no layer of a kind that it knows"
     ):
         torchao.quantization.quantize_(model, halo_config(1, "int8"), filter_fn=lambda *_: True)
-    with pytest.raises(ValueError, match="it has no nn.Linear, nn.Conv2d or Conv1D"):
+    with pytest.raises(ValueError, match="it has no nn.Linear, nn.Conv2d, Conv1D or experts"):
         quantize_(nn.Sequential(nn.Embedding(128, 128)), halo_config(1, "int8"), filter_fn=lambda *_: True)
 
 

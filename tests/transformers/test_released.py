@@ -240,28 +240,58 @@ MIXTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
-def test_experts_are_dequantised_with_a_warning(tmp_path, kind):
-    """Attention and shared experts are codes. Each layer's experts are one parameter, in high precision."""
+def released_mixture(tmp_path, kind, width):
+    """A released mixture whose experts have ``width`` intermediate features, and its dequantised values."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 96, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": width, "num_attention_heads": 4}
     config = transformers.AutoConfig.for_model(
         kind, vocab_size=192, num_hidden_layers=2, num_key_value_heads=4, num_experts_per_tok=2, **sizes, **MIXTURES[kind]
     )
     AutoModel.from_config(config).save_pretrained(tmp_path / "plain")
-    folder, values = write_released(
-        tmp_path / "plain", tmp_path / "released", *LAYOUTS["blocks"], skip=("lm_head", "mlp.gate.")
-    )
+    return write_released(tmp_path / "plain", tmp_path / "released", *LAYOUTS["blocks"], skip=("lm_head", "mlp.gate."))
+
+
+def check_experts(experts, values, equal):
+    for i in range(4):
+        parts = [values[f"model.layers.1.mlp.experts.{i}.{name}_proj.weight"] for name in ("gate", "up", "down")]
+        assert equal(dense_value(experts.gate_up_proj)[i], torch.cat(parts[:2])) and equal(
+            dense_value(experts.down_proj)[i], parts[2]
+        )
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_codes(tmp_path, kind):
+    folder, values = released_mixture(tmp_path, kind, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load(folder)
+    experts = model.model.layers[1].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        weight = experts._parameters[name]
+        assert isinstance(weight, HaloWeight) and weight.master is None
+        assert 0.9999 < model.halo_recoding.cosines[f"model.layers.1.mlp.experts.{name}"] < 1
+    check_experts(experts, values, lambda a, b: 0 < (a - b).norm() < 0.02 * b.norm())
+    assert not model.halo_recoding.dequantised
+    with OpLog() as log:
+        logits(model)
+    assert any("grouped" in name for name, _ in log.calls)
+
+    trained = load(folder, HaloQuantConfig(1, "int8", frozen=False))
+    check_experts(trained.model.layers[1].mlp.experts, values, torch.equal)
+    assert trained.halo_recoding.cosines == pytest.approx(model.halo_recoding.cosines, abs=1e-6)
+    assert isinstance(trained.model.layers[1].mlp.experts._parameters["down_proj"], HaloWeight)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_that_are_not_converted_are_dequantised_with_a_warning(tmp_path, kind):
+    folder, values = released_mixture(tmp_path, kind, 96)
     with pytest.warns(UserWarning, match="8-bit in the checkpoint, and dequantised to float32 .*1.mlp.experts.down_proj"):
         model = load(folder)
     assert {f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")} <= set(
         model.halo_recoding.dequantised
     )
     assert weights(model).keys() == model.halo_recoding.cosines.keys() and len(weights(model)) >= 11
-    experts = model.model.layers[1].mlp.experts
-    for i in range(4):
-        parts = [values[f"model.layers.1.mlp.experts.{i}.{name}_proj.weight"] for name in ("gate", "up", "down")]
-        assert torch.equal(experts.gate_up_proj[i], torch.cat(parts[:2])) and torch.equal(experts.down_proj[i], parts[2])
+    check_experts(model.model.layers[1].mlp.experts, values, torch.equal)
     model.save_pretrained(tmp_path / "saved")
     names = load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in names and not any("scale_inv" in name for name in names)

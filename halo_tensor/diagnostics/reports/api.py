@@ -46,6 +46,8 @@ class Report(ReportData):
         share: the fraction of the linear layers' parameters, stacks of experts included, that the measured layers hold.
         left_alone: the layers that no candidate converts, and why, a line for each reason.
         exceptions: the layers that should not follow ``recommended``.
+        experts: the names of the experts of mixtures that each candidate converts, by candidate. Their errors are part of the
+            gradient's; their products alone and their speed are not measured.
         config: the recommendation for ``quantize_``; None if high precision is recommended.
         balanced: whether ``balance_`` should follow ``quantize_``.
 
@@ -175,17 +177,21 @@ def report(
     if ceilings is None:
         ceilings = gpus.modelled(gpu, next(model.parameters()).device)
     compared = candidates_for(candidates, model, ceilings)
-    accepted, covered = accepted_layers(model, compared.configs, filter_fn)
+    accepted, experts, covered = accepted_layers(model, compared.configs, filter_fn)
     warn_of_share(model, covered, stacklevel=3)
-    with comparing(model, batch, loss_fn, covered.converted) as comparison:
+    mixtures = sorted({name for names in experts.values() for name in names})
+    with comparing(model, batch, loss_fn, [x for x in covered.converted if x not in mixtures], mixtures) as comparison:
         comparison.run_exactly(tokens, balancing=bool(compared.balanced))
         total = max(own.tokens for own in comparison.operands.values())
         layers = _layers(comparison, compared, accepted, step_tokens or total, ceilings)
-        measured = _run_candidates(comparison, compared, accepted, layers)
+        measured = _run_candidates(comparison, compared, accepted, layers, experts)
 
         def run_mixture(chosen: dict[str, str], balancing: bool) -> CandidateReport:
             recipes = {layer: compared.configs[candidate].recipe for layer, candidate in chosen.items()}
-            return comparison.run("as recommended", None, recipes, comparison.convert(recipes, balancing), balancing)
+            assert found.recommended is not None
+            of_experts = dict.fromkeys(experts[found.recommended], compared.configs[found.recommended].recipe)
+            weights = comparison.convert(recipes, balancing)
+            return comparison.run("as recommended", None, recipes, weights, balancing, of_experts)
 
         found = Report(
             model=type(model).__name__,
@@ -203,6 +209,7 @@ def report(
             share=covered.share,
             left_alone=covered.reasons,
             min_gain=min_gain,
+            experts=experts,
             _by_name=filter_fn is not None,
         )
         recommend(found, run_mixture)
@@ -229,7 +236,11 @@ def _layers(
 
 
 def _run_candidates(
-    comparison: Comparison, compared: Candidates, accepted: dict[str, list[str]], layers: list[LayerReport]
+    comparison: Comparison,
+    compared: Candidates,
+    accepted: dict[str, list[str]],
+    layers: list[LayerReport],
+    experts: dict[str, list[str]],
 ) -> list[CandidateReport]:
     """Run the model under each candidate, and set ``fidelity`` of the layers."""
     operands = comparison.operands
@@ -244,7 +255,8 @@ def _run_candidates(
             if layer.name in recipes:
                 weight = weights[weight_name(layer.name)]
                 layer.fidelity[name] = fidelity(layer, operands[layer.name], weight, exact[layer.name])
-        candidate = comparison.run(name, config, recipes, weights, balancing)
+        of_experts = dict.fromkeys(experts[name], config.recipe)
+        candidate = comparison.run(name, config, recipes, weights, balancing, of_experts)
         candidate.speed = speed_of(layers, dict.fromkeys(comparison.layers, name))
         candidate.has_kernels = compared.has_kernels(name)
         measured.append(candidate)

@@ -1,6 +1,6 @@
 """Runs of one model on one batch: once exactly, and once under each candidate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import isfinite
 from typing import Any
@@ -15,19 +15,25 @@ from halo_tensor.analysis.trial_run import LossFn
 from halo_tensor.calibration import balance
 from halo_tensor.config import LinearConfig
 from halo_tensor.diagnostics.reports.data import CandidateReport
+from halo_tensor.layers import kinds
 from halo_tensor.recipe import Recipe
 
 
 @contextmanager
-def comparing(model: nn.Module, batch: Any, loss_fn: LossFn | None, names: list[str]) -> Iterator["Comparison"]:
-    """Yield a comparison of ``model``, whose layers ``names`` are converted. The model is restored when the block is left."""
+def comparing(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, names: Iterable[str], experts: Iterable[str] = ()
+) -> Iterator["Comparison"]:
+    """Yield a comparison of ``model``, whose linear layers ``names`` and modules ``experts`` are converted. The model is
+    restored when the block is left.
+    """
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    mixtures: dict[str, Any] = {name: model.get_submodule(name) for name in experts}
     with (
         trial_run.untouched(model),
         trial_run.swapped(model, dense := trial_run.dense_parameters(model)),
         trial_run.calling_linear(layers.values()),
     ):
-        yield Comparison(model, batch, loss_fn, layers, dense)
+        yield Comparison(model, batch, loss_fn, layers, dense, mixtures)
 
 
 class Comparison:
@@ -45,15 +51,24 @@ class Comparison:
     operands: dict[str, Operands]
 
     def __init__(
-        self, model: nn.Module, batch: Any, loss_fn: LossFn | None, layers: dict[str, Any], dense: dict[str, nn.Parameter]
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss_fn: LossFn | None,
+        layers: dict[str, Any],
+        dense: dict[str, nn.Parameter],
+        experts: dict[str, Any],
     ):
-        self.layers = layers
+        self.layers, self._experts = layers, experts
         self._model, self._batch, self._loss_fn, self._dense = model, batch, loss_fn, dense
         # The weight of a Conv1D is [in, out].
         self._transposed = {name for name, module in layers.items() if not isinstance(module, nn.Linear)}
         self.weights = {name: _as_rows(dense[weight_name(name)], name in self._transposed) for name in layers}
         self._trained = {name: p for name, p in dense.items() if p.requires_grad}
-        converted = {weight_name(name) for name in layers} & self._trained.keys()
+        converted = {weight_name(name) for name in layers} | {
+            f"{x}.{leaf}" for x, module in experts.items() for leaf in kinds.weights(module)
+        }
+        converted &= self._trained.keys()
         self._compared = converted or self._trained.keys()
         self.gradient_of = (
             "the converted weights" if converted else "all trainable parameters (no converted weight is trained)"
@@ -111,6 +126,7 @@ class Comparison:
         recipes: dict[str, Recipe],
         weights: dict[str, nn.Parameter],
         balancing: bool,
+        experts: dict[str, Recipe],
     ) -> CandidateReport:
         """Run the model with converted ``weights``, and compare its loss and gradient with the exact ones.
 
@@ -120,13 +136,16 @@ class Comparison:
             recipes: name of a layer -> recipe.
             weights: what :meth:`convert` returned for these recipes.
             balancing: whether the weights were balanced.
+            experts: name of a module of experts -> recipe.
         """
         held_by_modules = {weight_name(x) for x in self._transposed}  # a Conv1D converts its own weight
         weights = {key: weight for key, weight in weights.items() if key not in held_by_modules}
         following = {self.layers[x]: r for x, r in recipes.items() if x in self._transposed and not r.is_identity}
-        with trial_run.swapped(self._model, weights), trial_run.following(following):
+        converting = trial_run.following_experts({self._experts[x]: recipe for x, recipe in experts.items()})
+        with trial_run.swapped(self._model, weights), trial_run.following(following), converting:
             loss = trial_run.loss_of(self._model, self._batch, self._loss_fn)
-            found = trial_run.gradients(loss, {key: weights.get(key, self._dense[key]) for key in self._exact})
+            held = {f"{x}.{leaf}": w for x in experts for leaf, w in kinds.weights(self._experts[x]).items()}
+            found = trial_run.gradients(loss, {key: (self._dense | weights | held)[key] for key in self._exact})
         change = (loss - self.loss).item()
         return CandidateReport(name, config, cosine(found, self._exact), change if isfinite(change) else None, 1.0, balancing)
 

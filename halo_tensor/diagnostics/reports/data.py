@@ -99,6 +99,7 @@ class ReportData:
     share: float = 1.0
     left_alone: str = ""
     min_gain: float = 0.0
+    experts: dict[str, list[str]] = field(default_factory=dict)
     _by_name: bool = False  # config names the layers, even if one recipe suits all
 
     @property
@@ -115,7 +116,7 @@ class ReportData:
         if not self.exceptions and not self._by_name:
             return configs[self.recommended]
         chosen = {x.name: configs[x.recommended] for x in self.layers if x.recommended != HIGH_PRECISION}
-        return FqnToConfig(chosen)
+        return FqnToConfig(chosen | dict.fromkeys(self.experts.get(self.recommended, ()), configs[self.recommended]))
 
     @property
     def balanced(self) -> bool:

@@ -37,9 +37,11 @@ def markdown(report: ReportData) -> str:
 
 def headline(report: ReportData) -> str:
     """Return a line that says what was measured."""
+    mixtures = len({name for names in report.experts.values() for name in names})
+    more = f" and the experts of {mixtures}" if mixtures else ""
     return (
-        f"{report.model}: {len(report.layers)} linear layers with {percent(report.share)} of the linear layers' parameters, "
-        f"{report.tokens} tokens, loss {report.loss:.4f}; measured in {report.seconds:.0f} s"
+        f"{report.model}: {len(report.layers)} linear layers{more} with {percent(report.share)} of the linear layers' "
+        f"parameters, {report.tokens} tokens, loss {report.loss:.4f}; measured in {report.seconds:.0f} s"
     )
 
 

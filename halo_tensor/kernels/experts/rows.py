@@ -167,17 +167,21 @@ def _plan_turn(device: torch.device, indexed: bool) -> Planned:
 
 
 def turn_stack(codes: torch.Tensor, turned: torch.Tensor | None = None) -> torch.Tensor:
-    """Return codes [experts, n, k] transposed in memory, [experts, k, n], or write them to ``turned``."""
+    """Return codes or gradients [experts, n, k] transposed in memory, [experts, k, n], or write them to ``turned``."""
     experts, n, k = codes.shape
     turned = codes.new_empty((experts, k, n)) if turned is None else turned
-    _plan_turn_stack(codes.device)((n, k, experts), as_bytes(codes), as_bytes(turned))
+    if codes.element_size() > 1:
+        _plan_turn_stack(codes.device, codes.dtype)((n, k, experts), codes, turned)
+    else:
+        _plan_turn_stack(codes.device, torch.int8)((n, k, experts), as_bytes(codes), as_bytes(turned))
     return turned
 
 
 @lru_cache
-def _plan_turn_stack(device: torch.device) -> Planned:
-    launch = Launch(turn_stack_kernel, {"T": 128, "num_warps": 4})
-    return Planned(lambda _: Variant(launch, lambda n, k, experts: ((cdiv(k, 128), cdiv(n, 128), experts), (n, k))))
+def _plan_turn_stack(device: torch.device, dtype: torch.dtype) -> Planned:
+    side = 128 // dtype.itemsize
+    launch = Launch(turn_stack_kernel, {"T": side, "num_warps": 4})
+    return Planned(lambda _: Variant(launch, lambda n, k, experts: ((cdiv(k, side), cdiv(n, side), experts), (n, k))))
 
 
 def combine(y: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -246,6 +246,14 @@ def test_copies(groups, dtype):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_weights_are_transposed(dtype):
+    gradient = torch.randn(3, 80, 144, device=DEVICE).to(dtype)
+    turned = ops.turn_stack(gradient)
+    assert turned.is_contiguous() and torch.equal(turned, gradient.transpose(1, 2))
+
+
+@runs_kernels
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_combine_adds_in_order(top_k):
     torch.manual_seed(0)
