@@ -13,6 +13,9 @@ Importing this module teaches transformers to read such checkpoints::
     model.save_pretrained("quantised")
     model = AutoModelForCausalLM.from_pretrained("quantised")  # the config is in the checkpoint
 
+A checkpoint that another library released in 8 bits (fp8 with blocks, compressed-tensors W8A8) is read in the same way, and
+``print(model.halo_recoding)`` shows how close the codes are.
+
 Each weight of an ``nn.Linear`` that :func:`~halo_tensor.quantize_` would convert is quantised when it arrives on its device,
 and is held as codes only. So at most one weight at a time is in high precision. Such a model trains with adapters (PEFT).
 ``model.save_pretrained`` writes codes and scales, and ``from_pretrained`` reads them back, bit for bit;
@@ -30,6 +33,7 @@ from halo_tensor.transformers.config import HaloQuantConfig  # noqa: E402
 from halo_tensor.transformers.export.api import Exported, export_compressed_tensors  # noqa: E402
 from halo_tensor.transformers.head import fuse_head_, unfuse_head_  # noqa: E402
 from halo_tensor.transformers.quantizer import HaloQuantizer  # noqa: E402
+from halo_tensor.transformers.recoding import Recoding  # noqa: E402
 
 experts.register()
 
@@ -39,6 +43,7 @@ __all__ = [
     "HaloCallback",
     "HaloQuantConfig",
     "HaloQuantizer",
+    "Recoding",
     "export_compressed_tensors",
     "fuse_head_",
     "unfuse_head_",

@@ -26,9 +26,14 @@ class HaloQuantConfig(QuantizationConfigMixin):
     ``keep_codes``, ``activations`` and ``adapters``: a model that is loaded quantised holds its weights as codes only, and
     adapters come later. ``save_pretrained`` writes the fields to ``config.json``.
 
+    The checkpoint may be plain, of this library, or released in 8 bits by others (``quant_method`` fp8 or compressed-tensors):
+    its weights are then re-coded one by one, and ``model.halo_recoding`` says how close the codes are.
+
     Args:
         *args: ``level`` and ``dtype``, which may be positional.
         quant_method: "halo", by which transformers finds this class.
+        frozen: False loads a model to train all of: each weight also has its high-precision value, as after ``quantize_``,
+            and the model is saved plain.
         **given: ``level``, ``dtype``, ``granularity``, ``block_size``, ``seed``, ``skip`` and ``min_features``.
 
     Raises:
@@ -49,25 +54,31 @@ class HaloQuantConfig(QuantizationConfigMixin):
         torch.int8
     """
 
-    __signature__ = Signature([p for p in signature(HaloConfig).parameters.values() if p.name in FIELDS])
+    __signature__ = Signature(
+        [p.replace(default=True) if p.name == "frozen" else p for p in signature(HaloConfig).parameters.values()
+         if p.name in (*FIELDS, "frozen")]
+    )  # fmt: skip
+    frozen = True
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             """The fields, which ``__init__`` sets."""
 
-    def __init__(self, *args: Any, quant_method: str = METHOD, **given: Any):
+    def __init__(self, *args: Any, quant_method: str = METHOD, frozen: bool = True, **given: Any):
         if quant_method != METHOD:
             raise ValueError(f"the quant_method of a HaloQuantConfig is {METHOD!r}; got {quant_method!r}")
         if unknown := [name for name in given if name not in FIELDS]:
             raise ValueError(f"HaloQuantConfig has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}")
-        config = HaloConfig(*args, **given, **FIXED)
+        config = HaloConfig(*args, **given, **FIXED | {"frozen": frozen})
         if config.recipe.is_identity:
             raise ValueError(
                 f"HaloQuantConfig quantises weights, and dtype {config.dtype!r} does not; load the model without it"
             )
         # The mixin writes all instance attributes to config.json.
         vars(self).update({name: getattr(config, name) for name in FIELDS}, quant_method=quant_method)
+        if not frozen:  # such a model is saved plain, without this config
+            self.frozen = False
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
@@ -75,7 +86,8 @@ class HaloQuantConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]  # attributes can be set
 
     def __repr__(self) -> str:
-        return f"HaloQuantConfig({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+        shown = self._fields() | ({} if self.frozen else {"frozen": False})
+        return f"HaloQuantConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -112,16 +124,16 @@ class HaloQuantConfig(QuantizationConfigMixin):
             ValueError: ``config`` says otherwise than that weights are held as codes only, or has no codes.
         """
         for f in fields(config):
-            if f.name in FIXED and getattr(config, f.name) not in (f.default, FIXED[f.name]):
+            if f.name in FIXED.keys() - {"frozen"} and getattr(config, f.name) not in (f.default, FIXED[f.name]):
                 raise ValueError(
                     f"a model that is loaded quantised has {f.name}={FIXED[f.name]}; got {getattr(config, f.name)}"
                 )
-        return cls(**{name: getattr(config, name) for name in FIELDS})
+        return cls(**{name: getattr(config, name) for name in FIELDS}, frozen=config.frozen is not False)
 
     @property
     def halo_config(self) -> HaloConfig:
-        """The same method as a config for ``quantize_``, with frozen weights."""
-        return HaloConfig(**self._fields(), **FIXED)
+        """The same method as a config for ``quantize_``, with weights as ``frozen`` says."""
+        return HaloConfig(**self._fields(), **FIXED | {"frozen": self.frozen})
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FIELDS}

@@ -28,17 +28,21 @@ class Loading:
         readable: names of layers whose weights may be codes in the checkpoint. The file says which of them are, since another
             class of model, or another version of this library, may choose other layers.
         shapes: name -> shape of every parameter of the model.
+        frozen: whether weights are held as codes only, and not quantised after loading.
         refused: name -> reason, of weights that cannot be read.
         recorded: name -> whether the checkpoint had a record of its recipe, of weights that were read as codes.
-        plain: names of weights that were plain when the quantised model was saved.
+        coded: names of parameters that are 8-bit in a checkpoint of another library.
+        plain: names of weights that are in high precision in a quantised checkpoint.
     """
 
     recipe: Recipe
     weights: set[str]
     readable: list[str]
     shapes: dict[str, torch.Size]
+    frozen: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     recorded: dict[str, bool] = field(default_factory=dict)
+    coded: set[str] = field(default_factory=set)
     plain: set[str] = field(default_factory=set)
 
 
@@ -73,7 +77,7 @@ class Quantize(ConversionOps):
                 f"it is {stored.described(value)}, where the model has a matrix {list(like.shape)}. If these are codes, "
                 "config.json has lost the quantization_config that it was saved with"
             )
-            return _placeholder(like, value.device)
+            return placeholder(like, value.device)
         if value.shape != like.shape:
             self.loading.weights.discard(name)  # transformers then looks at the shape, and refuses or initialises it
             return value
@@ -81,7 +85,7 @@ class Quantize(ConversionOps):
         check_device(recipe.formats, value.device)
         module: Any = model.get_submodule(name.rpartition(".")[0])
         turned = value.ndim == 3 and module.is_transposed
-        return _hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True, in_features_first=turned))
+        return hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True, in_features_first=turned))
 
 
 class Deserialize(ConversionOps):
@@ -122,10 +126,10 @@ class Deserialize(ConversionOps):
             operand = stored.operand_of(parts, like, loading.recipe)
         except ValueError as error:  # transformers would log an error that is raised here, and raise one that names nothing
             loading.refused[name] = str(error)
-            return {name: _placeholder(like, device)}
+            return {name: placeholder(like, device)}
         loading.recorded[name] = parts[-1] is not None
         check_device(loading.recipe.formats, device)
-        return {name: _hold(model, name, HaloWeight(None, operand, loading.recipe))}
+        return {name: hold(model, name, HaloWeight(None, operand, loading.recipe))}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -141,7 +145,7 @@ class Keep(ConversionOps):
         return input_dict
 
 
-def _hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:
+def hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:
     """Give a layer its weight."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -154,6 +158,6 @@ def _hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:
     return module.get_parameter("weight")
 
 
-def _placeholder(like: torch.Tensor, device: torch.device) -> nn.Parameter:
+def placeholder(like: torch.Tensor, device: torch.device) -> nn.Parameter:
     """A parameter without memory in place of a weight that is refused, until the error is raised."""
     return nn.Parameter(torch.zeros((), dtype=like.dtype, device=device).expand(like.shape), requires_grad=False)

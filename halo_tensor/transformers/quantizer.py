@@ -9,19 +9,23 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from halo_tensor.convert import Conversion, dequantize_, layer_filter, survey, warn_of_share, warn_of_unrotated
+from halo_tensor.convert import Conversion, dequantize_, layer_filter, quantize_, survey, warn_of_share, warn_of_unrotated
 from halo_tensor.fences import fast_paths as fences
 from halo_tensor.layers.experts import is_experts
 from halo_tensor.layers.kinds import weights
 from halo_tensor.operand import gains
 from halo_tensor.recipe import Recipe
 from halo_tensor.trainers import watch_trainers
-from halo_tensor.transformers import stored
+from halo_tensor.transformers import released, stored
 from halo_tensor.transformers.config import METHOD, HaloQuantConfig
+from halo_tensor.transformers.layouts import is_code, layout_of, refuse_codes
 from halo_tensor.transformers.loading import Deserialize, Loading, Quantize
+from halo_tensor.transformers.merging import read_other_checkpoints
+from halo_tensor.transformers.recoding import Recoding, cosine_of_codes, listed
 from halo_tensor.weight.tensor import HaloWeight, dense_value
 
 logger = logging.getLogger("halo_tensor")
+read_other_checkpoints()
 
 
 def _holds_codes(module: nn.Module) -> bool:
@@ -36,11 +40,21 @@ class HaloQuantizer(HfQuantizer):
 
     Attributes:
         report: which layers are held as codes, and why others are not.
+        layout: of a checkpoint that another library released in 8 bits; None for any other.
+        recoding: what became of its weights.
     """
 
     quantization_config: HaloQuantConfig
     is_trainable = True  # through adapters; transformers refuses to train the weights themselves
     is_compileable = True
+
+    def __init__(self, quantization_config: HaloQuantConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        source = vars(quantization_config).pop("source", None)
+        self.layout = None if source is None else layout_of(source)
+        if self.layout is not None:
+            self.recoding = Recoding(str(self.layout))
+            self.serialized_names = released.SERIALIZED
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` can write the model."""
@@ -84,7 +98,10 @@ class HaloQuantizer(HfQuantizer):
             weights={f"{name}.{leaf}" for name in self.report.converted for leaf in weights(model.get_submodule(name))},
             readable=readable,
             shapes={name: parameter.shape for name, parameter in model.named_parameters()},
+            frozen=config.frozen is True,
         )
+        if self.layout is None and not self.pre_quantized:
+            refuse_codes(kwargs.get("checkpoint_files"))
         logger.info("%s", self.report)
 
     def _choose_layers(self, model: Any) -> tuple[list[str], list[str], dict[str, str]]:
@@ -113,7 +130,41 @@ class HaloQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of a plain checkpoint is to be quantised."""
-        return param_name in self.loading.weights
+        if self.layout is not None:
+            self.pre_quantized = True  # the first weight arrives: see update_weight_conversions
+            return False
+        return self.loading.frozen and param_name in self.loading.weights
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element that a parameter will have."""
+        coded = self.loading.frozen and param_name in self.loading.weights
+        return self.quantized_element_size if coded else param.element_size()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to which transformers casts a tensor of a quantised checkpoint; None leaves it."""
+        made = super().get_new_dtype(converter, param, dtype)
+        if self.layout is not None and made is not None and is_code(param):
+            name = converter.target_patterns[0]
+            self.loading.refused[name] = "it is 8-bit, and no scale in a layout that is known belongs to it"
+        return made
+
+    def get_load_operations(self) -> dict[str, type]:
+        """What runs before transformers makes one parameter of several weights."""
+        return {} if self.layout is None else {"dequantize": released.Dequantize}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """The operations for all weights of the checkpoint."""
+        updated = super().update_weight_conversions(weight_conversions, *args)
+        if self.layout is None:
+            return updated
+        for conversion in updated:
+            if isinstance(getattr(conversion, "operations", [None])[0], released.Dequantize):
+                conversion.operations.append(released.Hold(self))
+        self._conversions = list(zip(weight_conversions, updated, strict=False))
+        # transformers loads in threads, as fast as it can, unless weights are quantised while loading, which is what it takes
+        # this for. So it does not hold the whole checkpoint beside what is made of it.
+        self.pre_quantized = False
+        return updated
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation for weights of a plain checkpoint."""
@@ -124,6 +175,10 @@ class HaloQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         # By the last part of a layer's name, so that transformers loads all other parameters as usual.
+        if self.layout is not None:
+            matrices = (name for name, shape in self.loading.shapes.items() if len(shape) > 1 and name.endswith(".weight"))
+            leaves = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in matrices})
+            return [WeightConverter(released.patterns(leaf), f"{leaf}.weight", [released.Recode(self)]) for leaf in leaves]
         leaves = sorted({name.rpartition(".")[2] for name in self.loading.readable})
         return [
             WeightConverter(
@@ -136,8 +191,12 @@ class HaloQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_what_was_read(model)
+        if self.layout is not None:
+            self._finish_released(model)
+        if not self.loading.frozen:
+            return self._make_trainable(model)
         held = [name for name, module in model.named_modules() if _holds_codes(module)]
-        self._report_what_is_held(held)
+        self._report_what_is_held(model, held)
         watch_trainers()
         warn_of_unrotated(model, Conversion(self.report.config, held))
         # Layers that read the same X have equal gains. Make those one object, by which the layers find that they share X.
@@ -168,14 +227,49 @@ class HaloQuantizer(HfQuantizer):
             more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
             raise ValueError(f"this checkpoint has weights that cannot be used:\n{chr(10).join(lines[:5])}{more}")
 
-    def _report_what_is_held(self, held: list[str]) -> None:
+    def _finish_released(self, model: Any) -> None:
+        """Check and report what became of the weights of a checkpoint of another library."""
+        self.pre_quantized = True
+        # What transformers runs when it saves: the model's own conversions, without those of the layout.
+        model._weight_conversions = [own for own, made in self._conversions if made.was_used()]
+        text_config = model.config.get_text_config(decoder=True)
+        if text_config is not model.config and hasattr(text_config, "quantization_config"):
+            del text_config.quantization_config  # that of the checkpoint
+        dequantised = self.recoding.dequantised
+        if not self.loading.coded:
+            raise ValueError(f"config.json says that this checkpoint is quantised ({self.layout}), and none of its weights is")
+        if dequantised:
+            dtype = str(model.get_parameter(dequantised[0]).dtype).removeprefix("torch.")
+            gib = sum(self.loading.shapes[name].numel() for name in dequantised) * model.dtype.itemsize / 2**30
+            warnings.warn(
+                f"8-bit in the checkpoint, and dequantised to {dtype} ({gib:.2g} GiB), since they belong to no layer that is "
+                f"converted: {listed(dequantised)}. model.hf_quantizer.report and model.halo_recoding list them",
+                stacklevel=2,
+            )
+        model.halo_recoding = self.recoding
+        logger.info("%s", self.recoding)
+
+    def _make_trainable(self, model: Any) -> Any:
+        """Convert the layers of a model that was loaded in high precision, all of which is to be trained."""
+        wanted = {name.rpartition(".")[0] for name in self.loading.weights}
+        self.report = quantize_(model, self.quantization_config.halo_config, filter_fn=lambda module, name: name in wanted)
+        if self.layout is not None:
+            for name in self.report.converted:
+                for leaf, weight in weights(model.get_submodule(name)).items():
+                    self.recoding.cosines[f"{name}.{leaf}"] = cosine_of_codes(weight, dense_value(weight).detach())
+            logger.info("%s", self.recoding)
+        self.remove_quantization_config(model)
+        return model
+
+    def _report_what_is_held(self, model: Any, held: list[str]) -> None:
         """Bring ``report`` in line with the layers that are held as codes. Warn of newly initialised ones."""
         new = []
         for name in held:
             self.report.skipped.pop(name, None)
         for name in set(self.report.converted) - set(held):
-            plain = f"{name}.weight" in self.loading.plain
-            self.report.skipped[name] = "it was plain when it was saved" if plain else "its weight is not in the checkpoint"
+            plain = any(f"{name}.{leaf}" in self.loading.plain for leaf in weights(model.get_submodule(name)))
+            saved = "it was plain when it was saved" if self.layout is None else "the checkpoint has it in high precision"
+            self.report.skipped[name] = saved if plain else "its weight is not in the checkpoint"
             new += [] if plain else [name]
         self.report.converted = held
         if new:

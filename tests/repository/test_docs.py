@@ -33,6 +33,7 @@ OF_HOSTS = [
     "HaloCallback",
     "HaloPrecision",
     "HaloQuantConfig",
+    "Recoding",
     "fuse_head_",
     "halo_linear",
     "precompute_scales",

@@ -14,8 +14,8 @@ PUBLIC = {name: getattr(halo_tensor, name) for name in halo_tensor.__all__} | {"
 try:
     from halo_tensor import transformers
 
-    of_transformers = ("HaloArguments", "HaloCallback", "HaloQuantConfig", "export_compressed_tensors")
-    of_transformers += ("fuse_head_", "unfuse_head_")
+    of_transformers = ("HaloArguments", "HaloCallback", "HaloQuantConfig", "Recoding")
+    of_transformers += ("export_compressed_tensors", "fuse_head_", "unfuse_head_")
     PUBLIC |= {name: getattr(transformers, name) for name in of_transformers}
 except ImportError:
     pass

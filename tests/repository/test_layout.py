@@ -44,7 +44,7 @@ def test_docstrings_of_the_public_api_are_checked():
     values = [getattr(halo_tensor, public) for public in halo_tensor.__all__]
     of_transformers = importlib.import_module("halo_tensor.transformers")
     values += [of_transformers.HaloQuantConfig, of_transformers.HaloCallback, of_transformers.HaloArguments]
-    values += [of_transformers.fuse_head_, of_transformers.export_compressed_tensors]
+    values += [of_transformers.fuse_head_, of_transformers.export_compressed_tensors, of_transformers.Recoding]
     values.append(importlib.import_module("halo_tensor.fsdp").precompute_scales)
     modules = {"halo_tensor"} | {value.__module__ for value in values if value.__module__.startswith("halo_tensor")}
     files = {importlib.import_module(module).__file__ for module in modules}

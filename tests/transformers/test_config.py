@@ -53,8 +53,12 @@ def test_fields_are_those_of_halo_config():
     assert {name: getattr(config, name) for name in made} == made
     assert config.halo_config == halo_config(**made, frozen=True)
     shown = {name: p.default for name, p in signature(HaloQuantConfig).parameters.items()}
-    assert shown == {f.name: f.default for f in fields(HaloConfig) if f.name in made}, "help shows the defaults"
+    defaults = {f.name: f.default for f in fields(HaloConfig) if f.name in made}
+    assert shown == defaults | {"frozen": True}, "help shows the defaults"
     assert HaloQuantConfig.from_halo_config(halo_config(**made)) == config != HaloQuantConfig()
+    trained = HaloQuantConfig.from_halo_config(halo_config(**made, frozen=False))
+    assert trained == HaloQuantConfig(**made, frozen=False) == eval(repr(trained)) != config
+    assert trained.halo_config == halo_config(**made, frozen=False)
     assert HaloQuantConfig.from_dict(config.to_dict()) == config == deepcopy(config)
     assert eval(repr(config)) == config and repr(HaloQuantConfig(0, "fp8")).startswith("HaloQuantConfig(level=0, dtype='fp8'")
     config.level = 1
@@ -62,14 +66,16 @@ def test_fields_are_those_of_halo_config():
 
 
 def test_fields_and_values_that_are_not_valid_are_named():
-    with pytest.raises(ValueError, match="HaloQuantConfig has no field 'frozen'; its fields are .*level, dtype"):
-        HaloQuantConfig(frozen=False)
+    with pytest.raises(ValueError, match="HaloQuantConfig has no field 'keep_codes'; its fields are .*level, dtype"):
+        HaloQuantConfig(keep_codes=False)
+    with pytest.raises(ValueError, match="frozen must be one of True, False"):
+        HaloQuantConfig(frozen="yes")
     with pytest.raises(ValueError, match="dtype must be one of 'int8'"):
         HaloQuantConfig.from_dict({"dtype": "int3", "quant_method": "halo"})
     with pytest.raises(ValueError, match="quant_method of a HaloQuantConfig is 'halo'; got 'hot'"):
         HaloQuantConfig(quant_method="hot")
-    with pytest.raises(ValueError, match="loaded quantised has frozen=True; got False"):
-        HaloQuantConfig.from_halo_config(halo_config(frozen=False))
+    with pytest.raises(ValueError, match="loaded quantised has keep_codes=True; got False"):
+        HaloQuantConfig.from_halo_config(halo_config(keep_codes=False))
 
 
 def test_fields_of_another_version_are_refused(quantised, tmp_path):
