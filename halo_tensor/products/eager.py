@@ -12,6 +12,7 @@ import torch
 
 from halo_tensor.fences.pytorch import is_recorded, is_transformed
 from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products.backward import check_first_derivative
 from halo_tensor.products.lowered import Codes, Layer, Lowered, can_lower
 from halo_tensor.recipe import Recipe
@@ -20,10 +21,10 @@ from halo_tensor.recipe import Recipe
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any
+        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, lowered: Lowered, w: Codes, gains: Any, codes: Any
     ) -> torch.Tensor:
         wants_x, wants_w = ctx.needs_input_grad[:2]
-        operand = lowered.quantized_x(x, gains and gains[1], wants_w)
+        operand = codes or lowered.quantized_x(x, gains and gains[1], wants_w)
         saved_x = (operand.columns, operand.scale) if wants_w else (None, None)
         saved_w = (w.rows, w.scale) if wants_x else (None, None)
         ctx.quantises_w = wants_x and weight.operand is None
@@ -45,7 +46,7 @@ class _Linear(torch.autograd.Function):
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)
-        return grad_x, grad_w, grad_bias, None, None, None
+        return grad_x, grad_w, grad_bias, None, None, None, None
 
 
 #: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
@@ -53,9 +54,15 @@ class _Linear(torch.autograd.Function):
 _lowered: dict[tuple, tuple[Recipe, Lowered | None]] = {}
 
 
-def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+def linear(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None
+) -> torch.Tensor | None:
     """``F.linear(x, weight, bias)`` of a HaloWeight in step with its master; None if the operand path must be taken, which
-    also raises the errors."""
+    also raises the errors.
+
+    Args:
+        operand_x: the codes of ``x``, in columns too if grad_weight is wanted, if there are any.
+    """
     if type(x) is not torch.Tensor or not runs_kernels(x.device) or is_recorded() or is_transformed():
         return None
     with torch._C.DisableTorchFunctionSubclass():
@@ -91,9 +98,10 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             w, gains = lowered.quantize_w(master.detach()), None
         else:
             w, gains = Codes(operand.codes, None, operand.scale), operand.gains
+        codes = None if operand_x is None else Codes(operand_x.codes, operand_x.codes_t, operand_x.scale)
         if trains_w or (trains and (x.requires_grad or (bias is not None and bias.requires_grad))):
-            return _Linear.apply(x, weight, bias, lowered, w, gains)
-        rows, _, scale = lowered.quantized_x(x, gains and gains[1], False)
+            return _Linear.apply(x, weight, bias, lowered, w, gains, codes)
+        rows, _, scale = codes or lowered.quantized_x(x, gains and gains[1], False)
         return lowered.output(x.shape, rows, scale, w.rows, w.scale, bias)[0]
 
 

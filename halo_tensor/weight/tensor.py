@@ -279,6 +279,15 @@ class HaloWeight(torch.Tensor):
         if self.shard_role.is_part:
             refusals.refuse_part(self.shape)
 
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None
+    ) -> torch.Tensor:
+        """Compute ``F.linear(x, self, bias)`` in eager code. ``operand_x``: the codes of ``x``, if there are any."""
+        if self.master is not None:
+            self.follow()
+        y = eager.linear(x, self, bias, operand_x)
+        return linear(x, self, bias, None, self.undo_gain, operand_x) if y is None else y
+
     @classmethod
     def __torch_function__(
         cls, func: Callable, types: Collection[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -292,10 +301,7 @@ class HaloWeight(torch.Tensor):
                 if torch.compiler.is_exporting():
                     refusals.refuse_export()
                 if not is_compiling():
-                    if weight.master is not None:
-                        weight.follow()
-                    if (y := eager.linear(x, weight, bias)) is not None:
-                        return y
+                    return weight.linear(x, bias)
                 return _linear_in_graph(x, weight, bias, None, weight.undo_gain)
         elif func is torch.autograd.grad:
             return gradients.grad(cls, *args, **kwargs)

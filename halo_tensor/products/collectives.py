@@ -1,0 +1,87 @@
+"""Collectives as autograd functions, for layers of which every rank holds a part."""
+
+from typing import Any
+
+import torch
+
+from halo_tensor.fences.collectives import Ranks, all_gather, all_reduce, reduce_scatter
+
+
+def gather(tensors: list[torch.Tensor], dim: int, ranks: Ranks) -> list[torch.Tensor]:
+    """Return tensors whose dimension ``dim`` is split among ranks as whole ones."""
+    shapes = [t.shape for t in tensors]
+    flat = all_gather([t.flatten() for t in tensors], ranks)
+    whole = [t.view(ranks.size, *shape).movedim(0, dim) for t, shape in zip(flat, shapes, strict=True)]
+    return [t.reshape(*shape[:dim], -1, *shape[dim + 1 :]) for t, shape in zip(whole, shapes, strict=True)]
+
+
+def scatter_sum(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+    """Return this rank's part, along ``dim``, of the sum of a tensor over ranks."""
+    first = x.unflatten(dim, (ranks.size, -1)).movedim(dim, 0)
+    return reduce_scatter(first.reshape(-1), ranks).view(first.shape[1:])
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return all_reduce(gradients[0], ctx.ranks), None
+
+
+class _Placeholder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+        ctx.dim, ctx.ranks = dim, ranks
+        shape = [*x.shape[:dim], x.shape[dim] * ranks.size, *x.shape[dim + 1 :]]
+        return x.new_full((), torch.nan).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return scatter_sum(gradients[0], ctx.dim, ctx.ranks), None, None
+
+
+class _Filled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, dim: int | None, ranks: Ranks) -> torch.Tensor:
+        ctx.dim, ctx.ranks = dim, ranks
+        return all_reduce(y, ranks) if dim is None else scatter_sum(y, dim, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (e,) = gradients
+        return e if ctx.dim is None else gather([e], ctx.dim, ctx.ranks)[0], None, None
+
+
+def copied(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Return a tensor that all ranks have; its gradient is the sum over ranks, each of which uses it in its part of a layer."""
+    return _Copied.apply(x, ranks)
+
+
+def placeholder(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+    """Return a tensor of the shape of the whole whose part along ``dim`` is ``x``. Its values are NaN in one element of memory;
+    the sum of its gradients over ranks is scattered to the parts."""
+    return _Placeholder.apply(x, dim, ranks)
+
+
+def filled(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return ``value`` with the gradient of ``x``."""
+    return _Filled.apply(x, value)
+
+
+def summed(y: torch.Tensor, dim: int | None, ranks: Ranks) -> torch.Tensor:
+    """Return the sum over ranks: all of it, or if ``dim`` is given this rank's part along that dimension."""
+    return _Summed.apply(y, dim, ranks)

@@ -1,0 +1,273 @@
+"""Tensor and sequence parallelism: styles for ``torch.distributed.tensor.parallel.parallelize_module``.
+
+::
+
+            tokens split    HaloPrepareInput        HaloColwiseParallel            HaloRowwiseParallel    tokens split
+    X ─────────────────▶ all-gather of codes ─▶ rows of W on each rank ─▶ columns of W on each rank ─▶ reduce-scatter ─▶ Y
+
+Each rank quantises the parts of X, W and E that it multiplies, as the recipe says. Sums over ranks are in the layer's dtype.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from halo_tensor.fences.collectives import Ranks
+from halo_tensor.products.collectives import copied, summed
+from halo_tensor.products.shared_input import SharedInput
+from halo_tensor.weight.sharded_parameters import is_sharded
+from halo_tensor.weight.tensor import HaloWeight
+from halo_tensor.weight.tensor_parallel import local, obstacle, split, split_plain
+
+
+class _Split(NamedTuple):
+    """How a layer is split among ranks.
+
+    Attributes:
+        style: its name, for errors.
+        mesh: of the ranks.
+        ranks: the same as ops take them.
+        input: the placement of an input that is a plain tensor.
+        output: the placement of the output.
+        use_local_output: whether the output is a plain tensor.
+    """
+
+    style: str
+    mesh: DeviceMesh
+    ranks: Ranks
+    input: Placement
+    output: Placement
+    use_local_output: bool
+
+
+class HaloPrepareInput(ParallelStyle):
+    """Make the input of a module one that its colwise layers share, such as q, k and v of attention.
+
+    The layers share one all-gather of codes, if tokens are split, and the sum of their gradients shares one reduction. The
+    module sees the shape of the whole input. A layer that was not converted, or any other function, gets the dense input, which
+    is gathered in high precision.
+
+    Args:
+        input_layouts: ``Shard(1)`` if ranks have parts of dimension 1, the tokens; ``Replicate()`` if all have the whole. It
+            is not used if the input is a DTensor.
+        argument: the name of the argument in the module's call. None for the first.
+
+    Example:
+        >>> from torch.distributed.tensor import Shard
+        >>> from halo_tensor.tensor_parallel import HaloColwiseParallel, HaloPrepareInput
+        >>> plan = {"self_attn": HaloPrepareInput(input_layouts=Shard(1)), "self_attn.q_proj": HaloColwiseParallel()}
+    """
+
+    def __init__(self, *, input_layouts: Placement | None = None, argument: str | None = None) -> None:
+        super().__init__()
+        self.input_layouts, self.argument = input_layouts or Replicate(), argument
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        ranks = Ranks.of(device_mesh.get_group())
+
+        def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            name = self.argument or (None if args else next(iter(kwargs)))
+            x = args[0] if name is None else kwargs[name]
+            if not isinstance(x, SharedInput):
+                x = SharedInput.of(*_tokens(x, self.input_layouts, "HaloPrepareInput"), ranks)
+            return ((x, *args[1:]), kwargs) if name is None else (args, kwargs | {name: x})
+
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
+        return module
+
+
+class _HaloStyle(ParallelStyle):
+    """A style of one converted linear layer."""
+
+    dim: int  # of the weight [out, in] along which it is split
+
+    def __init__(self, input_layouts: Placement, output_layouts: Placement, use_local_output: bool) -> None:
+        super().__init__()
+        self.input_layouts, self.output_layouts, self.use_local_output = input_layouts, output_layouts, use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Split a layer, in place. ``parallelize_module`` calls it.
+
+        Raises:
+            ValueError: the layer is not converted, or split already; or its weight cannot be cut for so many ranks.
+        """
+        name = type(self).__name__
+        weight = _converted_weight(module, name)
+        if reason := obstacle(weight, self.dim, device_mesh.size()):
+            raise ValueError(f"{name}: a weight of {list(weight.shape)} [out, in] cannot be split: {reason}")
+        src = getattr(self, "src_data_rank", 0)
+        module.register_parameter("weight", split(weight, self.dim, device_mesh, src))
+        if module.bias is not None:
+            placement = Shard(0) if self.dim == 0 else Replicate()
+            module.register_parameter("bias", split_plain(module.bias, placement, device_mesh, src))
+        ranks = Ranks.of(device_mesh.get_group())
+        module.__dict__["_split"] = _Split(
+            name, device_mesh, ranks, self.input_layouts, self.output_layouts, self.use_local_output
+        )
+        module.__class__ = _splitting(type(module), _rows_forward if self.dim == 0 else _columns_forward)
+        return module
+
+
+class HaloColwiseParallel(_HaloStyle):
+    """Split out_features of a converted linear layer among ranks: each has some rows of W [out, in], with their codes.
+
+    The output of a rank has its part of the out_features. Gradients of X are summed over ranks, and if tokens are split,
+    scattered.
+
+    Args:
+        input_layouts: ``Replicate()``, the default, if all ranks have the whole X; ``Shard(1)`` if each has a part of the
+            tokens, dimension 1, of which codes and scales are then gathered. Where several layers read one X, use
+            :class:`HaloPrepareInput` on the module that holds them, with this. It is not used if X is a DTensor or prepared.
+        use_local_output: whether the output is a plain tensor. If not it is a DTensor, ``Shard(-1)``.
+
+    Raises:
+        ValueError: ``input_layouts`` is neither of those. ``parallelize_module`` raises it if the layer is not converted, or if
+            the ranks do not divide its out_features.
+
+    Example:
+        >>> from halo_tensor.tensor_parallel import HaloColwiseParallel, HaloRowwiseParallel
+        >>> plan = {"mlp.up": HaloColwiseParallel(), "mlp.down": HaloRowwiseParallel()}
+        >>> # quantize_(model, halo_config(1, "int8")), and then parallelize_module(model, mesh, plan)
+    """
+
+    dim = 0
+
+    def __init__(self, *, input_layouts: Placement | None = None, use_local_output: bool = True) -> None:
+        _check_layout("HaloColwiseParallel", "input_layouts", input_layouts)
+        super().__init__(input_layouts or Replicate(), Shard(-1), use_local_output)
+
+
+class HaloRowwiseParallel(_HaloStyle):
+    """Split in_features of a converted linear layer among ranks: each has some columns of W [out, in], whole blocks of its
+    rotation.
+
+    X of a rank has its part of the in_features, as the output of :class:`HaloColwiseParallel` does. Outputs are summed over
+    ranks in the layer's dtype. X and W have scales of their own on each rank.
+
+    Args:
+        output_layouts: ``Replicate()``, the default, if all ranks get the whole sum; ``Shard(1)`` if each gets a part of the
+            tokens, dimension 1. The gradient of the output is then gathered, in its dtype.
+        use_local_output: whether the output is a plain tensor. If not it is a DTensor of ``output_layouts``.
+
+    Raises:
+        ValueError: ``output_layouts`` is neither of those. ``parallelize_module`` raises it if the layer is not converted, or if
+            parts of its in_features are not whole blocks.
+
+    Example:
+        >>> from torch.distributed.tensor import Shard
+        >>> from halo_tensor.tensor_parallel import HaloRowwiseParallel
+        >>> plan = {"self_attn.o_proj": HaloRowwiseParallel(output_layouts=Shard(1))}
+    """
+
+    dim = 1
+
+    def __init__(self, *, output_layouts: Placement | None = None, use_local_output: bool = True) -> None:
+        _check_layout("HaloRowwiseParallel", "output_layouts", output_layouts)
+        super().__init__(Shard(-1), output_layouts or Replicate(), use_local_output)
+
+
+def _check_layout(style: str, name: str, layout: Placement | None) -> None:
+    if layout is not None and not (layout.is_replicate() or type(layout) is Shard):
+        raise ValueError(f"{style}: {name} is Replicate(), or Shard(d) for the dimension d of the tokens; got {layout!r}")
+
+
+def _converted_weight(module: nn.Module, style: str) -> HaloWeight:
+    """Return the weight of a layer that can be split.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if is_sharded(weight):
+        raise ValueError(f"{style}: the weight of this {kind} is sharded already: call parallelize_module once, before fully_shard")
+    if not isinstance(weight, HaloWeight) or not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{style} splits an nn.Linear that quantize_ has converted; this {kind} is not one. Call quantize_ before "
+            f"parallelize_module, and use torch's {style.removeprefix('Halo')} for a layer that stays in high precision"
+        )
+    if type(module).forward is not nn.Linear.forward:
+        raise ValueError(f"{style}: a {kind} has a forward of its own, which would not be split; leave it out of the plan")
+    return weight
+
+
+def _tokens(x: torch.Tensor, layout: Placement, style: str) -> tuple[torch.Tensor, int | None]:
+    """Return this rank's tensor of an input, and the dimension along which its tokens are split, or None.
+
+    Args:
+        x: [..., tokens, ..., in].
+        layout: of an ``x`` that is no DTensor.
+        style: for the error.
+    """
+    if isinstance(x, DTensor):
+        layout, x = x.placements[0], x.to_local()
+    if layout.is_replicate():
+        return x, None
+    dim = layout.dim % x.ndim if isinstance(layout, Shard) else -1
+    if dim in (-1, x.ndim - 1):
+        raise ValueError(f"{style}: an input of {list(x.shape)} is {layout!r}; it takes one that is whole, or split along tokens")
+    return x, dim
+
+
+def _rows_forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """Compute this rank's out_features."""
+    how: _Split = module._split
+    x, weight = input, local(module.weight)
+    bias = None if module.bias is None else local(module.bias)
+    if not isinstance(x, SharedInput):
+        x = SharedInput.of(*_tokens(x, how.input, how.style), how.ranks)
+    y = _multiply(x, weight, bias)
+    return y if how.use_local_output else DTensor.from_local(y, how.mesh, [how.output], run_check=False)
+
+
+def _multiply(x: SharedInput, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(weight, HaloWeight):
+        gains = None if weight.gains is None else weight.gains[::-1]
+        trains = torch.is_grad_enabled() and weight.requires_grad
+        if (operand := x.codes(weight.recipe, gains, trains)) is not None:
+            return weight.linear(x.plain, bias, operand)
+    return F.linear(x.dense, weight, bias)
+
+
+def _columns_forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """Compute the product with this rank's in_features, and sum it over ranks."""
+    how: _Split = module._split
+    x = input
+    if isinstance(x, DTensor):
+        if not x.placements[0].is_shard(x.ndim - 1):
+            raise ValueError(
+                f"{how.style}: an input {list(x.shape)} is {x.placements[0]!r}; it takes one whose in_features are split"
+            )
+        x = x.to_local()
+    dim = how.output.dim if isinstance(how.output, Shard) else None
+    dim = None if dim is None else dim % x.ndim
+    y = summed(F.linear(x, local(module.weight)), dim, how.ranks)
+    if module.bias is not None:
+        bias = local(module.bias)
+        y = y + (bias if dim is None else copied(bias, how.ranks)).to(y.dtype)
+    return y if how.use_local_output else DTensor.from_local(y, how.mesh, [how.output], run_check=False)
+
+
+@cache
+def _splitting(own: Any, forward: Callable) -> Any:
+    """Make a subclass of a layer's class with another forward."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # copy and pickle cannot find a class that is made here
+        return _rebuild, (own, forward), self.__getstate__()
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), {"forward": forward, "__reduce_ex__": __reduce_ex__} | names)
+
+
+def _rebuild(own: type, forward: Callable) -> nn.Module:
+    return nn.Module.__new__(_splitting(own, forward))
+
+
+__all__ = ["HaloColwiseParallel", "HaloPrepareInput", "HaloRowwiseParallel"]
