@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
-from halo_tensor.fences.pytorch import preserved_version
+from halo_tensor.fences.pytorch import local_tensor, preserved_version
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import TENSOR
@@ -138,6 +139,8 @@ def _post_all_gather(
     it. Later calls bring ``out`` up to date in place, since autograd has saved its codes.
     """
     rows, operand = metadata["rows"], shard.operand
+    if isinstance(out, DTensor):  # of a part for tensor parallelism
+        out = cast(HaloWeight, local_tensor(out))
     if operand is None:
         return None if out is not None else (_gathered(shard, outputs[0][:rows], None), ())
     width = metadata.get("width")  # if codes and scales lie in rows
