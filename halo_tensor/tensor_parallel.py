@@ -8,20 +8,20 @@
 Each rank quantises the parts of X, W and E that it multiplies, as the recipe says. Sums over ranks are in the layer's dtype.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from halo_tensor.fences.collectives import Ranks
 from halo_tensor.products.collectives import copied, summed
-from halo_tensor.products.shared_input import SharedInput
+from halo_tensor.products.shared_input import PreparedInput, SharedInput, prepare_in_graph, shared_input
 from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import HaloWeight
 from halo_tensor.weight.tensor_parallel import local, obstacle, split, split_plain
@@ -31,7 +31,9 @@ class _Split(NamedTuple):
     """How a layer is split among ranks.
 
     Attributes:
+        index: its own in the list of all.
         style: its name, for errors.
+        dim: of the weight [out, in] along which it is split.
         mesh: of the ranks.
         ranks: the same as ops take them.
         input: the placement of an input that is a plain tensor.
@@ -39,7 +41,9 @@ class _Split(NamedTuple):
         use_local_output: whether the output is a plain tensor.
     """
 
+    index: int
     style: str
+    dim: int
     mesh: DeviceMesh
     ranks: Ranks
     input: Placement
@@ -75,8 +79,11 @@ class HaloPrepareInput(ParallelStyle):
         def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             name = self.argument or (None if args else next(iter(kwargs)))
             x = args[0] if name is None else kwargs[name]
-            if not isinstance(x, SharedInput):
-                x = SharedInput.of(*_tokens(x, self.input_layouts, "HaloPrepareInput"), ranks)
+            x, dim = _tokens(x, self.input_layouts, "HaloPrepareInput")
+            if is_compiling():
+                x = prepare_in_graph(x, -1 if dim is None else dim, *ranks)
+            else:
+                x = PreparedInput.of(SharedInput.of(x, dim, ranks))
             return ((x, *args[1:]), kwargs) if name is None else (args, kwargs | {name: x})
 
         module.register_forward_pre_hook(prepare, with_kwargs=True)
@@ -108,10 +115,11 @@ class _HaloStyle(ParallelStyle):
             placement = Shard(0) if self.dim == 0 else Replicate()
             module.register_parameter("bias", split_plain(module.bias, placement, device_mesh, src))
         ranks = Ranks.of(device_mesh.get_group())
-        module.__dict__["_split"] = _Split(
-            name, device_mesh, ranks, self.input_layouts, self.output_layouts, self.use_local_output
-        )
-        module.__class__ = _splitting(type(module), _rows_forward if self.dim == 0 else _columns_forward)
+        layouts = self.input_layouts, self.output_layouts
+        how = _Split(len(_splits), name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
+        _splits.append(how)
+        module.__dict__["_split"] = how
+        module.__class__ = _splitting(type(module))
         return module
 
 
@@ -216,58 +224,69 @@ def _tokens(x: torch.Tensor, layout: Placement, style: str) -> tuple[torch.Tenso
     return x, dim
 
 
-def _rows_forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+def _rows(how: _Split, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute this rank's out_features."""
-    how: _Split = module._split
-    x, weight = input, local(module.weight)
-    bias = None if module.bias is None else local(module.bias)
-    if not isinstance(x, SharedInput):
-        x = SharedInput.of(*_tokens(x, how.input, how.style), how.ranks)
-    y = _multiply(x, weight, bias)
-    return y if how.use_local_output else DTensor.from_local(y, how.mesh, [how.output], run_check=False)
-
-
-def _multiply(x: SharedInput, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    shared = shared_input(x)
+    if shared is None:
+        shared = SharedInput.of(*_tokens(x, how.input, how.style), how.ranks)
+    weight = local(weight)
+    bias = None if bias is None else local(bias)
     if isinstance(weight, HaloWeight):
         gains = None if weight.gains is None else weight.gains[::-1]
         trains = torch.is_grad_enabled() and weight.requires_grad
-        if (operand := x.codes(weight.recipe, gains, trains)) is not None:
-            return weight.linear(x.plain, bias, operand)
-    return F.linear(x.dense, weight, bias)
+        if (operand := shared.codes(weight.recipe, gains, trains)) is not None:
+            return weight.linear(shared.plain, bias, operand)
+    return F.linear(shared.dense, weight, bias)
 
 
-def _columns_forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+def _columns(how: _Split, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute the product with this rank's in_features, and sum it over ranks."""
-    how: _Split = module._split
-    x = input
     if isinstance(x, DTensor):
         if not x.placements[0].is_shard(x.ndim - 1):
             raise ValueError(
                 f"{how.style}: an input {list(x.shape)} is {x.placements[0]!r}; it takes one whose in_features are split"
             )
         x = x.to_local()
-    dim = how.output.dim if isinstance(how.output, Shard) else None
-    dim = None if dim is None else dim % x.ndim
-    y = summed(F.linear(x, local(module.weight)), dim, how.ranks)
-    if module.bias is not None:
-        bias = local(module.bias)
-        y = y + (bias if dim is None else copied(bias, how.ranks)).to(y.dtype)
+    dim = how.output.dim % x.ndim if isinstance(how.output, Shard) else None
+    y = summed(F.linear(x, local(weight)), dim, how.ranks)
+    if bias is None:
+        return y
+    bias = local(bias)
+    return y + (bias if dim is None else copied(bias, how.ranks)).to(y.dtype)
+
+
+def _forward(module: Any, input: torch.Tensor) -> torch.Tensor:
+    """The forward of a layer that is split."""
+    how: _Split = module._split
+    run = _in_graph if is_compiling() else _run
+    y = run(how.index, input, module.weight, module.bias)
     return y if how.use_local_output else DTensor.from_local(y, how.mesh, [how.output], run_check=False)
 
 
+def _run(index: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    how = _splits[index]
+    return (_rows if how.dim == 0 else _columns)(how, x, weight, bias)
+
+
+#: How layers are split. A graph knows an index, since it holds no meshes.
+_splits: list[_Split] = []
+# Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
+_in_graph = torch.compiler.allow_in_graph(_run)
+
+
 @cache
-def _splitting(own: Any, forward: Callable) -> Any:
-    """Make a subclass of a layer's class with another forward."""
+def _splitting(own: Any) -> Any:
+    """Make a subclass of a layer's class with the forward of a layer that is split."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # copy and pickle cannot find a class that is made here
-        return _rebuild, (own, forward), self.__getstate__()
+        return _rebuild, (own,), self.__getstate__()
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), {"forward": forward, "__reduce_ex__": __reduce_ex__} | names)
+    return type(own.__name__, (own,), {"forward": _forward, "__reduce_ex__": __reduce_ex__} | names)
 
 
-def _rebuild(own: type, forward: Callable) -> nn.Module:
-    return nn.Module.__new__(_splitting(own, forward))
+def _rebuild(own: type) -> nn.Module:
+    return nn.Module.__new__(_splitting(own))
 
 
 __all__ = ["HaloColwiseParallel", "HaloPrepareInput", "HaloRowwiseParallel"]

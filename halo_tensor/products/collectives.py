@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from halo_tensor.fences.collectives import Ranks, all_gather, all_reduce, reduce_scatter
+from halo_tensor.ops.collectives import unsplit
 
 
 def gather(tensors: list[torch.Tensor], dim: int, ranks: Ranks) -> list[torch.Tensor]:
     """Return tensors whose dimension ``dim`` is split among ranks as whole ones."""
     shapes = [t.shape for t in tensors]
-    flat = all_gather([t.flatten() for t in tensors], ranks)
-    whole = [t.view(ranks.size, *shape).movedim(0, dim) for t, shape in zip(flat, shapes, strict=True)]
-    return [t.reshape(*shape[:dim], -1, *shape[dim + 1 :]) for t, shape in zip(whole, shapes, strict=True)]
+    parts = all_gather([t.reshape(-1) for t in tensors], ranks)
+    return [unsplit(each, shape, dim, ranks.size) for each, shape in zip(parts, shapes, strict=True)]
 
 
 def scatter_sum(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:

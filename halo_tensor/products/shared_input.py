@@ -6,12 +6,15 @@ X share one all-gather, and the sum of their gradients one reduce-scatter.
 """
 
 from collections.abc import Callable, Collection
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from halo_tensor import ops
 from halo_tensor.fences.collectives import Ranks
-from halo_tensor.fences.pytorch import is_symbolic
+from halo_tensor.fences.pytorch import is_symbolic, tree_map_only
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
@@ -35,50 +38,46 @@ def gathers_codes(recipe: Recipe) -> bool:
     return len(steps) == 1 and operand.format is not None and operand.granularity.is_per("tokens") and operand.tokens is None
 
 
-class SharedInput(torch.Tensor):
+@dataclass(eq=False)
+class SharedInput:
     """X [..., in] with all tokens, as it enters layers whose out_features are split among ranks.
-
-    Layers with a :class:`~halo_tensor.tensor_parallel.HaloColwiseParallel` style take its codes. Any other function gets the
-    dense value, which is gathered when it is first used.
 
     Attributes:
         plain: a tensor of its shape, to which gradients flow: X itself, or a placeholder without values if tokens are split.
         part: this rank's tokens, if they are split; else None.
-        token_dim: the dimension of the tokens that are split.
+        dim: the dimension of the tokens that are split.
         ranks: among which out_features, and perhaps tokens, are split.
-        operands: recipe's operand and gain -> the gathered codes.
+        operands: a recipe's operand and gain -> the gathered codes.
+        dense_value: X with all tokens in its own dtype, if something has read it.
     """
 
     plain: torch.Tensor
     part: torch.Tensor | None
-    token_dim: int
+    dim: int
     ranks: Ranks
-    operands: dict[tuple, HadamardQuantTensor]
-    _dense: torch.Tensor | None = None
+    operands: dict[tuple, HadamardQuantTensor] = field(default_factory=dict)
+    dense_value: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, x: torch.Tensor, dim: int | None, ranks: Ranks) -> Self:
+    def of(cls, x: torch.Tensor, dim: int | None, ranks: Ranks) -> "SharedInput":
         """Make one of X: of a rank's tokens if ``dim``, their dimension, is given."""
-        plain = copied(x, ranks) if dim is None else placeholder(x, dim, ranks)
-        made = plain.as_subclass(cls)
-        made.plain, made.part, made.token_dim, made.ranks = plain, None if dim is None else x, dim or 0, ranks
-        made.operands = {}
-        return made
+        return cls(copied(x, ranks), None, 0, ranks) if dim is None else cls(placeholder(x, dim, ranks), x, dim, ranks)
 
     @property
     def dense(self) -> torch.Tensor:
         """X with all tokens, in its own dtype."""
         if self.part is None:
             return self.plain
-        if self._dense is None:
-            (value,) = gather([self.part.detach()], self.token_dim, self.ranks)
-            self._dense = filled(self.plain, value)
-        return self._dense
+        if self.dense_value is None:
+            value = ops.gather_tokens(self.part.detach(), self.dim, self.ranks.name, self.ranks.size)
+            self.dense_value = filled(self.plain, value)
+        return self.dense_value
 
     def codes(self, recipe: Recipe, gains: Gains | None, trains: bool) -> HadamardQuantTensor | None:
         """Return what X brings to the products of a recipe; None if it is to be made of the dense value.
 
         Args:
+            recipe: of a layer that reads X.
             gains: of in_features of X.
             trains: whether grad_weight will read it too.
         """
@@ -87,10 +86,27 @@ class SharedInput(torch.Tensor):
         key = steps_for(recipe, X, ("output",))[0].operand, None if gains is None else id(gains[0])
         operand = self.operands.get(key)
         if operand is None:
-            operand = self.operands[key] = gathered(self.part, recipe, gains, self.token_dim, self.ranks)
+            operand = self.operands[key] = gathered(self.part, recipe, gains, self.dim, self.ranks)
         if trains and operand.codes_t is None:
             operand = self.operands[key] = with_columns(operand)
         return operand
+
+
+class PreparedInput(torch.Tensor):
+    """A :class:`SharedInput` as a tensor of its shape, which a model passes on to its layers.
+
+    Layers with a :class:`~halo_tensor.tensor_parallel.HaloColwiseParallel` style take its codes. Any other function gets the
+    dense value, which is gathered when it is first used.
+    """
+
+    shared: SharedInput
+
+    @classmethod
+    def of(cls, shared: SharedInput) -> "PreparedInput":
+        """Make the tensor that stands for a SharedInput."""
+        made = shared.plain.as_subclass(cls)
+        made.shared = shared
+        return made
 
     @classmethod
     def __torch_function__(
@@ -98,11 +114,45 @@ class SharedInput(torch.Tensor):
     ) -> Any:
         name = getattr(func, "__name__", "")
         name = func.__self__.__name__ if name == "__get__" else name  # type: ignore[attr-defined]
-        with torch._C.DisableTorchFunctionSubclass():
-            if name in _READS:
+        if name in _READS:
+            with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.dense, (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda x: x.shared.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+#: While a graph is traced: the ``dense`` of a SharedInput -> its other attributes.
+_traced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.compiler.allow_in_graph
+def prepare_in_graph(x: torch.Tensor, dim: int, name: str, size: int, rank: int) -> torch.Tensor:
+    """Return what stands for ``SharedInput.of(x, dim, Ranks(name, size, rank))`` in a graph: its ``dense``.
+
+    Dynamo puts the call into its graph, where :func:`shared_input` finds the rest. The op that gathers the dense value is
+    dropped, unless something else reads it: another function, or a layer in another graph.
+
+    Args:
+        x: X.
+        dim: the dimension of tokens that are split, or -1.
+        name: of the ranks, as ``size`` and ``rank``.
+        size: see there.
+        rank: see there.
+    """
+    made = SharedInput.of(x, None if dim == -1 else dim, Ranks(name, size, rank))
+    plain = None if made.part is None else made.plain  # a value must not hold its key
+    _traced[made.dense] = plain, made.part, made.dim, made.ranks, made.operands
+    return made.dense
+
+
+def shared_input(x: torch.Tensor) -> SharedInput | None:
+    """Return the SharedInput that a tensor stands for, or None."""
+    if isinstance(x, PreparedInput):
+        return x.shared
+    if (found := _traced.get(x)) is None:
+        return None
+    plain, *others = found
+    return SharedInput(x if plain is None else plain, *others)
 
 
 @torch.no_grad()
