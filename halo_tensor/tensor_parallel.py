@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from halo_tensor.fences.collectives import Ranks
 from halo_tensor.products.collectives import copied, summed
 from halo_tensor.products.shared_input import PreparedInput, SharedInput, prepare_in_graph, shared_input
+from halo_tensor.reference.blocks import BLOCK
 from halo_tensor.weight.sharded_parameters import is_sharded
 from halo_tensor.weight.tensor import HaloWeight
 from halo_tensor.weight.tensor_parallel import local, obstacle, split, split_plain
@@ -38,6 +39,7 @@ class _Split(NamedTuple):
         ranks: the same as ops take them.
         input: the placement of an input that is a plain tensor.
         output: the placement of the output.
+        gathered_grad: as what the gradient of the output is gathered, "dense" or "int8".
         use_local_output: whether the output is a plain tensor.
     """
 
@@ -48,6 +50,7 @@ class _Split(NamedTuple):
     ranks: Ranks
     input: Placement
     output: Placement
+    gathered_grad: str
     use_local_output: bool
 
 
@@ -94,6 +97,7 @@ class _HaloStyle(ParallelStyle):
     """A style of one converted linear layer."""
 
     dim: int  # of the weight [out, in] along which it is split
+    gathered_grad = "dense"
 
     def __init__(self, input_layouts: Placement, output_layouts: Placement, use_local_output: bool) -> None:
         super().__init__()
@@ -107,7 +111,10 @@ class _HaloStyle(ParallelStyle):
         """
         name = type(self).__name__
         weight = _converted_weight(module, name)
-        if reason := obstacle(weight, self.dim, device_mesh.size()):
+        reason = obstacle(weight, self.dim, device_mesh.size())
+        if self.gathered_grad == "int8" and weight.shape[0] % BLOCK:
+            reason = f"gathered_grad='int8' needs out_features that are a multiple of {BLOCK}"
+        if reason:
             raise ValueError(f"{name}: a weight of {list(weight.shape)} [out, in] cannot be split: {reason}")
         src = getattr(self, "src_data_rank", 0)
         module.register_parameter("weight", split(weight, self.dim, device_mesh, src))
@@ -115,7 +122,7 @@ class _HaloStyle(ParallelStyle):
             placement = Shard(0) if self.dim == 0 else Replicate()
             module.register_parameter("bias", split_plain(module.bias, placement, device_mesh, src))
         ranks = Ranks.of(device_mesh.get_group())
-        layouts = self.input_layouts, self.output_layouts
+        layouts = self.input_layouts, self.output_layouts, self.gathered_grad
         how = _Split(len(_splits), name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
         _splits.append(how)
         module.__dict__["_split"] = how
@@ -161,11 +168,13 @@ class HaloRowwiseParallel(_HaloStyle):
 
     Args:
         output_layouts: ``Replicate()``, the default, if all ranks get the whole sum; ``Shard(1)`` if each gets a part of the
-            tokens, dimension 1. The gradient of the output is then gathered, in its dtype.
+            tokens, dimension 1, and the gradient of the output is gathered.
+        gathered_grad: "dense" gathers that gradient in its dtype; "int8" as codes in rotated blocks of 128 elements, half the
+            bytes of bf16. The recipe then quantises the gathered gradient, which is so rounded twice.
         use_local_output: whether the output is a plain tensor. If not it is a DTensor of ``output_layouts``.
 
     Raises:
-        ValueError: ``output_layouts`` is neither of those. ``parallelize_module`` raises it if the layer is not converted, or if
+        ValueError: another ``output_layouts`` or ``gathered_grad``. ``parallelize_module`` raises it if the layer is not converted, or if
             parts of its in_features are not whole blocks.
 
     Example:
@@ -176,8 +185,15 @@ class HaloRowwiseParallel(_HaloStyle):
 
     dim = 1
 
-    def __init__(self, *, output_layouts: Placement | None = None, use_local_output: bool = True) -> None:
+    def __init__(
+        self, *, output_layouts: Placement | None = None, gathered_grad: str = "dense", use_local_output: bool = True
+    ) -> None:
         _check_layout("HaloRowwiseParallel", "output_layouts", output_layouts)
+        if gathered_grad not in ("dense", "int8"):
+            raise ValueError(f"HaloRowwiseParallel: gathered_grad is 'dense' or 'int8'; got {gathered_grad!r}")
+        if gathered_grad == "int8" and not isinstance(output_layouts, Shard):
+            raise ValueError("HaloRowwiseParallel: gathered_grad='int8' needs output_layouts=Shard(1); otherwise none is gathered")
+        self.gathered_grad = gathered_grad
         super().__init__(Shard(-1), output_layouts or Replicate(), use_local_output)
 
 
@@ -248,7 +264,7 @@ def _columns(how: _Split, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
             )
         x = x.to_local()
     dim = how.output.dim % x.ndim if isinstance(how.output, Shard) else None
-    y = summed(F.linear(x, local(weight)), dim, how.ranks)
+    y = summed(F.linear(x, local(weight)), dim, how.ranks, how.gathered_grad == "int8")
     if bias is None:
         return y
     bias = local(bias)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from halo_tensor import ops
 from halo_tensor.fences.collectives import Ranks, all_gather, all_reduce, reduce_scatter
 from halo_tensor.ops.collectives import unsplit
 
@@ -13,6 +14,13 @@ def gather(tensors: list[torch.Tensor], dim: int, ranks: Ranks) -> list[torch.Te
     shapes = [t.shape for t in tensors]
     parts = all_gather([t.reshape(-1) for t in tensors], ranks)
     return [unsplit(each, shape, dim, ranks.size) for each, shape in zip(parts, shapes, strict=True)]
+
+
+def gather_in_blocks(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+    """Do :func:`gather` with one tensor, [..., n·128], which is sent as int8 codes in rotated blocks of 128 elements."""
+    codes, scales = all_gather([*ops.compress(x.contiguous(), 8)], ranks)
+    parts = ops.decompress(codes, scales, [ranks.size, *x.shape], x.dtype)
+    return unsplit(parts, x.shape, dim, ranks.size)
 
 
 def scatter_sum(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
@@ -56,14 +64,16 @@ class _Filled(torch.autograd.Function):
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, dim: int | None, ranks: Ranks) -> torch.Tensor:
-        ctx.dim, ctx.ranks = dim, ranks
+    def forward(ctx: Any, y: torch.Tensor, dim: int | None, ranks: Ranks, in_blocks: bool) -> torch.Tensor:
+        ctx.dim, ctx.ranks, ctx.in_blocks = dim, ranks, in_blocks
         return all_reduce(y, ranks) if dim is None else scatter_sum(y, dim, ranks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (e,) = gradients
-        return e if ctx.dim is None else gather([e], ctx.dim, ctx.ranks)[0], None, None
+        if ctx.dim is not None:
+            e = gather_in_blocks(e, ctx.dim, ctx.ranks) if ctx.in_blocks else gather([e], ctx.dim, ctx.ranks)[0]
+        return e, None, None, None
 
 
 def copied(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -82,6 +92,13 @@ def filled(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return _Filled.apply(x, value)
 
 
-def summed(y: torch.Tensor, dim: int | None, ranks: Ranks) -> torch.Tensor:
-    """Return the sum over ranks: all of it, or if ``dim`` is given this rank's part along that dimension."""
-    return _Summed.apply(y, dim, ranks)
+def summed(y: torch.Tensor, dim: int | None, ranks: Ranks, in_blocks: bool = False) -> torch.Tensor:
+    """Return the sum over ranks: all of it, or if ``dim`` is given this rank's part along that dimension.
+
+    Args:
+        y: this rank's summand.
+        dim: see above.
+        ranks: over which is summed.
+        in_blocks: gather the parts of the gradient as :func:`gather_in_blocks` does.
+    """
+    return _Summed.apply(y, dim, ranks, in_blocks)

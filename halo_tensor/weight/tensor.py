@@ -269,7 +269,7 @@ class HaloWeight(torch.Tensor):
     def check_whole(self) -> None:
         """Raise ValueError if this is a part of a weight, since no recipe describes a product with a part.
 
-        Tensor parallelism multiplies with a part through DTensor, which cuts the detached weight. A chunk of the parameter
+        torch's styles of tensor parallelism multiply with a part through DTensor, which cuts the detached weight. A chunk of the parameter
         itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is traced, since
         shards were cut before and enter a graph without their base.
         """
