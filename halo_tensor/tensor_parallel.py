@@ -32,7 +32,6 @@ class _Split(NamedTuple):
     """How a layer is split among ranks.
 
     Attributes:
-        index: its own in the list of all.
         style: its name, for errors.
         dim: of the weight [out, in] along which it is split.
         mesh: of the ranks.
@@ -43,7 +42,6 @@ class _Split(NamedTuple):
         use_local_output: whether the output is a plain tensor.
     """
 
-    index: int
     style: str
     dim: int
     mesh: DeviceMesh
@@ -123,9 +121,10 @@ class _HaloStyle(ParallelStyle):
             module.register_parameter("bias", split_plain(module.bias, placement, device_mesh, src))
         ranks = Ranks.of(device_mesh.get_group())
         layouts = self.input_layouts, self.output_layouts, self.gathered_grad
-        how = _Split(len(_splits), name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
-        _splits.append(how)
-        module.__dict__["_split"] = how
+        how = _Split(name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
+        if how not in _splits:
+            _splits.append(how)
+        module.__dict__["_split"] = _splits.index(how)
         module.__class__ = _splitting(type(module))
         return module
 
@@ -192,7 +191,9 @@ class HaloRowwiseParallel(_HaloStyle):
         if gathered_grad not in ("dense", "int8"):
             raise ValueError(f"HaloRowwiseParallel: gathered_grad is 'dense' or 'int8'; got {gathered_grad!r}")
         if gathered_grad == "int8" and not isinstance(output_layouts, Shard):
-            raise ValueError("HaloRowwiseParallel: gathered_grad='int8' needs output_layouts=Shard(1); otherwise none is gathered")
+            raise ValueError(
+                "HaloRowwiseParallel: gathered_grad='int8' needs output_layouts=Shard(1); otherwise none is gathered"
+            )
         self.gathered_grad = gathered_grad
         super().__init__(Shard(-1), output_layouts or Replicate(), use_local_output)
 
@@ -211,7 +212,9 @@ def _converted_weight(module: nn.Module, style: str) -> HaloWeight:
     kind = type(module).__name__
     weight = module._parameters.get("weight")
     if is_sharded(weight):
-        raise ValueError(f"{style}: the weight of this {kind} is sharded already: call parallelize_module once, before fully_shard")
+        raise ValueError(
+            f"{style}: the weight of this {kind} is sharded already: call parallelize_module once, before fully_shard"
+        )
     if not isinstance(weight, HaloWeight) or not isinstance(module, nn.Linear):
         raise ValueError(
             f"{style} splits an nn.Linear that quantize_ has converted; this {kind} is not one. Call quantize_ before "
@@ -236,7 +239,9 @@ def _tokens(x: torch.Tensor, layout: Placement, style: str) -> tuple[torch.Tenso
         return x, None
     dim = layout.dim % x.ndim if isinstance(layout, Shard) else -1
     if dim in (-1, x.ndim - 1):
-        raise ValueError(f"{style}: an input of {list(x.shape)} is {layout!r}; it takes one that is whole, or split along tokens")
+        raise ValueError(
+            f"{style}: an input of {list(x.shape)} is {layout!r}; it takes one that is whole, or split along tokens"
+        )
     return x, dim
 
 
@@ -273,9 +278,9 @@ def _columns(how: _Split, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 
 def _forward(module: Any, input: torch.Tensor) -> torch.Tensor:
     """The forward of a layer that is split."""
-    how: _Split = module._split
+    how = _splits[module._split]
     run = _in_graph if is_compiling() else _run
-    y = run(how.index, input, module.weight, module.bias)
+    y = run(module._split, input, module.weight, module.bias)
     return y if how.use_local_output else DTensor.from_local(y, how.mesh, [how.output], run_check=False)
 
 
@@ -284,7 +289,7 @@ def _run(index: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return (_rows if how.dim == 0 else _columns)(how, x, weight, bias)
 
 
-#: How layers are split. A graph knows an index, since it holds no meshes.
+#: How layers are split. A graph knows an index, since it holds no meshes; layers that are split alike share it and a graph.
 _splits: list[_Split] = []
 # Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 _in_graph = torch.compiler.allow_in_graph(_run)

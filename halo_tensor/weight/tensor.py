@@ -279,9 +279,7 @@ class HaloWeight(torch.Tensor):
         if self.shard_role.is_part:
             refusals.refuse_part(self.shape)
 
-    def linear(
-        self, x: torch.Tensor, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None) -> torch.Tensor:
         """Compute ``F.linear(x, self, bias)`` in eager code. ``operand_x``: the codes of ``x``, if there are any."""
         if self.master is not None:
             self.follow()

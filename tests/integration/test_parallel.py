@@ -26,7 +26,9 @@ def test_a_product_with_a_part_of_a_weight_is_refused(mesh, style):
     model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
     quantize_(model, halo_config(1, "int8"))
     parallelize_module(model, mesh, {"0": style()})
-    with pytest.raises(ValueError, match=r"a part, .* as in torch's ColwiseParallel .* not supported: use HaloColwiseParallel"):
+    with pytest.raises(
+        ValueError, match=r"a part, .* as in torch's ColwiseParallel .* not supported: use HaloColwiseParallel"
+    ):
         model(x)
 
 
