@@ -18,6 +18,7 @@ from fsdp import COMPILED, EAGER, Blocks
 from ranks import timed
 from steps import BACKEND
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
@@ -53,8 +54,10 @@ class Sent(TorchDispatchMode):
     gathered = scattered = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(t is not torch.Tensor and t is not nn.Parameter for t in types):
-            return NotImplemented  # the subclass runs ops on its inner tensors, which arrive here again
+        if any(t not in (torch.Tensor, nn.Parameter, FakeTensor) for t in types):
+            return (
+                NotImplemented  # the subclass runs ops on its inner tensors, which arrive here again; DTensor asks fake ones
+            )
         out = func(*args, **(kwargs or {}))
         if func.namespace == "_c10d_functional" and func._opname == "all_gather_into_tensor":
             self.gathered += out.nbytes

@@ -56,8 +56,8 @@ class HaloPrepareInput(ParallelStyle):
     """Make the input of a module one that its colwise layers share, such as q, k and v of attention.
 
     The layers share one all-gather of codes, if tokens are split, and the sum of their gradients shares one reduction. The
-    module sees the shape of the whole input. A layer that was not converted, or any other function, gets the dense input, which
-    is gathered in high precision.
+    module sees the shape of the whole input. A layer that was not converted, or any other function, gets the dense input,
+    which is gathered in high precision.
 
     Args:
         input_layouts: ``Shard(1)`` if ranks have parts of dimension 1, the tokens; ``Replicate()`` if all have the whole. It
@@ -142,8 +142,8 @@ class HaloColwiseParallel(_HaloStyle):
         use_local_output: whether the output is a plain tensor. If not it is a DTensor, ``Shard(-1)``.
 
     Raises:
-        ValueError: ``input_layouts`` is neither of those. ``parallelize_module`` raises it if the layer is not converted, or if
-            the ranks do not divide its out_features.
+        ValueError: another ``input_layouts``. ``parallelize_module`` raises it if the layer is not converted, or if the ranks
+            do not divide its out_features.
 
     Example:
         >>> from halo_tensor.tensor_parallel import HaloColwiseParallel, HaloRowwiseParallel
@@ -173,8 +173,8 @@ class HaloRowwiseParallel(_HaloStyle):
         use_local_output: whether the output is a plain tensor. If not it is a DTensor of ``output_layouts``.
 
     Raises:
-        ValueError: another ``output_layouts`` or ``gathered_grad``. ``parallelize_module`` raises it if the layer is not converted, or if
-            parts of its in_features are not whole blocks.
+        ValueError: another ``output_layouts`` or ``gathered_grad``. ``parallelize_module`` raises it if the layer is not
+            converted, or if parts of its in_features are not whole blocks.
 
     Example:
         >>> from torch.distributed.tensor import Shard

@@ -108,7 +108,8 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
     weight: Any = module.weight
     if is_sharded(weight):
         raise ValueError(
-            f"{name} is sharded by FSDP; call balance_ before fully_shard or parallelize_module, with the same batch on every rank"
+            f"{name} is sharded by FSDP; call balance_ before fully_shard or parallelize_module, with the same batch on every "
+            "rank"
         )
     recipe = layers.recipe_of(module)
     if recipe is not None and weight.is_meta:

@@ -28,6 +28,6 @@ def _(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def unsplit(parts: Tensor, shape: torch.Size, dim: int, size: int) -> Tensor:
-    """Return the memory of ``size`` parts of ``shape``, one after another, as the whole tensor that was split along ``dim``."""
+    """Return ``size`` parts of ``shape`` that lie one after another as the whole tensor that was split along ``dim``."""
     whole = parts.view(size, *shape).movedim(0, dim)
     return whole.reshape(*shape[:dim], size * shape[dim], *shape[dim + 1 :])

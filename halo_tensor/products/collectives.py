@@ -77,13 +77,13 @@ class _Summed(torch.autograd.Function):
 
 
 def copied(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Return a tensor that all ranks have; its gradient is the sum over ranks, each of which uses it in its part of a layer."""
+    """Return a tensor that all ranks have and use in their parts of a layer. Its gradient is the sum of theirs."""
     return _Copied.apply(x, ranks)
 
 
 def placeholder(x: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
-    """Return a tensor of the shape of the whole whose part along ``dim`` is ``x``. Its values are NaN in one element of memory;
-    the sum of its gradients over ranks is scattered to the parts."""
+    """Return a tensor of the shape of the whole whose part along ``dim`` is ``x``. Its values are NaN, one element of memory.
+    The sum of its gradients over ranks is scattered to the parts."""
     return _Placeholder.apply(x, dim, ranks)
 
 

@@ -269,9 +269,9 @@ class HaloWeight(torch.Tensor):
     def check_whole(self) -> None:
         """Raise ValueError if this is a part of a weight, since no recipe describes a product with a part.
 
-        torch's styles of tensor parallelism multiply with a part through DTensor, which cuts the detached weight. A chunk of the parameter
-        itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is traced, since
-        shards were cut before and enter a graph without their base.
+        torch's styles of tensor parallelism multiply with a part through DTensor, which cuts the detached weight. A chunk of
+        the parameter itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is
+        traced, since shards were cut before and enter a graph without their base.
         """
         base = self.base
         if base is not None and self.shard_role is ShardRole.CHUNK and (isinstance(base, torch.nn.Parameter) or is_symbolic()):

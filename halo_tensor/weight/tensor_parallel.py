@@ -120,6 +120,7 @@ def _check_agreement(weight: HaloWeight, mesh: DeviceMesh, ranks: Ranks) -> None
     (digests,) = all_gather([digest(here, mesh.device_type)], ranks)
     if len(set(digests.tolist())) > 1:
         raise ValueError(
-            f"a weight of {list(weight.shape)} [out, in] is converted differently on the ranks of this mesh: call quantize_ with "
-            f"the same config on every rank, and balance_ with the same batch. On rank {dist.get_rank()} it is: {here}"
+            f"a weight of {list(weight.shape)} [out, in] is converted differently on the ranks of this mesh: call quantize_ "
+            "with the same config on every rank, and balance_ with the same batch. "
+            f"On rank {dist.get_rank()} it is: {here}"
         )
