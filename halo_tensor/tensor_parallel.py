@@ -116,16 +116,18 @@ class _HaloStyle(ParallelStyle):
             raise ValueError(f"{name}: a weight of {list(weight.shape)} [out, in] cannot be split: {reason}")
         src = getattr(self, "src_data_rank", 0)
         module.register_parameter("weight", split(weight, self.dim, device_mesh, src))
-        if module.bias is not None:
+        bias = module._parameters.get("bias")
+        if bias is not None:
             placement = Shard(0) if self.dim == 0 else Replicate()
-            module.register_parameter("bias", split_plain(module.bias, placement, device_mesh, src))
+            module.register_parameter("bias", split_plain(bias, placement, device_mesh, src))
         ranks = Ranks.of(device_mesh.get_group())
         layouts = self.input_layouts, self.output_layouts, self.gathered_grad
         how = _Split(name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
         if how not in _splits:
             _splits.append(how)
         module.__dict__["_split"] = _splits.index(how)
-        module.__class__ = _splitting(type(module))
+        kind: Any = type(module)
+        module.__class__ = _splitting(kind)
         return module
 
 

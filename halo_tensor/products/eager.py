@@ -98,7 +98,9 @@ def linear(
             w, gains = lowered.quantize_w(master.detach()), None
         else:
             w, gains = Codes(operand.codes, None, operand.scale), operand.gains
-        codes = None if operand_x is None else Codes(operand_x.codes, operand_x.codes_t, operand_x.scale)
+        codes = None
+        if operand_x is not None and operand_x.scale is not None:
+            codes = Codes(operand_x.codes, operand_x.codes_t, operand_x.scale)
         if trains_w or (trains and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return _Linear.apply(x, weight, bias, lowered, w, gains, codes)
         rows, _, scale = codes or lowered.quantized_x(x, gains and gains[1], False)

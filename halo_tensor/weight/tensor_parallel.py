@@ -96,7 +96,7 @@ def split(weight: HaloWeight, dim: int, mesh: DeviceMesh, src_data_rank: int | N
         whole = distribute_tensor(weight.master.detach(), mesh, placements, src_data_rank=src_data_rank)
         dense = whole.to_local().detach().clone(memory_format=torch.contiguous_format)
     with torch.no_grad():
-        part = part_of(weight.detach(), dim, ranks, dense)
+        part = part_of(cast(HaloWeight, weight.detach()), dim, ranks, dense)
     made = DTensor.from_local(part, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
     set_local_tensor(made, part)  # from_local makes a view of it
     return torch.nn.Parameter(made, requires_grad=weight.requires_grad)
