@@ -1,6 +1,6 @@
 """Tensor and sequence parallelism of a Llama-like Hugging Face model, on a mesh with FSDP2.
 
-torchrun --standalone --nproc-per-node 4 examples/hosts/with_tensor_parallel.py --tp 2 --model HuggingFaceTB/SmolLM2-135M
+torchrun --standalone --nproc-per-node 4 examples/hosts/with_tensor_parallel.py --tp 2 --model TinyLlama/TinyLlama_v1.1
 """
 
 import argparse
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
 from halo_tensor import halo_config, quantize_
@@ -22,20 +22,19 @@ PLAN = {
     "model.layers.0": PrepareModuleInput(input_layouts=(WHOLE,), desired_input_layouts=(PART,), use_local_output=True),
     "model.layers.*.*_layernorm": SequenceParallel(use_local_output=True),
     "model.layers.*.self_attn": HaloPrepareInput(input_layouts=PART),
-    "model.layers.*.mlp": HaloPrepareInput(input_layouts=PART),
     "model.layers.*.self_attn.[qkv]_proj": HaloColwiseParallel(),
     "model.layers.*.self_attn.o_proj": HaloRowwiseParallel(output_layouts=PART),
-    "model.layers.*.mlp.gate_proj": HaloColwiseParallel(),
-    "model.layers.*.mlp.up_proj": HaloColwiseParallel(),
+    "model.layers.*.mlp": HaloPrepareInput(input_layouts=PART),
+    "model.layers.*.mlp.[gu]*_proj": HaloColwiseParallel(),  # gate and up
     "model.layers.*.mlp.down_proj": HaloRowwiseParallel(output_layouts=PART),
-    "model.norm": SequenceParallel(),
-    "lm_head": ColwiseParallel(input_layouts=PART, output_layouts=WHOLE),
+    "model.norm": SequenceParallel(use_local_output=True),
+    "lm_head": PrepareModuleInput(input_layouts=(PART,), desired_input_layouts=(WHOLE,), use_local_output=True),
 }
 
 
 def main(words: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M")
+    parser.add_argument("--model", default="TinyLlama/TinyLlama_v1.1")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args(words)
@@ -44,24 +43,22 @@ def main(words: list[str] | None = None) -> list[float]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     mesh = init_device_mesh(device.type, (dist.get_world_size() // args.tp, args.tp), mesh_dim_names=("dp", "tp"))
-    model = AutoModelForCausalLM.from_pretrained(args.model, tie_word_embeddings=False).to(device)
+    model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     quantize_(model, halo_config(level=1, dtype="int8"))  # before parallelize_module and fully_shard
     parallelize_module(model, mesh["tp"], PLAN)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)  # some parameters are on another mesh
-    generator, losses = torch.Generator().manual_seed(mesh["dp"].get_local_rank()), []
-    for _ in range(args.steps):
-        ids = torch.randint(100, (2, 32), generator=generator).to(device)  # put your data here
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+    optimizer = torch.optim.AdamW(fully_shard(model, mesh=mesh["dp"]).parameters(), lr=1e-3, foreach=False)
+    losses = []
+    for step in range(args.steps):
+        torch.manual_seed(1000 * step + mesh["dp"].get_local_rank())
+        ids = torch.randint(100, (2, 32)).to(device)  # put your data here
+        losses.append(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return [loss.item() for loss in losses]
 
 
 if __name__ == "__main__":
     print(main())
-    dist.destroy_process_group()
