@@ -25,6 +25,7 @@ from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
 
 WIDTH, HIDDEN = 256, 512
+INT8 = halo_config(1, "int8")
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
         return x + self.mlp(torch.tanh(x))
 
 
-def make(config=halo_config(1, "int8"), kind=Mlp) -> nn.Module:
+def make(config=INT8, kind=Mlp) -> nn.Module:
     torch.manual_seed(1)
     model = kind()
     if config is not None:
@@ -348,7 +349,7 @@ def test_layouts_of_inputs_and_outputs(world):
 def test_what_is_refused(world):
     mesh = init_device_mesh("cpu", (world,))
 
-    def split(layer, style, config=halo_config(1, "int8")):
+    def split(layer, style, config=INT8):
         model = nn.Sequential(layer)
         if config is not None:
             quantize_(model, config, filter_fn=lambda module, _: True, min_gain=0)
