@@ -8,9 +8,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
@@ -35,20 +34,18 @@ PLAN = {
 def main(words: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="TinyLlama/TinyLlama_v1.1")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
+    for name, default in (("--tp", 2), ("--steps", 10)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(words)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    mesh = init_device_mesh(device.type, (dist.get_world_size() // args.tp, args.tp), mesh_dim_names=("dp", "tp"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    mesh = init_device_mesh(device, (world // args.tp, args.tp), mesh_dim_names=("dp", "tp"))  # sets the GPU, too
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     quantize_(model, halo_config(level=1, dtype="int8"))  # before parallelize_module and fully_shard
     parallelize_module(model, mesh["tp"], PLAN)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh["dp"])
-    optimizer = torch.optim.AdamW(fully_shard(model, mesh=mesh["dp"]).parameters(), lr=1e-3, foreach=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)  # of two meshes
     losses = []
     for step in range(args.steps):
         torch.manual_seed(1000 * step + mesh["dp"].get_local_rank())

@@ -38,7 +38,8 @@ def test_parts_are_the_whole(format, level, count, frozen, balanced, block):
         torch.testing.assert_close(torch.cat([p.dequantize() for p in cut], dim), whole.dequantize(), rtol=0, atol=1e-6)
         if dim == 0:
             assert all(
-                torch.equal(a.codes.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(cut, whole.codes.chunk(count))
+                torch.equal(a.codes.view(torch.uint8), b.view(torch.uint8))
+                for a, b in zip(cut, whole.codes.chunk(count), strict=True)
             )
             assert torch.equal(torch.cat([part.scale for part in cut]), whole.scale)
             assert torch.equal(torch.cat([torch.nn.functional.linear(x, part) for part in cut], 1), y)
