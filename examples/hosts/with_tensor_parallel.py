@@ -1,13 +1,11 @@
 """Tensor and sequence parallelism of a Llama-like Hugging Face model, on a mesh with FSDP2.
 
-torchrun --standalone --nproc-per-node 4 examples/hosts/with_tensor_parallel.py --tp 2 --model TinyLlama/TinyLlama_v1.1
+torchrun --standalone --nproc-per-node 4 examples/hosts/with_tensor_parallel.py --dp 2 --tp 2 --model TinyLlama/TinyLlama_v1.1
 """
 
 import argparse
-import os
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel, parallelize_module
@@ -34,12 +32,11 @@ PLAN = {
 def main(words: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="TinyLlama/TinyLlama_v1.1")
-    for name, default in (("--tp", 2), ("--steps", 10)):
+    for name, default in (("--dp", 2), ("--tp", 2), ("--steps", 10)):
         parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    mesh = init_device_mesh(device, (world // args.tp, args.tp), mesh_dim_names=("dp", "tp"))  # sets the GPU, too
+    mesh = init_device_mesh(device, (args.dp, args.tp), mesh_dim_names=("dp", "tp"))  # also sets the GPU
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     quantize_(model, halo_config(level=1, dtype="int8"))  # before parallelize_module and fully_shard
     parallelize_module(model, mesh["tp"], PLAN)

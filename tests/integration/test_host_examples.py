@@ -238,7 +238,7 @@ def test_tensor_parallelism(world, wide):
     from transformers import AutoModelForCausalLM
 
     with OpLog() as log:
-        losses = example("with_tensor_parallel").main(["--model", wide, "--tp", "2", "--steps", "3"])
+        losses = example("with_tensor_parallel").main(["--model", wide, "--dp", str(world // 2), "--steps", "3"])
     assert log.products().count(torch.int8) == 3 * 3 * 14
     every = [None] * world
     dist.all_gather_object(every, losses)
