@@ -48,7 +48,7 @@ class SharedInput:
         dim: the dimension of the tokens that are split.
         ranks: among which out_features, and perhaps tokens, are split.
         operands: a recipe's operand and gain -> the gathered codes.
-        dense_value: X with all tokens in its own dtype, if something has read it.
+        value: X with all tokens in its own dtype, without gradients, if something has read it.
     """
 
     plain: torch.Tensor
@@ -56,7 +56,7 @@ class SharedInput:
     dim: int
     ranks: Ranks
     operands: dict[tuple, HadamardQuantTensor] = field(default_factory=dict)
-    dense_value: torch.Tensor | None = None
+    value: torch.Tensor | None = None
 
     @classmethod
     def of(cls, x: torch.Tensor, dim: int | None, ranks: Ranks) -> "SharedInput":
@@ -68,10 +68,9 @@ class SharedInput:
         """X with all tokens, in its own dtype."""
         if self.part is None:
             return self.plain
-        if self.dense_value is None:
-            value = ops.gather_tokens(self.part.detach(), self.dim, self.ranks.name, self.ranks.size)
-            self.dense_value = filled(self.plain, value)
-        return self.dense_value
+        if self.value is None:
+            self.value = ops.gather_tokens(self.part.detach(), self.dim, self.ranks.name, self.ranks.size)
+        return filled(self.plain, self.value)
 
     def codes(self, recipe: Recipe, gains: Gains | None, trains: bool) -> HadamardQuantTensor | None:
         """Return what X brings to the products of a recipe; None if it is to be made of the dense value.
@@ -120,6 +119,9 @@ class PreparedInput(torch.Tensor):
         args, kwargs = tree_map_only(cls, lambda x: x.shared.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __repr__(self, **options: Any) -> str:  # which reads no values: other ranks may not print
+        return f"PreparedInput({list(self.shape)}, {self.dtype}, tokens {'whole' if self.shared.part is None else 'split'})"
+
 
 #: While a graph is traced: the ``dense`` of a SharedInput -> its other attributes.
 _traced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -140,9 +142,9 @@ def prepare_in_graph(x: torch.Tensor, dim: int, name: str, size: int, rank: int)
         rank: see there.
     """
     made = SharedInput.of(x, None if dim == -1 else dim, Ranks(name, size, rank))
-    plain = None if made.part is None else made.plain  # a value must not hold its key
-    _traced[made.dense] = plain, made.part, made.dim, made.ranks, made.operands
-    return made.dense
+    dense, plain = made.dense, None if made.part is None else made.plain  # a value must not hold its key
+    _traced[dense] = plain, made.part, made.dim, made.ranks, made.operands
+    return dense
 
 
 def shared_input(x: torch.Tensor) -> SharedInput | None:
@@ -152,7 +154,7 @@ def shared_input(x: torch.Tensor) -> SharedInput | None:
     if (found := _traced.get(x)) is None:
         return None
     plain, *others = found
-    return SharedInput(x if plain is None else plain, *others)
+    return SharedInput(x, *others) if plain is None else SharedInput(plain, *others, value=x.detach())
 
 
 @torch.no_grad()
