@@ -33,16 +33,20 @@ class Ranks(NamedTuple):
 def all_gather(tensors: list[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
     """Return each tensor [n, …] of all ranks, [size · n, …]. All are sent before the first is waited for."""
     # gloo sends no 8-bit floats
-    sent = [t.contiguous().view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t for t in tensors]
-    made = [_ops.all_gather_into_tensor(t.contiguous(), ranks.size, ranks.name) for t in sent]
+    sent = [
+        t.contiguous().view(torch.uint8 if t.dtype.itemsize == 1 and t.is_floating_point() else t.dtype) for t in tensors
+    ]  # alive until they were sent
+    made = [_ops.all_gather_into_tensor(t, ranks.size, ranks.name) for t in sent]
     return [_ops.wait_tensor(out).view(t.dtype) for out, t in zip(made, tensors, strict=True)]
 
 
 def reduce_scatter(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Return this rank's part [n / size, …] of the sum of a tensor [n, …] over all ranks."""
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks.size, ranks.name))
+    sent = tensor.contiguous()  # alive until it was sent
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(sent, "sum", ranks.size, ranks.name))
 
 
 def all_reduce(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Return the sum of a tensor over all ranks."""
-    return _ops.wait_tensor(_ops.all_reduce(tensor.contiguous(), "sum", ranks.name))
+    sent = tensor.contiguous()
+    return _ops.wait_tensor(_ops.all_reduce(sent, "sum", ranks.name))

@@ -153,8 +153,10 @@ def shared_input(x: torch.Tensor) -> SharedInput | None:
         return x.shared
     if (found := _traced.get(x)) is None:
         return None
-    plain, *others = found
-    return SharedInput(x, *others) if plain is None else SharedInput(plain, *others, value=x.detach())
+    plain, part, dim, ranks, operands = found
+    if plain is None:
+        return SharedInput(x, part, dim, ranks, operands)
+    return SharedInput(plain, part, dim, ranks, operands, x.detach())
 
 
 @torch.no_grad()
