@@ -29,8 +29,11 @@ hook = module("mkdocs_hook")
 OF_HOSTS = [
     "HaloArguments",
     "HaloCallback",
+    "HaloColwiseParallel",
     "HaloPrecision",
+    "HaloPrepareInput",
     "HaloQuantConfig",
+    "HaloRowwiseParallel",
     "fuse_head_",
     "halo_linear",
     "precompute_scales",
