@@ -21,16 +21,17 @@ from steps import CUDA
 TINY = {"blocks": 2, "hidden": 128, "intermediate": 256, "batch": 1, "length": 64, "warmup": 2, "steps": 2}
 
 
-def parser_of(description: str, contenders: list[str], warmup: int) -> argparse.ArgumentParser:
+def parser_of(description: str, contenders: list[str], warmup: int, more: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     """Return a parser of the options that these benchmarks share.
 
     Args:
         description: of the script.
         contenders: the default ones.
         warmup: how many steps come before the first that is timed, by default.
+        more: names of contenders that the script itself knows.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--contenders", nargs="+", default=contenders, choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=contenders, choices=[*CONTENDERS, *more], metavar="NAME")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)

@@ -107,7 +107,10 @@ def _is_eligible(name: str, module: nn.Linear) -> bool:
     """Whether a layer can be balanced. Raises ValueError if it is converted, but in a state that prevents it."""
     weight: Any = module.weight
     if is_sharded(weight):
-        raise ValueError(f"{name} is sharded by FSDP; call balance_ before fully_shard, with the same batch on every rank")
+        raise ValueError(
+            f"{name} is sharded by FSDP; call balance_ before fully_shard or parallelize_module, with the same batch on every "
+            "rank"
+        )
     recipe = layers.recipe_of(module)
     if recipe is not None and weight.is_meta:
         raise ValueError(f"{name} is on the meta device; load the model's weights before balance_")

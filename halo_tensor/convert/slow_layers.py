@@ -110,13 +110,13 @@ def restore_layer(name: str, module: nn.Module) -> None:
     """Make a layer plain again, if it is converted.
 
     Raises:
-        ValueError: FSDP has sharded it.
+        ValueError: FSDP or tensor parallelism has sharded it.
     """
     held = layers.weights(module).values()
     if any(is_sharded(w) or (layers.recipe_of(module) and isinstance(w, DTensor)) for w in held):
         raise ValueError(
-            f"{name} is sharded by FSDP, whose parameters cannot be replaced. torch's get_model_state_dict gives plain "
-            "tensors, which load into a plain model"
+            f"{name} is sharded by FSDP or tensor parallelism, whose parameters cannot be replaced. torch's "
+            "get_model_state_dict gives plain tensors, which load into a plain model"
         )
     if layers.recipe_of(module) is not None:
         layers.restore(module)

@@ -6,6 +6,7 @@ mechanism.
 """
 
 from halo_tensor.ops.blocks import compress, decompress
+from halo_tensor.ops.collectives import gather_tokens
 from halo_tensor.ops.experts import (
     combine,
     gather_codes,
@@ -33,6 +34,7 @@ __all__ = [
     "compress",
     "decompress",
     "gather_codes",
+    "gather_tokens",
     "group_tiles",
     "grouped_grad",
     "grouped_mm",

@@ -35,6 +35,7 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         trains: bool,
         gain: torch.Tensor | None,
+        operand_x: HadamardQuantTensor | None,
     ) -> torch.Tensor:
         master, operand = getattr(weight, "master", weight), getattr(weight, "operand", None)
         holds_no_codes = operand is None and not recipe.output.right.is_plain
@@ -46,7 +47,11 @@ class _Linear(torch.autograd.Function):
         # X carries the inverse of W's gain, so that the two cancel.
         gains = getattr(operand, "gains", None)
         gains = gains and (gains[1] if gain is None else gain, gains[0])
-        x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
+        x_operands: list[torch.Tensor]
+        if operand_x is None:
+            x_operands = quantize_operands(x.reshape(-1, x.shape[-1]), X, recipe, products, owner=x, gains=gains)
+        else:
+            x_operands = [operand_x] * len(products)
         y = multiply(x_operands[0], w.t(), dtype, bias)
 
         x_saved = x_operands[1] if wants_w else None
@@ -73,7 +78,7 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_w = multiply_backward(recipe, e, x, w, ctx.x_dtype, ctx.w_dtype)
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
         grad_bias = e.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_w, grad_bias, None, None, None, None
+        return grad_x, grad_w, grad_bias, None, None, None, None, None
 
 
 def product_dtype(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
@@ -105,6 +110,7 @@ def linear(
     bias: torch.Tensor | None,
     recipe: Recipe | None = None,
     gain: torch.Tensor | None = None,
+    operand_x: HadamardQuantTensor | None = None,
 ) -> torch.Tensor:
     """Compute ``F.linear(x, weight, bias)`` as a recipe says.
 
@@ -116,6 +122,7 @@ def linear(
         gain: the ``undo_gain`` of ``weight`` once more, if it has one, as an input of its own. A compiler knows whether two
             inputs are the same tensor, but not whether two tensors inside of subclasses are, and so quantises X once for all
             layers that share a gain.
+        operand_x: what ``x`` brings to output and grad_weight, if it is quantised already.
 
     Returns:
         [..., out], of autocast's dtype or that of ``x``.
@@ -141,7 +148,7 @@ def linear(
         partition.request(recipe.activations)
     dtype = product_dtype("linear", x, weight, bias)
     with without_autocast(x.device):
-        return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain)
+        return _Linear.apply(x, weight, bias, recipe, dtype, torch.is_grad_enabled(), gain, operand_x)
 
 
 def check_trainable(name: str, weight: Any) -> None:

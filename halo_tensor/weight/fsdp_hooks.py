@@ -16,7 +16,6 @@ Exceptions:
 - An operand that a recipe leaves in high precision is gathered in high precision.
 """
 
-import hashlib
 import inspect
 from typing import Any, cast
 from weakref import WeakSet
@@ -25,12 +24,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
-from halo_tensor.fences.pytorch import preserved_version
+from halo_tensor.fences.pytorch import local_tensor, preserved_version
 from halo_tensor.operand.experts import ExpertsOperand
 from halo_tensor.operand.gains import moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import TENSOR
+from halo_tensor.weight.agreement import description, digest
 from halo_tensor.weight.common_scales import share_scales
 from halo_tensor.weight.refusals import named, refuse_fsdp1
 from halo_tensor.weight.roles import ShardRole
@@ -160,6 +161,8 @@ def _post_all_gather(
     it. Later calls bring ``out`` up to date in place, since autograd has saved its codes.
     """
     size, operand = metadata["size"], shard.operand
+    if isinstance(out, DTensor):  # of a part for tensor parallelism
+        out = cast(HaloWeight, local_tensor(out))
     if operand is None:
         return None if out is not None else (_gathered(shard, outputs[0][: size[0]], None), ())
     width = metadata.get("width")  # if codes and scales lie in rows
@@ -212,16 +215,11 @@ def _gathered(shard: HaloWeight, master: torch.Tensor | None, operand: HadamardQ
 
 
 def _check_agreement(weight: HaloWeight, mesh: DeviceMesh, outer_size: torch.Size, module: torch.nn.Module) -> None:
-    """Raise ValueError if ranks have converted a layer differently. Codes do not show it, since those of one format look like
-    those of another. It is checked once, when the layer is first gathered.
-    """
+    """Raise ValueError if ranks have converted a layer differently. It is checked once, when the layer is first gathered."""
     if module in _agreed:
         return
-    here = f"{weight.recipe}, {list(outer_size)}, {weight.dtype}, {'frozen' if weight.master is None else 'trained'}"
-    if weight.gain is not None:  # ranks may have balanced on different batches
-        here += f", balanced as {hashlib.sha256(str(weight.gain.tolist()).encode()).hexdigest()[:8]}"
-    digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
-    digests = _all_gather(torch.tensor([digest], device=mesh.device_type), mesh).tolist()
+    here = description(weight, outer_size)
+    digests = _all_gather(digest(here, mesh.device_type), mesh).tolist()
     if len(set(digests)) > 1:
         others = [rank for rank, other in enumerate(digests) if other != digest]
         raise ValueError(

@@ -18,10 +18,11 @@ def refuse_fsdp1(shape: Sequence[int]) -> NoReturn:
 
 
 def refuse_part(shape: Sequence[int]) -> NoReturn:
-    """Refuse a product with a part of a weight, which tensor parallelism would make: no recipe describes it."""
+    """Refuse a product with a part of a weight, which torch's tensor parallelism would make: no recipe describes it."""
     raise ValueError(
-        f"a product with a part, {list(shape)}, of a converted weight, as in tensor parallelism or sharded by "
-        "columns, is not supported: leave the layer out of parallelize_module or of quantize_ (skip, filter_fn)"
+        f"a product with a part, {list(shape)}, of a converted weight, as in torch's ColwiseParallel and RowwiseParallel or "
+        "sharded by columns, is not supported: use HaloColwiseParallel and HaloRowwiseParallel of "
+        "halo_tensor.tensor_parallel, or leave the layer out of parallelize_module or of quantize_ (skip, filter_fn)"
     )
 
 

@@ -282,15 +282,22 @@ class HaloWeight(torch.Tensor):
     def check_whole(self) -> None:
         """Raise ValueError if this is a part of a weight, since no recipe describes a product with a part.
 
-        Tensor parallelism multiplies with a part through DTensor, which cuts the detached weight. A chunk of the parameter
-        itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is traced, since
-        shards were cut before and enter a graph without their base.
+        torch's styles of tensor parallelism multiply with a part through DTensor, which cuts the detached weight. A chunk of
+        the parameter itself was cut by other code and is a view like any other; so is a chunk that a graph cuts while it is
+        traced, since shards were cut before and enter a graph without their base.
         """
         base = self.base
         if base is not None and self.shard_role is ShardRole.CHUNK and (isinstance(base, torch.nn.Parameter) or is_symbolic()):
             return
         if self.shard_role.is_part:
             refusals.refuse_part(self.shape)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None) -> torch.Tensor:
+        """Compute ``F.linear(x, self, bias)`` in eager code. ``operand_x``: the codes of ``x``, if there are any."""
+        if self.master is not None:
+            self.follow()
+        y = eager.linear(x, self, bias) if operand_x is None else None
+        return linear(x, self, bias, None, self.undo_gain, operand_x) if y is None else y
 
     @classmethod
     def __torch_function__(

@@ -229,3 +229,41 @@ def test_pipeline(world):
         assert (p - q).norm() < 1e-3 * q.norm(), name
     if dist.get_rank() == world - 1:
         assert losses == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> str:
+    """A Llama whose halves have whole blocks of the rotation."""
+    from tests.helpers.small_models import llama
+
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    llama(hidden_size=256, intermediate_size=512, tie_word_embeddings=True).save_pretrained(folder)
+    return str(folder)
+
+
+@on_ranks(2, 4)
+def test_tensor_parallelism(world, wide):
+    """With two ranks, and on a mesh of 2 × 2 with FSDP2, a Llama trains as in one process that sees all data."""
+    from transformers import AutoModelForCausalLM
+
+    with OpLog() as log:
+        losses = example("with_tensor_parallel").main(["--model", wide, "--dp", str(world // 2), "--steps", "3"])
+    assert log.products().count(torch.int8) == 3 * 3 * 14
+    every = [None] * world
+    dist.all_gather_object(every, losses)
+    assert all(each == every[rank // 2 * 2] for rank, each in enumerate(every)), "as the other ranks of its tp group"
+    if dist.get_rank():
+        return
+    model = AutoModelForCausalLM.from_pretrained(wide)
+    quantize_(model, halo_config(1, "int8"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(3):
+        for replica in range(world // 2):
+            torch.manual_seed(1000 * step + replica)
+            ids = torch.randint(100, (2, 32))
+            loss = model(input_ids=ids, labels=ids).loss
+            (loss / (world // 2)).backward()
+            assert every[2 * replica][step] == pytest.approx(loss.item(), rel=2e-3)
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Tensor parallelism is refused, not computed in high precision."""
+"""torch's own styles of tensor parallelism are refused, not computed in high precision."""
 
 import pytest
 import torch
@@ -26,7 +26,9 @@ def test_a_product_with_a_part_of_a_weight_is_refused(mesh, style):
     model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
     quantize_(model, halo_config(1, "int8"))
     parallelize_module(model, mesh, {"0": style()})
-    with pytest.raises(ValueError, match=r"a part, .* as in tensor parallelism .* not supported"):
+    with pytest.raises(
+        ValueError, match=r"a part, .* as in torch's ColwiseParallel .* not supported: use HaloColwiseParallel"
+    ):
         model(x)
 
 

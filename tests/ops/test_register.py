@@ -24,6 +24,7 @@ NAMES = [
     "unpack_rows",
     "combine",
     "gather_codes",
+    "gather_tokens",
     "group_tiles",
     "grouped_grad",
     "grouped_mm",
@@ -64,6 +65,7 @@ halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
 halo::unpack_rows(Tensor packed, str format) -> Tensor
 halo::combine(Tensor y, Tensor position, ScalarType dtype) -> Tensor
 halo::gather_codes(Tensor codes, Tensor scales, Tensor index) -> (Tensor, Tensor)
+halo::gather_tokens(Tensor x, SymInt dim, str name, SymInt size) -> Tensor
 halo::group_tiles(Tensor offs, SymInt rows) -> (Tensor, Tensor)
 halo::grouped_grad(Tensor a_t, Tensor b_t, Tensor starts, Tensor a_scale, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor
 halo::grouped_mm(Tensor a, Tensor b, Tensor tiles, Tensor starts, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? weight, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor

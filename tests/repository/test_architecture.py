@@ -11,6 +11,7 @@ FLOORS = [
     "__main__",
     "__init__",
     "fsdp",
+    "tensor_parallel",
     "axolotl",
     "lightning",
     "torchtitan",
