@@ -114,7 +114,7 @@ def pair_quantizer(
     if dtype == torch.float64 or not _rotates_pair_on_tiles(like, row_rotation):
         return lambda x, *folds: quantize_pair(x, row_rotation, format, *folds)
     return tile_quantizer(
-        dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, False
+        dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, 0
     )
 
 
@@ -214,7 +214,7 @@ def _quantize_by_tiles(
     if by_transpose:
         granularity = "row" if granularity == "column" else granularity
         codes_t, _, scales, _ = quantize_tiles(
-            x.t(), None, row_rotation, format, granularity, None, fold_rows, None, True, False, seed
+            x.t(), None, row_rotation, format, granularity, None, fold_rows, None, True, False, seed, True
         )
     elif row_rotation or column_rotation or granularity == "row" or (rows and granularity != "column"):
         codes, _, scales, _ = quantize_tiles(
