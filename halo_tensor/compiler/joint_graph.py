@@ -36,7 +36,8 @@ REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
-_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS
+_BOTH = torch.ops.halo.quantize_both.default
+_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS, _BOTH
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
@@ -242,7 +243,7 @@ def _compile_kernels(graph: fx.Graph) -> None:
 
 def _may_have_producer(node: fx.Node) -> bool:
     """Whether :mod:`halo_tensor.compiler.producers` may let a quantiser's kernel compute its input."""
-    if node.target not in _QUANTISERS:
+    if node.target not in _QUANTISERS or node.target is _BOTH:
         return False
     x: Any = node.args[0]
     constant = not any(isinstance(n, torch.SymInt) for n in x.meta["val"].shape)  # else the op stays an op

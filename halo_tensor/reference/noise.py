@@ -26,10 +26,10 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     The number of element (i, j) is the hash of hash(i ⊕ low) ⊕ hash(j ⊕ high), for the low and the high 32 bits of the seed.
 
     Args:
-        seed: int64 [1], not negative.
+        seed: int64 [1].
         rows, columns: the shape of the matrix that is rounded.
     """
-    low, high = seed & _WORD, seed >> 32
+    low, high = seed & _WORD, (seed >> 32) & _WORD
     of_rows, of_columns = (
         _mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high))
     )

@@ -11,6 +11,7 @@ import torch
 
 from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.quantize.tiles import quantize_tiles, tile_quantizer
+from halo_tensor.kernels.quantize.two_operands import Side, fits, operands_quantizer
 from halo_tensor.kernels.quantize.whole_rows import LARGEST_ROW, holds_row, quantize_rows
 from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, rotate, transposed, whole_blocks
 from halo_tensor.recipe import Format, Rotation
@@ -95,6 +96,38 @@ def quantize_pair(
         _, codes_t, column_scales = rotate_quantize(x, None, None, format, "column", fold_rows, None, False, True)
     assert codes is not None and codes_t is not None
     return codes, codes_t, row_scales, column_scales
+
+
+def quantize_both(
+    x: torch.Tensor,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: str,
+    row_rotation: Rotation | None,
+    format_t: Format,
+    granularity_t: str,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes of x R_column, transposed codes of Rᵀ_row x, and the scales of both, in two reads of x if tiles hold whole
+    blocks.
+
+    Args:
+        granularity, granularity_t: "row" or "tensor" of the first operand, "column" or "tensor" of the second.
+        seed: int64 [1], with which the first operand is rounded stochastically; None rounds it to nearest.
+    """
+    if x.dtype == torch.float64:
+        x = x.to(torch.float32)
+    first = Side(column_rotation, format, granularity == "row", seed is not None)
+    second = Side(row_rotation, format_t, granularity_t == "column")
+    if fits(x, first, second):
+        codes, codes_t, scales, scales_t = operands_quantizer(x.dtype, x.device, first, second)(x, seed)
+    else:
+        codes, _, scales = rotate_quantize(
+            x, None, column_rotation, format, granularity, None, None, True, False, seed=seed
+        )
+        _, codes_t, scales_t = rotate_quantize(x, row_rotation, None, format_t, granularity_t, None, None, False, True)
+    assert codes is not None and codes_t is not None
+    return codes, codes_t, scales, scales_t
 
 
 def pair_quantizer(
