@@ -1,7 +1,7 @@
 """Time the kernels that quantise E, X and W for HOT's backward, alone, against two separate quantisations of E.
 
-    python bench/hot_kernels.py             # a GPU
-    python bench/hot_kernels.py --sweep     # tiles of both passes too; takes minutes
+python bench/hot_kernels.py             # a GPU
+python bench/hot_kernels.py --sweep     # tiles of both passes too; takes minutes
 """
 
 import argparse
@@ -130,7 +130,15 @@ def main() -> None:
             rate = moved(m, k, first, second) / us / 1e3 if name.startswith("one") else None
             rows.append({"what": title, "contender": name, "µs": us, "GB/s": rate})
             print(rows[-1], flush=True)
-    results.write(args.name, TITLE, rows, NOTES, args.folder, panels=["what"], expected=["one launch for each pass", "each operand alone"])
+    results.write(
+        args.name,
+        TITLE,
+        rows,
+        NOTES,
+        args.folder,
+        panels=["what"],
+        expected=["one launch for each pass", "each operand alone"],
+    )
     if args.sweep:
         for title in SWEPT:
             sweep(title, 20)

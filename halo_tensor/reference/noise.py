@@ -6,8 +6,8 @@ every layout, by every choice of tiles and on every device, and nothing is drawn
 
 import torch
 
-#: A multiplicative hash of 32 bits: (shift, multiplier) twice, and a shift. Both multipliers are below 2³¹, so that int64 holds
-#: every product. The constants are from https://github.com/skeeto/hash-prospector (2026), which lists their bias as 0.107.
+#: A hash of 32 bits: (shift, multiplier) twice, and a shift, from https://github.com/skeeto/hash-prospector. Both multipliers
+#: are below 2³¹, so that int64 holds every product.
 STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 LAST_SHIFT = 15
 _WORD = 2**32 - 1
@@ -30,7 +30,5 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         rows, columns: the shape of the matrix that is rounded.
     """
     low, high = seed & _WORD, (seed >> 32) & _WORD
-    of_rows, of_columns = (
-        _mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high))
-    )
+    of_rows, of_columns = (_mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high)))
     return (_mix(of_rows[:, None] ^ of_columns) >> 8).to(torch.float32) * 2.0**-24

@@ -97,7 +97,7 @@ def test_no_op_of_experts_is_left():
 @runs_kernels
 @pytest.mark.parametrize(("granularity", "rounding"), [("tensor", "stochastic"), ("row", "nearest")])
 def test_no_op_of_hot_is_left(granularity, rounding):
-X
+    """Two layers. X of low rank in forward; then W, and E for both products, twice, each measured and cast."""
     f, mlp, (x, e), results, expected, launches = compiled_step(hot_config(rounding=rounding, granularity=granularity))
     assert launches == [4, 12], "two launches for E of a layer, two for W, and two products"
     for i, (a, b) in enumerate(zip(results, expected, strict=True)):

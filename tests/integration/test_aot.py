@@ -54,13 +54,12 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks, tiles, whole_rows  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, tiles, two_operands, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
 from halo_tensor.kernels.quantize import plan as quantizer  # noqa: E402
 from halo_tensor.kernels.quantize import two_gradients as two  # noqa: E402
-from halo_tensor.kernels.quantize import two_operands  # noqa: E402
 from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh  # noqa: E402
 from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, FP8_E5M2, INT8, Gate, Rotation  # noqa: E402
 from halo_tensor.reference import experts as reference_of_experts  # noqa: E402

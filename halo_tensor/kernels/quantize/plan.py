@@ -122,9 +122,7 @@ def quantize_both(
     if fits(x, first, second):
         codes, codes_t, scales, scales_t = operands_quantizer(x.dtype, x.device, first, second)(x, seed)
     else:
-        codes, _, scales = rotate_quantize(
-            x, None, column_rotation, format, granularity, None, None, True, False, seed=seed
-        )
+        codes, _, scales = rotate_quantize(x, None, column_rotation, format, granularity, None, None, True, False, seed=seed)
         _, codes_t, scales_t = rotate_quantize(x, row_rotation, None, format_t, granularity_t, None, None, False, True)
     assert codes is not None and codes_t is not None
     return codes, codes_t, scales, scales_t
@@ -146,9 +144,7 @@ def pair_quantizer(
     like = Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
     if dtype == torch.float64 or not _rotates_pair_on_tiles(like, row_rotation):
         return lambda x, *folds: quantize_pair(x, row_rotation, format, *folds)
-    return tile_quantizer(
-        dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, 0
-    )
+    return tile_quantizer(dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, 0)
 
 
 def _rotates_pair_on_tiles(x: torch.Tensor | Matrix, row_rotation: Rotation | None) -> bool:

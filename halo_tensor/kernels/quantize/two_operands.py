@@ -213,8 +213,7 @@ def operands_quantizer(
         codes_t = second and code_matrix(x, k, reference.rotated(m, row_rotation), second.format)
         new = x.new_empty if x.numel() else x.new_ones
         row_scales, column_scales = (
-            new(count if side and side.per_index else (), dtype=torch.float32)
-            for side, count in ((first, m), (second, k))
+            new(count if side and side.per_index else (), dtype=torch.float32) for side, count in ((first, m), (second, k))
         )
         numbers = m, k, *x.stride()
         amax_pass(numbers, x, *amax)
@@ -235,9 +234,7 @@ def plan_operands(
     """
     column_rotation, row_rotation = (side and side.rotation for side in (first, second))
     none = Side(None, (first or second).format, False)  # type: ignore[union-attr]
-    of_first, of_second = (
-        format_options(side.format, device, False, side.noisy) for side in (first or none, second or none)
-    )
+    of_first, of_second = (format_options(side.format, device, False, side.noisy) for side in (first or none, second or none))
     fusion = {"enable_fp_fusion": of_first["enable_fp_fusion"]}
     flags = {
         "ROW_SCALE": 0 if first is None else 1 + first.per_index, "RIGHT": column_rotation is not None,
