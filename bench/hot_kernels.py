@@ -40,8 +40,11 @@ CASES = {
     "Llama-3-8B down, X, hot_llm": (8192, 14336, None, LLM[1]),
 }
 SWEPT = ("ViT-B fc1, E, 256 images", "ViT-B q, X, 256 images", "Llama-3-8B down, E, hot_llm")
-SHAPES = [(128, 128), (64, 128), (128, 64), (64, 64)]
-REST = [(8, 2, 4), (4, 3, 8), (2, 2, 8), (1, 1, 4), (1, 1, 8)]
+TRIED = [
+    (128, 128, 8, 2, 4), (128, 128, 4, 3, 8), (128, 128, 2, 2, 8), (128, 128, 1, 1, 8), (128, 128, 1, 1, 4),
+    (64, 128, 4, 3, 4), (64, 128, 1, 1, 4), (128, 64, 8, 3, 4), (128, 64, 4, 4, 8), (128, 64, 1, 1, 4),
+    (64, 64, 8, 3, 4), (64, 64, 1, 1, 4),
+]  # fmt: skip
 
 
 def side_of(second) -> Side:
@@ -74,7 +77,7 @@ def sweep(title: str, reps: int) -> list[dict]:
     second = side_of(second)
     (x, seed), device = matrix(rows, columns), torch.device("cuda", torch.cuda.current_device())
     edge = max(side.rotation.edge for side in (first, second) if side)
-    tried = [Tiles(*shape, *rest) for shape in SHAPES for rest in REST if min(shape) >= edge]
+    tried = [Tiles(*tiles) for tiles in TRIED if min(tiles[:2]) >= edge]
 
     def passes(tiles):
         with patch.object(two_operands, "tiles_of", lambda *args: tiles):
