@@ -104,6 +104,9 @@ def test_time_of_hot():
     assert seconds(recipe, "grad_input", trained=False) == pytest.approx(grad_input), "HOT holds no codes"
     grad_weight = OPERATIONS * (1 / 2 + roofline.WAITING["int8"] / T) / 200 + 2 * W / 40 + 1e-3 + (E + X) * 4.5 / 3 + 2 * once
     assert seconds(recipe, "grad_weight") == pytest.approx(grad_weight)
+    # For both products, E is read twice instead of four times.
+    both = grad_input + grad_weight + E * (2 / 2.5 + 3.5 / 1.5) - E * (2 / 3 + 3 / 1.5 + 4.5 / 3) - once
+    assert seconds(recipe, "grad_input", "grad_weight") == pytest.approx(both)
 
 
 def test_time_of_convolutions():
