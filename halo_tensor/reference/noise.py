@@ -10,6 +10,8 @@ import torch
 #: are below 2³¹, so that int64 holds every product.
 STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 LAST_SHIFT = 15
+#: Any number. It makes the hash of columns another one than that of rows.
+COLUMNS = 0x9E3779B9
 _WORD = 2**32 - 1
 
 
@@ -23,7 +25,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻²⁴.
 
-    The number of element (i, j) is the hash of hash(i ⊕ low) ⊕ hash(j ⊕ high), for the low and the high 32 bits of the seed.
+    The number of element (i, j) is the hash of hash(i ⊕ low) ⊕ hash(hash(j ⊕ high) ⊕ COLUMNS), for the low and the high 32
+    bits of the seed.
 
     Args:
         seed: int64 [1].
@@ -31,4 +34,4 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """
     low, high = seed & _WORD, (seed >> 32) & _WORD
     of_rows, of_columns = (_mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high)))
-    return (_mix(of_rows[:, None] ^ of_columns) >> 8).to(torch.float32) * 2.0**-24
+    return (_mix(of_rows[:, None] ^ _mix(of_columns ^ COLUMNS)) >> 8).to(torch.float32) * 2.0**-24

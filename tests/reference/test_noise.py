@@ -34,7 +34,7 @@ def by_hand(seed, i, j):
         x = (x ^ x >> 15) * 0x735A2D97 % 2**32
         return x ^ x >> 15
 
-    return mix(mix(i ^ seed % 2**32) ^ mix(j ^ seed >> 32)) >> 8
+    return mix(mix(i ^ seed % 2**32) ^ mix(mix(j ^ seed >> 32) ^ 0x9E3779B9)) >> 8
 
 
 @given(seed=SEEDS)

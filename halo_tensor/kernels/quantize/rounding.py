@@ -103,6 +103,10 @@ def noise(seed, rows, columns, SWAPPED: tl.constexpr):
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     of_rows = _mix(rows.to(tl.uint32) ^ (high if SWAPPED else low))
     of_columns = _mix(columns.to(tl.uint32) ^ (low if SWAPPED else high))
+    if SWAPPED:
+        of_rows = _mix(of_rows ^ 0x9E3779B9)
+    else:
+        of_columns = _mix(of_columns ^ 0x9E3779B9)
     bits = _mix(of_rows[:, None] ^ of_columns[None, :])
     return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
 
