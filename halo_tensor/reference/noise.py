@@ -23,7 +23,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻²⁴.
+    """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻²³.
 
     The number of element (i, j) is the hash of hash(i ⊕ low) ⊕ hash(hash(j ⊕ high) ⊕ COLUMNS), for the low and the high 32
     bits of the seed.
@@ -34,4 +34,4 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """
     low, high = seed & _WORD, (seed >> 32) & _WORD
     of_rows, of_columns = (_mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high)))
-    return (_mix(of_rows[:, None] ^ _mix(of_columns ^ COLUMNS)) >> 8).to(torch.float32) * 2.0**-24
+    return (_mix(of_rows[:, None] ^ _mix(of_columns ^ COLUMNS)) >> 9).to(torch.float32) * 2.0**-23

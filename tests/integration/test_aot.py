@@ -240,7 +240,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "both", "both, by index", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "both", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
     "rows, few", "rows, few, gain",
@@ -342,8 +342,11 @@ QUANTIZE = {
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
     "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles transpose_codes"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
-    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
-    "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
+    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_of_operands cast_for_operands"),
+    "tokens, low rank, fp32": (
+        quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False),
+        "amax_of_operands cast_for_operands",
+    ),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
     "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles transpose_codes"),
@@ -351,6 +354,7 @@ QUANTIZE = {
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
     "both": (both((1000, 4096), Rotation(16), LOW), "amax_of_operands cast_for_operands"),
     "both, by index": (both((1000, 4096), H, H, "index", noisy=False), "amax_of_operands cast_for_operands"),
+    "both, nearest": (both((1000, 4096), Rotation(16), LOW, noisy=False), "amax_of_operands cast_for_operands"),
     "both, fp32": (both((1000, 4096), Rotation(16), LOW, dtype=FP32), "amax_of_operands cast_for_operands"),
     "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
 }

@@ -45,6 +45,12 @@ def rotate_quantize(
     fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
+    plain = all(t is None for t in (fold_rows, fold_columns, gain, seed))
+    if plain and columns and not rows and column_rotation is None and row_rotation and granularity in ("column", "tensor"):
+        second = Side(row_rotation, format, granularity == "column")
+        if fits(x, None, second):
+            _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x)
+            return None, codes_t, scales
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # in float32, since the result may be outside of float16's range
     # Kernels fold along rows where scales lie along columns, and the other way round.

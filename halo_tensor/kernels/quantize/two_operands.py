@@ -180,28 +180,31 @@ def cast_for_operands(
 
 
 def fits(x: Any, first: Side | None, second: Side | None) -> bool:
-    """Whether the kernels have room for both rotations of a matrix, or of what stands for one. Where matrix units read
-    operands from registers, there is none for float32, or beside tiles wider than 64."""
+    """Whether the kernels have room for both rotations of a matrix, or of what stands for one.
+
+    A block must fit in a tile. Tiles wider than 64 spill registers in float32, and where matrix units read operands from
+    registers; there float32 spills always.
+    """
     edges = [side.rotation.edge for side in (first, second) if side is not None and side.rotation is not None]
-    if not has_wgmma(x.device) and (x.dtype == torch.float32 or max(edges, default=1) > TILE // 2):
+    float32, wgmma = x.dtype == torch.float32, has_wgmma(x.device)
+    if float32 and not wgmma and edges:
         return False
-    return all(TILE % edge == 0 for edge in edges)
+    largest = TILE // 2 if float32 or not wgmma else TILE
+    return all(largest % edge == 0 for edge in edges)
 
 
 def operands_quantizer(
     dtype: torch.dtype, device: torch.device, first: Side | None, second: Side | None
-) -> Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """Return a function of (x [m, k], seed) that returns codes, transposed codes, and the scales of both, by two launches.
 
-    The codes are [m, k'] of x R_first, and transposed [k, m'] of Rᵀ_second x; None for an operand that is left out. The seed
-    is int64 [1], or None if ``first`` is not noisy.
+    The codes are [m, k'] of x R_first, and transposed [k, m'] of Rᵀ_second x. Codes and scales of an operand that is left
+    out are None. The seed is int64 [1], or None if ``first`` is not noisy.
     """
     amax_pass, cast_pass = plan_operands(dtype, device, first, second)
     column_rotation, row_rotation = (side and side.rotation for side in (first, second))
 
-    def quantize(
-        x: torch.Tensor, seed: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def quantize(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, Any, Any, Any]:
         m, k = x.shape
         of_rows = m if first is not None and first.per_index else 1
         of_columns = k if second is not None and second.per_index else 1
@@ -213,7 +216,7 @@ def operands_quantizer(
         codes_t = second and code_matrix(x, k, reference.rotated(m, row_rotation), second.format)
         new = x.new_empty if x.numel() else x.new_ones
         row_scales, column_scales = (
-            new(count if side and side.per_index else (), dtype=torch.float32) for side, count in ((first, m), (second, k))
+            side and new(count if side.per_index else (), dtype=torch.float32) for side, count in ((first, m), (second, k))
         )
         numbers = m, k, *x.stride()
         amax_pass(numbers, x, *amax)
@@ -254,13 +257,19 @@ def plan_operands(
     )
 
 
-def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, noisy: bool) -> Tiles:
-    """Return the tiles of a pass over rotated blocks of at most ``edge``: docs/notes/hot.md."""
-    narrow = TILE if has_wgmma(device) else TILE // 2
-    wide = 2 if dtype == torch.float32 or not has_wgmma(device) else 1
-    if kernel is amax_of_operands:
-        return Tiles(narrow, narrow, 8, 2, 4 * wide)
-    return Tiles(narrow, narrow, 2, 2, 8)
+def tiles_of(kernel: Any, dtype: torch.dtype, edge: int, alone: bool) -> Tiles:
+    """Return the tiles of a pass that rotates blocks of at most ``edge``, by measurements on one H200 (docs/notes/hot.md).
+
+    Args:
+        alone: whether one operand is left out.
+    """
+    if edge > TILE // 2:
+        return Tiles(TILE, TILE, 4, 3, 8)
+    if dtype == torch.float32:
+        return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
+    if kernel is cast_for_operands and alone:
+        return Tiles(TILE // 2, TILE, 1, 1, 4)
+    return Tiles(TILE // 2, TILE // 2, 8, 3, 4)
 
 
 def _plan_pass(
@@ -275,7 +284,9 @@ def _plan_pass(
     """Return the launches of one pass. ``integers`` maps (rows, columns, strides of x) to the kernel's integers, if they are
     others."""
     edge = max(rotation.edge if rotation else 1 for rotation in (column_rotation, row_rotation))
-    height, width, most, stages, warps = tiles_of(kernel, dtype, device, edge, constants.get("NOISY", False))
+    height, width, most, stages, warps = tiles_of(
+        kernel, dtype, edge, not (constants["ROW_SCALE"] and constants["COLUMN_SCALE"])
+    )
     kept_columns, kept_rows = reference.rotated(width, column_rotation), reference.rotated(height, row_rotation)
     options = {
         "HEIGHT": height, "WIDTH": width, "STAGES": stages, "num_warps": warps,

@@ -124,4 +124,5 @@ def test_blocks_wider_than_a_tile_take_launches_of_their_own(monkeypatch):
     right = Rotation(16, None)
     ops.quantize_both(x, right, INT8, TENSOR, left, INT8, TENSOR, None)
     if has_wgmma(torch.device(DEVICE)):
-        ops.quantize_both(x.float(), Rotation(128), INT8, ROW, Rotation(128), INT8, COLUMN, None)
+        ops.quantize_both(x, Rotation(128), INT8, ROW, Rotation(128), INT8, COLUMN, None)
+        ops.quantize_both(x.float(), right, INT8, ROW, left, INT8, COLUMN, None)
