@@ -135,10 +135,10 @@ def quantize_both(
     if runs_kernels(x.device):
         from halo_tensor.kernels.quantize import plan
 
-        codes, codes_t, *scales = plan.quantize_both(
+        codes, codes_t, scales, scales_t = plan.quantize_both(
             x, column_rotation, format, granularity.name, row_rotation, format_t, granularity_t.name, seed
         )
-        return codes, flattened(codes_t) if flat else codes_t, *scales  # type: ignore[return-value]
+        return codes, flattened(codes_t) if flat else codes_t, scales, scales_t
     noise = None if seed is None else uniform(seed, x.shape[0], reference.rotated(x.shape[1], column_rotation))
     codes, scales = reference.rotate_quantize(x, None, column_rotation, format, granularity, noise=noise)
     codes_of_rows, scales_t = reference.rotate_quantize(x, row_rotation, None, format_t, granularity_t)

@@ -82,6 +82,7 @@ def quantize_operands(
         return list(HadamardQuantTensor.pair_from_hp(matrix, pair.format, pair.tokens, fold_columns, fold_rows))
     if both := as_both(dims, steps):
         first, second = both
+        assert first.format is not None and second.format is not None
         return list(
             HadamardQuantTensor.both_from_hp(
                 matrix,

@@ -42,12 +42,12 @@ class Side(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How programs go through a matrix: rows and columns of a tile, tiles of a row of tiles that a program takes, pipeline
-    stages and warps."""
+    """How programs go through a matrix: rows and columns of a tile, the most tiles of a row of tiles that a program takes,
+    pipeline stages and warps."""
 
     height: int
     width: int
-    count: int
+    most: int
     stages: int
     warps: int
 
