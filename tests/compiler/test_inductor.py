@@ -60,6 +60,7 @@ def compiled_step(config):
     with fresh_cache():
         results, code = run_and_get_code(lambda: step(f, mlp, x, e))
     assert not any(map(calls_ops, code)), "every op became launches"
+    assert not any("randint64" in s for s in code), "seeds are read where they are drawn"
     launches = [sum(line.lstrip().startswith("halo_") and "Launch" not in line for line in s.splitlines()) for s in code]
     return f, mlp, (x, e), results, expected, launches
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -33,8 +33,8 @@ def compare(codes, scales, expected, format):
 
 @runs_kernels
 @given(
-    rows=st.sampled_from([1, 37, 197, 300]),
-    columns=st.sampled_from([128, 384]),
+    rows=st.sampled_from([1, 37, 197]),
+    columns=st.sampled_from([128, 256]),
     right=st.sampled_from(COLUMNS),
     left=st.sampled_from(ROWS),
     formats=st.sampled_from([(INT4, INT8), (INT8, INT8), (INT8, INT4), (FP8_E4M3, INT8)]),
@@ -43,7 +43,7 @@ def compare(codes, scales, expected, format):
     dtype=DTYPES,
     layout=st.sampled_from([name for name in LAYOUTS if name != "expanded"]),
 )
-@examples
+@settings(examples, max_examples=20)
 def test_both_are_what_the_reference_says(rows, columns, right, left, formats, granularities, noisy, dtype, layout):
     x = matrix(rows, columns, dtype, layout)
     seed = torch.randint(2**63 - 1, (1,), device=DEVICE) if noisy else None
