@@ -257,7 +257,7 @@ def plan_operands(
     )
 
 
-def tiles_of(kernel: Any, dtype: torch.dtype, edge: int, alone: bool) -> Tiles:
+def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, alone: bool) -> Tiles:
     """Return the tiles of a pass that rotates blocks of at most ``edge``, by measurements on one H200 (docs/notes/hot.md).
 
     Args:
@@ -269,7 +269,8 @@ def tiles_of(kernel: Any, dtype: torch.dtype, edge: int, alone: bool) -> Tiles:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
     if kernel is cast_for_operands and alone:
         return Tiles(TILE // 2, TILE, 1, 1, 4)
-    return Tiles(TILE // 2, TILE // 2, 8, 3, 4)
+    # A third stage spills registers for sm_120.
+    return Tiles(TILE // 2, TILE // 2, 8, 3 if has_wgmma(device) else 2, 4)
 
 
 def _plan_pass(
@@ -285,7 +286,7 @@ def _plan_pass(
     others."""
     edge = max(rotation.edge if rotation else 1 for rotation in (column_rotation, row_rotation))
     height, width, most, stages, warps = tiles_of(
-        kernel, dtype, edge, not (constants["ROW_SCALE"] and constants["COLUMN_SCALE"])
+        kernel, dtype, device, edge, not (constants["ROW_SCALE"] and constants["COLUMN_SCALE"])
     )
     kept_columns, kept_rows = reference.rotated(width, column_rotation), reference.rotated(height, row_rotation)
     options = {
