@@ -347,6 +347,7 @@ QUANTIZE = {
         quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False),
         "amax_of_operands cast_for_operands",
     ),
+    "tokens, whole": (quantize((1000, 4096), H, None, "column", rows=False), "amax_of_operands cast_for_operands"),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
     "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles transpose_codes"),
