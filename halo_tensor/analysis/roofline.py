@@ -9,12 +9,12 @@ other GPUs (:mod:`halo_tensor.analysis.gpus`).
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple, TypeVar
 
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.config import LinearConfig
-from halo_tensor.products.steps import Dims, Step, as_pair, folded_products, steps_for
+from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, steps_for
 from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
 from halo_tensor.reference.hadamard import carried
 from halo_tensor.reference.ops import rotated
@@ -234,12 +234,26 @@ def _passes(recipe: Recipe, dims: Dims, sizes: dict[str, int], products: tuple[s
         rate = "tiles" if pair.tokens is None else "rotate_pair"
         yield from (FILL, Pass(HP_BYTES * elements, rate), Pass((HP_BYTES + 2 * CODE_BYTES) * elements, rate))
         return
+    if both := as_both(dims, steps):
+        yield from _passes_of_both(both, dims, sizes)
+        return
     for step in steps:
         if dims == W and not trained and "output" in step.products:  # its codes exist, in the layout of output
             if len(step.contracted) > 1:
                 yield Pass(2 * CODE_BYTES * elements, "copy")
         elif not step.operand.is_plain:
             yield from _passes_of(step, dims, sizes)
+
+
+def _passes_of_both(both: Both, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
+    """Return the kernels of halo_tensor/kernels/quantize/two_operands.py, which quantise E for both products."""
+    elements, codes = sizes[dims[0]] * sizes[dims[1]], 0
+    for operand in both:
+        codes += prod(rotated(sizes[dimension], carried(operand, dimension, sizes[dimension])) for dimension in dims)
+    yield from (FILL,) * (ONE_NUMBER if any(not operand.granularity.block for operand in both) else 1)
+    yield Pass(HP_BYTES * elements, "rotate_pair")
+    noisy = both.grad_input.rounding != "nearest"
+    yield Pass(HP_BYTES * elements + CODE_BYTES * codes, "noisy" if noisy else "rotate_pair")
 
 
 def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:

@@ -107,7 +107,7 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
     "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
-    "import halo_tensor.kernels.quantize.blocks",
+    "import halo_tensor.kernels.quantize.blocks, halo_tensor.kernels.quantize.two_operands",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -193,6 +193,7 @@ _PRODUCED = {"rotate_quantize": 1, "quantize_pairs": 2}
 #: The ops that compiled graphs lower to launches.
 _LOWERED = (
     "rotate_quantize",
+    "quantize_both",
     "quantize_pair",
     "quantize_pairs",
     "scaled_mm",

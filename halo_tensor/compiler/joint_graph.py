@@ -1,4 +1,4 @@
-"""Two passes over a compiled graph of forward and backward, before it is partitioned.
+"""Passes over a compiled graph of forward and backward, before it is partitioned.
 
 1. Where X is saved in any case, its codes are not. Forward quantises X for its own product, and saves the transposed codes for
    grad_weight instead of X. But attention's backward saves attention's result, which is the X of o_proj. There the transposed
@@ -6,11 +6,14 @@
 2. Two gradients E that elementwise operations compute from the same matrices, as in the backward of a gated MLP, are quantised
    by one op. Its kernels compute both, so that neither is written to memory
    (:mod:`halo_tensor.kernels.quantize.two_gradients`).
+3. Seeds of stochastic rounding are read where Inductor draws them, in one launch for the whole graph. Otherwise, Inductor
+   would make each of them a random number of its own, in a launch of its own.
 
-Private API: ``torch._inductor.config.joint_custom_post_pass``, ``custom_graph_pass.CustomGraphPass`` and
-``pattern_matcher.stable_topological_sort``; ``torch._functorch.partitioners`` (get_default_op_list, must_recompute); the names
-"tangents" of AOTAutograd's placeholders; ``recompute`` and ``eager_input_vals`` in a node's ``meta``. Tested with torch 2.11
-to 2.15 (:data:`halo_tensor.fences.fast_paths.JOINT_GRAPH`). A graph on which a pass fails stays as it is.
+Private API: ``torch._inductor.config.joint_custom_post_pass``, ``custom_graph_pass.CustomGraphPass``, ``inductor_prims``
+(lookup_seed, randint) and ``pattern_matcher.stable_topological_sort``; ``torch._functorch.partitioners``
+(get_default_op_list, must_recompute); the names "tangents" of AOTAutograd's placeholders; ``recompute`` and
+``eager_input_vals`` in a node's ``meta``. Tested with torch 2.11 to 2.15 (:data:`halo_tensor.fences.fast_paths.JOINT_GRAPH`).
+A graph on which a pass fails stays as it is.
 """
 
 import operator
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.partitioners import get_default_op_list, must_recompute
-from torch._inductor import config
+from torch._inductor import config, inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
@@ -36,7 +39,10 @@ REPEAT_FOR_BACKWARD = QUANTIZE_TWO_AT_ONCE = True
 _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
-_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS
+_BOTH = torch.ops.halo.quantize_both.default
+#: The position of the seed among the arguments.
+_SEED = {_QUANTIZE: 9, _BOTH: 7}
+_QUANTISERS = _QUANTIZE, _PAIR, _PAIRS, _BOTH
 
 
 def quantize_again_in_backward(graph: fx.Graph) -> None:
@@ -154,6 +160,27 @@ def quantize_two_gradients_at_once(graph: fx.Graph) -> None:
             stable_topological_sort(graph)  # readers of the first may stand before the merged op
 
 
+def read_seeds_where_they_are_drawn(graph: fx.Graph) -> None:
+    """Let quantisers read a seed from the vector of Inductor's seeds, which are random 64-bit numbers, instead of a number
+    that Inductor draws with it."""
+    for node in [n for n in graph.nodes if n.target in _SEED]:
+        position = _SEED[node.target]
+        drawn = node.args[position]
+        if not isinstance(drawn, fx.Node) or drawn.target is not inductor_prims.randint or len(drawn.users) > 1:
+            continue
+        lookup: Any = drawn.args[3]
+        if lookup.target is not inductor_prims.lookup_seed:
+            continue
+        seeds, index = lookup.args
+        with graph.inserting_before(drawn):
+            seed = graph.call_function(torch.ops.aten.slice.Tensor, (seeds, 0, index, index + 1))
+        seed.meta["val"] = drawn.meta["val"]
+        drawn.replace_all_uses_with(seed)
+        graph.erase_node(drawn)
+        if not lookup.users:
+            graph.erase_node(lookup)
+
+
 def _is_computed(pair: fx.Node) -> bool:
     """Whether E is the result of elementwise operations, read by nothing else, and is not rotated."""
     arguments: Any = pair.args
@@ -227,6 +254,7 @@ def _rewrite(graph: fx.Graph) -> None:
         quantize_weights_again_in_backward(each)
         if REPEAT_FOR_BACKWARD:
             quantize_again_in_backward(each)
+        read_seeds_where_they_are_drawn(each)
         if QUANTIZE_TWO_AT_ONCE:
             quantize_two_gradients_at_once(each)
 
@@ -242,7 +270,7 @@ def _compile_kernels(graph: fx.Graph) -> None:
 
 def _may_have_producer(node: fx.Node) -> bool:
     """Whether :mod:`halo_tensor.compiler.producers` may let a quantiser's kernel compute its input."""
-    if node.target not in _QUANTISERS:
+    if node.target not in _QUANTISERS or node.target is _BOTH:
         return False
     x: Any = node.args[0]
     constant = not any(isinstance(n, torch.SymInt) for n in x.meta["val"].shape)  # else the op stays an op

@@ -20,7 +20,7 @@ from halo_tensor.ops.register import body_of
 #: The ops whose bodies do nothing but launch.
 _OPS = {
     getattr(torch.ops.halo, name).default: name
-    for name in ("rotate_quantize", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate")
+    for name in ("rotate_quantize", "quantize_both", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate")
 }
 
 

@@ -15,7 +15,7 @@ from halo_tensor.kernels.device import check_scales
 from halo_tensor.operand.checks import check_gains, check_matrix
 from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.old_names import accepts_old_names, old_attribute, present_state
-from halo_tensor.ops.quantizers import lies_flat, unflattened
+from halo_tensor.ops.quantizers import draw_seed, lies_flat, unflattened
 from halo_tensor.recipe import COLUMN, ROW, UNIT, Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
@@ -169,6 +169,34 @@ class HadamardQuantTensor(TorchAOBaseTensor):
         return (
             cls._of(x, format, ROW, codes, None, scales[0], row_rotation),
             cls._of(x, format, COLUMN, None, codes_t, scales[1], flat=flat),
+        )
+
+    @classmethod
+    def both_from_hp(
+        cls,
+        x: torch.Tensor,
+        formats: tuple[Format, Format],
+        granularities: tuple[Scales, Scales],
+        *,
+        column_rotation: Rotation | None = None,
+        row_rotation: Rotation | None = None,
+        rounding: str = "nearest",
+    ) -> "tuple[HadamardQuantTensor, HadamardQuantTensor]":
+        """Return two operands of one matrix, of which the first rotates columns and the second rows, with fewer reads of it
+        than two calls of :meth:`from_hp` need.
+
+        They are ``from_hp(x, formats[0], granularities[0], column_rotation=column_rotation, rounding=rounding)`` with ROW or
+        TENSOR, and ``from_hp(x, formats[1], granularities[1], row_rotation=row_rotation, rows=False, columns=True)`` with
+        COLUMN or TENSOR.
+        """
+        flat = lies_flat(x)
+        seed = draw_seed(x.device) if rounding == "stochastic" else None
+        codes, codes_t, *scales = ops.quantize_both(
+            x, column_rotation, formats[0], granularities[0], row_rotation, formats[1], granularities[1], seed, flat
+        )
+        return (
+            cls._of(x, formats[0], granularities[0], codes, None, scales[0], None, column_rotation),
+            cls._of(x, formats[1], granularities[1], None, codes_t, scales[1], row_rotation, flat=flat),
         )
 
     @classmethod

@@ -22,7 +22,7 @@ from halo_tensor.ops.experts import (
     turn_stack,
     turn_stack_,
 )
-from halo_tensor.ops.gradients import quantize_pair, quantize_pairs
+from halo_tensor.ops.gradients import quantize_both, quantize_pair, quantize_pairs
 from halo_tensor.ops.loss import linear_cross_entropy, scale_
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
 from halo_tensor.ops.products import scaled_mm
@@ -40,6 +40,7 @@ __all__ = [
     "grouped_mm",
     "linear_cross_entropy",
     "pack_rows_",
+    "quantize_both",
     "quantize_gated",
     "quantize_gated_grad",
     "quantize_gated_grad_t",

@@ -1,6 +1,7 @@
 """Quantise the gradient of a layer's output for both products of backward.
 
-``quantize_pair`` does it for one gradient, and ``quantize_pairs`` for two at once.
+``quantize_pair`` does it for one gradient, and ``quantize_pairs`` for two at once; ``quantize_both`` for one whose operands
+have different rotations and formats.
 """
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops.quantizers import empty_codes, empty_transpose, flattened
 from halo_tensor.ops.register import fake, op
-from halo_tensor.recipe import Format, Rotation
+from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
+from halo_tensor.reference.noise import uniform
 
 
 @op("quantize_pair")
@@ -101,3 +103,65 @@ def quantize_pairs(
 @fake("quantize_pairs")
 def _(a: Tensor, b: Tensor, format: Format, flat: bool) -> tuple[Tensor, ...]:
     return (*_empty_pair(a, None, format, flat), *_empty_pair(b, None, format, flat))
+
+
+@op("quantize_both")
+def quantize_both(
+    x: Tensor,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    row_rotation: Rotation | None,
+    format_t: Format,
+    granularity_t: Scales,
+    seed: Tensor | None,
+    flat: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise a matrix for two products, one of which rotates its columns and the other its rows. Kernels read it twice.
+
+    Args:
+        x: matrix [r, c].
+        column_rotation, format: of the first operand; c' is the size of its columns afterwards.
+        granularity: of the first operand, ROW or TENSOR.
+        row_rotation, format_t: of the second operand; r' is the size of its rows afterwards.
+        granularity_t: of the second operand, COLUMN or TENSOR.
+        seed: int64 [1], with which the first operand is rounded stochastically (:mod:`halo_tensor.reference.noise`); None to
+            round it to nearest.
+        flat: as of :func:`quantize_pair`.
+
+    Returns:
+        Codes [r, c'] of x R_column, transposed codes [c, r'] of Rᵀ_row x, and their float32 scales.
+    """
+    if runs_kernels(x.device):
+        from halo_tensor.kernels.quantize import plan
+
+        codes, codes_t, scales, scales_t = plan.quantize_both(
+            x, column_rotation, format, granularity.name, row_rotation, format_t, granularity_t.name, seed
+        )
+        return codes, flattened(codes_t) if flat else codes_t, scales, scales_t
+    noise = None if seed is None else uniform(seed, x.shape[0], reference.rotated(x.shape[1], column_rotation))
+    codes, scales = reference.rotate_quantize(x, None, column_rotation, format, granularity, noise=noise)
+    codes_of_rows, scales_t = reference.rotate_quantize(x, row_rotation, None, format_t, granularity_t)
+    codes_t = codes_of_rows.contiguous().t()
+    return codes.contiguous(), flattened(codes_t) if flat else codes_t, scales, scales_t
+
+
+@fake("quantize_both")
+def _(
+    x: Tensor,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: Scales,
+    row_rotation: Rotation | None,
+    format_t: Format,
+    granularity_t: Scales,
+    flat: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (r, c) = x.shape
+    r_out, c_out = reference.rotated(r, row_rotation), reference.rotated(c, column_rotation)
+    return (
+        empty_codes(x, r, c_out, format),
+        empty_transpose(x, c, r_out, format_t, flat),
+        x.new_empty(granularity.shape(r, c_out), dtype=torch.float32),
+        x.new_empty(granularity_t.shape(r_out, c), dtype=torch.float32),
+    )

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.ops.register import fake, op
-from halo_tensor.ops.rotations import rotate
 from halo_tensor.recipe import Format, Rotation, Scales
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned, code_dtype
+from halo_tensor.reference.noise import uniform
 from halo_tensor.reference.packing import pack_rows
 
 
@@ -36,48 +36,26 @@ def rotate_quantize(
         granularity: the layout of the scales, or its name. Only the reference computes scales of blocks.
         fold_rows, fold_columns: float32 [r'] and [c'], which multiply the rotated matrix before it is scaled.
         rows, columns: whether to return the codes, and whether to return their transpose.
-        rounding: "nearest" or "stochastic", which draws from torch's generator of x's device: a GPU's kernels draw a seed,
-            and the reference draws all of the noise.
+        rounding: "nearest" or "stochastic", by a seed that is drawn from torch's generator of x's device.
         gain: float32 [c], powers of two that multiply the columns of x before they are rotated.
         flat: whether to return the transposed codes as their memory, a vector: see :func:`lies_flat`.
 
     Returns:
         Codes [r', c'] or None; their transpose [c', r'] or None; float32 scales. On a GPU, rows of codes begin at multiples of
-        16 bytes. On a CPU the transpose is a view of row-major memory, since products there read either order equally fast;
-        after stochastic rounding it is contiguous.
+        16 bytes. On a CPU the transpose is a view of row-major memory, since products there read either order equally fast.
     """
-    granularity, seed = Scales.of(granularity), None
-    if rounding == "stochastic":
-        if granularity.is_blocked or not runs_kernels(x.device):
-            codes, scales = _round_stochastically(
-                x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, gain
-            )
-            codes_t = flattened(codes.t()) if flat else codes.t().contiguous()
-            return codes.contiguous() if rows else None, codes_t if columns else None, scales
-        seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    granularity = Scales.of(granularity)
+    seed = draw_seed(x.device) if rounding == "stochastic" else None
     codes, codes_t, scales = _rotate_quantize(
         x, row_rotation, column_rotation, format, granularity, fold_rows, fold_columns, rows, columns, seed, gain, flat
     )
     return codes if rows else None, codes_t if columns else None, scales
 
 
-def _round_stochastically(
-    x: Tensor,
-    row_rotation: Rotation | None,
-    column_rotation: Rotation | None,
-    format: Format,
-    granularity: Scales,
-    fold_rows: Tensor | None,
-    fold_columns: Tensor | None,
-    gain: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Quantise by PyTorch's ops, so that a compiler fuses the drawing of noise with its use and never stores the noise."""
-    # In float32, as inside the op: if x were rounded to its own dtype after the rotation, the mean would not be exact.
-    y = x if gain is None else x.to(torch.float32) * gain
-    if row_rotation is not None or column_rotation is not None:
-        y = rotate(y.to(torch.float32), row_rotation, column_rotation)
-    noise = torch.rand(y.shape, dtype=torch.float32, device=y.device)
-    return reference.rotate_quantize(y, None, None, format, granularity, fold_rows, fold_columns, noise)
+def draw_seed(device: torch.device) -> Tensor:
+    """Return int64 [1], with which an op rounds stochastically: one number of torch's generator of the device, without a
+    synchronisation. A CUDA graph draws anew in every replay."""
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 @op("rotate_quantize")
@@ -98,7 +76,7 @@ def _rotate_quantize(
     """Do :func:`rotate_quantize`, with empty matrices instead of None.
 
     Args:
-        seed: int64 [1], with which kernels round stochastically.
+        seed: int64 [1], with which codes are rounded stochastically (:mod:`halo_tensor.reference.noise`).
     """
     rotations = row_rotation, column_rotation
     if runs_kernels(x.device) and not granularity.is_blocked:
@@ -110,8 +88,10 @@ def _rotate_quantize(
         dtype = code_dtype(format)
         codes, codes_t = (scales.new_empty(0, dtype=dtype) if c is None else c for c in (codes, codes_t))
         return codes, flattened(codes_t) if flat and columns else codes_t, scales
-    assert seed is None, "the reference rounds by noise, not by a seed: see _round_stochastically"
-    codes, scales = reference.rotate_quantize(x, *rotations, format, granularity, fold_rows, fold_columns, gain=gain)
+    noise = seed
+    if seed is not None:
+        noise = uniform(seed, reference.rotated(x.shape[0], row_rotation), reference.rotated(x.shape[1], column_rotation))
+    codes, scales = reference.rotate_quantize(x, *rotations, format, granularity, fold_rows, fold_columns, noise, gain)
     codes, nothing = codes.contiguous(), codes.new_empty(0)
     if runs_kernels(x.device):
         codes_t = codes.t().contiguous() if columns else nothing

@@ -9,7 +9,7 @@ import torch
 from halo_tensor.fences.pytorch import current_raw_stream, is_capturing, must_repeat
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.products.steps import as_pair, steps_for
+from halo_tensor.products.steps import as_both, as_pair, steps_for
 from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
@@ -80,6 +80,19 @@ def quantize_operands(
     if pair := as_pair(dims, steps):
         fold_columns, fold_rows = (folds.get(product) for product in products)
         return list(HadamardQuantTensor.pair_from_hp(matrix, pair.format, pair.tokens, fold_columns, fold_rows))
+    if both := as_both(dims, steps):
+        first, second = both
+        assert first.format is not None and second.format is not None
+        return list(
+            HadamardQuantTensor.both_from_hp(
+                matrix,
+                (first.format, second.format),
+                (first.granularity.on(dims), second.granularity.on(dims)),
+                column_rotation=hadamard.carried(first, dims[1], matrix.shape[1]),
+                row_rotation=hadamard.carried(second, dims[0], matrix.shape[0]),
+                rounding=first.rounding,
+            )
+        )
     shared = shared_operands(owner)
     made: dict[str, torch.Tensor] = {}
     for step in steps:

@@ -7,7 +7,7 @@ steps. So one set of rules says what X, W and E are quantised to.
 from dataclasses import replace
 from typing import NamedTuple
 
-from halo_tensor.recipe import PRODUCTS, E, Format, Operand, Recipe, Rotation
+from halo_tensor.recipe import PRODUCTS, TENSOR, E, Format, Operand, Recipe, Rotation, Scales
 
 Dims = tuple[str, str]
 
@@ -44,6 +44,19 @@ class Pair(NamedTuple):
     tokens: Rotation | None
 
 
+class Both(NamedTuple):
+    """Both operands that backward makes of E, of different rotations or formats, from one function that reads E twice.
+
+    Attributes:
+        grad_input: the operand for grad_input. It has one scale, or one per token, and no rotation of tokens.
+        grad_weight: the operand for grad_weight. It has one scale, or one per out_feature, no rotation of out_features, and is
+            rounded to nearest.
+    """
+
+    grad_input: Operand
+    grad_weight: Operand
+
+
 def steps_for(recipe: Recipe, dims: Dims, products: tuple[str, ...], folded: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """Return the quantisations of the matrix over ``dims`` that serve ``products``. Products that want the same operand, with
     nothing folded in, share one.
@@ -69,6 +82,19 @@ def as_pair(dims: Dims, steps: tuple[Step, ...]) -> Pair | None:
     if first.format is None or first.out_features is not None or not alike or first.rounding != "nearest":
         return None
     return Pair(first.format, first.tokens)
+
+
+def as_both(dims: Dims, steps: tuple[Step, ...]) -> Both | None:
+    """Return the operands that two steps make, if one function makes both. :func:`as_pair` has those with folded scales."""
+    if dims != E or [step.products for step in steps] != [("grad_input",), ("grad_weight",)] or any(s.folded for s in steps):
+        return None
+    both = Both(*(step.operand for step in steps))
+    layouts = ((TENSOR, Scales.per(**{dim: 1})) for dim in dims)  # type: ignore[arg-type]
+    if any(o.format is None or o.granularity not in known for o, known in zip(both, layouts, strict=True)):
+        return None
+    if both.grad_input.tokens or both.grad_weight.out_features or both.grad_weight.rounding != "nearest":
+        return None
+    return both
 
 
 def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...]:

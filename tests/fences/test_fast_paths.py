@@ -242,7 +242,7 @@ def whole():
 
 
 def no_lowerings(patch, error):
-    for op in ("rotate_quantize", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate"):
+    for op in ("rotate_quantize", "quantize_both", "quantize_pair", "quantize_pairs", "scaled_mm", "rotate", "unrotate"):
         patch.delitem(lowering.lowerings, getattr(torch.ops.halo, op).default, raising=False)
     patch.setitem(sys.modules, "halo_tensor.compiler.inductor", None)
 

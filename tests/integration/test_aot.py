@@ -54,7 +54,7 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks, tiles, whole_rows  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, tiles, two_operands, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
@@ -114,7 +114,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, blocks
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks
     of_groups = grouped, of_experts, moving, grouped_sm90
     for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
@@ -156,7 +156,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, rotating, epilogue, blocks, of_experts, triton_products):
+    for module in (whole_rows, tiles, two_operands, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     for module in (sm90, grouped_sm90):
         monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
@@ -240,7 +240,7 @@ def instructions(kernel) -> set[str]:
 
 #: Every kernel and product once. The rest is compiled for the H100 alone: it takes long and differs little.
 EVERYWHERE = {
-    "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
+    "rows", "rows, wide", "rows, full width", "many", "columns", "one scale", "tokens, low rank", "stochastic", "both", "pair, rotated", "rotate", "fp8", "fp8, undo right", "int8",
     "rows, gain", "rows, wide, gain", "fp8, gain", "fp8, undo right, gain", "int8, gain", "int8, undo right", "int8, undo right, gain",
     "int8, undo both", "int8, thin", "fp8, undo both", "rows, wide, fp32", "rows, blocks of 256", "pair",
     "rows, few", "rows, few, gain",
@@ -295,6 +295,16 @@ def pair(shape, left, dtype=BF16):
     return request
 
 
+def both(shape, right, left, granularity="tensor", dtype=BF16, noisy=True):
+    def request(empty, format):
+        seed = empty(1, dtype=torch.int64) if noisy else None
+        by = ("row", "column") if granularity == "index" else (granularity,) * 2
+        x = empty(shape, dtype=dtype)
+        quantizer.quantize_both(x, right, format, by[0], left, format, by[1], seed)
+
+    return request
+
+
 H, LOW = Rotation(128), Rotation(16, None, 8)
 #: name -> (request, kernels that it launches)
 QUANTIZE = {
@@ -332,13 +342,21 @@ QUANTIZE = {
     "columns": (quantize((1000, 4096), None, None, "column", folds=True), "amax_tiles cast_tiles transpose_codes"),
     "unit": (quantize((1000, 4096), None, None, "unit"), "cast_tiles transpose_codes"),
     "one scale": (quantize((1000, 4096), None, H, "tensor"), "amax_tiles cast_tiles transpose_codes"),
-    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_tiles cast_tiles"),
-    "tokens, low rank, fp32": (quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False), "amax_tiles cast_tiles"),
+    "tokens, low rank": (quantize((1000, 4096), LOW, None, "tensor", rows=False), "amax_of_operands cast_for_operands"),
+    "tokens, low rank, fp32": (
+        quantize((1000, 4096), LOW, None, "tensor", FP32, rows=False),
+        "amax_of_operands cast_for_operands",
+    ),
+    "tokens, whole": (quantize((1000, 4096), H, None, "column", rows=False), "amax_of_operands cast_for_operands"),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
     "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles transpose_codes"),
     "pair": (pair((1000, 4096), None), "amax_tiles cast_tiles"),
     "pair, rotated": (pair((1000, 4096), H), "amax_tiles cast_tiles"),
+    "both": (both((1000, 4096), Rotation(16), LOW), "amax_of_operands cast_for_operands"),
+    "both, by index": (both((1000, 4096), H, H, "index", noisy=False), "amax_of_operands cast_for_operands"),
+    "both, nearest": (both((1000, 4096), Rotation(16), LOW, noisy=False), "amax_of_operands cast_for_operands"),
+    "both, fp32": (both((1000, 4096), Rotation(16), LOW, dtype=FP32), "amax_of_operands cast_for_operands"),
     "rotate": (lambda empty, format: rotating.rotate(empty(1000, 4096, dtype=BF16), H, None, BF16), "rotate_tiles"),
 }
 

@@ -12,10 +12,12 @@ from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.recipe import FP4_E3M0, FP6_E2M3, FP8_E4M3, INT4, INT8, Rotation
 from halo_tensor.reference import ops as reference
+from halo_tensor.reference.noise import uniform
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import DEVICE, runs_kernels
 from tests.helpers.kernel_checks import DTYPES, FORMAT, LAYOUTS, assert_layout, check, examples, matrix
+from tests.helpers.launches import noted
 from tests.helpers.linear_layers import converted, gradients
 from tests.helpers.projections import project, rounded
 
@@ -144,6 +146,34 @@ def test_the_mean_is_exact(operand, format):
     # Of a fraction f the variance is f(1 − f), 1/6 on average.
     assert off.mean().abs() < 5 * (1 / 6 / off.numel()) ** 0.5
     assert not (codes.double() / step).frac().any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("operand", list(STOCHASTIC))
+def test_the_noise_is_the_references(operand):
+    """The same element gets the same number from the reference and from kernels, which may hold it in a transpose."""
+    left, right, scale, layouts = STOCHASTIC[operand]
+    x, seed = torch.randn(96, 160, device=DEVICE).to(torch.bfloat16), torch.tensor([2**62 + 12345], device=DEVICE)
+    codes, codes_t, _ = quantizer.rotate_quantize(x, left, right, INT4, scale, None, None, *layouts, seed=seed)
+    shape = reference.rotated(96, left), reference.rotated(160, right)
+    expected, _ = reference.rotate_quantize(x, left, right, INT4, scale, noise=uniform(seed, *shape))
+    codes = codes_t.t() if codes is None else codes
+    assert (codes != expected).float().mean() < 1e-3, "sums in another order"
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", [{}, {"grad_output_granularity": "row"}, {"granularity": "row", "rank": None}], ids=str)
+def test_launches_of_a_layer(monkeypatch, options):
+    """Two launches quantise E for both products."""
+    layer = converted(nn.Linear(128, 192).to(DEVICE, torch.bfloat16), hot_config(**options))
+    x, e = (torch.randn(200, width, device=DEVICE).to(torch.bfloat16) for width in (128, 192))
+    names = noted(monkeypatch)
+    y = layer(x.requires_grad_())
+    assert [name.split("_")[0] for name in names] == ["amax", "cast"], "of X"
+    names.clear()
+    y.backward(e)
+    assert [n.split("_")[0] for n in names if n.startswith(("amax", "cast"))] == 2 * ["amax", "cast"], "of W and of E"
+    assert names.count("amax_of_operands") == names.count("cast_for_operands") >= 1 and len(names) == 6
 
 
 @runs_kernels

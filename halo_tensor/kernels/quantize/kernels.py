@@ -329,7 +329,8 @@ def cast_tiles(
     ROWS: codes [ROWS_OUT, COLUMNS_OUT] of the rotated matrix times fold_columns. ROW_SCALE: 2 for a scale per row, 1 for one
     scale, 0 for none.
     COLUMNS: codes_t [K, M] of x times fold_rows. COLUMN_SCALE: 2 for a scale per column, 1 for one scale, 0 for none.
-    NOISY: codes are rounded stochastically, by the int64 at ``seed``, with the same noise in both orders.
+    NOISY: 1 rounds stochastically, by the int64 at ``seed``, with the same noise in both orders; 2 likewise, where x is the
+    transpose of the matrix that is quantised; 0 rounds to nearest.
     """
     one = tl.full((T,), 1.0, tl.float32)
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # in reverse order, because amax_tiles has left the last tiles in L2
@@ -356,7 +357,7 @@ def cast_tiles(
                 y = y * row_inverse[:, None]
                 write_scale(row_scales, unlifted(row_scale, STEP, FOLD_COLUMNS), rows, ROWS_OUT, tile_column, ROW_SCALE)
             if NOISY:
-                q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(noise(seed, rows, out, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
@@ -370,7 +371,7 @@ def cast_tiles(
                 y = y * tl.div_rn(one, scale)[None, :]
                 write_scale(column_scales, unlifted(scale, STEP, FOLD_ROWS), columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
-                q = round_by(noise(seed, rows, tile_column, T, WIDTH), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(noise(seed, rows, columns, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]

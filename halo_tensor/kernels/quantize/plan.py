@@ -11,6 +11,7 @@ import torch
 
 from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.quantize.tiles import quantize_tiles, tile_quantizer
+from halo_tensor.kernels.quantize.two_operands import Side, fits, operands_quantizer
 from halo_tensor.kernels.quantize.whole_rows import LARGEST_ROW, holds_row, quantize_rows
 from halo_tensor.kernels.rotate import TILE, Matrix, fits_tiles, rotate, transposed, whole_blocks
 from halo_tensor.recipe import Format, Rotation
@@ -44,6 +45,12 @@ def rotate_quantize(
     fold_rows, fold_columns, gain = dense(fold_rows), dense(fold_columns), dense(gain)
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
+    plain = all(t is None for t in (fold_rows, fold_columns, gain, seed))
+    if plain and columns and not rows and column_rotation is None and row_rotation and granularity in ("column", "tensor"):
+        second = Side(row_rotation, format, granularity == "column")
+        if fits(x, None, second):
+            _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x)
+            return None, codes_t, scales
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # in float32, since the result may be outside of float16's range
     # Kernels fold along rows where scales lie along columns, and the other way round.
@@ -97,6 +104,36 @@ def quantize_pair(
     return codes, codes_t, row_scales, column_scales
 
 
+def quantize_both(
+    x: torch.Tensor,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: str,
+    row_rotation: Rotation | None,
+    format_t: Format,
+    granularity_t: str,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes of x R_column, transposed codes of Rᵀ_row x, and the scales of both, in two reads of x if tiles hold whole
+    blocks.
+
+    Args:
+        granularity, granularity_t: "row" or "tensor" of the first operand, "column" or "tensor" of the second.
+        seed: int64 [1], with which the first operand is rounded stochastically; None rounds it to nearest.
+    """
+    if x.dtype == torch.float64:
+        x = x.to(torch.float32)
+    first = Side(column_rotation, format, granularity == "row", seed is not None)
+    second = Side(row_rotation, format_t, granularity_t == "column")
+    if fits(x, first, second):
+        codes, codes_t, scales, scales_t = operands_quantizer(x.dtype, x.device, first, second)(x, seed)
+    else:
+        codes, _, scales = rotate_quantize(x, None, column_rotation, format, granularity, None, None, True, False, seed=seed)
+        _, codes_t, scales_t = rotate_quantize(x, row_rotation, None, format_t, granularity_t, None, None, False, True)
+    assert codes is not None and codes_t is not None
+    return codes, codes_t, scales, scales_t
+
+
 def pair_quantizer(
     dtype: torch.dtype,
     device: torch.device,
@@ -113,9 +150,7 @@ def pair_quantizer(
     like = Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
     if dtype == torch.float64 or not _rotates_pair_on_tiles(like, row_rotation):
         return lambda x, *folds: quantize_pair(x, row_rotation, format, *folds)
-    return tile_quantizer(
-        dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, False
-    )
+    return tile_quantizer(dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, 0)
 
 
 def _rotates_pair_on_tiles(x: torch.Tensor | Matrix, row_rotation: Rotation | None) -> bool:
@@ -214,7 +249,7 @@ def _quantize_by_tiles(
     if by_transpose:
         granularity = "row" if granularity == "column" else granularity
         codes_t, _, scales, _ = quantize_tiles(
-            x.t(), None, row_rotation, format, granularity, None, fold_rows, None, True, False, seed
+            x.t(), None, row_rotation, format, granularity, None, fold_rows, None, True, False, seed, True
         )
     elif row_rotation or column_rotation or granularity == "row" or (rows and granularity != "column"):
         codes, _, scales, _ = quantize_tiles(

@@ -86,19 +86,37 @@ def _every_fourth(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def noise(seed, rows, tile, T: tl.constexpr, WIDTH: tl.constexpr):
-    """Return [T, WIDTH] uniform numbers in [0, 1), different ones for every row and tile. Philox gives four at a time."""
-    quad = tl.arange(0, WIDTH // 4)[None, :] + tl.zeros((T, 1), tl.int32)
-    row = rows[:, None] + tl.zeros((1, WIDTH // 4), tl.int32)
-    a, b, c, d = tl.philox(tl.load(seed), quad, row, quad * 0 + tile, quad * 0)
-    bits = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (T, WIDTH))
-    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
+def _mix(x):
+    """Return the hash of uint32 numbers of :mod:`halo_tensor.reference.noise`."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def noise(seed, rows, columns, SWAPPED: tl.constexpr):
+    """Return :func:`halo_tensor.reference.noise.uniform` of the elements at some rows and columns of a matrix.
+
+    SWAPPED: whether rows and columns are those of its transpose.
+    """
+    key = tl.load(seed)
+    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    of_rows = _mix(rows.to(tl.uint32) ^ (high if SWAPPED else low))
+    of_columns = _mix(columns.to(tl.uint32) ^ (low if SWAPPED else high))
+    if SWAPPED:
+        of_rows = _mix(of_rows ^ 0x9E3779B9)
+    else:
+        of_columns = _mix(of_columns ^ 0x9E3779B9)
+    bits = _mix(of_rows[:, None] ^ of_columns[None, :])
+    # The bits of a number in [1, 2), which cost less than a conversion.
+    return ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
 def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
     """Return codes like :func:`round_to_code`, rounded up or down so that the mean is exact."""
-    y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    if MANTISSA != -1:  # of integers, only those that are rounded can be out of range
+        y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     quantum = tl.full(y.shape, 1.0, tl.float32)
     inverse = quantum
     if MANTISSA >= 0:

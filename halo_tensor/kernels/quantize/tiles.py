@@ -35,6 +35,7 @@ def quantize_tiles(
     rows: bool,
     columns: bool,
     seed: torch.Tensor | None = None,
+    swapped: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Return what the function of :func:`tile_quantizer` returns for x [m, k].
 
@@ -42,10 +43,12 @@ def quantize_tiles(
         fold_columns: multiplies the columns of the rotated matrix whose codes are row-major.
         fold_rows: multiplies the rows of x whose codes are transposed.
         seed: int64 [1], with which codes are rounded stochastically.
+        swapped: whether x is the transpose of the matrix that is quantised, whose elements' positions give the noise.
     """
+    noisy = 0 if seed is None else 2 if swapped else 1
     quantize = tile_quantizer(
         x.dtype, x.device, row_rotation, column_rotation, format, row_granularity, column_granularity,
-        fold_columns is not None, fold_rows is not None, rows, columns, seed is not None,
+        fold_columns is not None, fold_rows is not None, rows, columns, noisy,
     )  # fmt: skip
     return quantize(x, fold_columns, fold_rows, seed)
 
@@ -62,7 +65,7 @@ def tile_quantizer(
     folds_rows: bool,
     rows: bool,
     columns: bool,
-    noisy: bool,
+    noisy: int,
 ) -> Callable[..., tuple]:
     """Return a function of a matrix [m, k] that returns its codes, transposed codes, and the scales of both, by two launches.
 
@@ -76,7 +79,7 @@ def tile_quantizer(
         rows: whether to make row-major codes [m', k'].
         columns: whether to make transposed codes [k, m]. If both are made, they must differ: see
             :mod:`halo_tensor.kernels.quantize.kernels`.
-        noisy: whether to round stochastically, which needs a seed.
+        noisy: 0 to round to nearest; 1 to round stochastically, which needs a seed; 2 if moreover the matrix is a transpose.
     """
     amax_pass, cast_pass = plan_tiles(
         dtype, device, row_rotation, column_rotation, format, row_granularity, column_granularity, folds_columns, folds_rows,
@@ -125,7 +128,7 @@ def plan_tiles(
     folds_rows: bool,
     rows: bool,
     columns: bool,
-    noisy: bool,
+    noisy: int,
 ) -> tuple[Planned | None, Planned]:
     """Return the launches of both passes; None for the first if no scale is computed. Arguments: see :func:`tile_quantizer`.
 
@@ -152,7 +155,7 @@ def plan_tiles(
         amax_pass = _plan_pass(kernels.amax_tiles, dtype, device, *rotations, amax_integers, constants)
     constants = flags | {
         "ROWS": rows, "COLUMNS": columns, "ROW_SCALE": measured_rows, "COLUMN_SCALE": measured_columns, "NOISY": noisy,
-        **format_options(format, device, "unit" in (row_granularity, column_granularity), noisy),
+        **format_options(format, device, "unit" in (row_granularity, column_granularity), noisy > 0),
     }  # fmt: skip
     return amax_pass, _plan_pass(kernels.cast_tiles, dtype, device, *rotations, cast_integers, constants)
 
