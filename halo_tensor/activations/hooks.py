@@ -5,15 +5,15 @@ them by (:mod:`halo_tensor.compiler.partition`).
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from halo_tensor.activations.choice import bits_of
-from halo_tensor.activations.packed import Kept, Packed, Pool
+from halo_tensor.activations.choice import bits_of, is_mask, narrow_dtype
+from halo_tensor.activations.packed import Kept, Mask, Narrow, Packed, Pool
 from halo_tensor.fences.pytorch import (
     is_transformed,
     pop_saved_tensors_hooks,
@@ -26,16 +26,18 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 class _State(threading.local):
-    """The blocks and norms whose forwards run in this thread.
+    """The blocks, and the modules of other kinds, whose forwards run in this thread.
 
     Attributes:
         entered: for each block whose forward runs, whether it has pushed hooks.
-        norms: how many norms' forwards run.
+        norms, relus: how many forwards of these kinds run.
+        planes: of each max pooling whose forward runs, the number of positions in an image.
     """
 
     def __init__(self) -> None:
         self.entered: list[bool] = []
-        self.norms = 0
+        self.norms = self.relus = 0
+        self.planes: list[int | None] = []
 
 
 _state = _State()
@@ -47,8 +49,13 @@ class _Hooks:
     def __init__(self, activations: Activations, outer: Any):
         self.activations, self.outer, self.pool = activations, outer, Pool()
 
-    def pack(self, x: torch.Tensor) -> Packed | Kept:
+    def pack(self, x: torch.Tensor) -> Packed | Kept | Mask | Narrow:
         """Return what is saved of ``x``."""
+        if self.activations.whole:
+            if is_mask(x, _state.relus > 0):
+                return Mask(x, self.outer)
+            if dtype := narrow_dtype(x, _state.planes[-1] if _state.planes else None):
+                return Narrow(x, dtype, self.outer)
         bits = bits_of(x, self.activations, _state.norms > 0)
         if bits is None:
             return Kept(x, self.outer)
@@ -56,7 +63,7 @@ class _Hooks:
         return self.pool.pack(x, bits) if self.outer is None else Packed(x, bits, self.outer)
 
     @staticmethod
-    def unpack(saved: Packed | Kept) -> torch.Tensor:
+    def unpack(saved: Packed | Kept | Mask | Narrow) -> torch.Tensor:
         """Return the tensor."""
         return saved.unpack()
 
@@ -104,11 +111,35 @@ def leave_norm(module: nn.Module, args: tuple, output: Any) -> None:
         _state.norms -= 1
 
 
+def enter_relu(module: nn.Module, args: tuple) -> None:
+    """Note that a ReLU runs."""
+    if not is_compiling():
+        _state.relus += 1
+
+
+def leave_relu(module: nn.Module, args: tuple, output: Any) -> None:
+    """Note that a ReLU has run."""
+    if not is_compiling():
+        _state.relus -= 1
+
+
+def enter_pooling(module: nn.Module, args: tuple) -> None:
+    """Note that a max pooling runs."""
+    if not is_compiling():
+        _state.planes.append(args[0].shape[-1] * args[0].shape[-2] if args and args[0].ndim > 1 else None)
+
+
+def leave_pooling(module: nn.Module, args: tuple, output: Any) -> None:
+    """Note that a max pooling has run."""
+    if not is_compiling() and _state.planes:
+        _state.planes.pop()
+
+
 def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) -> list[str]:
     """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before.
 
     A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is
-    in none has the whole model as its block.
+    in none, or whose recipe says so, has the whole model as its block.
 
     Args:
         model: whose modules get hooks.
@@ -122,25 +153,36 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
     blocks: dict[str, Activations] = {}
     for name, activations in layers:
         if activations is not None:
-            blocks.setdefault(block_of(model, name), activations)
+            blocks.setdefault("" if activations.whole else block_of(model, name), activations)
     for name, activations in blocks.items():
         block = model.get_submodule(name)
         block.register_forward_pre_hook(Enter(activations))
         block.register_forward_hook(leave, always_call=True)
-        for norm in filter(_is_norm, block.modules()) if activations.norms != activations.inner else ():
-            if enter_norm not in norm._forward_pre_hooks.values():
-                norm.register_forward_pre_hook(enter_norm)
-                norm.register_forward_hook(leave_norm, always_call=True)
+        for module in block.modules():
+            for enter, leave_it in _hooks_of(module, activations):
+                if enter not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(enter)
+                    module.register_forward_hook(leave_it, always_call=True)
     return list(blocks)
+
+
+def _hooks_of(module: nn.Module, activations: Activations) -> Iterator[tuple[Any, Any]]:
+    """Yield the hooks before and after the forward of a module in a block."""
+    if activations.norms != activations.inner and _is_norm(module):
+        yield enter_norm, leave_norm
+    if activations.whole and type(module) is nn.ReLU:
+        yield enter_relu, leave_relu
+    if activations.whole and type(module) is nn.MaxPool2d:
+        yield enter_pooling, leave_pooling
 
 
 def _forget(module: nn.Module) -> None:
     """Remove the hooks that :func:`watch` has installed."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, Enter) or hook is enter_norm:
+        if isinstance(hook, Enter) or hook in (enter_norm, enter_relu, enter_pooling):
             del module._forward_pre_hooks[key]
     for key, hook in list(module._forward_hooks.items()):
-        if hook in (leave, leave_norm):
+        if hook in (leave, leave_norm, leave_relu, leave_pooling):
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
 

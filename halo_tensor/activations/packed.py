@@ -24,15 +24,47 @@ class Packed:
     def __init__(self, x: torch.Tensor, bits: int, outer: tuple[Hook, Hook] | None = None):
         contiguous, self.order = in_memory_order(x)
         self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
-        pack: Hook = (lambda part: part) if outer is None else outer[0]
-        self.codes, self.scales = map(pack, ops.compress(contiguous, bits))
+        self.codes, self.scales = (_packed_by(outer, part) for part in ops.compress(contiguous, bits))
 
     def unpack(self) -> torch.Tensor:
         """Return the tensor, but for rounding, with the strides that it had if it had no gaps."""
-        unpack: Hook = (lambda part: part) if self.outer is None else self.outer[1]
-        codes, scales = unpack(self.codes), unpack(self.scales)
+        codes, scales = (_unpacked_by(self.outer, part) for part in (self.codes, self.scales))
         x = ops.decompress(codes, scales, self.shape, self.dtype)
         return x if self.order is None else x.permute(inverse(self.order))
+
+
+class Mask:
+    """A tensor of which one bit an element is saved: whether it is not ≤ 0. It comes back as ones and zeros."""
+
+    def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
+        contiguous, self.order = in_memory_order(x)
+        self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
+        self.held = _packed_by(outer, ops.pack_mask(contiguous))
+
+    def unpack(self) -> torch.Tensor:
+        """Return ones and zeros, with the strides that the tensor had if it had no gaps."""
+        x = ops.unpack_mask(_unpacked_by(self.outer, self.held), self.shape, self.dtype)
+        return x if self.order is None else x.permute(inverse(self.order))
+
+
+class Narrow:
+    """Integers that are saved in fewer bits, which hold them all."""
+
+    def __init__(self, x: torch.Tensor, dtype: torch.dtype, outer: tuple[Hook, Hook] | None = None):
+        self.dtype, self.outer = x.dtype, outer
+        self.held = _packed_by(outer, x.to(dtype))
+
+    def unpack(self) -> torch.Tensor:
+        """Return the integers."""
+        return _unpacked_by(self.outer, self.held).to(self.dtype)
+
+
+def _packed_by(outer: tuple[Hook, Hook] | None, x: torch.Tensor) -> Any:
+    return x if outer is None else outer[0](x)
+
+
+def _unpacked_by(outer: tuple[Hook, Hook] | None, held: Any) -> torch.Tensor:
+    return held if outer is None else outer[1](held)
 
 
 class Kept:

@@ -83,19 +83,19 @@ class Chosen:
         bits: of an element.
         order: see :func:`~halo_tensor.activations.layout.memory_order`.
         first: the one whose codes it shares, since both are views of the same memory; itself if it has its own.
-        codes, scales: of the own ones, forward's nodes and then backward's placeholders.
-        flat, made: the fake values of the contiguous tensor, and of codes and scales.
+        parts: the own codes and scales, or the own mask: forward's nodes and then backward's placeholders.
+        flat, made: the fake values of the contiguous tensor, and of the parts.
     """
 
-    codes: fx.Node
-    scales: fx.Node
+    parts: list[fx.Node]
 
     def __init__(self, node: fx.Node, bits: int, first: "Chosen | None"):
         value = node.meta["val"]
         self.node, self.bits, self.first = node, bits, first or self
         self.order = memory_order(value.shape, value.stride())
         self.flat = value.contiguous() if self.order is None else value.permute(self.order)
-        self.made = _halo.compress.default(self.flat, bits)
+        self.is_mask = bits == 1
+        self.made = (_halo.pack_mask.default(self.flat),) if self.is_mask else _halo.compress.default(self.flat, bits)
 
 
 def choose(forward: fx.Graph, backward: fx.Graph, results: int, static: set[int], activations: Activations) -> list[Chosen]:
@@ -154,20 +154,26 @@ def _compress_in_forward(graph: fx.Graph, results: int, chosen: list[Chosen]) ->
             continue
         with graph.inserting_after(placeholders[-1] if one.node.op == "placeholder" else one.node):
             flat = _contiguous(graph, one)
-        with graph.inserting_after(flat):
-            made = _call(graph, _halo.compress.default, (flat, one.bits), one.made)
-        with graph.inserting_after(made):
-            one.codes = graph.call_function(getitem, (made, 0))
-        with graph.inserting_after(one.codes):
-            one.scales = graph.call_function(getitem, (made, 1))
+        one.parts = _made(graph, one, flat)
         checked = {key: one.node.meta[key] for key in ("saved_tensor_with_no_vc_check",) if key in one.node.meta}
-        for node, value in zip((one.codes, one.scales), one.made, strict=True):
+        for node, value in zip(one.parts, one.made, strict=True):
             node.meta |= {"val": value} | checked
-        replaced[one.node] = one.codes, one.scales
+        replaced[one.node] = tuple(one.parts)
     outputs: Any = output.args[0]
     saved = [new for old in outputs[results:] for new in replaced.get(old, (old,))]
     output.args = ([*outputs[:results], *saved],)
     _describe(output, results, len(saved))
+
+
+def _made(graph: fx.Graph, one: Chosen, flat: fx.Node) -> list[fx.Node]:
+    """Add the op that compresses a contiguous tensor, and return the nodes of its results."""
+    with graph.inserting_after(flat):
+        if one.is_mask:
+            return [_call(graph, _halo.pack_mask.default, (flat,), one.made[0])]
+        made = _call(graph, _halo.compress.default, (flat, one.bits), one.made)
+    with graph.inserting_after(made):
+        scales = graph.call_function(getitem, (made, 1))
+        return [graph.call_function(getitem, (made, 0)), scales]
 
 
 def _contiguous(graph: fx.Graph, one: Chosen) -> fx.Node:
@@ -196,16 +202,16 @@ def _decompress_in_backward(graph: fx.Graph, chosen: list[Chosen]) -> None:
     for one in chosen:
         if one.first is one:
             with graph.inserting_before(inputs[one.node.name]):
-                names = [f"{one.node.name}_{part}" for part in ("codes", "scales")]
-                one.codes, one.scales = (graph.placeholder(name) for name in names)
-            for node, value in zip((one.codes, one.scales), one.made, strict=True):
+                names = ("mask",) if one.is_mask else ("codes", "scales")
+                one.parts = [graph.placeholder(f"{one.node.name}_{name}") for name in names]
+            for node, value in zip(one.parts, one.made, strict=True):
                 node.meta["val"] = value
     order = {node: i for i, node in enumerate(graph.nodes)}
     for one in chosen:
         old, value = inputs[one.node.name], one.node.meta["val"]
         with graph.inserting_before(min(old.users, key=order.__getitem__)):
-            args = (one.first.codes, one.first.scales, [*one.flat.shape], value.dtype)
-            new = _call(graph, _halo.decompress.default, args, one.flat)
+            undo = _halo.unpack_mask.default if one.is_mask else _halo.decompress.default
+            new = _call(graph, undo, (*one.first.parts, [*one.flat.shape], value.dtype), one.flat)
             if one.order is not None and one.order != sorted(one.order):
                 new = _call(graph, _aten.permute.default, (new, inverse(one.order)), value)
         old.replace_all_uses_with(new)

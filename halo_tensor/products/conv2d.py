@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
 from halo_tensor.products.linear import product_dtype, refuse_tracing
@@ -147,6 +148,8 @@ def conv2d(
         RuntimeError: inside of ``torch.jit.trace``.
     """
     refuse_tracing()
+    if recipe.activations is not None and (partition := loaded_partition()) is not None:
+        partition.request(recipe.activations)
     dtype = product_dtype("conv2d", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())

@@ -16,6 +16,8 @@ class Activations(Constant):
         inner: tensors between two layers of an MLP, such as the gate and up of SwiGLU and the input of GELU.
         norms: inputs of norms, which are mostly the residual stream.
         attention: q, k, v and the result of attention.
+        whole: the same in the whole model, and not only in the blocks that contain converted layers. Of a ReLU only the sign of
+            its result is saved, and so are masks: one bit an element. Positions that a max pooling saves take 16 or 32 bits.
 
     Raises:
         ValueError: bits other than 8, 6 and 4.
@@ -24,6 +26,7 @@ class Activations(Constant):
     inner: int | None = 8
     norms: int | None = 8
     attention: int | None = 8
+    whole: bool = False
 
     def __post_init__(self) -> None:
         for name in ("inner", "norms", "attention"):
@@ -32,4 +35,10 @@ class Activations(Constant):
 
 
 #: The choices of a config, by name: what each loses is in docs/memory.md.
-ACTIVATIONS: dict[str, Activations | None] = {"plain": None, "int8": Activations(), "int6": Activations(6, 4, 8)}
+ACTIVATIONS: dict[str, Activations | None] = {
+    "plain": None,
+    "int8": Activations(),
+    "int6": Activations(6, 4, 8),
+    "all": Activations(whole=True),
+    "all-int4": Activations(4, 4, 4, whole=True),
+}
