@@ -9,7 +9,8 @@ from halo_tensor.recipe import Activations
 
 #: A smaller tensor is saved as it is: to compress it costs more time than its memory is worth.
 FEWEST_ELEMENTS = 2**13
-#: A matrix with shorter rows, or an image of fewer pixels, holds statistics, one for each token, on which all elements of a row depend.
+#: A matrix with shorter rows, or images of fewer pixels, hold statistics, one for each token, on which all elements of a row
+#: depend.
 SHORTEST_ROW = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Functions of autograd through which a tensor is followed to the one that made its values.
@@ -23,7 +24,8 @@ _PASSED = {
 #: Functions whose results are saved as they are. Probabilities and logits span decades, which a uniform grid cannot hold
 #: (docs/memory.md); parameters are alive in any case.
 _AS_THEY_ARE = {
-    "AccumulateGrad", "SoftmaxBackward0", "SafeSoftmaxBackward0", "LogSoftmaxBackward0", "ExpBackward0", "LogBackward0", "LogsumexpBackward0",
+    "AccumulateGrad", "SafeSoftmaxBackward0", "SoftmaxBackward0",
+    "LogSoftmaxBackward0", "ExpBackward0", "LogBackward0", "LogsumexpBackward0",
     "MmBackward0", "AddmmBackward0", "BmmBackward0", "BaddbmmBackward0",
 }  # fmt: skip
 
@@ -37,16 +39,19 @@ def has_size(x: torch.Tensor) -> bool:
     return x.ndim == 4 and min(x.shape[-2:]) > 1 and x.shape[-1] * x.shape[-2] >= SHORTEST_ROW
 
 
-def is_mask(x: torch.Tensor, in_relu: bool) -> bool:
-    """Whether one bit says all that backward needs of an element.
+def is_mask(x: torch.Tensor, in_relu: bool, activations: Activations) -> bool:
+    """Whether one bit is saved of each element, since it says all that backward needs.
 
     Args:
         x: what autograd saves.
         in_relu: whether an ``nn.ReLU`` saves it.
+        activations: the bits of each kind of tensor.
     """
     if is_traceable_wrapper_subclass(x) or x.numel() < FEWEST_ELEMENTS:
         return False
-    return x.dtype == torch.bool or (in_relu and x.dtype in DTYPES and x.grad_fn is not None)
+    if x.dtype == torch.bool:
+        return activations.whole
+    return in_relu and activations.inner is not None and x.dtype in DTYPES and x.grad_fn is not None
 
 
 def narrow_dtype(x: torch.Tensor, plane: int | None) -> torch.dtype | None:
@@ -75,6 +80,11 @@ def bits_of(x: torch.Tensor, activations: Activations, in_norm: bool) -> int | N
     if _source(x.grad_fn) in _AS_THEY_ARE:
         return None
     return activations.norms if in_norm else activations.attention if _has_heads(x) else activations.inner
+
+
+def is_rectified(x: torch.Tensor) -> bool:
+    """Whether a ReLU made the values of a tensor."""
+    return x.grad_fn is not None and _source(x.grad_fn) == "ReluBackward0"
 
 
 def _has_heads(x: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from halo_tensor.activations.choice import bits_of, is_mask, narrow_dtype
+from halo_tensor.activations.choice import bits_of, is_mask, is_rectified, narrow_dtype
 from halo_tensor.activations.packed import Kept, Mask, Narrow, Packed, Pool
 from halo_tensor.fences.pytorch import (
     is_transformed,
@@ -51,16 +51,17 @@ class _Hooks:
 
     def pack(self, x: torch.Tensor) -> Packed | Kept | Mask | Narrow:
         """Return what is saved of ``x``."""
-        if self.activations.whole:
-            if is_mask(x, _state.relus > 0):
-                return Mask(x, self.outer)
-            if dtype := narrow_dtype(x, _state.planes[-1] if _state.planes else None):
-                return Narrow(x, dtype, self.outer)
+        plane = _state.planes[-1] if _state.planes else None
+        if is_mask(x, _state.relus > 0, self.activations):
+            return Mask(x, self.outer)
+        if dtype := narrow_dtype(x, plane):
+            return Narrow(x, dtype, self.outer)
         bits = bits_of(x, self.activations, _state.norms > 0)
         if bits is None:
             return Kept(x, self.outer)
+        rectified = plane is None and is_rectified(x)  # max pooling does not read the values of its input
         # Hooks around ours may match the tensors of two runs, so they are given every one.
-        return self.pool.pack(x, bits) if self.outer is None else Packed(x, bits, self.outer)
+        return self.pool.pack(x, bits, rectified) if self.outer is None else Packed(x, bits, self.outer, rectified)
 
     @staticmethod
     def unpack(saved: Packed | Kept | Mask | Narrow) -> torch.Tensor:
@@ -170,7 +171,7 @@ def _hooks_of(module: nn.Module, activations: Activations) -> Iterator[tuple[Any
     """Yield the hooks before and after the forward of a module in a block."""
     if activations.norms != activations.inner and _is_norm(module):
         yield enter_norm, leave_norm
-    if activations.whole and type(module) is nn.ReLU:
+    if type(module) is nn.ReLU:
         yield enter_relu, leave_relu
     if activations.whole and type(module) is nn.MaxPool2d:
         yield enter_pooling, leave_pooling

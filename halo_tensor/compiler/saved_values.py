@@ -51,16 +51,39 @@ def is_dynamic(node: fx.Node) -> bool:
     return not all(isinstance(n, int) for n in (*value.shape, *value.stride()))
 
 
-def is_mask(node: fx.Node, reader: fx.Node) -> bool:
+def is_mask(node: fx.Node, reader: fx.Node, activations: Activations) -> bool:
     """Whether one bit says all that backward reads of an element: it is a bool, or the result of a ReLU that is only compared
     with zero."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or is_dynamic(node):
         return False
     if value.dtype == torch.bool:
-        return value.numel() >= choice.FEWEST_ELEMENTS
-    compared = all(user.target is _aten.le.Scalar and user.args[1] == 0 for user in _users(reader))
-    return has_size(value) and root_of(node).target is _aten.relu.default and compared
+        return activations.whole and value.numel() >= choice.FEWEST_ELEMENTS
+    if activations.inner is None or not (has_size(value) and is_rectified(node)):
+        return False
+    return all(user.target is _aten.le.Scalar and user.args[1] == 0 for user in _users(reader))
+
+
+def is_rectified(node: fx.Node) -> bool:
+    """Whether a value was made by a ReLU, and perhaps cast."""
+    node = root_of(node)
+    while node.target in _CASTS:
+        node = root_of(node.args[0])  # type: ignore[arg-type]
+    return node.target is _aten.relu.default
+
+
+def is_compared(node: fx.Node) -> bool:
+    """Whether a node compares the result of a ReLU with zero, as the backward of ReLU does."""
+    return node.target is _aten.le.Scalar and node.args[1] == 0 and is_rectified(node.args[0])  # type: ignore[arg-type]
+
+
+def is_operand(node: fx.Node) -> bool:
+    """Whether a node is a result of an op of this library that reads a computed value: codes of X, or scales. What is made of
+    inputs of the graph alone are codes of weights."""
+    made = node.args[0] if node.target is getitem else None
+    if not isinstance(made, fx.Node) or not is_ours(made) or not isinstance(made.args[0], fx.Node):
+        return False
+    return root_of(made.args[0]).op != "placeholder"
 
 
 def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | None:
@@ -71,7 +94,7 @@ def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | N
         reader: the placeholder of it, in backward.
         activations: the bits of each kind of value.
     """
-    if activations.whole and is_mask(node, reader):
+    if is_mask(node, reader, activations):
         return 1
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or is_dynamic(node) or not has_size(value):
@@ -86,7 +109,9 @@ def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | N
         return activations.attention
     if maker.op == "placeholder":
         return None if any(map(_reads_weight, (*_users(maker), *_users(reader)))) else activations.norms
-    if not (maker.target in _MADE_BY or _is_plain_forward(maker)) or any(source.target in _OF_SOFTMAX for source in _sources(maker)):
+    if maker.target not in _MADE_BY and not _is_plain_forward(maker):
+        return None
+    if any(source.target in _OF_SOFTMAX for source in _sources(maker)):
         return None
     is_stream = maker.target in (_aten.add.Tensor, _aten.embedding.default, _aten.convolution.default)
     return activations.norms if is_stream else activations.inner

@@ -3,9 +3,9 @@ products.
 
 A convolution is a linear layer whose tokens are output positions and whose in_features are the C·k·k elements of a window.
 A 1×1 convolution is exactly that. A larger one must not save its windows, which hold each element of X up to k² times. So X
-itself, [B·H·W, C], is compressed and saved, and backward decompresses it. The grad_weight product of a larger convolution takes
-all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again in its windows would save
-nothing.
+itself, [B·H·W, C], is compressed and saved, and backward decompresses it. The grad_weight product of a larger convolution
+takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again in its windows
+would save nothing.
 
 Nor are there ever the windows of a whole batch. Backward goes through chunks of images. Each chunk is a layer of its own, with
 its own scales: one for each operand of a chunk, where the recipe says one for each operand.
@@ -24,7 +24,6 @@ from halo_tensor.products.backward import backward_of_rounding, multiply_backwar
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import Operand, Product, Recipe, X
-
 
 #: The most elements of windows that exist at a time, unless one image has more: 128 MiB in bfloat16.
 LARGEST = 2**26

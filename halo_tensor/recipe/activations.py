@@ -10,14 +10,14 @@ BITS = (8, 6, 4)
 @dataclass(frozen=True)
 class Activations(Constant):
     """The bits of an element of what is saved between converted layers, in rotated blocks of 128 elements; None saves a tensor
-    as it is.
+    as it is. Of a ReLU, one bit an element is saved: whether its result is zero.
 
     Attributes:
         inner: tensors between two layers of an MLP, such as the gate and up of SwiGLU and the input of GELU.
         norms: inputs of norms, which are mostly the residual stream.
         attention: q, k, v and the result of attention.
-        whole: the same in the whole model, and not only in the blocks that contain converted layers. Of a ReLU only the sign of
-            its result is saved, and so are masks: one bit an element. Positions that a max pooling saves take 16 or 32 bits.
+        whole: whether the whole model is treated so, and not only the blocks that contain converted layers. Masks are then
+            saved in one bit an element, and the positions that a max pooling saves in 16 or 32 bits.
 
     Raises:
         ValueError: bits other than 8, 6 and 4.
