@@ -30,8 +30,8 @@ RECIPES = {
 }
 NOTES = (
     "Accuracy on images that were not trained on, in %, mean of the seeds. LQS: the scales of E in grad_input are chosen for "
-    "each layer on four training batches. all, all-int4: activations= of the config. Saved: by a forward of one batch, in all, "
-    "of high precision's bytes. All in float32, eager code."
+    "each layer on four training batches. all, all-int4: activations= of the config. Saved: by a forward of one batch, of the "
+    "bytes in high precision. All in float32, eager code."
 )
 
 

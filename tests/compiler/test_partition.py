@@ -7,7 +7,7 @@ from torch import nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, hot_config, quantize_
 from halo_tensor.activations import choice
 from halo_tensor.analysis.saved_memory import storages
 from halo_tensor.compiler import partition
@@ -184,3 +184,47 @@ def test_dynamic_shapes():
     with pytest.warns(UserWarning, match="a graph with dynamic shapes was compiled, and activations .* saved as they are"):
         _, saved = step(model, f)
     assert sum(t.is_floating_point() for t in saved) >= 6
+
+
+class Images(nn.Module):
+    """Convolutions behind ReLUs, one of whose results is read by something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1), nn.Linear(64, 64)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)) + x)
+        x = F.relu(self.b(x) * x).flatten(2).mT
+        return F.gelu(self.c(x))
+
+
+def images(activations, compile):
+    """(the gradients as one vector, the saved tensors)"""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Images()
+    options = {"grad_input_bits": 8, "granularity": "row", "grad_output_granularity": "row", "rounding": "nearest"}
+    quantize_(model, hot_config(None, **options, activations=activations))
+    x = torch.randn(4, 64, 7, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = (compiled(model) if compile else model)(x)
+    y.square().sum().backward()
+    held = {storage.data_ptr() for p in [x, *model.parameters()] for storage in storages(p)}
+    found = [t for t in saved if t.untyped_storage().data_ptr() not in held and t.numel() >= 2**9]
+    return torch.cat([p.grad.flatten() for p in [x, *model.parameters()]]), found
+
+
+def test_images_and_relus():
+    """Zeros of ReLUs stay zeros; what a plain forward of a converted layer makes is compressed, images of 7×7 too."""
+    exact, plain = images("plain", True)
+    assert any(t.is_floating_point() for t in plain)
+    for activations, most in (("all", 2e-4), ("all-int4", 3e-2)):
+        gradient, saved = images(activations, True)
+        assert 1e-7 < distance(gradient, exact) < most
+        assert not any(t.is_floating_point() or t.dtype == torch.bool for t in saved)
+        assert sum(t.dtype == torch.uint8 for t in saved) == 2, "a mask for each ReLU"
+        eager, _ = images(activations, False)
+        assert distance(gradient, eager) < 0.5 * most
