@@ -20,10 +20,9 @@ from torch import fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils.checkpoint import CheckpointPolicy
 
 from halo_tensor.activations.layout import inverse, memory_order
-from halo_tensor.compiler.saved_values import bits_of, is_compared, is_dynamic, is_operand, is_rectified, root_of
+from halo_tensor.compiler.saved_values import bits_of, is_dynamic, is_rectified, root_of
 from halo_tensor.fences.fast_paths import SAVED, disabled
 from halo_tensor.fences.pytorch import tracing_context
 from halo_tensor.recipe import Activations
@@ -58,8 +57,6 @@ class _Partitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         partition = self.inner or min_cut_rematerialization_partition
         activations = getattr(tracing_context(), _NAME, None)
-        if activations is not None:
-            SAVED.attempt(_save_exactly, gm.graph)
         forward, backward = partition(gm, joint_inputs, **kwargs)
         if activations is not None:
             static = set(kwargs.get("static_lifetime_input_indices") or ())
@@ -76,14 +73,6 @@ class _Partitioner(CustomPartitionerFn):
         """Return the part of the key of cached graphs; None if the partitioner inside has none."""
         inner = "" if self.inner is None else self.inner.uuid()
         return None if inner is None else ("halo_tensor", fingerprint(), *disabled(), inner)
-
-
-def _save_exactly(graph: fx.Graph) -> None:
-    """Let the partitioner save the comparisons of ReLUs and the codes of X. Computed again in backward, they would be those of
-    rounded values, which may lie on the other side of zero."""
-    for node in graph.nodes:
-        if is_compared(node) or is_operand(node):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class Chosen:

@@ -72,20 +72,6 @@ def is_rectified(node: fx.Node) -> bool:
     return node.target is _aten.relu.default
 
 
-def is_compared(node: fx.Node) -> bool:
-    """Whether a node compares the result of a ReLU with zero, as the backward of ReLU does."""
-    return node.target is _aten.le.Scalar and node.args[1] == 0 and is_rectified(node.args[0])  # type: ignore[arg-type]
-
-
-def is_operand(node: fx.Node) -> bool:
-    """Whether a node is a result of an op of this library that reads a computed value: codes of X, or scales. What is made of
-    inputs of the graph alone are codes of weights."""
-    made = node.args[0] if node.target is getitem else None
-    if not isinstance(made, fx.Node) or not is_ours(made) or not isinstance(made.args[0], fx.Node):
-        return False
-    return root_of(made.args[0]).op != "placeholder"
-
-
 def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | None:
     """Return the bits in which an element of a saved value is kept; None to save it as it is.
 

@@ -218,13 +218,34 @@ def images(activations, compile):
 
 
 def test_images_and_relus():
-    """Zeros of ReLUs stay zeros; what a plain forward of a converted layer makes is compressed, images of 7×7 too."""
+    """What a plain forward of a converted layer makes is compressed, images of 7×7 and results of ReLUs too. The partitioner may
+    compute ReLUs again from what was rounded, so their zeros move a little, and not so in eager code."""
     exact, plain = images("plain", True)
     assert any(t.is_floating_point() for t in plain)
-    for activations, most in (("all", 2e-4), ("all-int4", 3e-2)):
+    for activations, most in (("all", 1e-3), ("all-int4", 3e-2)):
         gradient, saved = images(activations, True)
-        assert 1e-7 < distance(gradient, exact) < most
-        assert not any(t.is_floating_point() or t.dtype == torch.bool for t in saved)
-        assert sum(t.dtype == torch.uint8 for t in saved) == 2, "a mask for each ReLU"
+        assert 1e-6 < distance(gradient, exact) < most
+        assert len(saved) >= 3 and not any(t.is_floating_point() or t.dtype == torch.bool for t in saved)
         eager, _ = images(activations, False)
-        assert distance(gradient, eager) < 0.5 * most
+        assert distance(eager, exact) < 0.3 * most and distance(gradient, eager) < most
+
+
+class Rectified(nn.Module):
+    """A ReLU of which backward reads the values, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.body(x).relu()
+        return y.sin() * y
+
+
+def test_a_relu_that_others_read():
+    """A mask is saved beside the codes, so that zeros come back as zeros."""
+    exact, _ = step(*[model := make(Rectified)], compiled(model))
+    torch._dynamo.reset()
+    gradient, saved = step(*[model := make(Rectified, "int8")], compiled(model))
+    assert 1e-7 < distance(gradient, exact) < 1e-4
+    assert [t.dtype for t in saved if t.dtype == torch.uint8] == [torch.uint8]
