@@ -5,15 +5,15 @@ them by (:mod:`halo_tensor.compiler.partition`).
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from halo_tensor.activations.choice import bits_of
-from halo_tensor.activations.packed import Kept, Packed, Pool
+from halo_tensor.activations.choice import bits_of, is_mask, is_rectified, narrow_dtype
+from halo_tensor.activations.packed import Kept, Mask, Narrow, Packed, Pool
 from halo_tensor.fences.pytorch import (
     hook_forward,
     is_transformed,
@@ -24,22 +24,24 @@ from halo_tensor.fences.pytorch import (
 )
 from halo_tensor.recipe import Activations
 
-#: The keys of the hooks of blocks and of norms.
-_BLOCK, _NORM = "halo_tensor.block", "halo_tensor.norm"
+#: The keys of the hooks of blocks, norms, ReLUs and max-poolings.
+_KEYS = _BLOCK, _NORM, _RELU, _POOLING = tuple(f"halo_tensor.{kind}" for kind in ("block", "norm", "relu", "pooling"))
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 class _State(threading.local):
-    """The blocks and norms whose forwards run in this thread.
+    """The blocks, and the modules of other kinds, whose forwards run in this thread.
 
     Attributes:
         entered: for each block whose forward runs, whether it has pushed hooks.
-        norms: how many norms' forwards run.
+        norms, relus: how many forwards of these kinds run.
+        planes: of each max pooling whose forward runs, the number of positions in an image.
     """
 
     def __init__(self) -> None:
         self.entered: list[bool] = []
-        self.norms = 0
+        self.norms = self.relus = 0
+        self.planes: list[int | None] = []
 
 
 _state = _State()
@@ -51,16 +53,22 @@ class _Hooks:
     def __init__(self, activations: Activations, outer: Any):
         self.activations, self.outer, self.pool = activations, outer, Pool()
 
-    def pack(self, x: torch.Tensor) -> Packed | Kept:
+    def pack(self, x: torch.Tensor) -> Packed | Kept | Mask | Narrow:
         """Return what is saved of ``x``."""
+        plane = _state.planes[-1] if _state.planes else None
+        if is_mask(x, _state.relus > 0, self.activations):
+            return Mask(x, self.outer)
+        if dtype := narrow_dtype(x, plane):
+            return Narrow(x, dtype, self.outer)
         bits = bits_of(x, self.activations, _state.norms > 0)
         if bits is None:
             return Kept(x, self.outer)
+        rectified = plane is None and is_rectified(x)  # max pooling does not read the values of its input
         # Hooks around ours may match the tensors of two runs, so they are given every one.
-        return self.pool.pack(x, bits) if self.outer is None else Packed(x, bits, self.outer)
+        return self.pool.pack(x, bits, rectified) if self.outer is None else Packed(x, bits, self.outer, rectified)
 
     @staticmethod
-    def unpack(saved: Packed | Kept) -> torch.Tensor:
+    def unpack(saved: Packed | Kept | Mask | Narrow) -> torch.Tensor:
         """Return the tensor."""
         return saved.unpack()
 
@@ -108,11 +116,35 @@ def leave_norm(module: nn.Module, args: tuple, output: Any) -> None:
         _state.norms -= 1
 
 
+def enter_relu(module: nn.Module, args: tuple) -> None:
+    """Note that a ReLU runs."""
+    if not is_compiling():
+        _state.relus += 1
+
+
+def leave_relu(module: nn.Module, args: tuple, output: Any) -> None:
+    """Note that a ReLU has run."""
+    if not is_compiling():
+        _state.relus -= 1
+
+
+def enter_pooling(module: nn.Module, args: tuple) -> None:
+    """Note that a max pooling runs."""
+    if not is_compiling():
+        _state.planes.append(args[0].shape[-1] * args[0].shape[-2] if args and args[0].ndim > 1 else None)
+
+
+def leave_pooling(module: nn.Module, args: tuple, output: Any) -> None:
+    """Note that a max pooling has run."""
+    if not is_compiling() and _state.planes:
+        _state.planes.pop()
+
+
 def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) -> list[str]:
     """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before.
 
     A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is
-    in none has the whole model as its block.
+    in none, or whose recipe says so, has the whole model as its block.
 
     Args:
         model: whose modules get hooks.
@@ -122,18 +154,29 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
         The names of the blocks.
     """
     for module in model.modules():
-        unhook_forward(module, _BLOCK)
-        unhook_forward(module, _NORM)
+        for key in _KEYS:
+            unhook_forward(module, key)
     blocks: dict[str, Activations] = {}
     for name, activations in layers:
         if activations is not None:
-            blocks.setdefault(block_of(model, name), activations)
+            blocks.setdefault("" if activations.whole else block_of(model, name), activations)
     for name, activations in blocks.items():
         block = model.get_submodule(name)
         hook_forward(block, _BLOCK, Enter(activations), leave)
-        for norm in filter(_is_norm, block.modules()) if activations.norms != activations.inner else ():
-            hook_forward(norm, _NORM, enter_norm, leave_norm)
+        for module in block.modules():
+            for key, enter, leave_it in _hooks_of(module, activations):
+                hook_forward(module, key, enter, leave_it)
     return list(blocks)
+
+
+def _hooks_of(module: nn.Module, activations: Activations) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the keys of hooks, and the hooks before and after the forward of a module in a block."""
+    if activations.norms != activations.inner and _is_norm(module):
+        yield _NORM, enter_norm, leave_norm
+    if type(module) is nn.ReLU:
+        yield _RELU, enter_relu, leave_relu
+    if activations.whole and type(module) is nn.MaxPool2d:
+        yield _POOLING, enter_pooling, leave_pooling
 
 
 def block_of(model: nn.Module, layer: str) -> str:

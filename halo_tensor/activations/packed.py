@@ -16,23 +16,66 @@ Hook = Callable[[Any], Any]
 class Packed:
     """A tensor that is saved as codes.
 
+    Args:
+        x: the tensor.
+        bits: of a code.
+        outer: the hooks on saved tensors around ours, pack and unpack, or None.
+        rectified: whether a ReLU made it. Backward then asks which elements are zero, and rounded codes do not say that. So a
+            mask is saved, too, and zeros come back as zeros, other elements as positive numbers.
+
     Attributes:
         codes, scales: what :func:`halo_tensor.ops.compress` returned, after ``outer`` has packed them.
-        outer: the hooks on saved tensors around ours, pack and unpack, or None.
+        mask: that of a rectified tensor, or None.
     """
 
-    def __init__(self, x: torch.Tensor, bits: int, outer: tuple[Hook, Hook] | None = None):
+    def __init__(self, x: torch.Tensor, bits: int, outer: tuple[Hook, Hook] | None = None, rectified: bool = False):
         contiguous, self.order = in_memory_order(x)
         self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
-        pack: Hook = (lambda part: part) if outer is None else outer[0]
-        self.codes, self.scales = map(pack, ops.compress(contiguous, bits))
+        self.codes, self.scales = (_packed_by(outer, part) for part in ops.compress(contiguous, bits))
+        self.mask = _packed_by(outer, ops.pack_mask(contiguous)) if rectified else None
 
     def unpack(self) -> torch.Tensor:
         """Return the tensor, but for rounding, with the strides that it had if it had no gaps."""
-        unpack: Hook = (lambda part: part) if self.outer is None else self.outer[1]
-        codes, scales = unpack(self.codes), unpack(self.scales)
+        codes, scales = (_unpacked_by(self.outer, part) for part in (self.codes, self.scales))
         x = ops.decompress(codes, scales, self.shape, self.dtype)
+        if self.mask is not None:
+            positive = ops.unpack_mask(_unpacked_by(self.outer, self.mask), self.shape, torch.bool)
+            x = torch.where(positive, x.clamp_min(torch.finfo(x.dtype).tiny), 0)
         return x if self.order is None else x.permute(inverse(self.order))
+
+
+class Mask:
+    """A tensor of which one bit an element is saved: whether it is not ≤ 0. It comes back as ones and zeros."""
+
+    def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
+        contiguous, self.order = in_memory_order(x)
+        self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
+        self.held = _packed_by(outer, ops.pack_mask(contiguous))
+
+    def unpack(self) -> torch.Tensor:
+        """Return ones and zeros, with the strides that the tensor had if it had no gaps."""
+        x = ops.unpack_mask(_unpacked_by(self.outer, self.held), self.shape, self.dtype)
+        return x if self.order is None else x.permute(inverse(self.order))
+
+
+class Narrow:
+    """Integers that are saved in fewer bits, which hold them all."""
+
+    def __init__(self, x: torch.Tensor, dtype: torch.dtype, outer: tuple[Hook, Hook] | None = None):
+        self.dtype, self.outer = x.dtype, outer
+        self.held = _packed_by(outer, x.to(dtype))
+
+    def unpack(self) -> torch.Tensor:
+        """Return the integers."""
+        return _unpacked_by(self.outer, self.held).to(self.dtype)
+
+
+def _packed_by(outer: tuple[Hook, Hook] | None, x: torch.Tensor) -> Any:
+    return x if outer is None else outer[0](x)
+
+
+def _unpacked_by(outer: tuple[Hook, Hook] | None, held: Any) -> torch.Tensor:
+    return held if outer is None else outer[1](held)
 
 
 class Kept:
@@ -67,12 +110,12 @@ class Pool:
         #: tensor -> its version, bits, and a weak reference to its codes
         self._packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def pack(self, x: torch.Tensor, bits: int) -> Packed:
+    def pack(self, x: torch.Tensor, bits: int, rectified: bool = False) -> Packed:
         """Return ``x`` as codes."""
-        state = x._version, bits
+        state = x._version, bits, rectified
         seen, found = self._packed.get(x, (None, lambda: None))
         packed = found()
         if packed is None or seen != state:
-            packed = Packed(x, bits)
+            packed = Packed(x, bits, rectified=rectified)
             self._packed[x] = state, ref(packed)
         return packed

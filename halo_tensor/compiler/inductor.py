@@ -107,7 +107,8 @@ _IMPORTS = (
     "import triton.language as tl",
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
     "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
-    "import halo_tensor.kernels.quantize.blocks, halo_tensor.kernels.quantize.two_operands",
+    "import halo_tensor.kernels.quantize.blocks, halo_tensor.kernels.quantize.masks",
+    "import halo_tensor.kernels.quantize.two_operands",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -213,6 +214,8 @@ _LOWERED = (
     "turn_stack",
     "compress",
     "decompress",
+    "pack_mask",
+    "unpack_mask",
 )
 for _name in _LOWERED:
     _lower(_name, _PRODUCED.get(_name, 0))

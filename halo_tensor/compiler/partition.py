@@ -22,7 +22,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from halo_tensor.activations.layout import inverse, memory_order
-from halo_tensor.compiler.saved_values import bits_of, is_dynamic, root_of
+from halo_tensor.compiler.saved_values import bits_of, is_dynamic, is_rectified, root_of
 from halo_tensor.fences.fast_paths import SAVED, disabled
 from halo_tensor.fences.pytorch import tracing_context
 from halo_tensor.recipe import Activations
@@ -56,8 +56,8 @@ class _Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         partition = self.inner or min_cut_rematerialization_partition
-        forward, backward = partition(gm, joint_inputs, **kwargs)
         activations = getattr(tracing_context(), _NAME, None)
+        forward, backward = partition(gm, joint_inputs, **kwargs)
         if activations is not None:
             static = set(kwargs.get("static_lifetime_input_indices") or ())
             chosen = SAVED.attempt(choose, forward.graph, backward.graph, kwargs["num_fwd_outputs"], static, activations)
@@ -83,19 +83,28 @@ class Chosen:
         bits: of an element.
         order: see :func:`~halo_tensor.activations.layout.memory_order`.
         first: the one whose codes it shares, since both are views of the same memory; itself if it has its own.
-        codes, scales: of the own ones, forward's nodes and then backward's placeholders.
-        flat, made: the fake values of the contiguous tensor, and of codes and scales.
+        is_mask, rectified: whether only a mask is saved; whether one is saved beside codes, since a ReLU made the value.
+        parts: the own codes and scales, and the own mask: forward's nodes and then backward's placeholders.
+        flat, made: the fake values of the contiguous tensor, and of the parts.
     """
 
-    codes: fx.Node
-    scales: fx.Node
+    parts: list[fx.Node]
 
     def __init__(self, node: fx.Node, bits: int, first: "Chosen | None"):
         value = node.meta["val"]
         self.node, self.bits, self.first = node, bits, first or self
         self.order = memory_order(value.shape, value.stride())
         self.flat = value.contiguous() if self.order is None else value.permute(self.order)
-        self.made = _halo.compress.default(self.flat, bits)
+        self.is_mask = bits == 1
+        self.rectified = not self.is_mask and is_rectified(node)
+        self.made: tuple[torch.Tensor, ...] = () if self.is_mask else _halo.compress.default(self.flat, bits)
+        if self.is_mask or self.rectified:
+            self.made = (*self.made, _halo.pack_mask.default(self.flat))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        return ("mask",) if self.is_mask else ("codes", "scales") + ("mask",) * self.rectified
 
 
 def choose(forward: fx.Graph, backward: fx.Graph, results: int, static: set[int], activations: Activations) -> list[Chosen]:
@@ -154,20 +163,31 @@ def _compress_in_forward(graph: fx.Graph, results: int, chosen: list[Chosen]) ->
             continue
         with graph.inserting_after(placeholders[-1] if one.node.op == "placeholder" else one.node):
             flat = _contiguous(graph, one)
-        with graph.inserting_after(flat):
-            made = _call(graph, _halo.compress.default, (flat, one.bits), one.made)
-        with graph.inserting_after(made):
-            one.codes = graph.call_function(getitem, (made, 0))
-        with graph.inserting_after(one.codes):
-            one.scales = graph.call_function(getitem, (made, 1))
+        one.parts = _made(graph, one, flat)
         checked = {key: one.node.meta[key] for key in ("saved_tensor_with_no_vc_check",) if key in one.node.meta}
-        for node, value in zip((one.codes, one.scales), one.made, strict=True):
+        for node, value in zip(one.parts, one.made, strict=True):
             node.meta |= {"val": value} | checked
-        replaced[one.node] = one.codes, one.scales
+        replaced[one.node] = tuple(one.parts)
     outputs: Any = output.args[0]
     saved = [new for old in outputs[results:] for new in replaced.get(old, (old,))]
     output.args = ([*outputs[:results], *saved],)
     _describe(output, results, len(saved))
+
+
+def _made(graph: fx.Graph, one: Chosen, flat: fx.Node) -> list[fx.Node]:
+    """Add the ops that compress a contiguous tensor, and return the nodes of their results."""
+    at, parts = flat, []
+    if not one.is_mask:
+        with graph.inserting_after(at):
+            at = made = _call(graph, _halo.compress.default, (flat, one.bits), one.made[:2])
+        for i in range(2):
+            with graph.inserting_after(at):
+                at = graph.call_function(getitem, (made, i))
+            parts.append(at)
+    if one.is_mask or one.rectified:
+        with graph.inserting_after(at):
+            parts.append(_call(graph, _halo.pack_mask.default, (flat,), one.made[-1]))
+    return parts
 
 
 def _contiguous(graph: fx.Graph, one: Chosen) -> fx.Node:
@@ -196,17 +216,30 @@ def _decompress_in_backward(graph: fx.Graph, chosen: list[Chosen]) -> None:
     for one in chosen:
         if one.first is one:
             with graph.inserting_before(inputs[one.node.name]):
-                names = [f"{one.node.name}_{part}" for part in ("codes", "scales")]
-                one.codes, one.scales = (graph.placeholder(name) for name in names)
-            for node, value in zip((one.codes, one.scales), one.made, strict=True):
+                one.parts = [graph.placeholder(f"{one.node.name}_{name}") for name in one.names]
+            for node, value in zip(one.parts, one.made, strict=True):
                 node.meta["val"] = value
     order = {node: i for i, node in enumerate(graph.nodes)}
     for one in chosen:
         old, value = inputs[one.node.name], one.node.meta["val"]
         with graph.inserting_before(min(old.users, key=order.__getitem__)):
-            args = (one.first.codes, one.first.scales, [*one.flat.shape], value.dtype)
-            new = _call(graph, _halo.decompress.default, args, one.flat)
+            new = _undone(graph, one)
             if one.order is not None and one.order != sorted(one.order):
                 new = _call(graph, _aten.permute.default, (new, inverse(one.order)), value)
         old.replace_all_uses_with(new)
         graph.erase_node(old)
+
+
+def _undone(graph: fx.Graph, one: Chosen) -> fx.Node:
+    """Return the node of the contiguous tensor that was compressed. What a ReLU made has its zeros, and no others."""
+    parts, shape, dtype = one.first.parts, [*one.flat.shape], one.flat.dtype
+    if one.is_mask:
+        return _call(graph, _halo.unpack_mask.default, (parts[0], shape, dtype), one.flat)
+    new = _call(graph, _halo.decompress.default, (*parts[:2], shape, dtype), one.flat)
+    if not one.rectified:
+        return new
+    mask = _call(graph, _halo.unpack_mask.default, (parts[2], shape, torch.bool), one.flat > 0)
+    positive = _call(graph, _aten.clamp_min.default, (new, torch.finfo(dtype).tiny), one.flat)
+    zero = _call(graph, _aten.full.default, ([], 0), one.flat.new_zeros(()))
+    zero.kwargs = {"dtype": dtype, "device": one.flat.device}
+    return _call(graph, _aten.where.self, (mask, positive, zero), one.flat)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from halo_tensor.activations import choice
 from halo_tensor.activations.choice import has_size
 from halo_tensor.recipe import Activations
 
@@ -50,14 +51,37 @@ def is_dynamic(node: fx.Node) -> bool:
     return not all(isinstance(n, int) for n in (*value.shape, *value.stride()))
 
 
+def is_mask(node: fx.Node, reader: fx.Node, activations: Activations) -> bool:
+    """Whether one bit says all that backward reads of an element: it is a bool, or the result of a ReLU that is only compared
+    with zero."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or is_dynamic(node):
+        return False
+    if value.dtype == torch.bool:
+        return activations.whole and value.numel() >= choice.FEWEST_ELEMENTS
+    if activations.inner is None or not (has_size(value) and is_rectified(node)):
+        return False
+    return all(user.target is _aten.le.Scalar and user.args[1] == 0 for user in _users(reader))
+
+
+def is_rectified(node: fx.Node) -> bool:
+    """Whether a value was made by a ReLU, and perhaps cast."""
+    node = root_of(node)
+    while node.target in _CASTS:
+        node = root_of(node.args[0])  # type: ignore[arg-type]
+    return node.target is _aten.relu.default
+
+
 def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | None:
-    """Return the bits in which a saved value is kept; None to save it as it is.
+    """Return the bits in which an element of a saved value is kept; None to save it as it is.
 
     Args:
         node: the value, in forward.
         reader: the placeholder of it, in backward.
         activations: the bits of each kind of value.
     """
+    if is_mask(node, reader, activations):
+        return 1
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or is_dynamic(node) or not has_size(value):
         return None
@@ -71,7 +95,9 @@ def bits_of(node: fx.Node, reader: fx.Node, activations: Activations) -> int | N
         return activations.attention
     if maker.op == "placeholder":
         return None if any(map(_reads_weight, (*_users(maker), *_users(reader)))) else activations.norms
-    if maker.target not in _MADE_BY or any(source.target in _OF_SOFTMAX for source in _sources(maker)):
+    if maker.target not in _MADE_BY and not _is_plain_forward(maker):
+        return None
+    if any(source.target in _OF_SOFTMAX for source in _sources(maker)):
         return None
     is_stream = maker.target in (_aten.add.Tensor, _aten.embedding.default, _aten.convolution.default)
     return activations.norms if is_stream else activations.inner
@@ -82,6 +108,19 @@ def _reads_weight(node: fx.Node) -> bool:
     no codes. Compilers know parameters of modules, but not those that are arguments of a function."""
     is_quantised = node.target is torch.ops.halo.rotate_quantize.default and tuple(node.args[7:9]) == (True, False)
     return node.target in _PRODUCTS or is_quantised
+
+
+def _is_plain_forward(node: fx.Node) -> bool:
+    """Whether a node is the output of a converted layer whose forward is plain: the same X is quantised for grad_weight."""
+    if node.target not in (_aten.mm.default, _aten.addmm.default):
+        return False
+    x = root_of(node.args[-2])  # type: ignore[arg-type]
+    return any(is_ours(user) for user in _users(x))
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node is an op of this library. What else reads X of a layer in high precision makes an operand of it."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "halo"
 
 
 def _of_attention(node: fx.Node) -> int | None:

@@ -39,7 +39,8 @@ class LinearConfig(AOBaseConfig):
             saves codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales them, need True.
         activations: how tensors between converted layers are saved for backward: "plain", as they are; "int8", in rotated
             blocks of 128 integers of 8 bits; "int6", with 6 bits between the layers of an MLP, 4 for inputs of norms and 8
-            for attention. None leaves the choice to ``memory``.
+            for attention; "all", in 8 bits in the whole model and not only in its blocks of layers, and masks in one bit;
+            "all-int4", the same with 4 bits, which is less than HOT's own error. None leaves the choice to ``memory``.
         adapters: whether PEFT's adapters are converted too, whatever their rank.
 
     Raises:

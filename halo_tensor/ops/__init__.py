@@ -5,7 +5,7 @@ A compiler sees each as one node. Kernels run on a GPU (:mod:`halo_tensor.kernel
 mechanism.
 """
 
-from halo_tensor.ops.blocks import compress, decompress
+from halo_tensor.ops.blocks import compress, decompress, pack_mask, unpack_mask
 from halo_tensor.ops.collectives import gather_tokens
 from halo_tensor.ops.experts import (
     combine,
@@ -39,6 +39,7 @@ __all__ = [
     "grouped_grad",
     "grouped_mm",
     "linear_cross_entropy",
+    "pack_mask",
     "pack_rows_",
     "quantize_both",
     "quantize_gated",
@@ -57,6 +58,7 @@ __all__ = [
     "turn_codes",
     "turn_stack",
     "turn_stack_",
+    "unpack_mask",
     "unpack_rows",
     "unrotate",
 ]

@@ -1,4 +1,5 @@
-"""Save activations in rotated blocks of integers: ``compress`` and ``decompress``."""
+"""Save activations in rotated blocks of integers: ``compress`` and ``decompress``; masks in bits: ``pack_mask`` and
+``unpack_mask``."""
 
 from collections.abc import Sequence
 
@@ -40,3 +41,33 @@ def decompress(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch
 @fake("decompress")
 def _(codes: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
+
+
+@op("pack_mask")
+def pack_mask(x: Tensor) -> Tensor:
+    """Return :func:`halo_tensor.reference.blocks.pack_mask` of a contiguous ``x``."""
+    if runs_kernels(x.device):
+        from halo_tensor.kernels.quantize import masks
+
+        return masks.pack_mask(x)
+    return reference.pack_mask(x)
+
+
+@fake("pack_mask")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty([(x.numel() + 7) // 8], dtype=torch.uint8)
+
+
+@op("unpack_mask")
+def unpack_mask(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return :func:`halo_tensor.reference.blocks.unpack_mask` of ``bits``, contiguous."""
+    if runs_kernels(bits.device):
+        from halo_tensor.kernels.quantize import masks
+
+        return masks.unpack_mask(bits, tuple(shape), dtype)
+    return reference.unpack_mask(bits, torch.Size(shape), dtype)
+
+
+@fake("unpack_mask")
+def _(bits: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return bits.new_empty(shape, dtype=dtype)

@@ -3,22 +3,30 @@ products.
 
 A convolution is a linear layer whose tokens are output positions and whose in_features are the C·k·k elements of a window.
 A 1×1 convolution is exactly that. A larger one must not save its windows, which hold each element of X up to k² times. So X
-itself, [B·H·W, C], is compressed and saved, and backward decompresses and unfolds it. The grad_weight product of a larger
-convolution takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again after
-it was unfolded would save nothing.
+itself, [B·H·W, C], is compressed and saved, and backward decompresses it. The grad_weight product of a larger convolution
+takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again in its windows
+would save nothing.
+
+Nor are there ever the windows of a whole batch. Backward goes through chunks of images. Each chunk is a layer of its own, with
+its own scales: one for each operand of a chunk, where the recipe says one for each operand.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import Operand, Product, Recipe, X
+
+#: The most elements of windows that exist at a time, unless one image has more: 128 MiB in bfloat16.
+LARGEST = 2**26
 
 
 class Geometry(NamedTuple):
@@ -31,6 +39,11 @@ class Geometry(NamedTuple):
     groups: int
 
     @property
+    def span(self) -> tuple[int, ...]:
+        """The edges of a window, which dilation spreads."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
     def is_pointwise(self) -> bool:
         """Whether a window is one position."""
         return self.kernel == (1, 1)
@@ -41,21 +54,42 @@ class Geometry(NamedTuple):
         return self.is_pointwise and self.stride == (1, 1) and self.padding == (0, 0)
 
     def windows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [B, C, H, W] as [B·H'·W', C·k·k], with a row for each output position."""
+        """Return x [B, C, H, W] as [B·H'·W', k·k·C], with a row for each output position."""
         if self.is_identity:
             return positions(x)
-        columns = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+        (up, left), x = self.padding, x.permute(0, 2, 3, 1)
+        x = F.pad(x, (0, 0, left, left, up, up)) if up or left else x
+        for dim in (0, 1):
+            x = x.unfold(1 + dim, self.span[dim], self.stride[dim])
+        x = x[..., :: self.dilation[0], :: self.dilation[1]].permute(0, 1, 2, 4, 5, 3)
+        return x.reshape(x.shape[:3].numel(), x.shape[3:].numel())
 
     def fold(self, windows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return the transpose of :meth:`windows`: an x of ``shape``, each element of which is the sum of its occurrences."""
-        batch, size = shape[0], tuple(shape[2:])
-        if batch == 0:
-            return windows.new_zeros(shape)
+        batch, channels, *size = shape
         if self.is_identity:
-            return windows.view(batch, *size, -1).permute(0, 3, 1, 2)
-        columns = windows.view(batch, -1, windows.shape[1]).transpose(1, 2)
-        return F.fold(columns, size, self.kernel, self.dilation, self.padding, self.stride)
+            return windows.view(batch, *size, channels).permute(0, 3, 1, 2)
+        (up, left), places = self.padding, self.places(shape)
+        padded = [n + 2 * p for n, p in zip(size, self.padding, strict=True)]
+        x = windows.new_zeros((batch, *padded, channels), dtype=torch.float32)
+        parts = windows.view(batch, *places, *self.kernel, channels)
+        for i, j in product(*map(range, self.kernel)):
+            starts = i * self.dilation[0], j * self.dilation[1]
+            rows, columns = (
+                slice(start, start + s * (n - 1) + 1, s) for start, s, n in zip(starts, self.stride, places, strict=True)
+            )
+            x[:, rows, columns] += parts[:, :, :, i, j]
+        return x[:, up : up + size[0], left : left + size[1]].permute(0, 3, 1, 2).to(windows.dtype)
+
+    def places(self, shape: torch.Size) -> list[int]:
+        """Return H', W' of the output of an x of ``shape``."""
+        sizes = zip(shape[2:], self.padding, self.span, self.stride, strict=True)
+        return [(n + 2 * p - span) // s + 1 for n, p, span, s in sizes]
+
+    def chunk(self, shape: torch.Size) -> int:
+        """Return how many images of an x of ``shape`` are unfolded at a time."""
+        rows, columns = self.places(shape)
+        return max(1, LARGEST // max(1, rows * columns * self.kernel[0] * self.kernel[1] * shape[1]))
 
 
 def positions(x: torch.Tensor) -> torch.Tensor:
@@ -113,18 +147,60 @@ class _Conv2d(torch.autograd.Function):
         grads_w: list = []
         for i, (e, w) in enumerate(zip(grad_output.chunk(geometry.groups, 1), weight.chunk(geometry.groups), strict=True)):
             x = xs[i] if xs else None
-            if x is not None and not geometry.is_pointwise:
-                x = x.dequantize() if isinstance(x, HadamardQuantTensor) else x
-                windows = geometry.windows(x.view(x_shape[0], *x_shape[2:], x_shape[1]).permute(0, 3, 1, 2))
-                (x,) = quantize_operands(windows, X, recipe, ["grad_weight"])
-            w = w.flatten(1) if ctx.wants_x else None
-            grad_x, grad_w = multiply_backward(recipe, positions(e), x, w, ctx.x_dtype, weight.dtype)
-            grads_x.append(None if grad_x is None else geometry.fold(grad_x, x_shape))
+            w = positions(w).view(len(w), -1) if ctx.wants_x else None
+            if geometry.is_pointwise:
+                grad_x, grad_w = multiply_backward(recipe, positions(e), x, w, ctx.x_dtype, weight.dtype)
+                grad_x = None if grad_x is None else geometry.fold(grad_x, x_shape)
+            else:
+                grad_x, grad_w = _by_chunks(recipe, geometry, e, x, w, x_shape, ctx.x_dtype)
+            grads_x.append(grad_x)
             grads_w.append(grad_w)
         grad_x = torch.cat(grads_x, 1) if ctx.wants_x else None
-        grad_w = torch.cat(grads_w).view_as(weight) if xs else None
+        grad_w = torch.cat(grads_w).view(len(weight), *geometry.kernel, -1).permute(0, 3, 1, 2) if xs else None
+        grad_w = None if grad_w is None else grad_w.to(weight.dtype)
         grad_bias = grad_output.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None, None, None, None
+
+
+def _by_chunks(
+    recipe: Recipe,
+    geometry: Geometry,
+    e: torch.Tensor,
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    x_shape: torch.Size,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of X and W of a group of channels, of whose X few images are unfolded at a time.
+
+    Args:
+        recipe: what the operands carry.
+        geometry: of the convolution.
+        e: E [B, N, H', W'].
+        x: X as it was saved, [B·H·W, C]; None to leave grad_weight out.
+        w: W [N, k·k·C]; None to leave grad_input out.
+        x_shape: [B, C, H, W].
+        dtype: of the gradient of X.
+
+    Returns:
+        E_X [B, C, H, W], and G [N, k·k·C] in float32; None for a product that is left out.
+    """
+    size = geometry.chunk(x_shape)
+    grads_x: list = []
+    grad_w = None
+    if x is not None:
+        x = x.dequantize() if isinstance(x, HadamardQuantTensor) else x
+        x = x.view(x_shape[0], *x_shape[2:], x_shape[1]).permute(0, 3, 1, 2)
+    for start in range(0, max(x_shape[0], 1), size):
+        part, operand = e[start : start + size], None
+        if x is not None:
+            (operand,) = quantize_operands(geometry.windows(x[start : start + size]), X, recipe, ["grad_weight"])
+        grad_x, more = multiply_backward(recipe, positions(part), operand, w, dtype, torch.float32)
+        if grad_x is not None:
+            grads_x.append(geometry.fold(grad_x, torch.Size((len(part), *x_shape[1:]))))
+        if more is not None:
+            grad_w = more if grad_w is None else grad_w + more
+    return (torch.cat(grads_x) if grads_x else None), grad_w
 
 
 def conv2d(
@@ -147,6 +223,8 @@ def conv2d(
         RuntimeError: inside of ``torch.jit.trace``.
     """
     refuse_tracing()
+    if recipe.activations is not None and (partition := loaded_partition()) is not None:
+        partition.request(recipe.activations)
     dtype = product_dtype("conv2d", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())

@@ -1,4 +1,5 @@
-"""Integers of 8, 6 or 4 bits in rotated blocks of 128 elements, as which activations are saved between layers.
+"""Integers of 8, 6 or 4 bits in rotated blocks of 128 elements, as which activations are saved between layers; and masks of
+one bit an element.
 
 A block is 128 elements that lie next to each other in memory. It is rotated by D·H, random signs and a Hadamard matrix, and
 divided by its scale, its largest magnitude over the largest code. The scale is a bfloat16, rounded up, so that no code
@@ -84,3 +85,23 @@ def _unpacked(codes: torch.Tensor, bits: int) -> torch.Tensor:
     a, b, c = (part.to(torch.int32) & 255 for part in codes.chunk(3, 1))
     word = a | b << 8 | c << 16
     return torch.cat([(word << 26 - shift >> 26).to(torch.int8) for shift in (0, 6, 12, 18)], 1)
+
+
+def pack_mask(x: torch.Tensor) -> torch.Tensor:
+    """Return which elements of ``x`` are not ≤ 0, one bit each. NaN counts as not ≤ 0, as the backward of ReLU counts it.
+
+    Args:
+        x: contiguous, of any shape, bool or floating.
+
+    Returns:
+        uint8 [⌈elements / 8⌉]. Bit i of byte j is element 8j + i. The bits behind the last element are zero.
+    """
+    set_bits = x.reshape(-1) if x.dtype == torch.bool else ~(x.reshape(-1) <= 0)
+    rows = torch.nn.functional.pad(set_bits.to(torch.uint8), (0, -x.numel() % 8)).view(-1, 8)
+    return (rows << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(bits: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bits that :func:`pack_mask` made of a tensor of ``shape``, as ones and zeros of ``dtype``."""
+    ones = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    return ones.view(-1)[: shape.numel()].view(shape).to(dtype)

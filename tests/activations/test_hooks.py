@@ -32,9 +32,9 @@ def log(monkeypatch):
     """What is packed: (shape, bits, the function that made it)."""
     seen, pack = [], packed.Packed.__init__
 
-    def record(self, x, bits, outer=None):
+    def record(self, x, bits, *options, **named):
         seen.append((tuple(x.shape), bits, x.grad_fn.name()))
-        pack(self, x, bits, outer)
+        pack(self, x, bits, *options, **named)
 
     monkeypatch.setattr(packed.Packed, "__init__", record)
     return seen

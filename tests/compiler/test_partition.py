@@ -3,16 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, hot_config, quantize_
 from halo_tensor.activations import choice
 from halo_tensor.analysis.saved_memory import storages
 from halo_tensor.compiler import partition
 from halo_tensor.fences.fast_paths import SAVED
 from halo_tensor.fences.pytorch import partition_only
+from halo_tensor.recipe import Activations
 
 WIDTH, INNER, TOKENS = 128, 256, 64
 
@@ -184,3 +186,70 @@ def test_dynamic_shapes():
     with pytest.warns(UserWarning, match="a graph with dynamic shapes was compiled, and activations .* saved as they are"):
         _, saved = step(model, f)
     assert sum(t.is_floating_point() for t in saved) >= 6
+
+
+class Images(nn.Module):
+    """Convolutions behind ReLUs, one of whose results is read by something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1), nn.Linear(64, 64)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)) + x)
+        x = F.relu(self.b(x) * x).flatten(2).mT
+        return F.gelu(self.c(x))
+
+
+def images(activations, compile):
+    """(the gradients as one vector, the saved tensors)"""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Images()
+    options = {"grad_input_bits": 8, "granularity": "row", "grad_output_granularity": "row", "rounding": "nearest"}
+    quantize_(model, hot_config(None, **options, activations=activations))
+    x = torch.randn(4, 64, 7, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = (compiled(model) if compile else model)(x)
+    y.square().sum().backward()
+    held = {storage.data_ptr() for p in [x, *model.parameters()] for storage in storages(p)}
+    found = [t for t in saved if t.untyped_storage().data_ptr() not in held and t.numel() >= 2**9]
+    return torch.cat([p.grad.flatten() for p in [x, *model.parameters()]]), found
+
+
+def test_images_and_relus():
+    """What a plain forward of a converted layer makes is compressed, images of 7×7 and results of ReLUs too. The partitioner may
+    compute ReLUs again from what was rounded, so their zeros move a little, and not so in eager code."""
+    exact, plain = images("plain", True)
+    assert any(t.is_floating_point() for t in plain)
+    for activations, most in (("all", 1e-3), ("all-int4", 3e-2)):
+        gradient, saved = images(activations, True)
+        assert 1e-6 < distance(gradient, exact) < most
+        assert len(saved) >= 3 and not any(t.is_floating_point() or t.dtype == torch.bool for t in saved)
+        eager, _ = images(activations, False)
+        assert distance(eager, exact) < 0.3 * most and distance(gradient, eager) < most
+
+
+def test_a_relu_that_others_read():
+    """A mask is saved beside the codes, so that zeros come back as zeros, and other elements positive."""
+    with FakeTensorMode():
+        value = torch.empty(64, 128)
+    forward, backward = fx.Graph(), fx.Graph()
+    x = forward.placeholder("x")
+    made = forward.call_function(torch.ops.aten.relu.default, (x,))
+    forward.output([x, made])
+    read = backward.placeholder(made.name)
+    smaller = backward.call_function(torch.ops.aten.le.Scalar, (read, 0))
+    backward.output([smaller, backward.call_function(torch.ops.aten.sin.default, (read,))])
+    for node in (x, made, read):
+        node.meta["val"] = value
+    chosen = partition.choose(forward, backward, 1, set(), Activations())
+    assert [one.names for one in chosen] == [("codes", "scales", "mask")]
+    partition._compress_in_forward(forward, 1, chosen)
+    partition._decompress_in_backward(backward, chosen)
+    numbers = torch.randn(64, 128)
+    _, *saved = fx.GraphModule({}, forward)(numbers)
+    is_zero, sine = fx.GraphModule({}, backward)(*saved)
+    assert torch.equal(is_zero, numbers <= 0) and 0 < (sine - numbers.relu().sin()).abs().max() < 0.05

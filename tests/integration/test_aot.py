@@ -54,7 +54,7 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks, tiles, two_operands, whole_rows  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, masks, tiles, two_operands, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
@@ -114,7 +114,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks, masks
     of_groups = grouped, of_experts, moving, grouped_sm90
     for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
@@ -504,6 +504,18 @@ def test_activations_in_blocks(launched, capability, bits, dtype):
     check_fit(kernels, capability)
     check_registers(kernels, capability, "blocks")
     assert all(map(instructions, kernels)), "they run on matrix units"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, torch.bool], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_masks(launched, capability, dtype):
+    def request(empty):
+        x = empty(8192, 4096, dtype=dtype)
+        masks.unpack_mask(masks.pack_mask(x), x.shape, dtype)
+
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["pack_mask_kernel", "unpack_mask_kernel"]
+    check_fit(kernels, capability)
 
 
 @pytest.mark.parametrize("capability", GPUS)

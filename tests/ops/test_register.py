@@ -39,6 +39,8 @@ NAMES = [
     "turn_stack_",
     "compress",
     "decompress",
+    "pack_mask",
+    "unpack_mask",
     "linear_cross_entropy",
     "scale_",
 ]
@@ -81,6 +83,8 @@ halo::turn_stack(Tensor codes) -> Tensor
 halo::turn_stack_(Tensor codes, Tensor(a!) turned) -> ()
 halo::compress(Tensor x, SymInt bits) -> (Tensor, Tensor)
 halo::decompress(Tensor codes, Tensor scales, SymInt[] shape, ScalarType dtype) -> Tensor
+halo::pack_mask(Tensor x) -> Tensor
+halo::unpack_mask(Tensor bits, SymInt[] shape, ScalarType dtype) -> Tensor
 halo::linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? codes, Tensor? scales, Tensor? undo_gain, Tensor? bias, Tensor targets, Tensor weights, int[] rotation, str forward, str backward, ScalarType dtype, float[] objective, SymInt ignore_index, SymInt chunk, SymInt scratch, bool wants_hidden, bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)
 halo::scale_(Tensor(a!) x, Tensor factor) -> ()""",
     )

@@ -65,3 +65,18 @@ def test_packed_codes_are_what_they_were():
         most = blocks.largest(bits)
         codes = torch.randint(-most, most + 1, (40, 128), dtype=torch.int8)
         assert torch.equal(blocks._unpacked(blocks._packed(codes, bits), bits), codes)
+
+
+@given(st.integers(0, 40), st.integers(0, 99))
+def test_masks(count, seed):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(seed)).relu()
+    bits = blocks.pack_mask(x)
+    assert bits.numel() == (count + 7) // 8 and bits.dtype == torch.uint8
+    assert sum(int(b).bit_count() for b in bits) == (x > 0).sum()
+    assert torch.equal(blocks.unpack_mask(bits, x.shape, torch.float32), (x > 0).float())
+    assert torch.equal(blocks.pack_mask(x > 0), bits)
+
+
+def test_nan_is_in_the_mask():
+    """As in the backward of ReLU, which lets the gradient of NaN through."""
+    assert blocks.pack_mask(torch.tensor([float("nan"), -1.0, 0.0, 2.0])).tolist() == [0b1001]
