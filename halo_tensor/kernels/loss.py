@@ -20,12 +20,15 @@ from halo_tensor.kernels.quantize.rounding import maximum, round_to_code
 from halo_tensor.recipe import FP8_E4M3
 from halo_tensor.reference.loss import Objective
 
+Tiles = tuple[tuple[int, int, int], tuple[int, int, int]]
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: The most logits of a row that a program holds at a time, and its warps.
 ROW, ROW_WARPS = 4096, 4
 #: Tiles of the passes over a gradient: tokens, columns, warps. A program takes one tile: those that went through several, one
-#: after the other, waited for memory (docs/notes/head.md).
-MAGNITUDES, CODES, DENSE = (128, 64, 4), (64, 128, 4), (16, 128, 4)
+#: after the other, waited for memory (docs/notes/head.md). The second of two is for objectives and sizes that need more
+#: registers: other than a plain cross-entropy, or numbers of columns that are no multiple of 16.
+MAGNITUDES, CODES = ((128, 64, 4), (64, 128, 8)), ((64, 128, 4), (64, 64, 4))
+DENSE = ((16, 128, 4),) * 2
 
 
 @triton.jit
@@ -200,7 +203,7 @@ def quantize_gradient(
     m, n = logits.shape
     find, write = _plan_codes(logits.dtype, logits.device, objective, summed)
     magnitudes = targets.new_zeros(n, dtype=torch.int32)
-    sums = factors.new_empty(cdiv(m, MAGNITUDES[0]), n) if summed else None
+    sums = factors.new_empty(cdiv(m, _tile(MAGNITUDES, objective, n)[0]), n) if summed else None
     find((m, n, first, logits.stride(0)), logits, targets, factors, magnitudes, sums)
     codes_t, scales = code_matrix(logits, n, m, FP8_E4M3), factors.new_empty(n)
     numbers = m, n, first, logits.stride(0), codes.stride(0), codes_t.stride(0)
@@ -251,12 +254,20 @@ def _plan_dense(dtype: torch.dtype, out: torch.dtype, device: torch.device, obje
     return _plan_tiles(gradient_dense, DENSE, objective, {})
 
 
-def _plan_tiles(kernel: Any, tile: tuple[int, int, int], objective: Objective, options: dict[str, Any]) -> Planned:
-    bm, bn, warps = tile
-    constants = {"BM": bm, "BN": bn, "SMOOTHED": objective.smoothing > 0, "num_warps": warps}
-    launch = Launch(kernel, constants | _options(objective) | options)
-    sizes: Callable[..., tuple] = lambda m, n, *rest: ((cdiv(n, bn), cdiv(m, bm)), (m, n, *rest))  # noqa: E731
-    return Planned(lambda _: Variant(launch, sizes))
+def _tile(tiles: Tiles, objective: Objective, columns: int) -> tuple[int, int, int]:
+    """Return the tile for a part of the vocabulary."""
+    return tiles[bool(objective.softcap or objective.smoothing or columns % 16)]
+
+
+def _plan_tiles(kernel: Any, tiles: Tiles, objective: Objective, options: dict[str, Any]) -> Planned:
+    def prepare(tile: tuple[int, int, int]) -> Variant:
+        bm, bn, warps = tile
+        constants = {"BM": bm, "BN": bn, "SMOOTHED": objective.smoothing > 0, "num_warps": warps}
+        launch = Launch(kernel, constants | _options(objective) | options)
+        sizes: Callable[..., tuple] = lambda m, n, *rest: ((cdiv(n, bn), cdiv(m, bm)), (m, n, *rest))  # noqa: E731
+        return Variant(launch, sizes)
+
+    return Planned(prepare, lambda m, n, *rest: _tile(tiles, objective, n))
 
 
 @lru_cache

@@ -94,10 +94,11 @@ def test_a_vit_learns():
     an image are hardly redundant."""
     images, labels = digits()
 
-    def train(config=None) -> list[float]:
+    def train(config=None, seed: int = 0) -> list[float]:
         model, losses = small_vit(), []
         if config is not None:
             assert len(quantize_(model, config).converted) == 6
+        torch.manual_seed(seed)  # of stochastic rounding
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for start in range(0, 24 * 64, 64):
             loss = model(pixel_values=images[start : start + 64], labels=labels[start : start + 64]).loss
@@ -107,13 +108,13 @@ def test_a_vit_learns():
             losses.append(loss.item())
         return losses
 
-    exact, usable, hot = (
-        train(),
-        train(recipe_config("hot_llm", min_features=64)),
-        train(hot_config(grad_output_granularity="row")),
-    )
+    exact, usable = train(), train(recipe_config("hot_llm", min_features=64))
     assert usable[-1] == pytest.approx(exact[-1], abs=0.05) and exact[-1] < exact[0] - 0.1
-    assert sum(hot[-4:]) < sum(hot[:4]) - 0.2
+    learnt = []
+    for seed in range(4):  # the sum of four losses falls by 0.1 to 1
+        hot = train(hot_config(grad_output_granularity="row"), seed)
+        learnt.append(sum(hot[:4]) - sum(hot[-4:]))
+    assert sum(learnt) / 4 > 0.2
 
 
 @pytest.mark.parametrize("adapters", [False, True])

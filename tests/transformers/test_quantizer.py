@@ -102,10 +102,10 @@ def test_one_weight_at_a_time_is_in_high_precision(plain, monkeypatch):
     """While a weight is quantised, every earlier one is codes and no later one is there yet."""
     made, seen = HaloWeight.from_hp.__func__, []
 
-    def from_hp(cls, master, recipe, frozen=False, gains=None):
+    def from_hp(cls, master, recipe, frozen=False, gains=None, **options):
         seen.append(master)
         assert frozen
-        return made(cls, master, recipe, frozen, gains)
+        return made(cls, master, recipe, frozen, gains, **options)
 
     monkeypatch.setattr(HaloWeight, "from_hp", classmethod(from_hp))
     model = AutoModel.from_pretrained(plain, quantization_config=HaloQuantConfig(1, "int8"))

@@ -34,7 +34,8 @@ def unpack_mask_kernel(bits, x, COUNT, ROWS: tl.constexpr):
     column = tl.arange(0, 8)
     index = row[:, None] * 8 + column[None, :]
     byte = tl.load(bits + row, mask=row * 8 < COUNT, other=0).to(tl.int32)
-    tl.store(x + index, (byte[:, None] >> column[None, :] & 1).to(x.dtype.element_ty), mask=index < COUNT)
+    ones = (byte[:, None] >> column[None, :] & 1).to(tl.float32)  # Triton's interpreter does not convert integers to bfloat16
+    tl.store(x + index, ones.to(x.dtype.element_ty), mask=index < COUNT)
 
 
 def pack_mask(x: torch.Tensor) -> torch.Tensor:
