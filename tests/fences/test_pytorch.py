@@ -41,12 +41,17 @@ def test_other_messages_are_printed(caplog):
             logging.getLogger(name).removeHandler(caplog.handler)
 
 
-def test_integers_are_multiplied_without_int_mm(monkeypatch):
+@pytest.mark.parametrize("has_instruction", [True, False])
+def test_integers_are_multiplied_exactly(monkeypatch, has_instruction):
     a, b = (torch.randint(-128, 128, size, dtype=torch.int8) for size in ((5, 3000), (3000, 7)))
-    expected = internals.multiply_integers(a, b)
-    monkeypatch.delattr(torch, "_int_mm")
+    expected, called, multiply = torch._int_mm(a, b), [], torch._int_mm
+    monkeypatch.setattr(internals, "_multiplies_integers", lambda: has_instruction)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: called.append(a) or multiply(a, b))
     found = internals.multiply_integers(a, b)
     assert found.dtype == expected.dtype == torch.int32 and torch.equal(found, expected)
+    assert len(called) == has_instruction
+    monkeypatch.delattr(torch, "_int_mm")
+    assert torch.equal(internals.multiply_integers(a, b), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (16, 24, 32), (17, 9, 8), (40, 100, 33)])
