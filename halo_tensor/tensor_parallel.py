@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from halo_tensor.fences.collectives import Ranks
+from halo_tensor.layers.linear_subclasses import subclass_of
 from halo_tensor.products.collectives import copied, summed
 from halo_tensor.products.shared_input import PreparedInput, SharedInput, prepare_in_graph, shared_input
 from halo_tensor.reference.blocks import BLOCK
@@ -300,12 +301,7 @@ _in_graph = torch.compiler.allow_in_graph(_run)
 @cache
 def _splitting(own: Any) -> Any:
     """Make a subclass of a layer's class with the forward of a layer that is split."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # copy and pickle cannot find a class that is made here
-        return _rebuild, (own,), self.__getstate__()
-
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), {"forward": _forward, "__reduce_ex__": __reduce_ex__} | names)
+    return subclass_of(own, {"forward": _forward}, _rebuild)
 
 
 def _rebuild(own: type) -> nn.Module:

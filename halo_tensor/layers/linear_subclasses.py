@@ -69,20 +69,26 @@ def _rebuild(own: type) -> nn.Module:
 
 
 def with_forward(own: Any, forward: Callable, rebuild: Callable[[type], nn.Module]) -> Any:
-    """Make a subclass of ``own`` with another forward, which has the names and the documentation of ``own``.
+    """Make a :func:`subclass_of` ``own`` with another forward, and with ``own`` as its attribute ``_own_class``."""
+    return subclass_of(own, {"forward": forward, "_own_class": own}, rebuild)
+
+
+def subclass_of(own: Any, members: dict[str, Any], rebuild: Callable[[type], nn.Module], mixin: type | None = None) -> Any:
+    """Make a subclass that has the names and the documentation of a class of modules.
 
     Args:
-        own: a class of modules. It is the attribute ``_own_class`` of the subclass.
-        forward: of the subclass.
-        rebuild: own -> a module of the subclass without a state. Pickles call it, since they cannot find the class by name.
+        own: the class.
+        members: of the subclass.
+        rebuild: own -> a module of the subclass without a state. Copies and pickles call it, since they cannot find the class
+            by name.
+        mixin: another base class, whose methods come before those of ``own``.
     """
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         return rebuild, (own,), self.__getstate__()
 
-    members = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_own_class": own}
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), members | names)
+    return type(own.__name__, (own,) if mixin is None else (mixin, own), members | {"__reduce_ex__": __reduce_ex__} | names)
 
 
 def _product(module: nn.Linear) -> str | None:

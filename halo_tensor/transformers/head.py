@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from halo_tensor.layers.linear_subclasses import subclass_of
 from halo_tensor.products.loss import linear_cross_entropy
 from halo_tensor.transformers.lazy_logits import LazyLogits
 
@@ -160,13 +161,7 @@ class FusedHead:
 @cache
 def _fused_class(own: Any) -> Any:
     """Make a subclass of a layer's class that is a FusedHead and has the same name."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:  # pickle cannot find a class that is made here
-        return _rebuild, (own,), self.__getstate__()
-
-    members = {"__reduce_ex__": __reduce_ex__, "_own_class": own}
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (FusedHead, own), members | names)
+    return subclass_of(own, {"_own_class": own}, _rebuild, FusedHead)
 
 
 def _rebuild(own: Any) -> nn.Module:

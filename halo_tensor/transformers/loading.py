@@ -81,11 +81,7 @@ class Quantize(ConversionOps):
         if value.shape != like.shape:
             self.loading.weights.discard(name)  # transformers then looks at the shape, and refuses or initialises it
             return value
-        recipe = self.loading.recipe
-        check_device(recipe.formats, value.device)
-        module: Any = model.get_submodule(name.rpartition(".")[0])
-        turned = value.ndim == 3 and module.is_transposed
-        return hold(model, name, HaloWeight.from_hp(value, recipe, frozen=True, in_features_first=turned))
+        return hold(model, name, codes_of(model, name, value, self.loading.recipe))
 
 
 class Deserialize(ConversionOps):
@@ -93,9 +89,8 @@ class Deserialize(ConversionOps):
 
     def __init__(self, loading: Loading, hf_quantizer: HfQuantizer):
         self.loading = loading
-        self.hf_quantizer = (
-            hf_quantizer  # transformers 5.21 and newer leave the dtypes of what goes into such an op as they are
-        )
+        # By this attribute, transformers 5.21 and newer leave the dtypes of what goes into an operation as they are.
+        self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict) -> "Deserialize":
         return self  # transformers copies it for each weight, and all copies write to the same Loading
@@ -143,6 +138,14 @@ class Keep(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return ``input_dict``."""
         return input_dict
+
+
+def codes_of(model: nn.Module, name: str, values: torch.Tensor, recipe: Recipe) -> HaloWeight:
+    """Return the weight of a layer as codes of ``values``."""
+    check_device(recipe.formats, values.device)
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    turned = values.ndim == 3 and module.is_transposed
+    return HaloWeight.from_hp(values, recipe, frozen=True, in_features_first=turned)
 
 
 def hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:

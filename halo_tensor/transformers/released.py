@@ -12,11 +12,9 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from halo_tensor.kernels.device import check_device
 from halo_tensor.transformers.layouts import OF_ACTIVATIONS, PARTS, WEIGHT, Layout
-from halo_tensor.transformers.loading import Keep, Loading, hold, placeholder
+from halo_tensor.transformers.loading import Keep, Loading, codes_of, hold, placeholder
 from halo_tensor.transformers.recoding import Recoding, cosine_of_codes
-from halo_tensor.weight.tensor import HaloWeight
 
 #: What transformers looks for beside a weight of a quantised checkpoint.
 SERIALIZED = {"weight": [f"weight{part}" for part in PARTS] + list(OF_ACTIVATIONS)}
@@ -64,10 +62,7 @@ class _Op(ConversionOps):
             return values
         if not loading.frozen:
             return values
-        check_device(loading.recipe.formats, values.device)
-        module: Any = model.get_submodule(name.rpartition(".")[0])
-        turned = values.ndim == 3 and module.is_transposed
-        weight = HaloWeight.from_hp(values, loading.recipe, frozen=True, in_features_first=turned)
+        weight = codes_of(model, name, values, loading.recipe)
         self.recoding.cosines[name] = cosine_of_codes(weight, values)
         return hold(model, name, weight)
 

@@ -205,11 +205,11 @@ def _whole_rows(
 @triton.jit
 def load_square(pointer, T: tl.constexpr):
     """Load a contiguous [T, T] matrix."""
-    return _load_whole(pointer, T, T)
+    return load_matrix(pointer, T, T)
 
 
 @triton.jit
-def _load_whole(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Load a contiguous [ROWS, COLUMNS] matrix."""
     return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
 
@@ -259,7 +259,7 @@ def amax_tiles(
     rows = tl.program_id(0) * T + tl.arange(0, T)
     most = tl.zeros((T,), tl.float32)
     h_left = load_square(left, T) if LEFT and ALONG_ROWS else left
-    h_right = _load_whole(right, T, WIDTH) if RIGHT and ALONG_ROWS else right
+    h_right = load_matrix(right, T, WIDTH) if RIGHT and ALONG_ROWS else right
     if FOLD_ROWS:
         by_row = load_vector(fold_rows, rows, M) * FOLD_LIFT
     for i in tl.range(0, TILES, num_stages=STAGES):
@@ -336,7 +336,7 @@ def cast_tiles(
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)  # in reverse order, because amax_tiles has left the last tiles in L2
     rows = tile_row * T + tl.arange(0, T)
     h_left = load_square(left, T) if LEFT and ROWS else left
-    h_right = _load_whole(right, T, WIDTH) if RIGHT and ROWS else right
+    h_right = load_matrix(right, T, WIDTH) if RIGHT and ROWS else right
     if FOLD_ROWS:
         by_row = load_vector(fold_rows, rows, M) * FOLD_LIFT
     if ROWS:

@@ -16,7 +16,7 @@ import triton.language as tl
 from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
-from halo_tensor.kernels.quantize.kernels import product, scale_of, write_scale
+from halo_tensor.kernels.quantize.kernels import load_matrix, product, scale_of, write_scale
 from halo_tensor.kernels.quantize.rounding import maximum, noise, round_by, round_to_code, unlifted
 from halo_tensor.kernels.rotate import TILE, norm, product_dtype
 from halo_tensor.recipe import Format, Rotation
@@ -59,11 +59,6 @@ def _load_tile(x, rows, columns, M, K, stride_row, stride_column):
 
 
 @triton.jit
-def _load_matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
 def _times(tile, matrix, ROTATED: tl.constexpr, NORM: tl.constexpr):
     """Return tile · matrix · NORM in float32; without ROTATED, the tile."""
     WIDE: tl.constexpr = tile.dtype == tl.float32
@@ -101,8 +96,8 @@ def amax_of_operands(
     RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given.
     """
     rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    h_right = _load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = _load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
+    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
     most = tl.zeros((HEIGHT,), tl.float32)
     most_t = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
@@ -144,11 +139,11 @@ def cast_for_operands(
     codes_t [K, ROWS_OUT]: of the transpose of left · x, of which a tile gives HEIGHT_KEPT rows. It is computed by a product
     of its own, because transposed stores of a product are miscompiled (docs/notes/quantisers.md).
     """
-    # In reverse order, because amax_of_operands has left the last tiles in L2.
+    # Programs go through the tiles in reverse order, because amax_of_operands has left the last ones in L2.
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
-    h_right = _load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = _load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
+    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
     if ROW_SCALE > 0:
         row_scale = scale_of(amax, rows, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
         row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None]
