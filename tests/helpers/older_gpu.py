@@ -34,7 +34,7 @@ def forget_plans() -> None:
             value.cache_clear()
     eager._lowered.clear()
     for function in gc.get_objects():
-        if isinstance(function, JITFunction):
+        if issubclass(type(function), JITFunction):  # isinstance would follow a weak reference, which may be dead
             function.device_caches.clear()
 
 

@@ -215,9 +215,14 @@ def test_integers_of_one_kind_compile_to_one_kernel(kernel):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is no GPU")
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [halo_config(1, "int8"), halo_config(0, "fp8")], ids=["int8", "fp8"])
-def test_lengths_on_a_gpu(monkeypatch, config):
-    """The same without stand-ins: Triton compiles nothing, looks nothing up, and results are those of the first visit."""
+@pytest.mark.parametrize(
+    ("config", "bound"), [(halo_config(1, "int8"), 1e-3), (halo_config(0, "fp8"), 5e-3)], ids=["int8", "fp8"]
+)
+def test_lengths_on_a_gpu(monkeypatch, config, bound):
+    """The same without stand-ins: Triton compiles nothing, looks nothing up, and results are those of the first visit.
+
+    The units of fp8 sum in fewer bits than float32, so backends that sum in another order round some outputs otherwise.
+    """
     made, looked_up = [], []
     make, warmup = Launch.__init__, JITFunction.warmup
     monkeypatch.setattr(Launch, "__init__", lambda self, *args: (made.append(args), make(self, *args))[1])
@@ -240,5 +245,5 @@ def test_lengths_on_a_gpu(monkeypatch, config):
     before = len(made), len(looked_up)
     for tokens in lengths(8192, 100)[-200:]:
         y, e_x, _ = results(tokens)
-        assert relative_error(y, whole[0][:tokens]) < 1e-3 and relative_error(e_x, whole[1][:tokens]) < 2e-2
+        assert relative_error(y, whole[0][:tokens]) < bound and relative_error(e_x, whole[1][:tokens]) < 2e-2
     assert (len(made), len(looked_up)) == before
