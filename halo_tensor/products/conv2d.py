@@ -25,8 +25,9 @@ from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import Operand, Product, Recipe, X
 
-#: The most elements of windows that exist at a time, unless one image has more: 128 MiB in bfloat16.
-LARGEST = 2**26
+#: The most elements of windows that exist at a time, unless one image has more: 256 MiB in bfloat16. Compiled code has
+#: the operations of each chunk, so many chunks compile for long.
+LARGEST = 2**27
 
 
 class Geometry(NamedTuple):
