@@ -112,7 +112,7 @@ def run(dataset: str, name: str, recipe: str, data: tuple, args: argparse.Namesp
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = results.parser_of(__doc__, "hot_accuracy")
     parser.add_argument("--data", nargs="+", default=["digits", "glyphs"], choices=["digits", "glyphs"])
     parser.add_argument("--models", nargs="+", default=["vit", "resnet"], choices=["vit", "resnet"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
@@ -122,7 +122,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tiny", action="store_true", help="small models and sets, one epoch, for a dry run")
-    results.add_arguments(parser, "hot_accuracy")
     args = parser.parse_args(argv)
     if args.tiny:
         args.samples, args.epochs, args.seeds = 8, 1, args.seeds[:1]
