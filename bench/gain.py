@@ -40,13 +40,12 @@ def predicted(name: str, tokens: int, k: int, n: int) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "gain")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="INxOUT")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="names of bench/contenders.py")
     parser.add_argument("--reps", type=int, default=20, help="milliseconds of repetitions")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after this time")
-    results.add_arguments(parser, "gain")
     return parser.parse_args(argv)
 
 

@@ -93,10 +93,9 @@ def measure(shape: str, reps: int, why_not: dict) -> list[dict]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "gemm")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="MxNxK")
     parser.add_argument("--reps", type=int, default=100, help="milliseconds of repetitions in a graph")
-    results.add_arguments(parser, "gemm")
     return parser.parse_args(argv)
 
 

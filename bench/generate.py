@@ -86,11 +86,10 @@ def graph_ms(step: Callable[[], object], replays: int = 50) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "generate")
     parser.add_argument("--contenders", nargs="+", default=["bf16", "halo1-int8", "halo0-fp8"])
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=[*llama.SHAPES])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32, 64])
-    results.add_arguments(parser, "generate")
     return parser.parse_args(argv)
 
 

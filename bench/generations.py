@@ -271,12 +271,11 @@ def linear_rows(target: int, layer: str, capability: tuple[int, int], reps: int,
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "generations")
     parser.add_argument("--targets", nargs="+", type=int, choices=list(SHARED), help="default: those that the GPU can run")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="of products, MxNxK, multiples of 256")
     parser.add_argument("--layers", nargs="*", default=LAYERS, help="INxOUT, multiples of 256")
     parser.add_argument("--reps", type=int, default=20, help="milliseconds of repetitions in a graph, which runs ten times")
-    results.add_arguments(parser, "generations")
     return parser.parse_args(argv)
 
 

@@ -121,12 +121,11 @@ def rows_of(model: str, args: argparse.Namespace, why_not: dict) -> list[dict]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "head")
     parser.add_argument("--models", nargs="+", default=["1b", "3b"], choices=list(MODELS))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--scratch", nargs="*", type=int, default=[128, 1024, 3072], help="MiB, besides the default")
     parser.add_argument("--reps", type=int, default=9)
-    results.add_arguments(parser, "head")
     return parser.parse_args(argv)
 
 

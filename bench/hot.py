@@ -95,14 +95,13 @@ def measure_model(config, name: str, args: argparse.Namespace) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "hot")
     parser.add_argument("--models", nargs="*", default=list(memory.MODELS), choices=list(memory.MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=64, help="of the models: images, or sequences of 512 tokens")
     parser.add_argument("--reps", type=int, default=300, help="milliseconds of repetitions")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
-    results.add_arguments(parser, "hot")
     args = parser.parse_args(argv)
     if args.tiny:
         args.batch = min(args.batch, 2)

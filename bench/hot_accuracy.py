@@ -120,7 +120,7 @@ def row_of(dataset: str, name: str, recipe: str, found: list[tuple[float, float]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = results.parser_of(__doc__, "hot_accuracy")
     parser.add_argument("--data", nargs="+", default=["digits", "glyphs"], choices=["digits", "glyphs"])
     parser.add_argument("--models", nargs="+", default=["vit", "resnet"], choices=["vit", "resnet"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
@@ -132,7 +132,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="how many train at a time")
     parser.add_argument("--compile", action="store_true", help="compile the models")
     parser.add_argument("--tiny", action="store_true", help="small models and sets, one epoch, for a dry run")
-    results.add_arguments(parser, "hot_accuracy")
     args = parser.parse_args(argv)
     if args.tiny:
         args.samples, args.epochs, args.seeds = 8, 1, args.seeds[:1]

@@ -4,7 +4,6 @@ python bench/hot_kernels.py             # a GPU
 python bench/hot_kernels.py --sweep     # tiles of both passes too; takes minutes
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
@@ -115,10 +114,9 @@ def sweep(title: str, reps: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "hot_kernels")
     parser.add_argument("--sweep", action="store_true", help="time other tiles, and print them only")
     parser.add_argument("--reps", type=int, default=100, help="milliseconds of repetitions")
-    results.add_arguments(parser, "hot_kernels")
     args = parser.parse_args()
     rows = []
     for title, (m, k, first, second) in CASES.items():

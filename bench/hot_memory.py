@@ -138,7 +138,7 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "hot_memory")
     parser.add_argument("--models", nargs="+", default=["vit", "resnet"], choices=list(memory.MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=256, help="images, or sequences of 512 tokens")
@@ -147,7 +147,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=CUDA, help="find the largest batch")
     parser.add_argument("--limit", type=int, default=40, help="GiB that the largest batch may take")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")
-    results.add_arguments(parser, "hot_memory")
     args = parser.parse_args(argv)
     if args.tiny:
         args.batch = min(args.batch, 4)

@@ -62,12 +62,11 @@ def measure(name: str, tokens: int, k: int, n: int, reps: int, plain: bool = Tru
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "linear")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--shapes", nargs="+", default=["4096x14336", "14336x4096", "4096x6144", "4096x4096"], help="INxOUT")
     parser.add_argument("--contenders", nargs="+", default=DEFAULT, choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--reps", type=int, default=200, help="milliseconds of repetitions")
-    results.add_arguments(parser, "linear")
     return parser.parse_args(argv)
 
 

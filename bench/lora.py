@@ -73,7 +73,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[Measured, float, float
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "lora")
     parser.add_argument(
         "--contenders", nargs="+", default=DEFAULT, metavar="NAME", help="also haloLEVEL-DTYPE[-A], NAME/products"
     )
@@ -81,7 +81,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--reps", type=int, default=1000, help="milliseconds of repetitions")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="torch._functorch.config.activation_memory_budget")
-    results.add_arguments(parser, "lora")
     return parser.parse_args(argv)
 
 

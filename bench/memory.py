@@ -143,12 +143,11 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "memory")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=4, help="images, or sequences of 512 tokens")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")
-    results.add_arguments(parser, "memory")
     return parser.parse_args(argv)
 
 

@@ -90,13 +90,12 @@ def measure(name: str, shape: str, options: dict, count: int, tiny: bool) -> dic
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "optimizer_step")
     parser.add_argument("--contenders", nargs="+", default=["bf16", "halo1-int8", "halo0-fp8", "halo1-fp6"])
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b_blocks"], choices=["1b", "8b_blocks"])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run on a CPU too")
-    results.add_arguments(parser, "optimizer_step")
     return parser.parse_args(argv)
 
 

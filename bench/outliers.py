@@ -38,11 +38,10 @@ def inject_outliers(model: nn.Module) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "outliers")
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help=".txt or .jsonl (default: Python's documentation)")
     parser.add_argument("--tokens", type=int, default=512)
-    results.add_arguments(parser, "outliers")
     return parser.parse_args(argv)
 
 

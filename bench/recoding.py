@@ -55,10 +55,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "recoding")
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama")
     parser.add_argument("--width", type=int, default=1024, help="of the matrix of a normal distribution")
-    results.add_arguments(parser, "recoding")
     return parser.parse_args(argv)
 
 

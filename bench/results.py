@@ -23,6 +23,13 @@ NOT_ASKED = "not among the contenders of the command"
 ENDED = "the run was ended before it"
 
 
+def parser_of(doc: str, name: str) -> argparse.ArgumentParser:
+    """Return a parser for a script with this docstring, whose first line describes it, and with result files of this name."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    add_arguments(parser, name)
+    return parser
+
+
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--name", default=name, help="name of the result files")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the result files")

@@ -111,11 +111,10 @@ def measure(shape: str, formats: list[str], reps: int, why_not: dict) -> list[di
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "rotation")
     parser.add_argument("--shapes", nargs="+", default=["8192x4096", "8192x14336", "8192x6144"], help="ROWSxCOLUMNS")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--reps", type=int, default=100, help="milliseconds of repetitions in a graph")
-    results.add_arguments(parser, "rotation")
     return parser.parse_args(argv)
 
 

@@ -251,7 +251,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "study")
     sources = f"one of {', '.join(SOURCES)} (from the hub), or a .jsonl with messages in every line, the last for validation"
     parser.add_argument("--data", default="sql", help=sources)
     parser.add_argument("--model", help="path (.gguf too) or hub name of a Llama (default: SmolLM2-135M-Instruct)")
@@ -270,7 +270,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no run that may end after this")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--smoke", action="store_true", help="tiny: 2 steps, 1 seed, 3 blocks; results go to outputs/")
-    results.add_arguments(parser, "study")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--part", type=_part, metavar="I/N", help="do the I-th (from 0) of N shares of the runs not done yet")
     several.add_argument("--join", action="store_true", help="merge what the parts wrote, and stop")

@@ -113,7 +113,7 @@ def compared(rows: dict[tuple, dict]) -> list[dict]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "train")
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens in a sequence (default: 2048)")
     parser.add_argument("--tokens", type=int, help="tokens in a step (default: 8192)")
@@ -125,7 +125,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after this")
     parser.add_argument("--missing", action="store_true", help="measure only rows that the table does not have")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
-    results.add_arguments(parser, "train")
     args = parser.parse_args(argv)
     args.known = TINY_MODELS if args.tiny else MODELS
     args.models = args.models or (list(TINY_MODELS) if args.tiny else ["1b"])

@@ -137,10 +137,9 @@ CASES = {case.__name__: case for case in (linear, short, full, varying, generate
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "users")
     parser.add_argument("--contenders", nargs="+", default=["bf16", "torchao-tensorwise", "halo1-int8", "halo0-fp8"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    results.add_arguments(parser, "users")
     return parser.parse_args(argv)
 
 

@@ -59,9 +59,8 @@ def left_alone(found: Outcome) -> str | None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser_of(__doc__, "zoo")
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="classes of transformers, such as LlamaForCausalLM")
-    results.add_arguments(parser, "zoo")
     args = parser.parse_args(argv)
     if unknown := set(args.only or ()) - {case.model for case in CASES}:
         parser.error(f"not in the zoo: {', '.join(sorted(unknown))}")

@@ -13,6 +13,8 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=30, 
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=300)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# Inductor compiles a program for each instruction set of the CPU and loads it in a new process, once for each process of ours.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

@@ -22,7 +22,7 @@ from halo_tensor.products.experts import grouped_linear
 from halo_tensor.recipe import INT8, Rotation, halo
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error, typical_error
-from tests.helpers.generated_code import compiled, work
+from tests.helpers.generated_code import compiled, lowered_again, work
 from tests.helpers.interpreter import DEVICE, runs_kernels
 
 
@@ -57,7 +57,7 @@ def compiled_step(config):
     mlp, (x, e) = model(config), data()
     f = torch.compile(mlp, fullgraph=True)
     expected = step(mlp, mlp, x, e)
-    with fresh_cache():
+    with lowered_again():
         results, code = run_and_get_code(lambda: step(f, mlp, x, e))
     assert not any(map(calls_ops, code)), "every op became launches"
     assert not any("randint64" in s for s in code), "seeds are read where they are drawn"
@@ -89,7 +89,7 @@ def test_no_op_of_experts_is_left():
         return [y, *torch.autograd.grad(y, [x, weight], e)]
 
     expected = step(grouped_linear)
-    with fresh_cache():
+    with lowered_again():
         results, code = run_and_get_code(lambda: step(torch.compile(grouped_linear, fullgraph=True)))
     assert len(code) == 2 and not any(map(calls_ops, code)), "every op became launches"
     assert all(map(torch.equal, results, expected))
@@ -127,7 +127,7 @@ def test_what_is_quantised_again_in_backward():
     results, launches = [], []
     for on in (True, False):
         torch._dynamo.reset()
-        with pytest.MonkeyPatch.context() as patch, fresh_cache():
+        with pytest.MonkeyPatch.context() as patch, lowered_again():
             patch.setattr(joint_graph, "REPEAT_FOR_BACKWARD", on)
             made, code = run_and_get_code(lambda: step(torch.compile(attention, fullgraph=True), attention, x, x.detach()))
         assert not any(map(calls_ops, code)), "every op became launches"
@@ -170,7 +170,7 @@ def test_compressed_attention(monkeypatch):
     for activations in ("plain", "int8"):
         torch._dynamo.reset()
         quantize_(attention, halo_config(activations=activations))
-        with fresh_cache():
+        with lowered_again():
             made, code = run_and_get_code(lambda: step(torch.compile(attention, fullgraph=True), attention, x, x.detach()))
         assert not any(map(calls_ops, code)), "every op became launches"
         exact.append(made)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from halo_tensor import balance_, halo_config, keep_products, quantize_
 from halo_tensor.compiler import joint_graph
+from tests.helpers.generated_code import lowered_again
 
 WIDTH, INNER, TOKENS = 128, 256, 40
 halo = torch.ops.halo
@@ -276,7 +277,7 @@ def test_attention_by_hand():
 
 def test_the_users_option():
     count, model = Count("count"), converted(Attention(), 1, "int8")
-    with switched(True), fresh_cache():
+    with switched(True), lowered_again():
         f = torch.compile(model, fullgraph=True, options={"joint_custom_post_pass": count})
         assert step(f, model, data())[1] == [(WIDTH, TOKENS)] and count.calls == 1
 

@@ -1,16 +1,27 @@
 """The code that Inductor generates: its buffers and its launches."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._functorch import config as functorch_config
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
+
+
+@contextmanager
+def lowered_again() -> Iterator[None]:
+    """No graph comes from a cache. What the C++ compiler made of Inductor's own kernels does: it takes most of the time."""
+    with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
 
 
 def compiled(f, *args, off: str | None = None) -> tuple[list[torch.Tensor], str]:
     """Return the results of a compiled function and the generated code. ``off`` is the qualified name of a switch to set to False."""
     torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch, fresh_cache():  # a cached graph would not be lowered again
+    with pytest.MonkeyPatch.context() as patch, lowered_again():
         if off is not None:
             patch.setattr(off, False)
         results, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), *args)

@@ -3,10 +3,13 @@
 The environment variable that chooses it is read when Triton is imported, so tests that need it run in a separate process.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +44,20 @@ if INTERPRETED:
     ReduceOps.generic_reduce = reduce_by_halves
 
 
+@cache
+def server() -> subprocess.Popen:
+    """The process of tests/helpers/interpreter_server.py, which ends with this one."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("interpreter_server.py"))]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 def run(module: str, at_least: int) -> None:
     """Run the tests of a module in the interpreter. All must pass, and at least ``at_least`` must run."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", module, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) >= at_least, done.stdout[-10000:] + done.stderr[-2000:]
+    arguments = [module, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    with tempfile.NamedTemporaryFile("r") as output:
+        print(json.dumps([arguments, output.name]), file=server().stdin, flush=True)
+        code = server().stdout.readline().strip()
+        printed = output.read()
+    passed = re.search(r"(\d+) passed", printed)
+    assert code == "0" and passed and int(passed[1]) >= at_least, printed[-12000:]

@@ -1,6 +1,10 @@
-"""A small model, its shards by FSDP2, and what collectives bring."""
+"""A small model, its shards by FSDP2, training them, and what collectives bring."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -42,6 +46,57 @@ def shard(model: nn.Module, **options) -> nn.Module:
     for layer in model:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def alone(model: nn.Module, steps: Iterable[Sequence], loss_of: Callable[[nn.Module, Any], torch.Tensor]) -> list[float]:
+    """Losses of a single process that does the ranks' work one after the other. Only rank 0 does it.
+
+    Args:
+        model: which AdamW trains.
+        steps: for each step, the batch of each rank.
+        loss_of: the loss of a model on a batch.
+    """
+    if dist.get_rank():
+        return []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for batches in steps:
+        optimizer.zero_grad()
+        each = [loss_of(model, batch) for batch in batches]
+        for loss in each:
+            loss.backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= len(batches)
+        optimizer.step()
+        losses.append(sum(loss.item() for loss in each) / len(batches))
+    return losses
+
+
+def together(
+    model: nn.Module,
+    steps: Iterable[Sequence],
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    after_step: Callable[[nn.Module], object] = lambda model: None,
+) -> list[float]:
+    """As :func:`alone`, of a sharded model: each rank takes its batch. The losses are the mean of all ranks'."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for batches in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, batches[dist.get_rank()])
+        loss.backward()
+        optimizer.step()
+        after_step(model)
+        losses.append(loss.item())
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, losses)
+    return [sum(each) / len(everyone) for each in zip(*everyone, strict=True)]
+
+
+def broadcast(value):
+    """What rank 0 passes, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 class Traffic(TorchDispatchMode):

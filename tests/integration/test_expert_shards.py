@@ -15,10 +15,11 @@ from halo_tensor.recipe import FP6_E2M3, FP8_E4M3, INT8, halo
 from halo_tensor.weight import ShardRole
 from halo_tensor.weight.sent_rows import ALIGNMENT
 from halo_tensor.weight.sharded_parameters import shard_of
+from tests.helpers import sharded as sharded_models
 from tests.helpers.mixtures import mixtures
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
-from tests.helpers.sharded import Traffic
+from tests.helpers.sharded import Traffic, broadcast
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -34,34 +35,16 @@ def batches(world: int, steps: int, d: int = 64) -> torch.Tensor:
     return torch.randn(steps, world, 24, d, generator=torch.Generator().manual_seed(2))
 
 
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
 def alone(model: nn.Module, world: int, steps: int = 2) -> list[float]:
-    """The losses of one process that does the work of all ranks."""
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for xs in batches(world, steps):
-        optimizer.zero_grad()
-        each = [model(x).square().mean() for x in xs]
-        for loss in each:
-            loss.backward()
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad /= world
-        optimizer.step()
-        losses.append(sum(loss.item() for loss in each) / world)
-    return losses
+    return sharded_models.alone(model, batches(world, steps), loss_of)
 
 
 def together(model: nn.Module, world: int, steps: int = 2) -> list[float]:
-    """The losses of a sharded model, the mean of all ranks'."""
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for xs in batches(world, steps):
-        optimizer.zero_grad()
-        loss = model(xs[dist.get_rank()]).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    everyone = [None] * world
-    dist.all_gather_object(everyone, losses)
-    return [sum(each) / world for each in zip(*everyone, strict=True)]
+    return sharded_models.together(model, batches(world, steps), loss_of)
 
 
 def dense(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,7 +189,7 @@ class Checkpointed(nn.Module):
 @on_ranks(2)
 def test_accumulated_checkpointed_and_in_two_dtypes(world):
     single = mixtures()
-    expected = alone(single, world)
+    expected = broadcast(alone(single, world))
     sharded = nn.Sequential(*map(Checkpointed, mixtures()))
     assert together(shard(sharded), world) == expected
 
@@ -230,7 +213,7 @@ def test_accumulated_checkpointed_and_in_two_dtypes(world):
 
 @on_ranks(2)
 def test_compiled(world):
-    expected = alone(mixtures(), world)
+    expected = broadcast(alone(mixtures(), world))
     for dim in (0, 1):
         sharded = mixtures()
         for layer in sharded:

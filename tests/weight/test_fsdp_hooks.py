@@ -28,9 +28,10 @@ from halo_tensor.reference.packing import pack_rows
 from halo_tensor.weight import ShardRole, fsdp_hooks
 from halo_tensor.weight.sent_rows import ALIGNMENT
 from halo_tensor.weight.sharded_parameters import shard_of
+from tests.helpers import sharded as sharded_models
 from tests.helpers.ranks import on_ranks
 from tests.helpers.recording import OpLog
-from tests.helpers.sharded import EVEN, MIXED, UNEVEN, Traffic, make, shard
+from tests.helpers.sharded import EVEN, MIXED, UNEVEN, Traffic, broadcast, make, shard
 
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -43,47 +44,18 @@ def data(model: nn.Module, steps: int, world: int, dtype=torch.float32):
     return [list(zip(a, b, strict=True)) for a, b in zip(x, target, strict=True)]
 
 
+def loss_of(model: nn.Module, batch) -> torch.Tensor:
+    x, target = batch
+    return nn.functional.mse_loss(model(x).to(target.dtype), target)
+
+
 def alone(model: nn.Module, world: int, steps: int = 5, dtype=torch.float32) -> list[float]:
-    """Losses of a single process that does the ranks' work one after the other. Only rank 0 does it."""
-    if dist.get_rank():
-        return []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for batch in data(model, steps, world, dtype):
-        optimizer.zero_grad()
-        each = [nn.functional.mse_loss(model(x), target) for x, target in batch]
-        for loss in each:
-            loss.backward()
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad /= world
-        optimizer.step()
-        losses.append(sum(loss.item() for loss in each) / world)
-    return losses
+    return sharded_models.alone(model, data(model, steps, world, dtype), loss_of)
 
 
 def together(model: nn.Module, world: int, steps: int = 5, dtype=torch.float32, precompute: bool = False) -> list[float]:
-    """Losses of a sharded model, the mean of all ranks'."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for batch in data(model, steps, world, dtype):
-        optimizer.zero_grad()
-        x, target = batch[dist.get_rank()]
-        loss = nn.functional.mse_loss(model(x).to(target.dtype), target)
-        loss.backward()
-        optimizer.step()
-        if precompute:
-            precompute_scales(model)
-        losses.append(loss.item())
-    everyone = [None] * world
-    dist.all_gather_object(everyone, losses)
-    return [sum(each) / world for each in zip(*everyone, strict=True)]
-
-
-def broadcast(value):
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    after_step = [precompute_scales] if precompute else []
+    return sharded_models.together(model, data(model, steps, world, dtype), loss_of, *after_step)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ in_every_format = pytest.mark.parametrize("format", list(FORMATS.values()), ids=
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=125)
+    interpreter.run(__file__, at_least=90)
 
 
 # Quantisation.
@@ -112,11 +112,11 @@ def test_tiles(m, size, left, scale, format, fold, gained, layouts, dtype, layou
 @runs_kernels
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("scale", ["row", "column", "tensor", "unit"])
-@pytest.mark.parametrize("format", [FP8_E4M3, INT8], ids=str)
 @pytest.mark.parametrize("size", [(200, None), (192, 64), (768, 256), (576, 576)], ids=str)
-def test_a_layout_by_itself_is_the_same(size, format, scale, gained):
+def test_a_layout_by_itself_is_the_same(size, scale, gained):
     """Which compiled graphs rely on that make one in forward and one in backward."""
     k, block = size
+    format = INT8 if gained == (scale in ("row", "column")) else FP8_E4M3  # each with every size, every scale and every gain
     x, right = matrix(5, k, torch.bfloat16), Rotation(block, 3) if block else None
     quantize = partial(
         quantizer.rotate_quantize, x, None, right, format, scale, None, None, gain=gain_of(k) if gained else None
@@ -228,7 +228,7 @@ def requantized(xs, right, format, scale, gains):
 @runs_kernels
 @examples
 @given(
-    shapes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([64, 100, 128, 576])), min_size=1, max_size=6),
+    shapes=st.lists(st.tuples(st.integers(0, 12), st.sampled_from([64, 100, 128, 576])), min_size=1, max_size=5),
     dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), min_size=1, max_size=2),
     layouts=st.lists(st.sampled_from(list(LAYOUTS)), min_size=1, max_size=2),
     format=FORMAT, scale=st.sampled_from(["row", "row", "row", "tensor"]), block=st.sampled_from([None, 16, 64, 576]),
@@ -254,7 +254,7 @@ def test_many_are_requantised_as_each(shapes, dtypes, layouts, format, scale, bl
 @runs_kernels
 @settings(examples, max_examples=20)
 @given(
-    shapes=st.lists(st.tuples(st.integers(1, 20), st.sampled_from([64, 128, 576])), min_size=1, max_size=4),
+    shapes=st.lists(st.tuples(st.integers(1, 10), st.sampled_from([64, 128, 576])), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]), format=st.sampled_from([FP6_E2M3, FP6_E3M2]),
     scale=st.sampled_from(["row", "row", "tensor"]), block=st.sampled_from([None, 16, 64, 576]), gained=st.booleans(),
     beyond=st.sampled_from([0, 16]), exponent=st.integers(-30, 30),

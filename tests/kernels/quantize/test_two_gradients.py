@@ -4,7 +4,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import fx, nn
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
@@ -13,7 +13,7 @@ from halo_tensor.compiler import joint_graph
 from halo_tensor.recipe import FP8_E4M3, INT8
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error, typical_error
-from tests.helpers.generated_code import compiled, work
+from tests.helpers.generated_code import compiled, lowered_again, work
 from tests.helpers.interpreter import DEVICE, runs_kernels
 
 halo, aten = torch.ops.halo, torch.ops.aten
@@ -313,7 +313,7 @@ def backward_of(model, x, at_once=True):
         y = f(x)
         return torch.autograd.grad(y, [x, *model.parameters()], torch.ones_like(y).cumsum(-1).cos())
 
-    with pytest.MonkeyPatch.context() as patch, fresh_cache():
+    with pytest.MonkeyPatch.context() as patch, lowered_again():
         patch.setattr(AT_ONCE, at_once)
         f = torch.compile(model, fullgraph=True)
         results, (_, code) = run_and_get_code(step)
