@@ -115,10 +115,16 @@ def sides(module: Any) -> list[tuple[int, int]]:
 
 def misfit(module: Any, recipe: Recipe) -> str | None:
     """Return why experts cannot follow ``recipe``; None if they can."""
-    own = _own_class(module)
-    if "forward" in module.__dict__ or _served(own) is None:
-        return f"it is a {own.__name__}, whose forward may be its own"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
+    if reason := class_misfit(_own_class(module)):
+        return reason
     return next((reason for name in stack_names(module) if (reason := expert_stacks.why_not(module, name, recipe))), None)
+
+
+def class_misfit(own: Any) -> str | None:
+    """Return why experts of a class cannot be converted; None if they can."""
+    return None if _served(own) else f"it is a {own.__name__}, whose forward may be its own"
 
 
 def recipe_of(module: Any) -> Recipe | None:
