@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from torchtitan.config.override import derive, override
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.tools.logging import logger
@@ -26,6 +27,7 @@ from torchtitan.tools.logging import logger
 from halo_tensor.config import LinearConfig
 from halo_tensor.convert.filter import ALIGNMENT
 from halo_tensor.layers import grouped_experts, kinds
+from halo_tensor.layers.grouped_experts import refuse_dtensors
 from halo_tensor.recipe import why_not_grouped
 from halo_tensor.switch import Switch
 
@@ -55,6 +57,11 @@ class HaloLinear(Linear):
     def __init__(self, config: Config):
         super().__init__(config)
         kinds.convert(self, config.halo.recipe, frozen=False, keep_codes=config.halo.holds_codes)
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """Do what torchtitan's module does; ValueError if its weight would become a DTensor."""
+        refuse_dtensors(self, parallel_dims)
+        super().parallelize(parallel_dims)
 
 
 @override(target=Linear.Config, fqns=globs_but(*LEFT_ALONE), description="Linear layers in low precision (halo_tensor)")

@@ -173,13 +173,16 @@ def _check_converted(module: Any) -> bool:
     """Whether the parameters are converted. Warns if they are not.
 
     Raises:
-        ValueError: they are parts, of expert or tensor parallelism.
+        ValueError: they are DTensors, as of expert or tensor parallelism.
     """
     held = stacks(module)
     if all(isinstance(w, HaloWeight) for w in held):
         return True
     if any(isinstance(w, DTensor) and shard_of(w) is not None for w in held):
-        _refuse_parts(module)
+        raise ValueError(
+            f"the parameters of these converted experts ({type(module).__name__}) are DTensors, which are not multiplied: shard "
+            "converted experts with fully_shard (FSDP2) only"
+        )
     if not is_compiling():
         warnings.warn(
             f"{type(module).__name__} runs in high precision, since a weight was replaced by a plain one or is parametrised: "
@@ -190,17 +193,30 @@ def _check_converted(module: Any) -> bool:
 
 
 def _parallelize(self: Any, parallel_dims: Any) -> None:
-    if parallel_dims.ep > 1 or parallel_dims.tp > 1:
-        _refuse_parts(self)
+    refuse_dtensors(self, parallel_dims)
     self._own_class.parallelize(self, parallel_dims)
 
 
-def _refuse_parts(module: Any) -> None:
-    raise ValueError(
-        f"converted experts ({type(module).__name__}) cannot be split by torchtitan's expert or tensor parallelism: set "
-        "--parallelism.expert_parallel_degree 1 and --parallelism.tensor_parallel_degree 1 (FSDP2 shards experts), or leave "
-        "experts in high precision, without halo_tensor.torchtitan.halo_experts"
-    )
+def refuse_dtensors(module: Any, parallel_dims: Any) -> None:
+    """Refuse what makes DTensors of converted parameters, of which torchtitan's products would be in high precision.
+
+    Args:
+        module: a converted layer of torchtitan.
+        parallel_dims: torchtitan's ``ParallelDims``.
+
+    Raises:
+        ValueError: tensor parallelism, expert parallelism of experts, or the SPMD backend ``full_dtensor``.
+    """
+    options = {
+        "tensor_parallel_degree 1": parallel_dims.tp > 1,
+        "expert_parallel_degree 1": parallel_dims.ep > 1 and is_experts(module),
+        "spmd_backend default": parallel_dims.spmd_backend == "full_dtensor",
+    }
+    if wrong := [f"--parallelism.{option}" for option, is_wrong in options.items() if is_wrong]:
+        raise ValueError(
+            f"a converted {type(module).__name__} is sharded by FSDP2 only: set {' and '.join(wrong)}, or leave such layers "
+            f"in high precision, without the override halo_tensor.torchtitan.halo_{'experts' if is_experts(module) else 'linear'}"
+        )
 
 
 def _extra_repr(module: Any) -> str:

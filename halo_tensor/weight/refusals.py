@@ -26,6 +26,15 @@ def refuse_part(shape: Sequence[int]) -> NoReturn:
     )
 
 
+def refuse_dtensor(shape: Sequence[int]) -> NoReturn:
+    """Refuse a DTensor as a weight in a forward: DTensor's own product of its local tensor is in high precision."""
+    raise ValueError(
+        f"the weight of a converted layer {list(shape)} is a DTensor in its forward, as distribute_tensor and torch's tensor "
+        "parallelism make it, and would be multiplied in high precision: shard with fully_shard (FSDP2), and split with "
+        "HaloColwiseParallel and HaloRowwiseParallel of halo_tensor.tensor_parallel"
+    )
+
+
 def refuse_accelerate() -> NoReturn:
     """Refuse accelerate, which calls the class of a parameter with a plain tensor that takes the parameter's place."""
     raise TypeError(
