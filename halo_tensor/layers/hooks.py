@@ -90,7 +90,7 @@ def _check_converted(module: torch.nn.Linear, args: tuple) -> None:
     shape = [module.out_features, module.in_features]
     if isinstance(weight, DTensor):
         if SPLIT not in module.__dict__:
-            refuse_dtensor(shape)
+            refuse_dtensor(shape, shard_of(weight))
         return
     if weight is None:  # FSDP1 and parametrisations keep it elsewhere
         weight = module.__dict__.get("weight")
