@@ -67,7 +67,7 @@ def test_experts_that_are_claimed(caplog):
     assert halo_experts(config, recipe="mxfp8") is config
     assert "leaves a GroupedExperts.Config [4, 256, 128] alone: " in caplog.text
     narrow = GroupedExperts.Config(dim=128, hidden_dim=24, num_experts=4)
-    assert halo_experts(narrow) is narrow and "alone: fewer than min_features=64 features on a side" in caplog.text
+    assert halo_experts(narrow) is narrow and "alone: fewer than min_features=128 features on a side" in caplog.text
 
 
 def test_globs_match_all_but_two_endings():

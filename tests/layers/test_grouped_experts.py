@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
 pytest.importorskip("torchtitan.models.common.moe", reason="torchtitan cannot be imported")
@@ -83,16 +85,28 @@ def test_output_and_gradients_within_a_window(kind, dtype):
 
 @KINDS
 def test_compiled_code_gives_the_same(kind):
-    model = experts(kind)
+    """With Inductor's partition, in which products with the same X share its codes."""
+    model, graphs = experts(kind), []
     quantize_(model, INT8)
     expected, expected_gradients = run(model[0], *rows())
-    compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+
+    def keep(graph, inputs):
+        graphs.append([node.target._opname for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "halo"])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(model[0], backend=backend, fullgraph=True)
     x = rows()[0].requires_grad_()
     y = compiled(x, COUNTS)
     y.backward(rows()[1])
     assert torch.equal(y, expected) and torch.equal(x.grad, expected_gradients["x"])
     for name, parameter in model[0].named_parameters():
         assert torch.equal(parameter.grad, expected_gradients[name]), name
+    forward, backward = graphs
+    if kind is GroupedExperts:
+        assert forward.count("rotate_quantize") == 2 and forward.count("grouped_mm") == 3 == backward.count("grouped_grad")
+    else:
+        assert forward.count("rotate_quantize") == 1 == forward.count("quantize_gated")
 
 
 @KINDS
