@@ -148,7 +148,7 @@ def restore(module: Any) -> None:
     module.__class__ = _own_class(module)
 
 
-def _forward(self: Any, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def _forward(self: Any, x_RD: torch.Tensor, num_tokens_per_expert_E: torch.Tensor) -> torch.Tensor:
     """Run converted experts. The names of arguments are torchtitan's, which wraps forwards by name.
 
     Args:
@@ -180,8 +180,8 @@ def _check_converted(module: Any) -> bool:
         return True
     if any(isinstance(w, DTensor) and shard_of(w) is not None for w in held):
         raise ValueError(
-            f"the parameters of these converted experts ({type(module).__name__}) are DTensors, which are not multiplied: shard "
-            "converted experts with fully_shard (FSDP2) only"
+            f"the parameters of converted experts ({type(module).__name__}) are DTensors in their forward, which are not "
+            "multiplied: shard converted experts with fully_shard (FSDP2) only"
         )
     if not is_compiling():
         warnings.warn(
@@ -213,9 +213,10 @@ def refuse_dtensors(module: Any, parallel_dims: Any) -> None:
         "spmd_backend default": parallel_dims.spmd_backend == "full_dtensor",
     }
     if wrong := [f"--parallelism.{option}" for option, is_wrong in options.items() if is_wrong]:
+        name = "halo_experts" if is_experts(module) else "halo_linear"
         raise ValueError(
             f"a converted {type(module).__name__} is sharded by FSDP2 only: set {' and '.join(wrong)}, or leave such layers "
-            f"in high precision, without the override halo_tensor.torchtitan.halo_{'experts' if is_experts(module) else 'linear'}"
+            f"in high precision, without the override halo_tensor.torchtitan.{name}"
         )
 
 

@@ -161,7 +161,7 @@ def test_frozen_experts_hold_codes_only():
 
 
 class _Own(GroupedExperts):
-    def _grouped_mm(self, *, A, B_t, offs):  # noqa: N803
+    def _grouped_mm(self, *, A, B_t, offs):
         return super()._grouped_mm(A=A, B_t=B_t, offs=offs)
 
 
