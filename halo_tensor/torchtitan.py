@@ -1,7 +1,9 @@
 """torchtitan: overrides that make the linear layers and the experts of its models follow a recipe.
 
     --override.imports 'halo_tensor.torchtitan.halo_linear={"level": 1, "dtype": "int8"}'
-    --override.imports 'halo_tensor.torchtitan.halo_linear={"dtype": "int8"}' 'halo_tensor.torchtitan.halo_experts={"dtype": "int8"}'
+    --override.imports 'halo_tensor.torchtitan.halo_experts={"level": 1, "dtype": "int8"}'
+
+Both are given as two words after one ``--override.imports``.
 
 torchtitan hands over the config of one layer at a time, without its name. So layers are chosen by the globs of the override:
 all ``Linear`` but output embeddings (``lm_head``) and gates of routers. Another choice is an override of your own::
