@@ -61,6 +61,7 @@ HOSTS = lightning torchtitan axolotl deepspeed
 test-hosts: $(HOSTS:%=.hosts/%)
 	for host in $(HOSTS); do \
 	  case $$host in deepspeed) tests=tests/test_trainers.py;; *) tests=tests/test_$$host.py;; esac; \
+	  case $$host in torchtitan) tests="$$tests tests/layers/test_grouped_experts.py";; esac; \
 	  .hosts/$$host/bin/python -m pytest -q $$tests || exit 1; done
 
 wheel: $(VENV)/ready

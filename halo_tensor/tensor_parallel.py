@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from halo_tensor.fences.collectives import Ranks
+from halo_tensor.layers.hooks import SPLIT
 from halo_tensor.layers.linear_subclasses import subclass_of
 from halo_tensor.products.collectives import copied, summed
 from halo_tensor.products.shared_input import PreparedInput, SharedInput, prepare_in_graph, shared_input
@@ -126,7 +127,7 @@ class _HaloStyle(ParallelStyle):
         how = _Split(name, self.dim, device_mesh, ranks, *layouts, self.use_local_output)
         if how not in _splits:
             _splits.append(how)
-        module.__dict__["_split"] = _splits.index(how)
+        module.__dict__[SPLIT] = _splits.index(how)
         kind: Any = type(module)
         module.__class__ = _splitting(kind)
         return module

@@ -2,15 +2,16 @@
 
     torchrun --nproc-per-node 8 examples/hosts/with_torchtitan.py --module llama3 --config llama3_8b --compile.enable
 
-This is ``python -m torchtitan.train`` with one more option.
+This is ``python -m torchtitan.train`` with one more option. ``halo_experts`` does nothing to a model without experts.
 """
 
 import sys
 
 from torchtitan.train import main
 
-OVERRIDE = 'halo_tensor.torchtitan.halo_linear={"level": 1, "dtype": "int8"}'
+OPTIONS = '{"level": 1, "dtype": "int8"}'
+OVERRIDES = [f"halo_tensor.torchtitan.{name}={OPTIONS}" for name in ("halo_linear", "halo_experts")]
 
 if __name__ == "__main__":
-    sys.argv += ["--override.imports", OVERRIDE]
+    sys.argv += ["--override.imports", *OVERRIDES]
     main()

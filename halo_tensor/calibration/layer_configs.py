@@ -21,7 +21,6 @@ from halo_tensor.calibration.selection import CosineSelection, Measurement, Quan
 from halo_tensor.config import Balanced, HotConfig, LayerConfigs, LinearConfig, hot_config
 from halo_tensor.convert import layer_filter
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers.experts import is_experts
 
 
 def calibrate(
@@ -95,7 +94,7 @@ def calibrate(
             f"{len(idle)} layers got no gradient from these batches and will be left in high precision: {', '.join(idle)}",
             stacklevel=2,
         )
-    if mixtures := [name for name, m in model.named_modules() if is_experts(m) and accept(m, name)]:
+    if mixtures := [name for name, m in model.named_modules() if layers.is_experts(m) and accept(m, name)]:
         warnings.warn(
             f"calibrate measures no experts, and {len(mixtures)} layers of them will be left in high precision: "
             f"to convert {mixtures[0]}, for example, name it in .layers of what it returns, with a config",

@@ -9,7 +9,6 @@ from halo_tensor.config import LinearConfig
 from halo_tensor.convert import ties
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers import linear_subclasses, model_parts
-from halo_tensor.layers.experts import is_experts
 from halo_tensor.weight.tensor import HaloWeight
 
 #: 8-bit matrix units read operands in pieces of 16 bytes.
@@ -76,7 +75,7 @@ class LayerFilter:
 
     def _obstacle(self, module: Any) -> str | None:
         """Why the layer cannot be converted, or not safely."""
-        if is_experts(module):
+        if layers.is_experts(module):
             return layers.misfit(module, self.config.recipe)
         if layers.features(module) is None:
             return layers.misfit(module, self.config.recipe)

@@ -15,7 +15,6 @@ from halo_tensor.analysis.cost import Shape
 from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.kernels.device import runs_scales
 from halo_tensor.layers import kinds as layers
-from halo_tensor.layers.experts import is_experts
 from halo_tensor.recipe import PRODUCTS, Recipe
 
 #: Tokens of a step for which ``quantize_`` predicts by default: a full batch, as 4 sequences of 2048.
@@ -169,7 +168,7 @@ class Predictor:
         for name in names:
             module = model.get_submodule(name)
             recipe = layers.recipe_of(module)
-            if is_experts(module):
+            if layers.is_experts(module):
                 found.experts += 1
                 continue
             obstacle = self.obstacle(recipe) if recipe is not None else ""

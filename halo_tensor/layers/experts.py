@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from halo_tensor.layers import expert_stacks
 from halo_tensor.layers.expert_gates import gate_of
+from halo_tensor.layers.expert_stacks import quantised
 from halo_tensor.layers.hooks import STANDS_IN, update_hooks
 from halo_tensor.layers.linear import replace_parameter, restore_weight
 from halo_tensor.layers.linear_subclasses import with_forward
-from halo_tensor.layers.printing import describe_weight
 from halo_tensor.products.expert_parts import LowRank, Part, experts_in_parts
 from halo_tensor.products.experts import experts
-from halo_tensor.products.stacks import misfit as stack_misfit
 from halo_tensor.recipe import Recipe
 from halo_tensor.weight.low_rank import LowRankSum
-from halo_tensor.weight.tensor import HaloWeight, dense_value
+from halo_tensor.weight.tensor import HaloWeight
 
 #: The name of this library's function in ``ALL_EXPERTS_FUNCTIONS``.
 NAME = "halo"
@@ -70,14 +70,9 @@ def misfit(module: Any, recipe: Recipe) -> str | None:
     own = _own_class(module)
     if "forward" in module.__dict__ or own.forward.__code__.co_filename != _moe().__file__:
         return f"it is a {own.__name__}, whose forward may be its own"
-    for name, weight in zip(stack_names(module), stacks(module), strict=True):
-        if weight is None or not (type(weight) is nn.Parameter or isinstance(weight, HaloWeight)):
-            return f"its {name} is a {type(getattr(module, name, None)).__name__}, and no plain parameter"
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            return f"its {name} is of {weight.dtype}"
-        shape = tuple(weight.shape)
-        if reason := stack_misfit((shape[0], *shape[:0:-1]) if module.is_transposed else shape, recipe):
-            return f"experts cannot follow this recipe: {reason}"
+    for name in stack_names(module):
+        if reason := expert_stacks.why_not(module, name, recipe, module.is_transposed):
+            return reason
     up, down = stacks(module)
     if up.shape[0] != module.num_experts or down.shape[0] != module.num_experts:
         return f"it says that it has {module.num_experts} experts, and its parameters have {up.shape[0]}, {down.shape[0]}"
@@ -100,13 +95,7 @@ def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool =
         keep_codes: hold codes beside trained parameters. Experts [experts, in, out] hold them in any case.
     """
     for name, old in zip(stack_names(module), stacks(module), strict=True):
-        if frozen:
-            old.requires_grad_(False)
-        is_frozen = not old.requires_grad if frozen is None else frozen
-        gains = old.gains if isinstance(old, HaloWeight) else None
-        dense = dense_value(old).detach()
-        made = HaloWeight.from_hp(dense, recipe, is_frozen, gains, keep_codes, in_features_first=module.is_transposed)
-        hold(module, name, made, old.requires_grad)
+        hold(module, name, quantised(old, recipe, frozen, keep_codes, module.is_transposed), old.requires_grad)
 
 
 def hold(module: Any, name: str, weight: HaloWeight, requires_grad: bool = False) -> None:
@@ -198,12 +187,7 @@ def _warn_of_plain(module: Any) -> None:
 
 
 def _extra_repr(module: Any) -> str:
-    own = module._own_class.extra_repr(module)
-    weight = stacks(module)[0]
-    words = [own] if own else []
-    if isinstance(weight, HaloWeight):
-        words += [f"{weight.shape[0]} experts", ", ".join(f"{i}→{o}" for i, o in sides(module)), describe_weight(weight)]
-    return ", ".join(words)
+    return expert_stacks.describe(module._own_class.extra_repr(module), stacks(module)[0], sides(module))
 
 
 @cache

@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor
 from halo_tensor.fences.pytorch import local_tensor
 from halo_tensor.layers.printing import hide_weight, show_weight
 from halo_tensor.weight.copies import renewed
-from halo_tensor.weight.refusals import refuse_fsdp1
+from halo_tensor.weight.refusals import refuse_dtensor, refuse_fsdp1
 from halo_tensor.weight.sharded_parameters import is_sharded, lend, shard_of, with_shard
 from halo_tensor.weight.tensor import HaloWeight
 
 #: An attribute of dense parameters that may stand in for a converted weight without a warning.
 STANDS_IN = "_halo_stand_in"
-#: Types of the weight of a converted layer; a DTensor is a sharded one.
-_CONVERTED = (HaloWeight, DTensor)
+#: An attribute of converted layers whose forward multiplies with this rank's part of a weight that is a DTensor.
+SPLIT = "_split"
 
 
 def update_hooks(module: torch.nn.Module) -> None:
@@ -77,13 +77,21 @@ def _refuse_script() -> NoReturn:
 
 
 def _check_converted(module: torch.nn.Linear, args: tuple) -> None:
-    """Warn before the forward of a converted layer if its weight is no longer a converted one."""
+    """Warn before the forward of a converted layer if its weight is no longer a converted one.
+
+    Raises:
+        ValueError: it is a DTensor, whose product would be in high precision.
+    """
     if is_compiling():
         return
     weight = module._parameters.get("weight")
-    if isinstance(weight, _CONVERTED) or hasattr(weight, STANDS_IN):
+    if isinstance(weight, HaloWeight) or hasattr(weight, STANDS_IN):
         return
     shape = [module.out_features, module.in_features]
+    if isinstance(weight, DTensor):
+        if SPLIT not in module.__dict__:
+            refuse_dtensor(shape, shard_of(weight))
+        return
     if weight is None:  # FSDP1 and parametrisations keep it elsewhere
         weight = module.__dict__.get("weight")
     if isinstance(getattr(weight, "_base", None), FlatParameter):

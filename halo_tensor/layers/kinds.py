@@ -3,8 +3,9 @@
 ``nn.Linear`` follows any recipe: its weight becomes a :class:`~halo_tensor.weight.tensor.HaloWeight`. transformers' ``Conv1D``
 also follows any, and ``nn.Conv2d`` follows recipes with a plain forward. Their weights stay as they are, and the class of the
 module becomes a subclass. A Conv1D under a recipe with a quantised forward quantises its weight in every forward, as an
-nn.Linear with ``keep_codes=False`` does. Experts of mixtures (:mod:`halo_tensor.layers.experts`) follow recipes whose products
-can be grouped by expert. They are layers of two products, so :func:`features` is not asked about them.
+nn.Linear with ``keep_codes=False`` does. Experts of mixtures (:mod:`halo_tensor.layers.experts` has transformers',
+:mod:`halo_tensor.layers.grouped_experts` torchtitan's) follow recipes whose products can be grouped by expert. They are layers
+of several products, so :func:`features` is not asked about them.
 """
 
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from halo_tensor.layers import experts, linear_subclasses
+from halo_tensor.layers import experts, grouped_experts, linear_subclasses
 from halo_tensor.layers.conv2d import HaloConv2d
 from halo_tensor.layers.linear import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
@@ -23,6 +24,16 @@ from halo_tensor.weight.tensor import HaloWeight
 def _conv1d() -> Any:
     """Return transformers' Conv1D. If it has not been imported, return a class of which no layer is an instance."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", type(None))
+
+
+def _experts(module: Any) -> Any:
+    """Return the module of :mod:`halo_tensor.layers` that knows experts of this class; None for any other module."""
+    return next((kind for kind in (experts, grouped_experts) if kind.is_experts(module)), None)
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module is experts of a mixture, which hold parameters of three dimensions."""
+    return _experts(module) is not None
 
 
 def features(module: Any) -> tuple[int, int] | None:
@@ -49,21 +60,22 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def widths(module: nn.Module) -> list[tuple[int, int]]:
-    """Return the (in, out) features of each product of a layer: two of experts, one of other layers."""
-    return experts.sides(module) if experts.is_experts(module) else [sides] if (sides := features(module)) else []
+    """Return the (in, out) features of each product of a layer: several of experts, one of other layers."""
+    kind = _experts(module)
+    return kind.sides(module) if kind else [sides] if (sides := features(module)) else []
 
 
 def weights(module: Any) -> dict[str, Any]:
     """Return the parameters that multiply activations in a layer, by name."""
-    if experts.is_experts(module):
-        return {name: w for name, w in zip(experts.stack_names(module), experts.stacks(module), strict=True) if w is not None}
+    if kind := _experts(module):
+        return {name: w for name, w in zip(kind.stack_names(module), kind.stacks(module), strict=True) if w is not None}
     return {"weight": w} if (w := getattr(module, "weight", None)) is not None else {}
 
 
 def misfit(module: nn.Module, recipe: Recipe) -> str | None:
     """Return why a layer cannot follow ``recipe``; None if it can."""
-    if experts.is_experts(module):
-        return experts.misfit(module, recipe)
+    if kind := _experts(module):
+        return kind.misfit(module, recipe)
     if features(module) is None:
         return "of convolutions, only nn.Conv2d is converted"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -79,8 +91,8 @@ def misfit(module: nn.Module, recipe: Recipe) -> str | None:
 
 def recipe_of(module: nn.Module) -> Recipe | None:
     """Return the recipe that a converted layer follows; None for any other module."""
-    if experts.is_experts(module):
-        return experts.recipe_of(module)
+    if kind := _experts(module):
+        return kind.recipe_of(module)
     if isinstance(module, nn.Linear):
         weight = module._parameters.get("weight")  # not module.weight: a subclass may return another module's
         return weight.recipe if isinstance(weight, HaloWeight) else None
@@ -96,8 +108,8 @@ def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool =
         frozen: of an nn.Linear and of experts; see :class:`~halo_tensor.config.LinearConfig`.
         keep_codes: of these too; see there.
     """
-    if experts.is_experts(module):
-        experts.convert(module, recipe, frozen, keep_codes)
+    if kind := _experts(module):
+        kind.convert(module, recipe, frozen, keep_codes)
         return
     if frozen is None:
         frozen = not module.weight.requires_grad
@@ -116,8 +128,8 @@ def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool =
 
 def restore(module: Any) -> None:
     """Undo :func:`convert`, in place."""
-    if experts.is_experts(module):
-        experts.restore(module)
+    if kind := _experts(module):
+        kind.restore(module)
     elif isinstance(module, nn.Linear):
         restore_weight(module)
         linear_subclasses.own_class(module)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from halo_tensor.layers.experts import is_experts
-from halo_tensor.layers.kinds import features, weights
+from halo_tensor.layers.kinds import features, is_experts, weights
 
 #: Names of the last layer of a language model, for models that do not declare it.
 _HEAD = re.compile(

@@ -14,8 +14,9 @@ import torch
 
 from halo_tensor.fences.pytorch import applied, autocast_dtype, is_watched, unwrap_if_dead
 from halo_tensor.kernels.device import runs_kernels
+from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products.backward import check_first_derivative
-from halo_tensor.products.lowered import Layer, Lowered, can_lower
+from halo_tensor.products.lowered import Codes, Layer, Lowered, can_lower
 from halo_tensor.recipe import Recipe
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -54,11 +55,17 @@ class Ready:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ready: Ready, shape: torch.Size
+        ctx: Any,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None,
+        ready: Ready,
+        shape: torch.Size,
+        given: Codes | None = None,
     ) -> torch.Tensor:
         wants_x, wants_w, *_ = ctx.needs_input_grad
         lowered, codes, scale = ready.lowered, ready.codes, ready.scale
-        rows, columns, x_scale = lowered.quantized_x(x, shape, ready.undo_gain, wants_w)
+        rows, columns, x_scale = given or lowered.quantized_x(x, shape, ready.undo_gain, wants_w)
         saved_x = (columns, x_scale) if wants_w else (None, None)
         # A weight's own codes are no memory of the graph: hooks on saved tensors, which checkpointing has too, need not see
         # them. Codes of a weight that holds none would be, so its master is saved, and quantised again.
@@ -84,7 +91,7 @@ class _Linear(torch.autograd.Function):
         grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)
-        return grad_x, grad_w, grad_bias, None, None
+        return grad_x, grad_w, grad_bias, None, None, None
 
 
 _WRITTEN = (
@@ -98,9 +105,18 @@ _linear = applied(_Linear)
 _lowered: dict[tuple, tuple[Recipe, Lowered | None]] = {}
 
 
-def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+def linear(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, operand_x: HadamardQuantTensor | None = None
+) -> torch.Tensor | None:
     """``F.linear(x, weight, bias)`` of a HaloWeight in step with its master; None if the operand path must be taken, which
-    also raises the errors."""
+    also raises the errors.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out], or None.
+        operand_x: what ``x`` brings to output and grad_weight, if it is quantised already. Values of ``x`` are not read then.
+    """
     if type(x) is not torch.Tensor or is_watched():
         return None
     x = unwrap_if_dead(x)
@@ -124,18 +140,30 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
     lowered = ready.lowered
     if not shape or shape[-1] != lowered.layer.in_features or 0 in shape:
         return None
+    given = None
+    if operand_x is not None and (given := _codes_of(operand_x)) is None:
+        return None
     if _is_grad_enabled():
         with torch._C.DisableTorchFunctionSubclass():
             trains_w = weight.requires_grad
         if trains_w and weight.master is None and not weight.is_gathered:
             return None
         if trains_w or x.requires_grad or (bias is not None and bias.requires_grad):
-            return _linear(x, weight, bias, ready, shape)
-    if x.is_leaf:
+            if given is not None and trains_w and given.columns is None:
+                return None
+            return _linear(x, weight, bias, ready, shape, given)
+    if x.is_leaf and given is None:
         numbers = shape, x.stride()
         return lowered.evaluate(numbers, x, ready.undo_gain, ready.codes, ready.scale, bias)[0]
-    rows, _, scale = lowered.quantized_x(x, shape, ready.undo_gain, False)
+    rows, _, scale = given or lowered.quantized_x(x, shape, ready.undo_gain, False)
     return lowered.output(shape, rows, scale, ready.codes, ready.scale, bias)[0]
+
+
+def _codes_of(operand: HadamardQuantTensor) -> Codes | None:
+    """Return an operand as launches take it; None if they cannot."""
+    if operand.codes is None or operand.scale is None or operand.is_packed:
+        return None
+    return Codes(operand.codes, operand.codes_t, operand.scale)
 
 
 def _described(bias: torch.Tensor) -> tuple:

@@ -79,8 +79,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     @backward_of_rounding
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (codes, scales), saved = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        stack, routing = ctx.stack.with_saved(saved[:STACK_TENSORS]), Routing.of(saved[STACK_TENSORS:])
+        codes, scales, *saved = ctx.saved_tensors  # read once: selective checkpointing allows no more
+        stack, routing = ctx.stack.with_saved(tuple(saved[:STACK_TENSORS])), Routing.of(saved[STACK_TENSORS:])
         e, tiles, starts = grad_output.contiguous(), routing.tiles, routing.starts
         wants_x, wants_w, wants_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None

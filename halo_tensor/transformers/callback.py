@@ -79,6 +79,7 @@ class HaloCallback(TrainerCallback):
         self.balance: dict[str, torch.Tensor] = {}
         self.report: Report | None = None
         self._trainer: Any = None
+        self._is_logged = True
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Convert the model. The trainer calls this at the end of its ``__init__``."""
@@ -110,7 +111,7 @@ class HaloCallback(TrainerCallback):
             self._report(trainer)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse to train a model that is not converted, and log the conversion."""
+        """Refuse to train a model that is not converted."""
         if self.conversion is None:
             raise ValueError(
                 "HaloCallback has converted nothing, since it was added to a trainer that exists: pass it in "
@@ -121,6 +122,13 @@ class HaloCallback(TrainerCallback):
                 "the model that this trainer is about to train is not the one that HaloCallback converted, but a new one, as "
                 "model_init makes: call quantize_(model, config) in model_init instead of HaloCallback"
             )
+        self._is_logged = False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the conversion before the first step: in ``on_train_begin`` the trainer's progress bar does not exist yet."""
+        if self._is_logged or self.conversion is None:
+            return
+        self._is_logged = True
         logs: dict[str, float] = {"halo/layers": len(self.conversion.converted), "halo/share": self.conversion.share}
         if self.switch.balance:
             logs["halo/balanced"] = len(self.balance)

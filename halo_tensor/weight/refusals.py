@@ -1,7 +1,7 @@
 """Errors for uses that converted weights do not support. Each says what to do instead."""
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def named(shape: Sequence[int]) -> str:
@@ -23,6 +23,22 @@ def refuse_part(shape: Sequence[int]) -> NoReturn:
         f"a product with a part, {list(shape)}, of a converted weight, as in torch's ColwiseParallel and RowwiseParallel or "
         "sharded by columns, is not supported: use HaloColwiseParallel and HaloRowwiseParallel of "
         "halo_tensor.tensor_parallel, or leave the layer out of parallelize_module or of quantize_ (skip, filter_fn)"
+    )
+
+
+def refuse_dtensor(shape: Sequence[int], local: Any) -> NoReturn:
+    """Refuse a DTensor as a weight in a forward: DTensor's own product of its local tensor is in high precision.
+
+    Args:
+        shape: of the layer.
+        local: its local tensor, if that is a converted weight; else None.
+    """
+    if local is not None and local.shard_role.is_part:
+        refuse_part(local.shape)
+    raise ValueError(
+        f"the weight of a converted layer {list(shape)} is a DTensor in its forward, as distribute_tensor and torch's tensor "
+        "parallelism make it, and would be multiplied in high precision: shard with fully_shard (FSDP2), and split with "
+        "HaloColwiseParallel and HaloRowwiseParallel of halo_tensor.tensor_parallel"
     )
 
 

@@ -296,7 +296,7 @@ class HaloWeight(torch.Tensor):
         """Compute ``F.linear(x, self, bias)`` in eager code. ``operand_x``: the codes of ``x``, if there are any."""
         if self.master is not None:
             self.follow()
-        y = eager.linear(x, self, bias) if operand_x is None else None
+        y = eager.linear(x, self, bias, operand_x)
         return linear(x, self, bias, None, self.undo_gain, operand_x) if y is None else y
 
     @classmethod

@@ -34,7 +34,7 @@ def obstacle(weight: HaloWeight, dim: int, ranks: int) -> str | None:
         if rotation != of_part:
             return (
                 f"each of {ranks} ranks would have {part} of {size} {name}, which are not whole blocks of the rotation, "
-                f"{rotation.edge if rotation else 'none'}: use fewer ranks, or a rotation with a smaller block"
+                f"{rotation.edge if rotation else 'none'}: use fewer ranks, or block_size={part & -part} in the config"
             )
     if part % _ALIGNMENT:
         return f"each of {ranks} ranks would have {part} of {size} {name}, no multiple of {_ALIGNMENT}"

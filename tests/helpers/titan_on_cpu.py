@@ -4,7 +4,8 @@
 
 FOLDER has the tokenizer and the texts. What a CPU lacks is replaced: the device's name and memory, the backward of
 FlexAttention, a reduction that gloo lacks, and compiled masks, which take a C++ compiler long. Prints how many products of codes
-ran in int8, or how many are in compiled graphs. ``--compile.backend counting`` runs graphs eagerly.
+ran in int8, or how many are in compiled graphs: of linear layers, and of experts. ``--compile.backend counting`` runs graphs
+eagerly. ``--module`` and ``--config`` choose another model than Llama's debug model.
 """
 
 import os
@@ -19,7 +20,9 @@ import torch._utils
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[2]
-DEBUG_MODEL = ["--module", "llama3", "--config", "llama3_debugmodel", "--hf_assets_path", ".", "--dump_folder", "out"]
+DEBUG_MODEL = ["--module", "llama3", "--config", "llama3_debugmodel"]
+PATHS = ["--hf_assets_path", ".", "--dump_folder", "out"]
+OF_EXPERTS = ("grouped_mm", "grouped_grad")
 SMALL = ["--training.seq_len", "64", "--training.local_batch_size", "2", "--validator.freq", "100", "--debug.seed", "0"]
 
 
@@ -54,15 +57,16 @@ def replace_what_a_cpu_lacks() -> None:
     fsdp.disable_fsdp_gradient_division = divide_by_hand
 
 
-def register_counting() -> list[int]:
-    """Register the backend "counting", and return a list of the numbers of products in its graphs."""
+def register_counting() -> list[str]:
+    """Register the backend "counting", and return a list of the names of this library's ops in its graphs."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
-    found: list[int] = []
+    found: list[str] = []
 
     def count(graph, inputs):
-        found.append(sum(node.target is torch.ops.halo.scaled_mm.default for node in graph.graph.nodes))
+        targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        found.extend(target._opname for target in targets if target.namespace == "halo")
         return make_boxed_func(graph.forward)
 
     torch._dynamo.register_backend(aot_autograd(fw_compiler=count, bw_compiler=count), name="counting")
@@ -78,11 +82,14 @@ def main() -> None:
     replace_what_a_cpu_lacks()
     from tests.helpers.recording import OpLog
 
-    sys.argv = ["with_torchtitan.py", *DEBUG_MODEL, *SMALL, *sys.argv[2:]]
+    model = [] if "--module" in sys.argv else DEBUG_MODEL
+    sys.argv = ["with_torchtitan.py", *model, *PATHS, *SMALL, *sys.argv[2:]]
     compiled, log = register_counting(), OpLog()
     with nullcontext() if "--compile.enable" in sys.argv else log:  # torch.compile accepts no modes
         runpy.run_path(str(ROOT / "examples" / "hosts" / "with_torchtitan.py"), run_name="__main__")
-    print("int8 products:", sum(compiled) or log.products().count(torch.int8), flush=True)
+    linear = compiled.count("scaled_mm") or log.products().count(torch.int8)
+    names = compiled or [name for name, dtype in log.calls if dtype in (torch.int8, None)]
+    print(f"int8 products: {linear}, of experts: {sum(names.count(name) for name in OF_EXPERTS)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -14,6 +18,7 @@ from halo_tensor.kernels.repeating import Program
 from halo_tensor.products import eager
 from halo_tensor.products.lowered import can_lower
 from halo_tensor.recipe import FP8_E4M3, INT8, RECIPES, halo, hot
+from halo_tensor.tensor_parallel import HaloColwiseParallel, HaloPrepareInput
 from tests.helpers import interpreter, launches
 from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
 
@@ -32,7 +37,7 @@ CALLS = 3
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=10)
+    interpreter.run(__file__, at_least=12)
 
 
 def model_of(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -112,6 +117,54 @@ def test_codes_that_are_packed_or_lie_apart(dtype, frozen, beyond, taken, monkey
     monkeypatch.setattr(eager, "linear", lambda *args: None)
     for i, made in enumerate(eagerly):
         assert all(map(torch.equal, made, trained(i + 1)))
+
+
+@pytest.fixture
+def mesh():
+    """Of one rank, which still quantises its tokens and gathers their codes."""
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh(DEVICE.type, (1,))
+    dist.destroy_process_group()
+
+
+class Branches(nn.Module):
+    """Two layers that share X."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = nn.Linear(128, 128), nn.Linear(128, 128, bias=False)
+
+    def forward(self, x):
+        return self.gate(x) * self.up(x)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["int8 level 1, balanced", "fp6 level 2"])
+def test_codes_that_ranks_have_gathered(name, mesh, taken, monkeypatch):
+    """Sequence parallelism: X is a placeholder without values, and its codes are given."""
+    torch.manual_seed(0)
+    config, _, balanced = LAYERS[name]
+    model = Branches().to(DEVICE, torch.bfloat16)
+    x = torch.randn(2, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    x[..., 3] *= 30
+    quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear), min_gain=0)
+    if balanced:
+        balance_(model, x)
+        assert model.up.weight.gain is not None
+    plan = {"gate": HaloColwiseParallel(), "up": HaloColwiseParallel(), "": HaloPrepareInput(input_layouts=Shard(1))}
+    parallelize_module(model, mesh, plan)
+    given, linear = [], eager._linear
+    monkeypatch.setattr(eager, "_linear", lambda *args: (given.append(args[-1]), linear(*args))[1])
+    looked_up, look_up = [], eager._look_up
+    monkeypatch.setattr(eager, "_look_up", lambda *args: (looked_up.append(args), look_up(*args))[1])
+    taken.clear()
+    eagerly = [results(model, x * scale) for scale in (1, 2, -3)[:CALLS]][-1]
+    assert len(taken) == 4 * CALLS and all(y is not None for y in taken) and len(looked_up) == 2
+    assert len(given) == 2 * CALLS and all(codes.rows.shape == (16, 128) == codes.columns.shape[::-1] for codes in given)
+    monkeypatch.setattr(eager, "linear", lambda *args: None)
+    for actual, expected in zip(eagerly, results(model, x * -3), strict=True):
+        actual, expected = (t.to_local() if isinstance(t, DTensor) else t for t in (actual, expected))
+        assert torch.equal(actual, expected) and 0 < actual.abs().max() < torch.inf
 
 
 @runs_kernels

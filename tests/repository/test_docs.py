@@ -38,6 +38,7 @@ OF_HOSTS = [
     "HaloRowwiseParallel",
     "Recoding",
     "fuse_head_",
+    "halo_experts",
     "halo_linear",
     "precompute_scales",
     "unfuse_head_",

@@ -12,8 +12,7 @@ from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey
 from halo_tensor.kernels.device import check_device, check_scales, runs, runs_scales
-from halo_tensor.layers.experts import is_experts
-from halo_tensor.layers.kinds import features, misfit
+from halo_tensor.layers.kinds import features, is_experts, misfit
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Rotation
 
 Candidate = LinearConfig | Balanced
