@@ -1,5 +1,6 @@
-"""Train a ViT and a ResNet from scratch in high precision and by HOT, with and without a quantiser chosen for each layer and
-with activations compressed, on digits and on drawn letters.
+"""Train a ViT and a ResNet from scratch in high precision and by HOT.
+
+HOT runs with and without a quantiser chosen for each layer, and with activations compressed, on digits and on drawn letters.
 
     python bench/hot_accuracy.py                                    # both sets, both models, three seeds
     python bench/hot_accuracy.py --data glyphs --models vit --epochs 20

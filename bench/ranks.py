@@ -35,7 +35,7 @@ def parser_of(description: str, contenders: list[str], warmup: int, more: tuple[
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--batch", type=int, default=2, help="sequences per GPU")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per GPU, or of all that share them")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=warmup, help="steps before the first that is timed")
     parser.add_argument("--steps", type=int, default=20)
@@ -43,10 +43,10 @@ def parser_of(description: str, contenders: list[str], warmup: int, more: tuple[
     return parser
 
 
-def title(of: str, args: argparse.Namespace) -> str:
-    """Return the title of a table. ``of``: what is timed."""
+def title(of: str, args: argparse.Namespace, per: str = "per GPU") -> str:
+    """Return the title of a table. ``of``: what is timed; ``per``: what the tokens are of."""
     devices = f"{dist.get_world_size()} {'GPUs' if CUDA else 'processes of a CPU'}"
-    return f"{of} on {devices}, {args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens per GPU"
+    return f"{of} on {devices}, {args.blocks} blocks of {args.hidden}, {args.batch}×{args.length} tokens {per}"
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with ranks.process_group("tp.py", args.tiny) as device:
-        title = ranks.title("Tensor and sequence parallelism", args)
+        title = ranks.title("Tensor and sequence parallelism", args, "in all")
         notes = NOTES + (EAGER if args.eager else COMPILED)
         ranks.take_turns(args, title, notes, DEFAULT, lambda name, rows: row_of(name, args, device, rows))
 
