@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from halo_tensor.analysis import cost, gpus, roofline
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.cost import Shape
-from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.kernels.device import runs_scales
 from halo_tensor.layers import kinds as layers
 from halo_tensor.layers.experts import is_experts

@@ -12,6 +12,7 @@ from torch import nn
 
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.analysis import roofline
+from halo_tensor.analysis.ceilings import H200
 from halo_tensor.convert.prediction import Prediction, Predictor, shape_of
 from halo_tensor.recipe import RECIPES, Recipe
 
@@ -36,7 +37,7 @@ def test_the_conversion_shows_the_gain_of_each_layer():
     predicted = conversion.predicted
     assert list(predicted.gains) == conversion.converted == ["0.0", "0.1", "1.0", "1.1"]
     sizes = {"tokens": 8192, "in_features": 768, "out_features": 3072}
-    both = tuple(roofline.seconds(recipe, sizes, ceilings=roofline.H200) for recipe in (Recipe(), INT8.recipe))
+    both = tuple(roofline.seconds(recipe, sizes, ceilings=H200) for recipe in (Recipe(), INT8.recipe))
     assert predicted.seconds["0.0"] == predicted.seconds["1.0"] == both and predicted.gains["0.0"] == both[0] / both[1]
     high, low = (sum(seconds[i] for seconds in predicted.seconds.values()) for i in (0, 1))
     assert predicted.gain == high / low and predicted.gains["0.0"] < 1 < predicted.gain < predicted.gains["0.1"]
@@ -63,9 +64,9 @@ def test_more_tokens_gain_more_and_a_frozen_layer_has_two_products():
     model[0].requires_grad_(False)
     seconds = quietly(model, INT8, gpu="H200").predicted.seconds
     sizes = {"tokens": 8192, "in_features": 2048, "out_features": 2048}
-    options = {"products": ("output", "grad_input"), "trained": False, "ceilings": roofline.H200}
+    options = {"products": ("output", "grad_input"), "trained": False, "ceilings": H200}
     assert seconds["0.0"] == tuple(roofline.seconds(r, sizes, **options) for r in (Recipe(), INT8.recipe))
-    assert seconds["1.0"] == tuple(roofline.seconds(r, sizes, ceilings=roofline.H200) for r in (Recipe(), INT8.recipe))
+    assert seconds["1.0"] == tuple(roofline.seconds(r, sizes, ceilings=H200) for r in (Recipe(), INT8.recipe))
 
 
 def test_one_warning_names_the_layers_that_lose_and_the_option():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from halo_tensor.analysis import gpus
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.trial_run import LossFn
 from halo_tensor.convert import warn_of_share
 from halo_tensor.diagnostics.reports import figure, html, text

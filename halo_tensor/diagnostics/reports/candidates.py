@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halo_tensor.analysis import roofline
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey

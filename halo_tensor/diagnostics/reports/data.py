@@ -5,8 +5,8 @@ from typing import Any
 
 from torchao.quantization import FqnToConfig
 
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.fidelity import Fidelity, Outliers
-from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.config import LinearConfig
 
 HIGH_PRECISION = "high precision"

@@ -9,8 +9,8 @@ from torch import nn
 
 from halo_tensor.analysis import roofline
 from halo_tensor.analysis.capture import Operands
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.fidelity import Fidelity, Outliers
-from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, LayerReport
 from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import PRODUCTS, Recipe, Rotation
