@@ -118,10 +118,10 @@ def fastest_first(configs: Iterable[AnyConfig], ceilings: Ceilings) -> list[AnyC
 
 
 def _units(recipe: Recipe) -> set[str]:
-    return {_unit(getattr(recipe, name)) for name in PRODUCTS}
+    return {unit_of(getattr(recipe, name)) for name in PRODUCTS}
 
 
-def _unit(sides: Product) -> str:
+def unit_of(sides: Product) -> str:
     """Return the matrix unit of a product. Codes with block scales have no kernel and are multiplied in high precision."""
     format = sides.left.format
     return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
@@ -196,7 +196,7 @@ def _rate(rotations: Iterable[Rotation | None], usual: str) -> str:
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:
     """Return the time of a product, and of the passes that undo what its epilogue does not."""
     sides, (left, right, contracted) = getattr(recipe, name), PRODUCTS[name]
-    unit = _unit(sides)
+    unit = unit_of(sides)
     carries = [
         (sizes[d], carried(side, d, sizes[d]))
         for side, dims in ((sides.left, left), (sides.right, right))
