@@ -48,6 +48,11 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def inputs_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a layer was called with: its input, and for experts also top_k_index and top_k_weights."""
+    return (*args, *kwargs.values())[: 3 if experts.is_experts(module) else 1]
+
+
 def widths(module: nn.Module) -> list[tuple[int, int]]:
     """Return the (in, out) features of each product of a layer: two of experts, one of other layers."""
     return experts.sides(module) if experts.is_experts(module) else [sides] if (sides := features(module)) else []

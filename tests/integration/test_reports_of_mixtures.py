@@ -6,7 +6,9 @@ import pytest
 import torch
 from torchao.quantization import FqnToConfig
 
-from halo_tensor import HaloWeight, calibrate, find_nonfinite, halo_config, quantize_, report
+from halo_tensor import HaloWeight, calibrate, find_nonfinite, halo_config, hot_config, quantize_, report
+from halo_tensor.calibration.selection import gradients_under
+from tests.helpers.errors import relative_error
 from tests.helpers.moe_models import IDS, experts_of, mixture
 from tests.helpers.recording import OpLog
 
@@ -52,14 +54,47 @@ def test_a_recommendation_by_name_names_experts():
     assert isinstance(experts_of(model)[name].down_proj, HaloWeight)
 
 
-def test_calibrate_says_that_it_leaves_experts_out():
-    model = mixture("Qwen3Moe")
-    with pytest.warns(UserWarning, match="calibrate measures no experts, and 1 layers"):
-        chosen = calibrate(model, [BATCH], level="auto", candidates=[INT8])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_calibrate_chooses_for_experts_too(family):
+    """The first candidate that reaches the target, by the lowest cosine of output and gradients; both G count."""
+    model = mixture(family)
     (name,) = experts_of(model)
-    assert name not in chosen.layers and len(chosen.layers) == 4
-    chosen.layers[name] = INT8
-    assert name in quantize_(model, chosen).converted
+    both = [halo_config(0, "fp6_e2m3", min_features=16), INT8]
+    with OpLog() as log:
+        chosen = calibrate(model, [BATCH], level="auto", candidates=both, target=0.0)
+    assert [n for n, _ in log.calls].count("quantize_gated") == 2
+    assert name in chosen.layers and len(chosen.layers) == 5 and chosen.layers[name] is both[0]
+    coarse, fine = (chosen.measured[name][f"cosine of candidate {i}"] for i in (0, 1))
+    assert 0.95 < coarse < fine < 0.99999
+    between = calibrate(model, [BATCH], level="auto", candidates=both, target=(coarse + fine) / 2)
+    assert between.layers[name] is INT8
+    assert type(experts_of(model)[name].down_proj) is torch.nn.Parameter
+    assert name in quantize_(model, between).converted
+
+
+def test_calibrate_measures_what_experts_compute():
+    model = mixture("Qwen3Moe")
+    ((name, module),) = experts_of(model).items()
+    inputs = torch.randn(40, 64), torch.rand(40, 6).argsort(1)[:, :2], torch.rand(40, 2)
+    e = torch.randn(40, 64)
+    exact = gradients_under(module, None, inputs[0], e, *inputs[1:])
+    x = inputs[0].clone().requires_grad_()
+    y = module(x, *inputs[1:])
+    expected = [y, *torch.autograd.grad(y, [x, module.gate_up_proj, module.down_proj], e)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(exact, expected, strict=True))
+    quantised = gradients_under(module, INT8.recipe, inputs[0], e, *inputs[1:])
+    assert all(0.002 < relative_error(a, b.detach()) < 0.05 for a, b in zip(quantised, expected, strict=True))
+
+
+def test_calibrate_names_experts_that_can_follow_no_candidate():
+    model = mixture("Qwen3Moe")
+    (name,) = experts_of(model)
+    with pytest.warns(
+        UserWarning, match=f"1 layers can follow no candidate.*\n  {name}: experts cannot follow this recipe: X"
+    ):
+        chosen = calibrate(model, [BATCH], filter_fn=lambda module, name: "experts" in name or "q_proj" in name)
+    assert list(chosen.layers) == ["model.layers.0.self_attn.q_proj"]
+    assert name not in calibrate(model, [BATCH], hot_config(min_features=16)).layers, "the default filter knows it"
 
 
 def test_a_nan_in_experts_is_found():
