@@ -311,6 +311,7 @@ class HaloQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dequantize_(model)
+        saving.keep_codes(model, [])
         # After save_pretrained, transformers (5.23) passes the dtype's name, as it has written it to the config.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)

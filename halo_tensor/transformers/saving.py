@@ -34,13 +34,14 @@ def state_of(model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
             experts += [name] if tensor.ndim == 3 else []
         else:
             state[name] = dense_value(tensor).detach()
-    _keep(model, experts)
+    keep_codes(model, experts)
     return state
 
 
-def _keep(model: Any, experts: list[str]) -> None:
-    """Let transformers leave the codes of experts as they are. The model's own conversions would cut the parameters of
-    experts into those of each expert."""
+def keep_codes(model: Any, experts: list[str]) -> None:
+    """Let transformers leave the codes of ``experts`` as they are, and no others. The model's own conversions would cut the
+    parameters of experts into those of each expert.
+    """
     if experts:
         require_version("transformers>=5.21", "Earlier ones take scales of experts for weights: upgrade it.")
     conversions = getattr(model, "_weight_conversions", None) or []
