@@ -21,7 +21,7 @@ import torch
 
 from halo_tensor.calibration.balance import LARGEST_EXPONENT
 from halo_tensor.operand import gains
-from halo_tensor.operand.experts import ExpertsOperand, all_rows
+from halo_tensor.operand.experts import ExpertsOperand
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import TENSOR, Format, Recipe, Rotation, Scales, W
 from halo_tensor.reference import codes as formats
@@ -67,7 +67,8 @@ def operand_of(
         raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
     spec = recipe.output.right
     assert spec.format is not None
-    rows, width = all_rows(like, in_features_first).shape if like.ndim == 3 else like.shape
+    *_, out, width = (*like.shape[:-2], *like.shape[:-3:-1]) if in_features_first else like.shape
+    rows = out * like.shape[0] if like.ndim == 3 else out
     granularity, rotation = spec.granularity.on(W), fit(spec.in_features, width)
     if record is not None:
         written = bytes(record.to(torch.uint8).flatten().tolist()).decode(errors="replace")
@@ -78,7 +79,7 @@ def operand_of(
                 f"({expected}). Use the config.json that it was saved with"
             )
     scales = list(granularity.shape(rows, width))
-    stacked = [like.shape[0], rows // like.shape[0]] if like.ndim == 3 else scales
+    stacked = [like.shape[0], out] if like.ndim == 3 else scales
     tensors: dict[str, torch.Tensor | None] = {
         "codes": _checked_codes(stored, like, spec.format).view(rows, -1),
         "codes_t": None,
