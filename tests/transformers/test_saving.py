@@ -12,7 +12,7 @@ from safetensors.torch import load_file  # noqa: E402
 from halo_tensor import HaloWeight  # noqa: E402
 from halo_tensor.transformers import HaloQuantConfig  # noqa: E402
 from tests.helpers.checkpoints import copied, replacing, weights  # noqa: E402
-from tests.helpers.moe_models import FAMILIES, IDS, mixture  # noqa: E402
+from tests.helpers.moe_models import IDS, mixture  # noqa: E402
 from tests.helpers.recording import OpLog  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
@@ -42,9 +42,8 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, "int8") for family in FAMILIES), ("Qwen3Moe", "fp8"), ("GptOss", "fp6")]
-)
+# Conversions of transformers that split experts, rename them besides, and none.
+@pytest.mark.parametrize(("family", "dtype"), [("Qwen3Moe", "int8"), ("Mixtral", "fp8"), ("GptOss", "fp6")])
 def test_a_round_trip_bit_for_bit(family, dtype, tmp_path):
     """The codes and scales of experts are those that were saved, and a second save writes the same file."""
     mixture(family).save_pretrained(tmp_path / "plain")
