@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.layers.kinds import input_of
+from halo_tensor.layers.kinds import inputs_of
 
 
 @contextmanager
@@ -33,6 +33,7 @@ class _Call:
 
     x: torch.Tensor
     tokens: int  # rows before sampling
+    rest: tuple[torch.Tensor, ...] = ()
     e: torch.Tensor | None = None  # None until backward
 
 
@@ -43,6 +44,7 @@ class Operands:
     Attributes:
         tokens: rows of X in all calls.
         x: [t, in], evenly spaced rows of X.
+        rest: of experts, the same rows of top_k_index and of top_k_weights, [t, top_k].
         e: [t, out], the same rows of E; None if no gradient arrived.
         needs_grad_input: whether X requires a gradient.
         x_group: a number. Layers that were called with the same tensor X have the same number.
@@ -50,6 +52,7 @@ class Operands:
 
     tokens: int = 0
     x: torch.Tensor | None = None
+    rest: tuple[torch.Tensor, ...] = ()
     e: torch.Tensor | None = None
     needs_grad_input: bool = False
     x_group: int = -1
@@ -64,6 +67,7 @@ class Operands:
         rows = torch.cat([call.x for call in calls])
         kept = evenly_spaced(len(rows), limit, rows.device)
         self.x = rows[kept]
+        self.rest = tuple(torch.cat(parts)[kept] for parts in zip(*(call.rest for call in calls), strict=True))
         gradients = [call.e for call in calls if call.e is not None]
         self.e = torch.cat(gradients)[kept] if gradients else None
 
@@ -78,7 +82,7 @@ def captured(layers: Mapping[str, nn.Module], limit: int) -> Iterator[dict[str, 
     """Record the operands that reach ``layers`` in the forwards and backwards inside the block.
 
     Args:
-        layers: name -> linear layer.
+        layers: name -> linear layer or experts.
         limit: how many rows of X and E to keep for each layer, at most.
 
     Yields:
@@ -91,7 +95,7 @@ def captured(layers: Mapping[str, nn.Module], limit: int) -> Iterator[dict[str, 
     def hook(name: str) -> Callable:
         def forward(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: torch.Tensor) -> None:
             nonlocal latest_x, group
-            x = input_of(args, kwargs)
+            x, *rest = inputs_of(module, args, kwargs)
             if x.numel() == 0:
                 return
             if x is not latest_x:
@@ -99,7 +103,7 @@ def captured(layers: Mapping[str, nn.Module], limit: int) -> Iterator[dict[str, 
             operands = seen.setdefault(name, Operands(x_group=group))
             rows = x.detach().reshape(-1, x.shape[-1])
             kept = evenly_spaced(len(rows), limit, rows.device)
-            call = _Call(rows[kept], len(rows))
+            call = _Call(rows[kept], len(rows), tuple(t.detach()[kept] for t in rest))
             operands.needs_grad_input |= x.requires_grad
             operands._calls.append(call)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from halo_tensor.analysis.roofline import H100, H200, Ceilings
+from halo_tensor.analysis.ceilings import H100, H200, Ceilings
 from halo_tensor.kernels.device import INTEGERS_ON_SM100
 
 MEASURED = {"H100": H100, "H200": H200}

@@ -3,15 +3,15 @@
 The time of a layer is that of its kernels, one after another: three products, and the passes that rotate and quantise. A pass
 takes the time of its memory traffic. A product takes the time of its matrix unit on the multiprocessors that have a tile, and
 that of writing its result. Each kernel takes :attr:`Ceilings.launch` besides. Launches cost the CPU nothing, as in CUDA
-graphs, and nothing overlaps. :class:`Ceilings` holds the rates: measured for an H100 and an H200, published by NVIDIA for
-other GPUs (:mod:`halo_tensor.analysis.gpus`).
+graphs, and nothing overlaps. :mod:`halo_tensor.analysis.ceilings` has the rates.
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, prod
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+from halo_tensor.analysis.ceilings import H100, Ceilings, Pass, time_of
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.config import LinearConfig
 from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, steps_for
@@ -34,84 +34,6 @@ EXPOSED = {"bf16": 0.0, "fp8": 0.3, "int8": 1.0}
 #: Matrix unit -> by how much waiting for the first operands of a tile prolongs the contraction.
 WAITING = {"bf16": 0, "fp8": 0, "int8": 128}
 LEAST_BUSY = 1 / 3  # of the multiprocessors, by a product in bf16 that is cut along its contraction
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """The rates that one GPU reaches.
-
-    Attributes:
-        name: the GPU.
-        products: matrix unit ("bf16", "int8" or "fp8") -> operations/s of a large product; a multiply-accumulate is two
-            operations. Units that the GPU lacks are absent.
-        undo: matrix unit -> the fraction of that rate that is left when the product also undoes one rotation of its result.
-        copy: bytes/s of a copy, read and written bytes together.
-        quantize: bytes/s of a kernel that holds whole rows and quantises them.
-        rotate: bytes/s of a kernel that holds whole rows, rotates them in blocks of at most 256 and quantises them.
-        rotate_wide: bytes/s of such a kernel with larger blocks.
-        tiles: bytes/s of a kernel over tiles. One finds the largest magnitudes, and a second one quantises.
-        rotate_pair: bytes/s of such kernels that quantise E for both of its products and rotate it for one.
-        noisy: bytes/s of such kernels that round stochastically.
-        source: where the numbers come from.
-        launch: seconds that a kernel takes beside its work: its start, its end, and the gap after it.
-        multiprocessors: their number. A product uses those that have a tile.
-        measured: whether predictions were compared with times measured on this GPU.
-        notes: sentences that a reader of a prediction should know.
-    """
-
-    name: str
-    products: dict[str, float]
-    undo: dict[str, float]
-    copy: float
-    quantize: float
-    rotate: float
-    rotate_wide: float
-    tiles: float
-    rotate_pair: float
-    noisy: float
-    source: str
-    launch: float = 0.0
-    multiprocessors: int = 1
-    measured: bool = False
-    notes: tuple[str, ...] = ()
-
-    @property
-    def a_name(self) -> str:
-        """The name with "a" or "an" before it."""
-        return f"{'an' if self.name[:1] in tuple('AEFHILMNORSX8') else 'a'} {self.name}"
-
-
-#: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
-#: A test recomputes them. ``noisy`` is the H200's.
-H100 = Ceilings(
-    name="H100 80GB HBM3",
-    products={"bf16": 718e12, "int8": 1560e12, "fp8": 1407e12},
-    undo={"bf16": 1.0, "int8": 0.98, "fp8": 0.95},
-    copy=3.09e12,
-    quantize=3.14e12,
-    rotate=2.79e12,
-    rotate_wide=0.66e12,
-    tiles=2.86e12,
-    rotate_pair=1.99e12,
-    noisy=1.0e12,
-    source="means of bench/gemm.py and medians of bench/rotation.py, 2026-11-22 and 23, torch 2.11.0+cu130, Triton 3.6.0",
-    launch=3e-6,
-    multiprocessors=132,
-    measured=True,
-)
-#: From the kernels in profiles of small and large layers, adjusted to bench/results/gain.json and linear_now.json, with which
-#: a test compares it. Kernels that rotate are as fast as on an H100, whose memory is slower: they are bound by computing.
-H200 = replace(
-    H100,
-    name="H200",
-    products={"bf16": 710e12, "int8": 1650e12, "fp8": 1460e12},
-    copy=4.2e12,
-    quantize=4.3e12,
-    rotate=2.65e12,
-    tiles=3.4e12,
-    rotate_pair=1.9e12,
-    source="bench/gain.py, bench/linear.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
-)
 
 
 def seconds(
@@ -140,7 +62,7 @@ def seconds(
     products = tuple(name for name in PRODUCTS if name in products)
     time = sum(_product(recipe, name, sizes, ceilings) for name in products)
     for dims in (X, W, E):
-        once = _time_of(_passes(recipe, dims, sizes, products, trained), ceilings)
+        once = time_of(_passes(recipe, dims, sizes, products, trained), ceilings)
         time += once / sharing if dims == X else once
     return time
 
@@ -175,7 +97,7 @@ def seconds_of(
         kept = sizes | {"tokens": shape.saved[0], "in_features": shape.saved[1]}
         passes += _passes(recipe, X, kept, ("grad_weight",), trained)
         passes += [Pass(2 * HP_BYTES * shape.saved[0] * shape.saved[1], "rotate")]
-    return shape.groups * (time + _time_of(passes, ceilings))
+    return shape.groups * (time + time_of(passes, ceilings))
 
 
 def lacking(recipe: Recipe, ceilings: Ceilings) -> set[str]:
@@ -196,33 +118,17 @@ def fastest_first(configs: Iterable[AnyConfig], ceilings: Ceilings) -> list[AnyC
 
 
 def _units(recipe: Recipe) -> set[str]:
-    return {_unit(getattr(recipe, name)) for name in PRODUCTS}
+    return {unit_of(getattr(recipe, name)) for name in PRODUCTS}
 
 
-def _unit(sides: Product) -> str:
+def unit_of(sides: Product) -> str:
     """Return the matrix unit of a product. Codes with block scales have no kernel and are multiplied in high precision."""
     format = sides.left.format
     return "bf16" if format is None or sides.left.granularity.is_blocked else "int8" if format.uniform else "fp8"
 
 
-class Pass(NamedTuple):
-    """A kernel that is bound by memory.
-
-    Attributes:
-        bytes: what it reads and writes.
-        rate: the field of Ceilings that says how fast.
-    """
-
-    bytes: float
-    rate: str
-
-
 FILL = Pass(0, "copy")  # zeros, which the largest magnitudes are compared with
 ONE_NUMBER = 3  # times FILL: programs that raise the same number wait for each other
-
-
-def _time_of(passes: Iterable[Pass], ceilings: Ceilings) -> float:
-    return sum(once.bytes / getattr(ceilings, once.rate) + ceilings.launch for once in passes)
 
 
 def _passes(recipe: Recipe, dims: Dims, sizes: dict[str, int], products: tuple[str, ...], trained: bool) -> Iterator[Pass]:
@@ -290,7 +196,7 @@ def _rate(rotations: Iterable[Rotation | None], usual: str) -> str:
 def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceilings) -> float:
     """Return the time of a product, and of the passes that undo what its epilogue does not."""
     sides, (left, right, contracted) = getattr(recipe, name), PRODUCTS[name]
-    unit = _unit(sides)
+    unit = unit_of(sides)
     carries = [
         (sizes[d], carried(side, d, sizes[d]))
         for side, dims in ((sides.left, left), (sides.right, right))
@@ -309,7 +215,7 @@ def _product(recipe: Recipe, name: str, sizes: dict[str, int], ceilings: Ceiling
     compute = 2 * m * n * (k + WAITING[unit]) / (ceilings.products[unit] * ceilings.undo[unit] ** undone * busy)
     read = (m + n) * k * (HP_BYTES if unit == "bf16" else CODE_BYTES)
     write = EXPOSED[unit] * m * n * HP_BYTES / ceilings.copy
-    return ceilings.launch + max(compute, read / ceilings.copy) + write + _time_of(passes, ceilings)
+    return ceilings.launch + max(compute, read / ceilings.copy) + write + time_of(passes, ceilings)
 
 
 def _busy(unit: str, m: int, n: int, multiprocessors: int) -> float:

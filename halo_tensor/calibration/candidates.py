@@ -3,7 +3,7 @@
 import torch
 
 from halo_tensor.analysis import roofline
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.config import HaloConfig, halo_config
 from halo_tensor.kernels.device import runs
 

@@ -36,7 +36,7 @@ def calibrate(
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> LayerConfigs:
-    """Run forward and backward on training batches and choose a config for each layer.
+    """Run forward and backward on training batches and choose a config for each layer, experts of mixtures included.
 
     The model is left as it was: weights, gradients, buffers and random state.
 
@@ -44,8 +44,9 @@ def calibrate(
         model: a model in high precision, in training mode if that is how it will be trained.
         batches: a few training batches.
         config: HOT's config. Its ``grad_output_granularity`` is chosen for each layer (default: ``hot_config()``).
-        level: None for HOT. "auto" chooses from ``candidates``: each layer gets the first config under which output, E_X and G
-            all have a cosine of at least ``target`` with those in high precision, or else the config with the best one.
+        level: None for HOT, which experts cannot follow. "auto" chooses from ``candidates``: each layer gets the first config
+            under which output, E_X and G all have a cosine of at least ``target`` with those in high precision, or else the
+            config with the best one. Experts are measured as one layer, with the tokens that the router sends to them.
         target: the least cosine for ``level="auto"``. It is measured on each layer alone. The errors of layers add up, so the
             cosine of the whole model's gradient is lower.
         candidates: configs in the order in which they are tried. The default is HALO-1 and HALO-2 in int8 and HALO-0 in fp8:
@@ -80,9 +81,16 @@ def calibrate(
         candidates = fastest_first(device, gpus.modelled(gpu, device))
     selection = _selection(level, config, candidates or (), target, energy)
     accept = filter_fn or layer_filter(model, selection.eligible)
-    chosen = {name: m for name, m in model.named_modules() if layers.features(m) and accept(m, name)}
+    chosen = {name: m for name, m in model.named_modules() if layers.widths(m) and accept(m, name)}
+    unmeasured = [name for name, m in chosen.items() if layers.is_grouped_experts(m)]
+    chosen = {name: m for name, m in chosen.items() if name not in unmeasured}
     if converted := [name for name, m in chosen.items() if layers.recipe_of(m) is not None]:
         raise ValueError(f"calibrate measures gradients of high precision, and {converted[0]} is converted: dequantize_ first")
+
+    if unfit := {name: reason for name, m in chosen.items() if (reason := selection.why_not(m))}:
+        chosen = {name: m for name, m in chosen.items() if name not in unfit}
+        lines = "".join(f"\n  {name or 'the model'}: {reason}" for name, reason in unfit.items())
+        warnings.warn(f"{len(unfit)} layers can follow no candidate and will be left in high precision:{lines}", stacklevel=2)
 
     with _observed(chosen, selection) as means, untouched(model, evaluating=False):
         for batch in batches:
@@ -94,10 +102,10 @@ def calibrate(
             f"{len(idle)} layers got no gradient from these batches and will be left in high precision: {', '.join(idle)}",
             stacklevel=2,
         )
-    if mixtures := [name for name, m in model.named_modules() if layers.is_experts(m) and accept(m, name)]:
+    if unmeasured:
         warnings.warn(
-            f"calibrate measures no experts, and {len(mixtures)} layers of them will be left in high precision: "
-            f"to convert {mixtures[0]}, for example, name it in .layers of what it returns, with a config",
+            f"calibrate does not measure torchtitan's experts, and {len(unmeasured)} layers of them will be left in high "
+            f"precision: to convert {unmeasured[0]}, for example, name it in .layers of what it returns, with a config",
             stacklevel=2,
         )
     measured = {name: means.of(name) for name in chosen if name in means.sums}
@@ -164,9 +172,9 @@ def _observed(modules: Mapping[str, nn.Module], selection: Selection) -> Iterato
     def hook_of(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
             def measure(e: torch.Tensor) -> None:
-                x = layers.input_of(args, kwargs).detach()
+                x, *rest = (t.detach() for t in layers.inputs_of(module, args, kwargs))
                 with torch.autocast(x.device.type, enabled=False):
-                    means.add(name, selection.measure(module, x, e))
+                    means.add(name, selection.measure(module, x, e, *rest))
 
             if output.requires_grad:
                 output.register_hook(measure)

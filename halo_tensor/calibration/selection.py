@@ -28,8 +28,11 @@ class Selection(Protocol):
 
     eligible: LinearConfig
 
-    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor) -> Measurement:
-        """Measure a layer with input ``x`` and output gradient ``e``."""
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why the layer can follow none of the configs; None if it can."""
+
+    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor, *rest: torch.Tensor) -> Measurement:
+        """Measure a layer with input ``x`` and output gradient ``e``. ``rest``: what experts are called with besides."""
 
     def choose(self, measured: Measurement) -> LinearConfig:
         """Select the config that the means of all measurements call for."""
@@ -48,7 +51,11 @@ class QuantizerSelection:
         self.energy = energy
         self.ranks = range(2, config.block_size, 2) if energy is not None else ()
 
-    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor) -> Measurement:
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why the layer cannot follow HOT."""
+        return layers.misfit(module, self.config.recipe)
+
+    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor, *rest: torch.Tensor) -> Measurement:
         """Return the relative error of E with each scale, and the part of ‖G‖² that each rank keeps."""
         operand = self.config.recipe.grad_input.left
         matrix = e.unflatten(-3, (module.groups, -1)).movedim(-3, -1) if isinstance(module, nn.Conv2d) else e
@@ -85,14 +92,19 @@ class CosineSelection:
         self.candidates, self.target = list(candidates), target
         self.eligible = candidates[0]
 
-    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor) -> Measurement:
-        """Return the lowest cosine of output, E_X and G with the exact ones, under each candidate that fits the layer."""
-        exact = gradients_under(module, None, x, e)
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why the layer cannot follow the last candidate, if it can follow none."""
+        reasons = [layers.misfit(module, candidate.recipe) for candidate in self.candidates]
+        return reasons[-1] if all(reasons) else None
+
+    def measure(self, module: nn.Module, x: torch.Tensor, e: torch.Tensor, *rest: torch.Tensor) -> Measurement:
+        """Return the lowest cosine of output, E_X and each G with the exact ones, under each candidate that fits the layer."""
+        exact = gradients_under(module, None, x, e, *rest)
         measured = {}
         for i, candidate in enumerate(self.candidates):
             if layers.misfit(module, candidate.recipe):
                 continue
-            actual = gradients_under(module, candidate.recipe, x, e)
+            actual = gradients_under(module, candidate.recipe, x, e, *rest)
             measured[_cosine_of(i)] = min(_cosine(a, b) for a, b in zip(actual, exact, strict=True))
         return measured
 
@@ -103,17 +115,23 @@ class CosineSelection:
         return self.candidates[next(enough, max(cosines, key=cosines.__getitem__))]
 
 
-def gradients_under(module: nn.Module, recipe: Recipe | None, x: torch.Tensor, e: torch.Tensor) -> list[torch.Tensor]:
-    """Return [output, E_X, G] of a copy of a layer that follows ``recipe``, or of one in high precision (None)."""
+def gradients_under(
+    module: nn.Module, recipe: Recipe | None, x: torch.Tensor, e: torch.Tensor, *rest: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return [output, E_X, G] of a copy of a layer that follows ``recipe``, or of one in high precision (None).
+
+    Experts have two G, and are called with ``rest`` too: top_k_index and top_k_weights.
+    """
     twin: Any = copy.deepcopy(module).requires_grad_()
     for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks):
         hooks.clear()
     if recipe is not None:
         layers.convert(twin, recipe, frozen=False)
-    x = x.to(twin.weight.dtype).requires_grad_()
+    weights = [*layers.weights(twin).values()]
+    x = x.to(weights[0].dtype).requires_grad_()
     with torch.enable_grad():
-        y = twin(x)
-        return [y.detach(), *torch.autograd.grad(y, [x, twin.weight], e.to(y.dtype))]
+        y = twin(x, *rest)
+        return [y.detach(), *torch.autograd.grad(y, [x, *weights], e.to(y.dtype))]
 
 
 def _error_with(scale: str) -> str:

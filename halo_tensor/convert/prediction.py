@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from halo_tensor.analysis import cost, gpus, roofline
+from halo_tensor.analysis import cost, expert_roofline, gpus, roofline
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.cost import Shape
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.expert_roofline import ExpertShape
 from halo_tensor.kernels.device import runs_scales
 from halo_tensor.layers import kinds as layers
+from halo_tensor.layers.experts import is_experts, top_k_of
 from halo_tensor.recipe import PRODUCTS, Recipe
 
 #: Tokens of a step for which ``quantize_`` predicts by default: a full batch, as 4 sequences of 2048.
@@ -34,7 +36,9 @@ class Prediction:
 
     It is the speed of forward and backward in compiled code, where launches cost the CPU nothing, as in CUDA graphs. Layers
     that share their input, as q, k and v do, share the time in which it is quantised; they are known by their names.
-    :mod:`halo_tensor.analysis.roofline` is the model.
+    Experts of mixtures are taken to share the rows evenly, tokens · top_k / experts each, where top_k is what the module or
+    its config says, or else 1. :mod:`halo_tensor.analysis.roofline` is the model, and for experts
+    :mod:`halo_tensor.analysis.expert_roofline`.
 
     Args:
         tokens: rows of a linear layer's input in a step; output positions of a convolution.
@@ -42,7 +46,6 @@ class Prediction:
         why_not: why there is none, or none for some layers, as a sentence without its full stop.
         seconds: qualified name of a layer -> predicted seconds of a step in bf16, and as converted.
         sides: qualified name of a layer -> its widths, as text.
-        experts: how many of the converted layers are experts of mixtures, whose speed is not predicted.
 
     Example:
         >>> import torch
@@ -58,7 +61,6 @@ class Prediction:
     why_not: str = ""
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     sides: dict[str, str] = field(default_factory=dict)
-    experts: int = 0
 
     @property
     def gains(self) -> dict[str, float]:
@@ -89,8 +91,7 @@ class Prediction:
             return f"no speed is predicted: {self.why_not}" if self.why_not else ""
         rates = "" if self.ceilings.measured else " (by published rates; not measured there)"
         head = f"predicted speed of these layers, compiled, {self.where}{rates}: {self.gain:.2f}× bf16"
-        more = [f"  of {self.experts} layers of experts no speed is predicted"] if self.experts else []
-        return "\n".join([head, *self.by_width(self.seconds), *more])
+        return "\n".join([head, *self.by_width(self.seconds)])
 
     def by_width(self, names: Iterable[str]) -> list[str]:
         """Return a line for each width and gain of these layers, the slowest first."""
@@ -154,10 +155,7 @@ class Predictor:
         key = shape_of(module, self.tokens), recipe, frozen, sharing
         if key not in self._known:
             products = [name for name in PRODUCTS if not (frozen and name == "grad_weight")]
-            high, low = (
-                roofline.seconds_of(r, key[0], products, trained=not frozen, sharing=sharing, ceilings=self.ceilings)
-                for r in (Recipe(), recipe)
-            )
+            high, low = (seconds_of(r, key[0], products, not frozen, sharing, self.ceilings) for r in (Recipe(), recipe))
             self._known[key] = high, low
         return self._known[key]
 
@@ -168,8 +166,7 @@ class Predictor:
         for name in names:
             module = model.get_submodule(name)
             recipe = layers.recipe_of(module)
-            if layers.is_experts(module):
-                found.experts += 1
+            if layers.is_grouped_experts(module):
                 continue
             obstacle = self.obstacle(recipe) if recipe is not None else ""
             found.why_not = obstacle or found.why_not
@@ -177,7 +174,7 @@ class Predictor:
                 converted[name] = module, recipe
         sharing = sharing_of(converted)
         for name, (module, recipe) in converted.items():
-            found.seconds[name] = self.seconds(module, recipe, not module.weight.requires_grad, sharing[name])
+            found.seconds[name] = self.seconds(module, recipe, is_frozen(module), sharing[name])
             found.sides[name] = sides_of(module)
         return found
 
@@ -188,23 +185,39 @@ def sharing_of(converted: Mapping[str, tuple[nn.Module, Recipe]]) -> dict[str, i
     for name, (module, recipe) in converted.items():
         parent, _, leaf = name.removesuffix(".base_layer").rpartition(".")  # as PEFT wraps layers
         family = next((names for names in SHARING if leaf in names), name)
-        sides = layers.features(module)
-        assert sides is not None
-        groups.setdefault((parent, family, sides[0], recipe), []).append(name)
+        groups.setdefault((parent, family, layers.widths(module)[0][0], recipe), []).append(name)
     return {name: len(names) for names in groups.values() for name in names}
 
 
-def shape_of(module: Any, tokens: int) -> Shape:
+def is_frozen(module: Any) -> bool:
+    """Whether none of a layer's weights is trained."""
+    return not any(weight.requires_grad for weight in layers.weights(module).values())
+
+
+def seconds_of(
+    recipe: Recipe, shape: Shape | ExpertShape, products: Collection[str], trained: bool, sharing: int, ceilings: Ceilings
+) -> float:
+    """Predict the time of a layer of any kind; see :func:`halo_tensor.analysis.roofline.seconds`. Only experts read the
+    input of experts, and the router, which is not converted."""
+    if isinstance(shape, ExpertShape):
+        return expert_roofline.seconds(recipe, shape, products, trained=trained, ceilings=ceilings)
+    return roofline.seconds_of(recipe, shape, products, trained=trained, sharing=sharing, ceilings=ceilings)
+
+
+def shape_of(module: Any, tokens: int) -> Shape | ExpertShape:
     """Return the shape of a layer's work in a step, as far as it is known without a call."""
+    if is_experts(module):
+        return expert_roofline.shape_of(module, tokens)
     return cost.shape_of(module, tokens, tokens * prod(module.stride) if isinstance(module, nn.Conv2d) else tokens)
 
 
 def sides_of(module: Any) -> str:
-    """Return the widths of a layer as text, with the kernel of a convolution."""
-    sides = layers.features(module)
-    assert sides is not None
-    kernel = f", {'×'.join(map(str, module.kernel_size))}" if isinstance(module, nn.Conv2d) else ""
-    return f"{sides[0]}→{sides[1]}{kernel}"
+    """Return the widths of a layer as text, with the kernel of a convolution or the number of experts."""
+    text = ", ".join(f"{n_in}→{n_out}" for n_in, n_out in layers.widths(module))
+    if is_experts(module):
+        top_k = top_k_of(module)
+        return f"{module.num_experts} experts, top {top_k or f'{expert_roofline.TOP_K} (assumed)'}, of {text}"
+    return f"{text}, {'×'.join(map(str, module.kernel_size))}" if isinstance(module, nn.Conv2d) else text
 
 
 def warn_of_slower(prediction: Prediction, stacklevel: int = 4) -> None:

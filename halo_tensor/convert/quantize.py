@@ -12,7 +12,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
 from halo_tensor.activations.hooks import watch
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.config import Balanced, LayerConfigs, LinearConfig
 from halo_tensor.convert import ties
 from halo_tensor.convert.conversion import Conversion, survey, warn_of_share, warn_of_unrotated
@@ -60,10 +60,12 @@ def quantize_(
         device: where to move each layer before it is converted, as in torchao; None leaves layers where they are.
         min_gain: leave layers in high precision whose predicted speed, × bf16, is lower: 1.0 for all that would be slower.
             None converts them too, with a warning, and 0 without one. What is converted then depends on the model alone, and
-            not on the GPU. The speed of experts is not predicted, and they are converted in any case.
-        tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution.
+            not on the GPU.
+        tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution. Of experts,
+            the tokens before they are copied: each expert is taken to get tokens · top_k / experts rows, where top_k is what
+            the module or its config says, or else 1.
         gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
-            :class:`~halo_tensor.analysis.roofline.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
+            :class:`~halo_tensor.analysis.ceilings.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
             this machine. Without one, or if its rates are not known, there is no prediction.
 
     Returns:

@@ -13,8 +13,9 @@ from torchao.quantization import FqnToConfig
 from halo_tensor.analysis.gpus import GPUS
 from halo_tensor.config import LinearConfig
 from halo_tensor.convert.filter import SLOW
-from halo_tensor.convert.prediction import Predictor, sharing_of, together
+from halo_tensor.convert.prediction import Predictor, is_frozen, sharing_of, together
 from halo_tensor.layers import kinds as layers
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.weight.sharded_parameters import is_sharded
 
 
@@ -66,7 +67,7 @@ class SlowLayers:
                 del judged[name]
 
     def _gain(self, module: Any, config: LinearConfig, sharing: int) -> float:
-        frozen = not module.weight.requires_grad if config.frozen is None else config.frozen
+        frozen = is_frozen(module) if config.frozen is None else config.frozen
         high, low = self._predictor.seconds(module, config.recipe, frozen, sharing)
         return high / low
 
@@ -100,10 +101,10 @@ class SlowLayers:
 
 def _is_judged(module: Any, config: object) -> bool:
     """Whether the layer can be converted. If not, an error or a reason says why."""
-    if not isinstance(config, LinearConfig) or layers.features(module) is None:
+    if not isinstance(config, LinearConfig):
         return False
-    has_weight = module._parameters.get("weight") is not None
-    return has_weight and not layers.misfit(module, config.recipe) and not layers.is_empty(module)
+    has_weight = layers.features(module) is not None and module._parameters.get("weight") is not None
+    return (has_weight or is_experts(module)) and not layers.misfit(module, config.recipe) and not layers.is_empty(module)
 
 
 def restore_layer(name: str, module: nn.Module) -> None:

@@ -31,6 +31,8 @@ from halo_tensor.weight.tensor import HaloWeight
 NAME = "halo"
 #: What the decorator sets on a module, in every version that has it.
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+#: Names under which modules and configs say how many experts a token has.
+_TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "experts_per_token")
 
 
 def _moe() -> Any:
@@ -63,6 +65,15 @@ def sides(module: Any) -> list[tuple[int, int]]:
     """Return (in, out) features of an expert's products."""
     shapes = [tuple(w.shape[1:]) for w in stacks(module) if w is not None and w.ndim == 3]
     return [shape if module.is_transposed else shape[::-1] for shape in shapes]  # type: ignore[misc]
+
+
+def top_k_of(module: Any) -> int | None:
+    """Return how many experts each token is routed to, as far as the module or its config says. None if they do not.
+
+    ``top_k`` of a config may be that of generation, so it is read from the module only.
+    """
+    found = [getattr(module, name, None) for name in _TOP_K] + [getattr(module.config, name, None) for name in _TOP_K[1:]]
+    return next((number for number in found if type(number) is int and number > 0), None)
 
 
 def misfit(module: Any, recipe: Recipe) -> str | None:

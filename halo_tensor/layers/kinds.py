@@ -36,6 +36,11 @@ def is_experts(module: Any) -> bool:
     return _experts(module) is not None
 
 
+def is_grouped_experts(module: Any) -> bool:
+    """Whether a module is torchtitan's experts, which are called with sorted rows and whose speed is not predicted."""
+    return grouped_experts.is_experts(module)
+
+
 def features(module: Any) -> tuple[int, int] | None:
     """Return the (in, out) features of a layer that some recipe can govern: of one group if it is a convolution. None for
     any other module.
@@ -57,6 +62,11 @@ def is_empty(module: Any) -> bool:
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     """Return the input of a layer that was called with these arguments."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def inputs_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a layer was called with: its input, and for experts also top_k_index and top_k_weights."""
+    return (*args, *kwargs.values())[: 3 if experts.is_experts(module) else 1]
 
 
 def widths(module: nn.Module) -> list[tuple[int, int]]:

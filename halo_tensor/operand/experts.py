@@ -114,7 +114,7 @@ class ExpertsOperand(HadamardQuantTensor):
         experts, (out, width) = self.experts, self.features
         matrix = self._as_one_matrix(torch.Size([experts * out, width])).dequantize()
         stack = matrix.view(experts, out, width)
-        return stack.transpose(1, 2).contiguous() if self.in_features_first else stack
+        return ops.turn_stack(stack) if self.in_features_first else stack
 
     def _as_one_matrix(self, size: torch.Size) -> HadamardQuantTensor:
         tensors = {name: getattr(self, name) for name in HadamardQuantTensor._tensors}
@@ -135,4 +135,5 @@ def unpacked(codes: torch.Tensor, format: Format) -> torch.Tensor:
 
 def all_rows(stack: torch.Tensor, in_features_first: bool) -> torch.Tensor:
     """Return the rows of all matrices as one matrix [experts · out, in]."""
-    return (stack.transpose(1, 2) if in_features_first else stack).flatten(0, 1)
+    # PyTorch's general copy of a transposed view takes several times as long (docs/notes/experts.md).
+    return (ops.turn_stack(stack.contiguous()) if in_features_first else stack).flatten(0, 1)

@@ -25,7 +25,7 @@ class Loading:
     Attributes:
         recipe: what codes are made with.
         weights: names of the weights that are to be held as codes.
-        readable: names of layers whose weights may be codes in the checkpoint. The file says which of them are, since another
+        readable: names of weights that may be codes in the checkpoint. The file says which of them are, since another
             class of model, or another version of this library, may choose other layers.
         shapes: name -> shape of every parameter of the model.
         frozen: whether weights are held as codes only, and not quantised after loading.
@@ -37,7 +37,7 @@ class Loading:
 
     recipe: Recipe
     weights: set[str]
-    readable: list[str]
+    readable: set[str]
     shapes: dict[str, torch.Size]
     frozen: bool = True
     refused: dict[str, str] = field(default_factory=dict)
@@ -116,9 +116,9 @@ class Deserialize(ConversionOps):
             return {name: codes.to(like.dtype)}
         device = next(part.device for part in parts if part is not None)
         try:
-            if name.removesuffix(".weight") not in loading.readable:
-                raise ValueError("it is quantised, and this model has no linear layer there that may be")
-            operand = stored.operand_of(parts, like, loading.recipe)
+            if name not in loading.readable:
+                raise ValueError("it is quantised, and this model has no linear layer or experts there that may be")
+            operand = stored.operand_of(parts, like, loading.recipe, _in_features_first(model, name))
         except ValueError as error:  # transformers would log an error that is raised here, and raise one that names nothing
             loading.refused[name] = str(error)
             return {name: placeholder(like, device)}
@@ -139,13 +139,22 @@ class Keep(ConversionOps):
         """Return ``input_dict``."""
         return input_dict
 
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The same."""
+        return self
+
+
+def _in_features_first(model: nn.Module, name: str) -> bool:
+    """Whether a weight is that of experts [experts, in, out]."""
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    return experts.is_experts(module) and module.is_transposed
+
 
 def codes_of(model: nn.Module, name: str, values: torch.Tensor, recipe: Recipe) -> HaloWeight:
     """Return the weight of a layer as codes of ``values``."""
     check_device(recipe.formats, values.device)
-    module: Any = model.get_submodule(name.rpartition(".")[0])
-    turned = values.ndim == 3 and module.is_transposed
-    return HaloWeight.from_hp(values, recipe, frozen=True, in_features_first=turned)
+    return HaloWeight.from_hp(values, recipe, frozen=True, in_features_first=_in_features_first(model, name))
 
 
 def hold(model: nn.Module, name: str, weight: HaloWeight) -> nn.Parameter:

@@ -16,7 +16,7 @@ from halo_tensor.layers.kinds import weights
 from halo_tensor.operand import gains
 from halo_tensor.recipe import Recipe
 from halo_tensor.trainers import watch_trainers
-from halo_tensor.transformers import released, stored
+from halo_tensor.transformers import released, saving, stored
 from halo_tensor.transformers.config import METHOD, HaloQuantConfig
 from halo_tensor.transformers.layouts import is_code, layout_of, refuse_codes
 from halo_tensor.transformers.loading import Deserialize, Loading, Quantize
@@ -32,6 +32,12 @@ def _holds_codes(module: nn.Module) -> bool:
     """Whether all weights of a linear layer or of experts are converted ones."""
     held = list(weights(module).values()) if isinstance(module, nn.Linear) or is_experts(module) else []
     return bool(held) and all(isinstance(weight, HaloWeight) for weight in held)
+
+
+def _leaf_of_experts(model: nn.Module, name: str) -> str | None:
+    """Return the end of the name of a weight of experts, from the module's own name on; None for any other weight."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path.rpartition('.')[2]}.{leaf}" if is_experts(model.get_submodule(path)) else None
 
 
 @register_quantizer(METHOD)
@@ -88,6 +94,7 @@ class HaloQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.halo_config
         readable, converted, skipped = self._choose_layers(model)
+        self._experts = {leaf for name in readable if (leaf := _leaf_of_experts(model, name)) is not None}
         self.report = survey(model, config, converted, skipped)
         if not self.report.converted:
             why = self.report.reasons or "  it has no nn.Linear"
@@ -104,16 +111,16 @@ class HaloQuantizer(HfQuantizer):
             refuse_codes(kwargs.get("checkpoint_files"))
         logger.info("%s", self.report)
 
-    def _choose_layers(self, model: Any) -> tuple[list[str], list[str], dict[str, str]]:
-        """Names of layers that may be codes in a checkpoint, of those to quantise, and of others with reasons."""
+    def _choose_layers(self, model: Any) -> tuple[set[str], list[str], dict[str, str]]:
+        """Names of weights that may be codes in a checkpoint, of layers to quantise, and of others with reasons."""
         accept = layer_filter(model, self.quantization_config.halo_config)
         tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
         precise = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
-        readable, converted, skipped = [], [], accept.reasons
+        readable, converted, skipped = set(), [], accept.reasons
         for name, module in model.named_modules():
             is_precise = bool(precise & set(name.split(".")))
-            if isinstance(module, nn.Linear) and not is_precise:
-                readable.append(name)
+            if (isinstance(module, nn.Linear) or is_experts(module)) and not is_precise:
+                readable |= {f"{name}.{leaf}" for leaf in weights(module)}
             if not accept(module, name):
                 continue
             if not (isinstance(module, nn.Linear) or is_experts(module)):
@@ -156,6 +163,7 @@ class HaloQuantizer(HfQuantizer):
         """The operations for all weights of the checkpoint."""
         updated = super().update_weight_conversions(weight_conversions, *args)
         if self.layout is None:
+            self._own_conversions = list(weight_conversions)
             return updated
         for conversion in updated:
             if isinstance(getattr(conversion, "operations", [None])[0], released.Dequantize):
@@ -179,12 +187,10 @@ class HaloQuantizer(HfQuantizer):
             matrices = (name for name, shape in self.loading.shapes.items() if len(shape) > 1 and name.endswith(".weight"))
             leaves = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in matrices})
             return [WeightConverter(released.patterns(leaf), f"{leaf}.weight", [released.Recode(self)]) for leaf in leaves]
-        leaves = sorted({name.rpartition(".")[2] for name in self.loading.readable})
+        linear = {".".join(name.split(".")[-2:]) for name in self.loading.readable if name.endswith(".weight")}
         return [
-            WeightConverter(
-                [f"{leaf}.weight{part}" for part in stored.PARTS], f"{leaf}.weight", [Deserialize(self.loading, self)]
-            )
-            for leaf in leaves
+            WeightConverter([f"{leaf}{part}" for part in stored.PARTS], leaf, [Deserialize(self.loading, self)])
+            for leaf in sorted(linear | self._experts)
         ]
 
     # After loading: check and report.
@@ -193,6 +199,9 @@ class HaloQuantizer(HfQuantizer):
         self._check_what_was_read(model)
         if self.layout is not None:
             self._finish_released(model)
+        elif self.pre_quantized:
+            coded = [name for name in self.loading.recorded if _leaf_of_experts(model, name) is not None]
+            model._weight_conversions = saving.conversions_to_reverse(model, self._own_conversions, self._experts, coded)
         if not self.loading.frozen:
             return self._make_trainable(model)
         held = [name for name, module in model.named_modules() if _holds_codes(module)]
@@ -213,6 +222,11 @@ class HaloQuantizer(HfQuantizer):
             if parameter.shape != shapes.get(name, parameter.shape):
                 # transformers 5.6 checks no shape in a quantised model; later versions do.
                 refused[name] = f"it is {list(parameter.shape)}, where the model has {list(shapes[name])}"
+        for name, module in model.named_modules():
+            held = weights(module) if is_experts(module) else {}
+            if any(isinstance(w, HaloWeight) for w in held.values()) and not _holds_codes(module):
+                plain = next(leaf for leaf, w in held.items() if not isinstance(w, HaloWeight))
+                refused.setdefault(f"{name}.{plain}", "its codes are missing, and the experts' other weight has some")
         unrecorded = [name for name, has_record in recorded.items() if not has_record]
         if unrecorded and any(recorded.values()):
             refused |= dict.fromkeys(unrecorded, "the record of its recipe is missing, which other weights have")
@@ -267,7 +281,10 @@ class HaloQuantizer(HfQuantizer):
         for name in held:
             self.report.skipped.pop(name, None)
         for name in set(self.report.converted) - set(held):
-            plain = any(f"{name}.{leaf}" in self.loading.plain for leaf in weights(model.get_submodule(name)))
+            held_plain = weights(model.get_submodule(name))
+            plain = any(f"{name}.{leaf}" in self.loading.plain for leaf in held_plain)
+            # The model's own conversions make experts of plain weights; this flag of transformers says that they did.
+            plain |= all(w.ndim == 3 and getattr(w, "_is_hf_initialized", False) for w in held_plain.values())
             saved = "it was plain when it was saved" if self.layout is None else "the checkpoint has it in high precision"
             self.report.skipped[name] = saved if plain else "its weight is not in the checkpoint"
             new += [] if plain else [name]
@@ -287,26 +304,14 @@ class HaloQuantizer(HfQuantizer):
         Raises:
             ValueError: a weight follows another recipe than the ``quantization_config`` says.
         """
-        state: dict[str, torch.Tensor] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():  # without keep_vars, weights come dequantised
-            if isinstance(tensor, HaloWeight) and tensor.master is None:
-                if tensor.ndim == 3:
-                    raise ValueError(
-                        f"{name} holds experts, which save_pretrained does not write as codes yet: call model.dequantize() "
-                        "first, or save the adapters only"
-                    )
-                if tensor.recipe != self.recipe:
-                    raise ValueError(
-                        f"{name} was converted again, with another recipe than this model's quantization_config says, so that "
-                        "the checkpoint could not be read: convert it as the config says, or call dequantize_(model) first"
-                    )
-                state |= stored.parts_of(name, tensor)
-            else:
-                state[name] = dense_value(tensor).detach()
+        state = saving.state_of(model, self.recipe)
         if not any(f"{name}_scale" in state for name in state):  # it was dequantised, so the checkpoint is a plain one
             self.remove_quantization_config(model)
         return state, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dequantize_(model)
+        saving.keep_codes(model, [])
+        # After save_pretrained, transformers (5.23) passes the dtype's name, as it has written it to the config.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)

@@ -8,6 +8,9 @@
 ``x.weight_recipe``       a text, UTF-8 in uint8, that says what the codes were made with.
 ========================  ============================================================================================
 
+Weights of experts are stored in the same way under their own names, ``x.experts.down_proj`` for example: the codes of all
+rows, expert by expert, and scales [experts, out_features].
+
 A checkpoint whose ``config.json`` says something else than its records is refused, and so are parts that are missing or
 damaged. 0.1.0 wrote no records.
 """
@@ -18,13 +21,14 @@ import torch
 
 from halo_tensor.calibration.balance import LARGEST_EXPONENT
 from halo_tensor.operand import gains
+from halo_tensor.operand.experts import ExpertsOperand
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.recipe import TENSOR, Format, Recipe, Rotation, Scales, W
 from halo_tensor.reference import codes as formats
 from halo_tensor.reference.hadamard import fit
 from halo_tensor.weight.tensor import HaloWeight
 
-#: Codes, scale, balance, record: what follows "x.weight" in a name, as patterns. Before transformers 5.21 a name goes to the
+#: Codes, scale, balance, record: what follows the name of a weight, as patterns. Before transformers 5.21 a name goes to the
 #: first of these patterns that it begins with.
 PARTS = (r"(?!\w)", r"_scale(?!\w)", r"_balance(?!\w)", r"_recipe(?!\w)")
 
@@ -33,20 +37,27 @@ def parts_of(name: str, weight: HaloWeight) -> dict[str, torch.Tensor]:
     """Return what the checkpoint holds of a weight of codes: name -> tensor."""
     operand = weight.operand
     assert operand is not None and operand.codes is not None and operand.scale is not None
-    parts = {name: operand.codes.contiguous().flatten(), f"{name}_scale": operand.scale}
+    scale = operand.stacked_scales() if isinstance(operand, ExpertsOperand) else operand.scale
+    parts = {name: operand.codes.contiguous().flatten(), f"{name}_scale": scale}
     if weight.gain is not None:
         parts[f"{name}_balance"] = weight.gain.log2().round().to(torch.int8)
-    record = _record(operand.format, operand.granularity, operand.column_rotation, operand.shape, operand.gain is not None)
+    record = _record(
+        operand.format, operand.granularity, operand.column_rotation, operand.shape, operand.gain is not None,
+        weight.in_features_first,
+    )  # fmt: skip
     return parts | {f"{name}_recipe": torch.tensor(list(record.encode()), dtype=torch.uint8)}
 
 
-def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor:
+def operand_of(
+    parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe: Recipe, in_features_first: bool = False
+) -> HadamardQuantTensor:
     """Return the operand that a weight brings to its products.
 
     Args:
         parts: what the checkpoint has of ``PARTS``, in their order.
-        like: a tensor of the weight's shape [out, in] and dtype.
+        like: a tensor of the weight's shape [out, in] or [experts, out, in], and dtype.
         recipe: what config.json says.
+        in_features_first: whether the weight of experts is [experts, in, out].
 
     Raises:
         ValueError: a part is missing, or is not what such a weight has under this recipe.
@@ -56,27 +67,32 @@ def operand_of(parts: Sequence[torch.Tensor | None], like: torch.Tensor, recipe:
         raise ValueError(f"its {'codes are' if stored is None else 'scale is'} missing")
     spec = recipe.output.right
     assert spec.format is not None
-    granularity, rotation = spec.granularity.on(W), fit(spec.in_features, like.shape[1])
+    *_, out, width = (*like.shape[:-2], *like.shape[:-3:-1]) if in_features_first else like.shape
+    rows = out * like.shape[0] if like.ndim == 3 else out
+    granularity, rotation = spec.granularity.on(W), fit(spec.in_features, width)
     if record is not None:
         written = bytes(record.to(torch.uint8).flatten().tolist()).decode(errors="replace")
-        expected = _record(spec.format, granularity, rotation, like.shape, exponents is not None)
+        expected = _record(spec.format, granularity, rotation, like.shape, exponents is not None, in_features_first)
         if written != expected:
             raise ValueError(
                 f"its codes were written as ({written}), and by config.json and what else the file has of it they are "
                 f"({expected}). Use the config.json that it was saved with"
             )
-    operand = HadamardQuantTensor(
-        like.shape,
-        like.dtype,
-        {
-            "codes": _checked_codes(stored, like, spec.format).view(like.shape[0], -1),
-            "codes_t": None,
-            "scale": _checked_scale(scale, list(granularity.shape(*like.shape))),
-        },
-        {"granularity": granularity, "row_rotation": None, "column_rotation": rotation, "format": spec.format},
-    )
+    scales = list(granularity.shape(rows, width))
+    stacked = [like.shape[0], out] if like.ndim == 3 else scales
+    tensors: dict[str, torch.Tensor | None] = {
+        "codes": _checked_codes(stored, like, spec.format).view(rows, -1),
+        "codes_t": None,
+        "scale": _checked_scale(scale, stacked).view(scales),
+    }
+    attributes = {"granularity": granularity, "row_rotation": None, "column_rotation": rotation, "format": spec.format}
+    operand: HadamardQuantTensor
+    if like.ndim == 3:
+        operand = ExpertsOperand(like.shape, like.dtype, tensors, attributes | {"in_features_first": in_features_first})
+    else:
+        operand = HadamardQuantTensor(like.shape, like.dtype, tensors, attributes)
     if exponents is not None:
-        operand.gains = gains.of_exponents(_checked_exponents(exponents, like.shape[1]))
+        operand.gains = gains.of_exponents(_checked_exponents(exponents, width))
     return operand
 
 
@@ -86,15 +102,17 @@ def described(tensor: torch.Tensor) -> str:
 
 
 def _record(
-    format: Format | None, granularity: Scales, rotation: Rotation | None, shape: Sequence[int], balanced: bool
-) -> str:
-    """What the codes of a weight [out, in] stand for, as text.
+    format: Format | None, granularity: Scales, rotation: Rotation | None, shape: Sequence[int], balanced: bool,
+    in_features_first: bool,
+) -> str:  # fmt: skip
+    """What the codes of a weight stand for, as text.
 
     Codes can be read if the texts are equal. Levels 1 and 2 differ in E only, so they have equal texts.
     """
     scale = "one scale" if granularity == TENSOR else f"a scale per {granularity}"
     rotated = f"rotated by {rotation}" if rotation else "not rotated"
-    return f"{format} {list(shape)}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
+    order = ", in_features before out_features" if in_features_first else ""
+    return f"{format} {list(shape)}{order}, {scale}, {rotated}, {'balanced' if balanced else 'not balanced'}"
 
 
 def _checked_codes(stored: torch.Tensor, like: torch.Tensor, format: Format) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from halo_tensor import halo_config
 from halo_tensor.analysis import cost, roofline
+from halo_tensor.analysis.ceilings import H100
 from halo_tensor.recipe import RECIPES, Recipe
 
 
@@ -55,4 +56,4 @@ def test_a_model_gives_no_time_of_units_that_no_kernel_uses(name):
     sizes = {"tokens": 4096, "in_features": 4096, "out_features": 4096}
     plain, blocks = (roofline.seconds(recipe, sizes) for recipe in (Recipe(), RECIPES[name]))
     assert blocks > plain > roofline.seconds(halo_config(0, "fp8").recipe, sizes)
-    assert not roofline.lacking(RECIPES[name], roofline.H100)
+    assert not roofline.lacking(RECIPES[name], H100)

@@ -10,11 +10,12 @@ from torch import nn
 
 from halo_tensor import calibrate, halo_config, report
 from halo_tensor.analysis import gpus, roofline
+from halo_tensor.analysis.ceilings import H100, H200
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BF16_ALONE = replace(roofline.H100, name="X", products={"bf16": 1e12})
+BF16_ALONE = replace(H100, name="X", products={"bf16": 1e12})
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,12 @@ def test_names_of_devices_are_recognised(name, expected):
 def test_products_reach_the_modelled_part_of_published_rates_on_an_h100():
     """An H100 modelled from its published rates would be close to the measured one."""
     published = gpus.GPUS["H100"]
-    for unit, rate in roofline.H100.products.items():
+    for unit, rate in H100.products.items():
         assert rate == pytest.approx(getattr(published, unit) * 1e12 * gpus.PRODUCTS_REACH, rel=0.09)
-    assert 0.8 * published.bandwidth < roofline.H100.copy / 1e12 < published.bandwidth
-    assert gpus.ceilings_of("H100") is roofline.H100
+    assert 0.8 * published.bandwidth < H100.copy / 1e12 < published.bandwidth
+    assert gpus.ceilings_of("H100") is H100
     h200 = gpus.ceilings_of("H200")
-    assert h200 is roofline.H200 and h200.copy == pytest.approx(roofline.H100.copy * 4.8 / 3.35, rel=0.06)
+    assert h200 is H200 and h200.copy == pytest.approx(H100.copy * 4.8 / 3.35, rel=0.06)
 
 
 def test_the_source_says_that_rates_are_published_and_not_measured():
@@ -132,10 +133,10 @@ def test_the_gpu_of_this_machine_is_modelled(machine, monkeypatch):
     )
     assert found.notes[1:] == gpus.ceilings_of("RTX 4090").notes
     machine("NVIDIA H100 PCIe", (9, 0))
-    assert gpus.modelled(None, CUDA).products == roofline.H100.products
+    assert gpus.modelled(None, CUDA).products == H100.products
     machine("NVIDIA Thor", (11, 0))
     found = gpus.modelled(None, CUDA)
-    assert found.name == roofline.H100.name and "NVIDIA Thor are not known" in found.notes[0] and not roofline.H100.notes
+    assert found.name == H100.name and "NVIDIA Thor are not known" in found.notes[0] and not H100.notes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no NVIDIA GPU" in gpus.modelled(None, CPU).notes[0]
     with pytest.raises(ValueError, match=r"gpu='RTX 4070' is not known; known are A100, .*RTX 5090. Pass ceilings="):
@@ -158,8 +159,8 @@ def test_report_recommends_by_the_gpu():
     }
     assert found["RTX 4090"].recommended.startswith("int8") and "on an RTX 4090" in found["RTX 4090"].verdict
     assert len(found["RTX 4090"].candidates) == len(CANDIDATES) and "half rate" in found["RTX 4090"].to_markdown()
-    own = report(model, x, ceilings=roofline.H100, candidates=[halo_config(1, "int8")], **options)
-    assert own.ceilings is roofline.H100 and f"({roofline.H100.source})." in str(own)
+    own = report(model, x, ceilings=H100, candidates=[halo_config(1, "int8")], **options)
+    assert own.ceilings is H100 and f"({H100.source})." in str(own)
 
 
 def test_report_refuses_formats_that_the_gpu_lacks():
@@ -167,7 +168,7 @@ def test_report_refuses_formats_that_the_gpu_lacks():
     with pytest.raises(RuntimeError, match="an A100 cannot multiply fp8: leave out HaloConfig"):
         report(model, x, gpu="A100", candidates=[halo_config(0, "fp8")], loss_fn=loss)
     with pytest.raises(ValueError, match="pass one of them"):
-        report(model, x, gpu="A100", ceilings=roofline.H100, loss_fn=loss)
+        report(model, x, gpu="A100", ceilings=H100, loss_fn=loss)
     with pytest.raises(ValueError, match="no candidate recipe to measure on cpu that an X runs faster"):
         report(model, x, ceilings=BF16_ALONE, loss_fn=loss)
 

@@ -11,6 +11,7 @@ import pytest
 
 from halo_tensor import halo_config, hot_config, recipe_config
 from halo_tensor.analysis import roofline
+from halo_tensor.analysis.ceilings import H100, H200, Ceilings
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.recipe import PRODUCTS, RECIPES, Recipe
 
@@ -19,7 +20,7 @@ T, I, O = 128, 32, 16
 
 
 #: One multiprocessor always has a tile. The launch of a kernel takes 1/1000 s.
-CEILINGS = roofline.Ceilings(
+CEILINGS = Ceilings(
     name="a GPU",
     products={"bf16": 100.0, "int8": 200.0, "fp8": 250.0},
     undo={"bf16": 1.0, "int8": 0.5, "fp8": 0.8},
@@ -145,7 +146,7 @@ def rows(name):
 
 def test_ceilings_are_what_the_benchmarks_measured():
     """Of the time of a kernel its launch is subtracted, and of that of a product what of writing is exposed."""
-    h100 = roofline.H100
+    h100 = H100
 
     def rate(contender, launches, bytes_of_an_element):
         """Median of bytes/s."""
@@ -211,7 +212,7 @@ def errors_of(record, ceilings):
 
 
 @pytest.mark.parametrize(
-    ("record", "ceilings", "most", "at_least"), [("linear", roofline.H100, 0.08, 24), ("linear_now", roofline.H200, 0.05, 8)]
+    ("record", "ceilings", "most", "at_least"), [("linear", H100, 0.08, 24), ("linear_now", H200, 0.05, 8)]
 )
 def test_predicted_speeds_of_wide_layers_are_near_the_measured_ones(record, ceilings, most, at_least):
     """The rates of the H100 are of other benchmarks; those of the H200 were adjusted to these layers."""
@@ -221,7 +222,7 @@ def test_predicted_speeds_of_wide_layers_are_near_the_measured_ones(record, ceil
 
 def test_predicted_speeds_of_narrow_layers_are_near_the_measured_ones():
     """Of layers that lose and of layers that gain, with trained and with frozen weights."""
-    errors = errors_of("gain", roofline.H200)
+    errors = errors_of("gain", H200)
     frozen = {at: error for at, error in errors.items() if at[1].endswith("-frozen")}
     trained = {at: error for at, error in errors.items() if at not in frozen}
     # The record of hot is of version 0.1.0, which read E four times.

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from halo_tensor import halo_config, hot_config, quantize_, recipe_config
-from halo_tensor.analysis import roofline
+from halo_tensor.analysis import expert_roofline, roofline
+from halo_tensor.analysis.ceilings import H200
 from halo_tensor.convert.prediction import Prediction, Predictor, shape_of
 from halo_tensor.recipe import RECIPES, Recipe
+from tests.helpers.moe_models import experts_of, mixture
 
 CPU = torch.device("cpu")
+QWEN3_30B_A3B = {"hidden_size": 2048, "moe_intermediate_size": 768, "experts": 128, "num_experts_per_tok": 8}
 INT8 = halo_config(1, "int8")
 
 
@@ -23,6 +26,11 @@ def stack(*widths: tuple[int, int], layers: int = 2) -> nn.Module:
     """Layers without memory: what is predicted depends on widths alone."""
     with torch.device("meta"):
         return nn.Sequential(*(nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in widths)) for _ in range(layers)))
+
+
+def on_meta(family: str, **sizes):
+    with torch.device("meta"):
+        return mixture(family, **{"layers": 2, **sizes})
 
 
 def quietly(*args, **kwargs):
@@ -36,7 +44,7 @@ def test_the_conversion_shows_the_gain_of_each_layer():
     predicted = conversion.predicted
     assert list(predicted.gains) == conversion.converted == ["0.0", "0.1", "1.0", "1.1"]
     sizes = {"tokens": 8192, "in_features": 768, "out_features": 3072}
-    both = tuple(roofline.seconds(recipe, sizes, ceilings=roofline.H200) for recipe in (Recipe(), INT8.recipe))
+    both = tuple(roofline.seconds(recipe, sizes, ceilings=H200) for recipe in (Recipe(), INT8.recipe))
     assert predicted.seconds["0.0"] == predicted.seconds["1.0"] == both and predicted.gains["0.0"] == both[0] / both[1]
     high, low = (sum(seconds[i] for seconds in predicted.seconds.values()) for i in (0, 1))
     assert predicted.gain == high / low and predicted.gains["0.0"] < 1 < predicted.gain < predicted.gains["0.1"]
@@ -63,9 +71,9 @@ def test_more_tokens_gain_more_and_a_frozen_layer_has_two_products():
     model[0].requires_grad_(False)
     seconds = quietly(model, INT8, gpu="H200").predicted.seconds
     sizes = {"tokens": 8192, "in_features": 2048, "out_features": 2048}
-    options = {"products": ("output", "grad_input"), "trained": False, "ceilings": roofline.H200}
+    options = {"products": ("output", "grad_input"), "trained": False, "ceilings": H200}
     assert seconds["0.0"] == tuple(roofline.seconds(r, sizes, **options) for r in (Recipe(), INT8.recipe))
-    assert seconds["1.0"] == tuple(roofline.seconds(r, sizes, ceilings=roofline.H200) for r in (Recipe(), INT8.recipe))
+    assert seconds["1.0"] == tuple(roofline.seconds(r, sizes, ceilings=H200) for r in (Recipe(), INT8.recipe))
 
 
 def test_one_warning_names_the_layers_that_lose_and_the_option():
@@ -145,6 +153,39 @@ def test_convolutions_and_their_widths():
     assert (shape.tokens, shape.in_features, shape.out_features, shape.saved) == (1000, 576, 128, (4000, 64))
     one = shape_of(model[1], 1000)
     assert (one.in_features, one.saved, shape_of(model[2], 1000).groups) == (128, (1000, 128), 2)
+
+
+@pytest.mark.parametrize(("tokens", "gains"), [(512, False), (8192, True)])
+def test_experts_are_judged_as_other_layers(tokens, gains):
+    """They gain with many tokens, and the one warning names them with few."""
+    model = on_meta("Qwen3Moe", **QWEN3_30B_A3B)
+    if gains:
+        model.small = stack((768, 768))
+    with pytest.warns(UserWarning, match="predicted to be slower") as caught:
+        predicted = quantize_(model, INT8, gpu="H200", tokens=tokens).predicted
+    (warning,) = caught
+    name, shape = "model.layers.0.mlp.experts", expert_roofline.ExpertShape(tokens, 8, 128, 2048, 1536, 768)
+    both = tuple(expert_roofline.seconds(r, shape, ceilings=H200) for r in (Recipe(), INT8.recipe))
+    assert predicted.seconds[name] == predicted.seconds["model.layers.1.mlp.experts"] == both
+    assert (predicted.gains[name] > 1) is gains and (name in predicted.slower) is not gains
+    line = f"{both[0] / both[1]:.2f}× 128 experts, top 8, of 2048→1536, 768→2048: model.layers.*.mlp.experts (2 layers)"
+    assert line in str(predicted) and (line in str(warning.message)) is not gains
+    model = on_meta("Qwen3Moe", **QWEN3_30B_A3B).requires_grad_(False)
+    frozen = quietly(model, INT8, gpu="H200", tokens=tokens).predicted.seconds[name]
+    options = {"products": ("output", "grad_input"), "trained": False, "ceilings": H200}
+    assert frozen == tuple(expert_roofline.seconds(r, shape, **options) for r in (Recipe(), INT8.recipe))
+
+
+def test_experts_of_a_top_k_that_nothing_tells():
+    model = on_meta("GptOss", hidden_size=2880, intermediate_size=2880, experts=32, layers=1)
+    (name,) = experts_of(model)
+    module = experts_of(model)[name]
+    known = quietly(model, INT8, gpu="H200").predicted
+    assert "32 experts, top 2, of 2880→5760, 2880→2880" in str(known) and shape_of(module, 8192).in_features_first
+    for attribute in ("num_experts_per_tok", "experts_per_token"):
+        setattr(model.config, attribute, 0)
+    unknown = quietly(model, INT8, gpu="H200").predicted
+    assert "32 experts, top 1 (assumed), of" in str(unknown) and unknown.gains[name] < known.gains[name]
 
 
 def test_a_large_model_is_predicted_and_printed_in_no_time():

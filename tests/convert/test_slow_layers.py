@@ -8,6 +8,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
 from halo_tensor import HaloWeight, LayerConfigs, halo_config, quantize_, recipe_config
+from tests.helpers.moe_models import mixture
 
 INT8 = halo_config(1, "int8")
 GAIN = {"gpu": "H200", "min_gain": 1.0}
@@ -142,6 +143,26 @@ def test_layers_that_share_an_input_are_judged_again_if_one_is_left_out():
     assert f"{alone:.2f}×" in skipped["q_proj"]
     kept = quantize_(attention(), INT8, gpu="H200", min_gain=alone)
     assert kept.converted == ["q_proj"] and kept.predicted.gains["q_proj"] == alone
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_experts_that_lose_stay_plain(by_name):
+    """Between the speeds of both precisions the limit decides, by one config and by configs of names."""
+    name = "model.layers.0.mlp.experts"
+
+    def mixed():
+        with torch.device("meta"):
+            return mixture("Qwen3Moe", hidden_size=1024, moe_intermediate_size=512)
+
+    config = FqnToConfig({name: INT8, "re:.*_proj": INT8}) if by_name else INT8
+    gain = quantize_(mixed(), config, gpu="H200", min_gain=0).predicted.gains[name]
+    assert 0.5 < gain < 2
+    m = mixed()
+    kept = quantize_(m, config, gpu="H200", min_gain=gain)
+    assert name in kept.converted and isinstance(m.get_submodule(name).down_proj, HaloWeight)
+    left = quantize_(m, config, gpu="H200", min_gain=gain + 1e-9)  # which makes them plain again
+    assert name not in left.converted and type(m.get_submodule(name).down_proj) is nn.Parameter
+    assert left.skipped[name].startswith(f"predicted at {gain:.2f}× bf16's speed on an H200 with 8192 tokens, below min_gain=")
 
 
 def test_a_filter_is_asked_once_about_each_layer():

@@ -19,11 +19,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def mixture(family: str, seed: int = 0, layers: int = 1, **more):
-    """Return a random model with six experts, two for each token."""
+def mixture(family: str, seed: int = 0, layers: int = 1, experts: int = 6, **more):
+    """Return a random model, by default with six experts, two for each token."""
     sizes = {
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts": 6, "num_local_experts": 6,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts": experts,
+        "num_local_experts": experts,
         "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     options = sizes | FAMILIES.get(family, {}) | more

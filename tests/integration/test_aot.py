@@ -158,6 +158,7 @@ def launched(monkeypatch):
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
     for module in (whole_rows, tiles, two_operands, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
+    monkeypatch.setattr(grouped_sm90, "halves", lambda rotation, device: torch.empty(128, 64, dtype=BF16, device=device))
     for module in (sm90, grouped_sm90):
         monkeypatch.setattr(module, "_matrix", lambda rotation, device: torch.empty(128, 128, dtype=BF16, device=device))
     monkeypatch.setattr(whole_rows, "hadamard_factor", lambda n, device: torch.empty(n, n, device=device))
@@ -740,10 +741,16 @@ def multiply_groups(model, code):
 
 
 @pytest.mark.parametrize(
-    ("capability", "code"), [(80, INT[0]), (89, FP8[0]), *((c, code) for c in (90, 100, 120) for code in (INT[0], FP8[0]))]
+    ("capability", "code", "model"),
+    [
+        (80, INT[0], "qwen"),
+        (89, FP8[0], "qwen"),
+        *((c, code, "qwen") for c in (90, 100, 120) for code in (INT[0], FP8[0])),
+        (90, INT[0], "gpt-oss"),  # rotated by blocks of 64, which are undone without sums of halves
+    ],
 )
-def test_grouped_products(launched, capability, code):
-    kernels = launched(capability, multiply_groups("qwen", code))
+def test_grouped_products(launched, capability, code, model):
+    kernels = launched(capability, multiply_groups(model, code))
     # In Gluon int8 products of rows have two tiles, for short and for long sums.
     assert {k.name for k in kernels} == {"grouped_wgmma_kernel" if capability == 90 else "grouped_kernel"}
     for kernel in kernels:

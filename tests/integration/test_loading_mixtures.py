@@ -33,8 +33,6 @@ def test_experts_are_quantised_while_they_are_loaded(family, tmp_path):
     assert torch.equal(logits, expected(IDS).logits)
     (other,) = experts_of(expected).values()
     assert torch.equal(module.down_proj.codes, other.down_proj.codes)
-    with pytest.raises(ValueError, match="down_proj holds experts, which save_pretrained does not write|gate_up_proj holds"):
-        model.save_pretrained(tmp_path / "quantised")
     plain = model.dequantize()
     plain.save_pretrained(tmp_path / "plain")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from halo_tensor import HaloWeight, dequantize_, halo_config, hot_config, quantize_
+from halo_tensor.layers.experts import top_k_of
 from halo_tensor.recipe import Gate
 from tests.helpers.errors import relative_error
 from tests.helpers.expert_layers import GPT_OSS, exact_experts
@@ -298,6 +299,16 @@ def test_experts_without_a_gate_and_with_a_norm():
 
 
 # What is left alone.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_a_token(family):
+    (module,) = experts_of(mixture(family, num_experts_per_tok=3)).values()
+    assert top_k_of(module) == 3
+    module.top_k = 2
+    assert top_k_of(module) == 2
+    module.top_k, module.config.num_experts_per_tok = [2, 4], 0
+    assert top_k_of(module) is None
 
 
 def test_reasons_of_experts_that_are_left_alone():

@@ -275,6 +275,9 @@ def test_experts_are_codes(tmp_path, kind):
     with OpLog() as log:
         logits(model)
     assert any("grouped" in name for name, _ in log.calls)
+    model.save_pretrained(tmp_path / "codes")
+    again = AutoModel.from_pretrained(tmp_path / "codes")
+    assert torch.equal(logits(again), logits(model)) and weights(again).keys() == weights(model).keys()
 
     trained = load(folder, HaloQuantConfig(1, "int8", frozen=False))
     check_experts(trained.model.layers[1].mlp.experts, values, torch.equal)

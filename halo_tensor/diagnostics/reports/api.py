@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from halo_tensor.analysis import gpus
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.trial_run import LossFn
 from halo_tensor.convert import warn_of_share
-from halo_tensor.diagnostics.reports import figure, html, text
+from halo_tensor.diagnostics.reports import experts, figure, html, text
 from halo_tensor.diagnostics.reports.candidates import Candidate, Candidates, accepted_layers, candidates_for
 from halo_tensor.diagnostics.reports.comparison import Comparison, comparing, weight_name
 from halo_tensor.diagnostics.reports.data import CandidateReport, LayerReport, ReportData
@@ -46,8 +46,6 @@ class Report(ReportData):
         share: the fraction of the linear layers' parameters, stacks of experts included, that the measured layers hold.
         left_alone: the layers that no candidate converts, and why, a line for each reason.
         exceptions: the layers that should not follow ``recommended``.
-        experts: the names of the experts of mixtures that each candidate converts, by candidate. Their errors are part of the
-            gradient's; their products alone and their speed are not measured.
         config: the recommendation for ``quantize_``; None if high precision is recommended.
         balanced: whether ``balance_`` should follow ``quantize_``.
 
@@ -113,7 +111,8 @@ def report(
 
     The model runs forward and backward once exactly, in its own dtype, and once under each candidate, converted as
     ``quantize_`` would convert it. In addition, each layer's three products are computed from sampled rows of the exact X and
-    E, by the autograd function that training uses, and compared with float32's. The time on a GPU is predicted, not measured
+    E, by the autograd function that training uses, and compared with float32's. Experts of mixtures are judged as one layer,
+    with the sampled tokens that the router sends to them. The time on a GPU is predicted, not measured
     (:mod:`halo_tensor.analysis.roofline`).
 
     A candidate is faithful if the cosine of the whole gradient with the exact one is at least ``min_cosine``. The fastest
@@ -177,21 +176,18 @@ def report(
     if ceilings is None:
         ceilings = gpus.modelled(gpu, next(model.parameters()).device)
     compared = candidates_for(candidates, model, ceilings)
-    accepted, experts, covered = accepted_layers(model, compared.configs, filter_fn)
+    accepted, covered = accepted_layers(model, compared.configs, filter_fn)
     warn_of_share(model, covered, stacklevel=3)
-    mixtures = sorted({name for names in experts.values() for name in names})
-    with comparing(model, batch, loss_fn, [x for x in covered.converted if x not in mixtures], mixtures) as comparison:
+    with comparing(model, batch, loss_fn, covered.converted) as comparison:
         comparison.run_exactly(tokens, balancing=bool(compared.balanced))
         total = max(own.tokens for own in comparison.operands.values())
         layers = _layers(comparison, compared, accepted, step_tokens or total, ceilings)
-        measured = _run_candidates(comparison, compared, accepted, layers, experts)
+        measured = _run_candidates(comparison, compared, accepted, layers)
 
         def run_mixture(chosen: dict[str, str], balancing: bool) -> CandidateReport:
             recipes = {layer: compared.configs[candidate].recipe for layer, candidate in chosen.items()}
-            assert found.recommended is not None
-            of_experts = dict.fromkeys(experts[found.recommended], compared.configs[found.recommended].recipe)
             weights = comparison.convert(recipes, balancing)
-            return comparison.run("as recommended", None, recipes, weights, balancing, of_experts)
+            return comparison.run("as recommended", None, recipes, weights, balancing)
 
         found = Report(
             model=type(model).__name__,
@@ -209,7 +205,6 @@ def report(
             share=covered.share,
             left_alone=covered.reasons,
             min_gain=min_gain,
-            experts=experts,
             _by_name=filter_fn is not None,
         )
         recommend(found, run_mixture)
@@ -223,41 +218,45 @@ def _layers(
     """Describe the layers that the batch reached, with their predicted times in a step of ``step_tokens``."""
     total = max(own.tokens for own in comparison.operands.values())
     layers = []
-    for name, module in comparison.layers.items():
-        if name not in comparison.operands:
-            continue
-        weight = comparison.weights[name]
-        layer = layer_report(name, module, comparison.operands, weight, compared.rotation)
+    for name in (x for x in (*comparison.layers, *comparison.experts) if x in comparison.operands):
         recipes = {candidate: c.recipe for candidate, c in compared.configs.items() if name in accepted[candidate]}
-        step = round(layer.tokens * step_tokens / total)
-        predict_time(layer, recipes, step, weight.requires_grad, ceilings)
+        step = round(comparison.operands[name].tokens * step_tokens / total)
+        if name in comparison.experts:
+            module, own = comparison.experts[name], comparison.operands[name]
+            layer = experts.layer_report(name, module, own, compared.rotation)
+            experts.predict_time(layer, module, own, recipes, step, ceilings)
+        else:
+            weight = comparison.weights[name]
+            layer = layer_report(name, comparison.layers[name], comparison.operands, weight, compared.rotation)
+            predict_time(layer, recipes, step, weight.requires_grad, ceilings)
         layers.append(layer)
     return layers
 
 
 def _run_candidates(
-    comparison: Comparison,
-    compared: Candidates,
-    accepted: dict[str, list[str]],
-    layers: list[LayerReport],
-    experts: dict[str, list[str]],
+    comparison: Comparison, compared: Candidates, accepted: dict[str, list[str]], layers: list[LayerReport]
 ) -> list[CandidateReport]:
     """Run the model under each candidate, and set ``fidelity`` of the layers."""
     operands = comparison.operands
-    exact = {layer.name: exact_products(layer, operands[layer.name], comparison.weights[layer.name]) for layer in layers}
+    linear = [layer for layer in layers if not layer.experts]
+    exact = {layer.name: exact_products(layer, operands[layer.name], comparison.weights[layer.name]) for layer in linear}
     measured: list[CandidateReport] = []
     weights: dict[str, nn.Parameter] = {}
     for name, config in compared.configs.items():
         balancing = name in compared.balanced
         recipes = dict.fromkeys(accepted[name], config.recipe)
         weights = comparison.convert(recipes, balancing, earlier=weights)
-        for layer in layers:
+        for layer in linear:
             if layer.name in recipes:
                 weight = weights[weight_name(layer.name)]
                 layer.fidelity[name] = fidelity(layer, operands[layer.name], weight, exact[layer.name])
-        of_experts = dict.fromkeys(experts[name], config.recipe)
-        candidate = comparison.run(name, config, recipes, weights, balancing, of_experts)
-        candidate.speed = speed_of(layers, dict.fromkeys(comparison.layers, name))
+        candidate = comparison.run(name, config, recipes, weights, balancing)
         candidate.has_kernels = compared.has_kernels(name)
         measured.append(candidate)
+    for layer in layers:
+        if layer.experts:
+            chosen = {name: c.recipe for name, c in compared.configs.items() if layer.name in accepted[name]}
+            layer.fidelity = experts.fidelity(layer, comparison.experts[layer.name], operands[layer.name], chosen)
+    for candidate in measured:
+        candidate.speed = speed_of(layers, {layer.name: candidate.name for layer in layers})
     return measured

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from halo_tensor.analysis import roofline
-from halo_tensor.analysis.roofline import Ceilings
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.config import Balanced, LinearConfig
 from halo_tensor.convert import CHOICE, Conversion, layer_filter, survey
 from halo_tensor.kernels.device import check_device, check_scales, runs, runs_scales
-from halo_tensor.layers.kinds import features, is_experts, misfit
+from halo_tensor.layers.experts import is_experts
+from halo_tensor.layers.kinds import features, is_grouped_experts, misfit
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Rotation
 
 Candidate = LinearConfig | Balanced
@@ -75,34 +76,34 @@ def candidates_for(
 
 def accepted_layers(
     model: nn.Module, configs: dict[str, LinearConfig], filter_fn: Callable[[nn.Module, str], bool] | None
-) -> tuple[dict[str, list[str]], dict[str, list[str]], Conversion]:
+) -> tuple[dict[str, list[str]], Conversion]:
     """Find the layers that ``quantize_`` would convert.
 
     Returns:
-        candidate -> names of its linear layers; candidate -> names of its experts; and a Conversion with the layers and the
-        experts of all candidates, and the others with reasons.
+        candidate -> names of its linear layers and of its experts; and a Conversion with those of all candidates, and the
+        others with reasons.
 
     Raises:
         ValueError: no candidate converts any layer.
     """
     accepted: dict[str, list[str]] = {}
-    experts: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     known = [(name, m) for name, m in model.named_modules() if features(m) and not isinstance(m, nn.Conv2d)]
-    mixtures = [(name, m) for name, m in model.named_modules() if is_experts(m)]
+    known += [(name, m) for name, m in model.named_modules() if is_experts(m)]
     for candidate, config in configs.items():
         accept = filter_fn or layer_filter(model, config)
-        accepted[candidate] = [name for name, module in known if accept(module, name)]
-        experts[candidate] = [x for x, module in mixtures if accept(module, x) and not misfit(module, config.recipe)]
+        fit = [(name, m) for name, m in known if not (is_experts(m) and misfit(m, config.recipe))]
+        accepted[candidate] = [name for name, module in fit if accept(module, name)]
+        reasons |= {name: reason for name, m in known if is_experts(m) and (reason := misfit(m, config.recipe))}
         reasons |= getattr(accept, "reasons", {})
     taken = {name for names in accepted.values() for name in names}
     if not taken:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:8]) or ": filter_fn took none"
         raise ValueError(f"no layer of this {type(model).__name__} is eligible{why}")
-    taken |= {name for names in experts.values() for name in names}
-    known += mixtures
     reasons |= {name: CHOICE for name, _ in known if name not in taken | reasons.keys()}
     reasons |= {name: "report does not measure convolutions" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    grouped = [name for name, m in model.named_modules() if is_grouped_experts(m)]
+    reasons |= dict.fromkeys(grouped, "report does not measure torchtitan's experts")
     skipped = {name: reason for name, reason in reasons.items() if name not in taken}
     covered = survey(model, None, [name for name, _ in known if name in taken], skipped, configs.values())
-    return accepted, experts, covered
+    return accepted, covered

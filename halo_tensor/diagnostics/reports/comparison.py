@@ -16,31 +16,32 @@ from halo_tensor.calibration import balance
 from halo_tensor.config import LinearConfig
 from halo_tensor.diagnostics.reports.data import CandidateReport
 from halo_tensor.layers import kinds
+from halo_tensor.layers.experts import is_experts
 from halo_tensor.recipe import Recipe
 
 
 @contextmanager
-def comparing(
-    model: nn.Module, batch: Any, loss_fn: LossFn | None, names: Iterable[str], experts: Iterable[str] = ()
-) -> Iterator["Comparison"]:
-    """Yield a comparison of ``model``, whose linear layers ``names`` and modules ``experts`` are converted. The model is
-    restored when the block is left.
+def comparing(model: nn.Module, batch: Any, loss_fn: LossFn | None, names: Iterable[str]) -> Iterator["Comparison"]:
+    """Yield a comparison of ``model``, whose linear layers and experts ``names`` are converted. The model is restored when
+    the block is left.
     """
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    mixtures: dict[str, Any] = {name: model.get_submodule(name) for name in experts}
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    layers = {name: m for name, m in modules.items() if not is_experts(m)}
+    experts = {name: m for name, m in modules.items() if is_experts(m)}
     with (
         trial_run.untouched(model),
         trial_run.swapped(model, dense := trial_run.dense_parameters(model)),
         trial_run.calling_linear(layers.values()),
     ):
-        yield Comparison(model, batch, loss_fn, layers, dense, mixtures)
+        yield Comparison(model, batch, loss_fn, layers, dense, experts)
 
 
 class Comparison:
     """The exact run of a model, and runs that are compared with it.
 
     Attributes:
-        layers: name -> module, the layers that are converted.
+        layers: name -> module, the linear layers that are converted.
+        experts: name -> module, the experts that are converted.
         weights: name -> dense weight, [out, in].
         gradient_of: which parameters' gradient is compared, in words.
         loss: the exact loss.
@@ -59,7 +60,7 @@ class Comparison:
         dense: dict[str, nn.Parameter],
         experts: dict[str, Any],
     ):
-        self.layers, self._experts = layers, experts
+        self.layers, self.experts = layers, experts
         self._model, self._batch, self._loss_fn, self._dense = model, batch, loss_fn, dense
         # The weight of a Conv1D is [in, out].
         self._transposed = {name for name, module in layers.items() if not isinstance(module, nn.Linear)}
@@ -80,7 +81,7 @@ class Comparison:
         Raises:
             ValueError: the loss or a gradient is not finite, or the batch reaches none of the layers.
         """
-        with captured(self.layers, tokens) as self.operands:
+        with captured(self.layers | self.experts, tokens) as self.operands:
             with balance.observed(self.layers if balancing else {}) as self._statistics:
                 self.loss = trial_run.loss_of(self._model, self._batch, self._loss_fn)
             # Gradients of all trained parameters, so that backward reaches every layer that it reaches in training.
@@ -97,10 +98,10 @@ class Comparison:
     def convert(
         self, recipes: dict[str, Recipe], balancing: bool, earlier: dict[str, nn.Parameter] | None = None
     ) -> dict[str, nn.Parameter]:
-        """Convert the weights of layers to their recipes. Tied weights stay tied.
+        """Convert the weights of linear layers to their recipes. Tied weights stay tied.
 
         Args:
-            recipes: name of a layer -> recipe.
+            recipes: name of a layer -> recipe. Experts are not converted here, but for the length of a run.
             balancing: give the weights the gains that ``balance_`` would give them.
             earlier: what an earlier call returned. It is emptied, and codes in it may be used again.
 
@@ -113,11 +114,12 @@ class Comparison:
         to_balance = {x: self.weights[x] for x in quantized} if balancing else {}
         gains = balance.gains_of(to_balance, self._statistics) if to_balance else {}
         made: dict[tuple[nn.Parameter, Recipe], nn.Parameter] = {}
-        for x, recipe in recipes.items():
+        linear = {x: recipe for x, recipe in recipes.items() if x in self.layers}
+        for x, recipe in linear.items():
             key = self.weights[x], recipe
             if key not in made:
                 made[key] = trial_run.converted(self.weights[x], recipe, gains.get(x), earlier.pop(weight_name(x), None))
-        return {weight_name(x): made[self.weights[x], recipe] for x, recipe in recipes.items()}
+        return {weight_name(x): made[self.weights[x], recipe] for x, recipe in linear.items()}
 
     def run(
         self,
@@ -126,25 +128,23 @@ class Comparison:
         recipes: dict[str, Recipe],
         weights: dict[str, nn.Parameter],
         balancing: bool,
-        experts: dict[str, Recipe],
     ) -> CandidateReport:
         """Run the model with converted ``weights``, and compare its loss and gradient with the exact ones.
 
         Args:
             name: of the candidate.
             config: of the candidate.
-            recipes: name of a layer -> recipe.
+            recipes: name of a linear layer or of experts -> recipe.
             weights: what :meth:`convert` returned for these recipes.
             balancing: whether the weights were balanced.
-            experts: name of a module of experts -> recipe.
         """
         held_by_modules = {weight_name(x) for x in self._transposed}  # a Conv1D converts its own weight
         weights = {key: weight for key, weight in weights.items() if key not in held_by_modules}
         following = {self.layers[x]: r for x, r in recipes.items() if x in self._transposed and not r.is_identity}
-        converting = trial_run.following_experts({self._experts[x]: recipe for x, recipe in experts.items()})
-        with trial_run.swapped(self._model, weights), trial_run.following(following), converting:
+        experts = {self.experts[x]: recipe for x, recipe in recipes.items() if x in self.experts and not recipe.is_identity}
+        with trial_run.swapped(self._model, weights), trial_run.following(following), trial_run.following_experts(experts):
             loss = trial_run.loss_of(self._model, self._batch, self._loss_fn)
-            held = {f"{x}.{leaf}": w for x in experts for leaf, w in kinds.weights(self._experts[x]).items()}
+            held = {f"{x}.{leaf}": w for x, m in self.experts.items() for leaf, w in kinds.weights(m).items()}
             found = trial_run.gradients(loss, {key: (self._dense | weights | held)[key] for key in self._exact})
         change = (loss - self.loss).item()
         return CandidateReport(name, config, cosine(found, self._exact), change if isfinite(change) else None, 1.0, balancing)

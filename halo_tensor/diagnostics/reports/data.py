@@ -5,8 +5,8 @@ from typing import Any
 
 from torchao.quantization import FqnToConfig
 
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.fidelity import Fidelity, Outliers
-from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.config import LinearConfig
 
 HIGH_PRECISION = "high precision"
@@ -14,7 +14,10 @@ HIGH_PRECISION = "high precision"
 
 @dataclass
 class LayerReport:
-    """One linear layer.
+    """One linear layer, or the experts of one layer.
+
+    Of experts, X and E are those of the module, before the router's copies and after their sum, W is the weight of the first
+    product, and grad_weight is the worse one of both weights.
 
     Attributes:
         name: qualified name of the module.
@@ -28,6 +31,7 @@ class LayerReport:
         fidelity: candidate -> product -> how close the product is to the exact one.
         seconds: candidate, or "high precision" -> the predicted time of its products.
         recommended: a candidate, or "high precision".
+        experts: their number; 0 for a linear layer.
     """
 
     name: str
@@ -40,6 +44,12 @@ class LayerReport:
     fidelity: dict[str, dict[str, Fidelity]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     recommended: str = HIGH_PRECISION
+    experts: int = 0
+
+    @property
+    def sides(self) -> str:
+        """The widths, and the number of experts, as text."""
+        return f"{self.in_features}→{self.out_features}" + (f", {self.experts} experts" if self.experts else "")
 
     def worst(self, candidate: str) -> tuple[float, str]:
         """Return the lowest SQNR of the layer's products under a candidate, in dB, and the name of that product.
@@ -63,7 +73,7 @@ class CandidateReport:
         config: its config; None for a mixture of candidates.
         cosine: between the model's gradient under the candidate and the exact one.
         loss_change: the loss minus the exact one; None if it is not finite.
-        speed: predicted, of the linear layers, × high precision.
+        speed: predicted, of all layers together, × high precision.
         balanced: whether ``balance_`` follows the conversion.
         has_kernels: whether a GPU can run it. If not, it is measured and not recommended.
     """
@@ -99,7 +109,6 @@ class ReportData:
     share: float = 1.0
     left_alone: str = ""
     min_gain: float = 0.0
-    experts: dict[str, list[str]] = field(default_factory=dict)
     _by_name: bool = False  # config names the layers, even if one recipe suits all
 
     @property
@@ -115,8 +124,7 @@ class ReportData:
             return None
         if not self.exceptions and not self._by_name:
             return configs[self.recommended]
-        chosen = {x.name: configs[x.recommended] for x in self.layers if x.recommended != HIGH_PRECISION}
-        return FqnToConfig(chosen | dict.fromkeys(self.experts.get(self.recommended, ()), configs[self.recommended]))
+        return FqnToConfig({x.name: configs[x.recommended] for x in self.layers if x.recommended != HIGH_PRECISION})
 
     @property
     def balanced(self) -> bool:

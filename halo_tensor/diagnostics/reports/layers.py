@@ -1,4 +1,4 @@
-"""Measurements of one layer: its outliers, its three products, and their predicted time."""
+"""Measurements of one linear layer: its outliers, its three products, and their predicted time."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +9,8 @@ from torch import nn
 
 from halo_tensor.analysis import roofline
 from halo_tensor.analysis.capture import Operands
+from halo_tensor.analysis.ceilings import Ceilings
 from halo_tensor.analysis.fidelity import Fidelity, Outliers
-from halo_tensor.analysis.roofline import Ceilings
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, LayerReport
 from halo_tensor.layers.kinds import features
 from halo_tensor.recipe import PRODUCTS, Recipe, Rotation
@@ -20,26 +20,21 @@ def layer_report(
     name: str, module: nn.Module, operands: Mapping[str, Operands], weight: nn.Parameter, rotation: Rotation
 ) -> LayerReport:
     """Describe the layer ``name`` by its operands. ``operands`` holds those of all layers, and ``weight`` is [out, in]."""
-    own = operands[name]
-    arrived = own.e is not None
-    computed = {
-        "output": True,
-        "grad_input": arrived and own.needs_grad_input,
-        "grad_weight": arrived and weight.requires_grad,
-    }
-    sides = features(module)
+    own, sides = operands[name], features(module)
     assert sides is not None
-    return LayerReport(
-        name,
-        *sides,
-        own.tokens,
-        tuple(product for product in PRODUCTS if computed[product]),
-        sum(other.x_group == own.x_group for other in operands.values()),
-        _outliers(own, weight, rotation),
-    )
+    sharing = sum(other.x_group == own.x_group for other in operands.values())
+    computed = products_of(own, weight.requires_grad)
+    return LayerReport(name, *sides, own.tokens, computed, sharing, outliers_of(own, weight, rotation))
 
 
-def _outliers(operands: Operands, weight: torch.Tensor, rotation: Rotation) -> dict[str, tuple[Outliers, Outliers]]:
+def products_of(own: Operands, trained: bool) -> tuple[str, ...]:
+    """Return the products that a training step computes of a layer."""
+    arrived = own.e is not None
+    computed = {"output": True, "grad_input": arrived and own.needs_grad_input, "grad_weight": arrived and trained}
+    return tuple(product for product in PRODUCTS if computed[product])
+
+
+def outliers_of(operands: Operands, weight: torch.Tensor, rotation: Rotation) -> dict[str, tuple[Outliers, Outliers]]:
     """Measure X, W and E as they are, and with X and W rotated along in_features and E along tokens."""
     rotation = replace(rotation, block=rotation.block or 128)
     matrices = {"X": (operands.x, 1), "W": (weight.detach(), 1), "E": (operands.e, 0)}

@@ -37,10 +37,10 @@ def markdown(report: ReportData) -> str:
 
 def headline(report: ReportData) -> str:
     """Return a line that says what was measured."""
-    mixtures = len({name for names in report.experts.values() for name in names})
-    more = f" and the experts of {mixtures}" if mixtures else ""
+    mixtures = sum(layer.experts > 0 for layer in report.layers)
+    measured = f"{len(report.layers) - mixtures} linear layers" + (f" and the experts of {mixtures}" if mixtures else "")
     return (
-        f"{report.model}: {len(report.layers)} linear layers{more} with {percent(report.share)} of the linear layers' "
+        f"{report.model}: {measured} with {percent(report.share)} of the linear layers' "
         f"parameters, {report.tokens} tokens, loss {report.loss:.4f}; measured in {report.seconds:.0f} s"
     )
 
@@ -97,10 +97,10 @@ def kind_rows(report: ReportData, candidate: str) -> Table:
     ]
     kinds: dict[tuple, list[LayerReport]] = {}
     for layer in report.layers:
-        kinds.setdefault((kind_of(layer.name), layer.in_features, layer.out_features), []).append(layer)
+        kinds.setdefault((kind_of(layer.name), layer.sides), []).append(layer)
     rows = []
-    for (kind, n_in, n_out), layers in kinds.items():
-        row = [f"{kind} ({len(layers)})", f"{n_in}→{n_out}"]
+    for (kind, sides), layers in kinds.items():
+        row = [f"{kind} ({len(layers)})", sides]
         for operand in OPERANDS:
             pairs = [layer.outliers[operand] for layer in layers if operand in layer.outliers]
             row.append(" → ".join(_spread([pair[i].kurtosis for pair in pairs], max) for i in (0, 1)) if pairs else "–")
@@ -126,7 +126,7 @@ def layer_rows(report: ReportData) -> Table:
     ]
     rows = []
     for layer in report.layers:
-        row = [layer.name or "the model", f"{layer.in_features}→{layer.out_features}"]
+        row = [layer.name or "the model", layer.sides]
         row += [_before_after(layer, operand) for operand in OPERANDS]
         for name in names:
             found = layer.fidelity.get(name, {})

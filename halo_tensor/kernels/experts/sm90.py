@@ -19,9 +19,10 @@ from halo_tensor.fences.gluon import (
 )
 from halo_tensor.kernels.device import INTERPRETED, is_hopper
 from halo_tensor.kernels.experts.request import GroupedRequest
+from halo_tensor.kernels.experts.sm90_epilogue import HALF, halves, split_columns, start_to_undo, store, undo_by_halves
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.matmul.request import multiprocessors
-from halo_tensor.kernels.matmul.sm90 import EDGE, _in_order, _matrix, _rows_of_eight
+from halo_tensor.kernels.matmul.sm90 import EDGE, _in_order, _matrix
 from halo_tensor.kernels.matmul.tile_order import place_of
 from halo_tensor.reference.experts import TILE
 
@@ -88,58 +89,28 @@ def _load(a, b, a_tiles, b_tiles, arrived, slot, a_row, b_row, k, wanted):
     async_load(b, [b_row, k], barrier, b_tiles.index(slot), pred=wanted)
 
 
-@gluon.jit
-def _store(
-    out, y, gain, bias, weight, expert, at_row, first, end, first_column, N, valid,
-    GAIN: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
-):  # fmt: skip
-    """Store y [rows, …] to ``out`` [·, N], from row at_row and column first_column on; rows ``first`` to ``end`` exist.
-
-    valid: 0 stores zeros.
-    """
-    ROWS: gl.constexpr = y.shape[0]
-    WIDTH: gl.constexpr = y.shape[1]
-    columns = first_column + gl.arange(0, WIDTH, gl.SliceLayout(0, y.type.layout))
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, y.type.layout))
-    if GAIN:
-        y = y * gl.load(gain + columns, mask=columns < N, other=0.0)[None, :]
-    if BIASED:
-        of_expert = bias + gl.maximum(expert, 0).to(gl.int64) * N
-        y = y + gl.load(of_expert + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    if WEIGHTED:
-        y = y * gl.load(weight + at_row + row, mask=first + row < end, other=0.0)[:, None]
-    y = gl.where(valid > 0, y, 0.0)
-    stored: gl.constexpr = _rows_of_eight(ROWS, WIDTH, gl.num_warps())
-    y = gl.convert_layout(y.to(out.dtype.element_ty), stored)
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, stored))
-    columns = first_column + gl.arange(0, WIDTH, gl.SliceLayout(0, stored))
-    inside = (first + rows < end)[:, None] & (columns < N)[None, :]
-    gl.store(out + (at_row + rows.to(gl.int64))[:, None] * N + columns[None, :], y, mask=inside)
-
-
 @gluon.jit(do_not_specialize=["ROWS", "EXPERTS", "TILES"])
 def grouped_wgmma_kernel(
     a, b, out, tiles, starts, a_scale, b_scale, bias, weight, gain, right,
     ROWS, EXPERTS, TILES, M, N, K, stride_a, stride_b,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, T: gl.constexpr,
     ALONG_TOKENS: gl.constexpr, INTEGER: gl.constexpr, SCALED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
-    GAIN: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr,
+    GAIN: gl.constexpr, RIGHT: gl.constexpr, NORM: gl.constexpr, HALVED: gl.constexpr, UNDONE: gl.constexpr,
 ):  # fmt: skip
     """Do what :func:`halo_tensor.kernels.experts.triton_products.grouped_kernel` does.
 
-    RIGHT: ``right`` [128, 128], with its columns in the order of halo_tensor/kernels/matmul/sm90.py, undoes a rotation of
-    columns.
+    RIGHT: ``right`` [128, UNDONE], with its columns in the order of halo_tensor/kernels/matmul/sm90.py, undoes a rotation of
+    columns, UNDONE at once: 128; or 64 along tokens, see :func:`halo_tensor.kernels.experts.sm90_epilogue.undo_by_halves`.
     """
     gl.static_assert(STAGES > 1, "with one stage there is none to load into while another is multiplied")
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
-    UNDONE: gl.constexpr = 128
+    WIDE: gl.constexpr = BN // 2
     WARPS: gl.constexpr = gl.num_warps()
     accumulator_type: gl.constexpr = gl.int32 if INTEGER else gl.float32
     # Triton's integer wgmma is at most 128 columns wide.
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128 if INTEGER else BN, 32])
-    unrotated: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, UNDONE, 16])
 
     steps, tiles_n = gl.cdiv(K, BK), gl.cdiv(N, BN)
     if ALONG_TOKENS:
@@ -153,11 +124,15 @@ def grouped_wgmma_kernel(
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BN, BK], b.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if RIGHT:
-        at: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+        gl.static_assert(BN == 256, "a rotation is undone in two parts of 128 columns")
+        at: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if UNDONE == 128 else [4, 8], [WARPS, 1], [1, 0])
         row, column = gl.arange(0, UNDONE, gl.SliceLayout(1, at)), gl.arange(0, UNDONE, gl.SliceLayout(0, at))
-        matrix = gl.load(right + row[:, None] * UNDONE + column[None, :])
+        matrix = right + row[:, None] * UNDONE + column[None, :]
         swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNDONE, UNDONE], gl.bfloat16)
-        h = gl.allocate_shared_memory(gl.bfloat16, [UNDONE, UNDONE], swizzled, matrix)
+        h0 = gl.allocate_shared_memory(gl.bfloat16, [UNDONE, UNDONE], swizzled, gl.load(matrix))
+        h1 = h0
+        if UNDONE == 64:
+            h1 = gl.allocate_shared_memory(gl.bfloat16, [UNDONE, UNDONE], swizzled, gl.load(matrix + UNDONE * UNDONE))
     for i in gl.static_range(STAGES):
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
@@ -220,37 +195,24 @@ def grouped_wgmma_kernel(
         if RIGHT:
             row_scale = row_scale * NORM
         y = y * row_scale[:, None]
-        if RIGHT:
-            operand: gl.constexpr = gl.DotOperandLayout(0, unrotated, 2)
-            nothing = gl.zeros([BM, UNDONE], gl.float32, unrotated)
-            if BN == UNDONE:
-                y = gl.convert_layout(y.to(gl.bfloat16), operand, assert_trivial=True)
-                y = warpgroup_mma(y, h, nothing, use_acc=False, is_async=True)
-                y = warpgroup_mma_wait(0, deps=(y,))
-                _store(
-                    out, _in_order(y), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid,
-                    GAIN, BIASED, WEIGHTED,
-                )  # fmt: skip
-            else:
-                y0, y1 = gl.split(y.to(gl.bfloat16).reshape([BM, 2, UNDONE]).permute([0, 2, 1]))
-                y0 = gl.convert_layout(y0, operand, assert_trivial=True)
-                y1 = gl.convert_layout(y1, operand, assert_trivial=True)
-                y0 = warpgroup_mma(y0, h, nothing, use_acc=False, is_async=True)
-                y1 = warpgroup_mma(y1, h, nothing, use_acc=False, is_async=True)
-                y0 = warpgroup_mma_wait(1, deps=(y0,))
-                _store(
-                    out, _in_order(y0), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid,
-                    GAIN, BIASED, WEIGHTED,
-                )  # fmt: skip
-                y1 = warpgroup_mma_wait(0, deps=(y1,))
-                _store(
-                    out, _in_order(y1), gain, bias, weight, expert, at_row, first, beyond, tile_n * BN + UNDONE, N, valid,
-                    GAIN, BIASED, WEIGHTED,
-                )  # fmt: skip
-        else:
-            _store(
-                out, y, gain, bias, weight, expert, at_row, first, beyond, tile_n * BN, N, valid, GAIN, BIASED, WEIGHTED
+        place = (expert, at_row, first, beyond, N, valid)
+        if RIGHT and ALONG_TOKENS:
+            y0, y1 = split_columns(y)
+            undo_by_halves(
+                out, y0, h0, h1, gain, bias, weight, place, tile_n * BN, HALVED, GAIN, BIASED, WEIGHTED
             )  # fmt: skip
+            undo_by_halves(
+                out, y1, h0, h1, gain, bias, weight, place, tile_n * BN + WIDE, HALVED, GAIN, BIASED, WEIGHTED
+            )  # fmt: skip
+        elif RIGHT:
+            y0, y1 = split_columns(y.to(gl.bfloat16))
+            y0, y1 = start_to_undo(y0, h0), start_to_undo(y1, h0)
+            y0 = warpgroup_mma_wait(1, deps=(y0,))
+            store(out, _in_order(y0), gain, bias, weight, place, tile_n * BN, GAIN, BIASED, WEIGHTED)
+            y1 = warpgroup_mma_wait(0, deps=(y1,))
+            store(out, _in_order(y1), gain, bias, weight, place, tile_n * BN + WIDE, GAIN, BIASED, WEIGHTED)
+        else:
+            store(out, y, gain, bias, weight, place, tile_n * BN, GAIN, BIASED, WEIGHTED)
 
 
 def why_not(request: GroupedRequest) -> str | None:
@@ -286,7 +248,8 @@ def _variant(request: GroupedRequest, config: Config) -> Variant:
     most = multiprocessors(request.device) * config.resident
     constants = {
         "STAGES": config.stages, "GROUP": config.group, "PROGRAMS": most, "T": TILE, **request.constants,
-        "num_warps": config.warps,
+        "HALVED": request.rotation is not None and request.rotation.edge == EDGE,
+        "UNDONE": HALF if request.along_tokens else EDGE, "num_warps": config.warps,
     }  # fmt: skip
 
     def sizes(rows: int, experts: int, tiles: int, m: int, n: int, k: int, stride_a: int, stride_b: int) -> tuple:
@@ -296,7 +259,8 @@ def _variant(request: GroupedRequest, config: Config) -> Variant:
         extents = ((height, k, stride_a), (b_rows, k, stride_b))
         return grid, (rows, experts, tiles, m, n, k, stride_a, stride_b), extents
 
-    matrix = _matrix(request.rotation, request.device) if request.rotation else None
+    undoing = halves if request.along_tokens else _matrix
+    matrix = undoing(request.rotation, request.device) if request.rotation else None
     launch = Launch(grouped_wgmma_kernel, constants, ((TILE, config.depth), (config.columns, config.depth)))
     example = launch.sizes(*sizes(TILE, 16, 16, TILE, EDGE, TILE, TILE, TILE))
     launch.compile(request.device, _dtypes(request), example)

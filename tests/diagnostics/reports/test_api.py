@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import halo_tensor
 from halo_tensor import Balanced, HaloWeight, balance_, halo_config, quantize_, recipe_config, report
-from halo_tensor.analysis.roofline import H100
+from halo_tensor.analysis.ceilings import H100
 from halo_tensor.calibration.candidates import CANDIDATES
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport
 from halo_tensor.diagnostics.reports.recommendation import fastest

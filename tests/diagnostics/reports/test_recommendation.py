@@ -2,8 +2,8 @@
 
 import pytest
 
+from halo_tensor.analysis.ceilings import H100
 from halo_tensor.analysis.fidelity import Fidelity
-from halo_tensor.analysis.roofline import H100
 from halo_tensor.diagnostics.reports.data import HIGH_PRECISION, CandidateReport, LayerReport, ReportData
 from halo_tensor.diagnostics.reports.recommendation import fastest, recommend, speed_of
 from halo_tensor.diagnostics.reports.text import reason
