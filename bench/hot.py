@@ -152,6 +152,7 @@ def compare(rows: list[dict]) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS), metavar="TITLE")
     parser.add_argument("--models", nargs="*", default=list(memory.MODELS), choices=list(memory.MODELS))
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=64, help="of the models: images, or sequences of 512 tokens")
@@ -167,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    layers = TINY_LAYERS if args.tiny else LAYERS
+    layers = TINY_LAYERS if args.tiny else {title: LAYERS[title] for title in args.layers}
     jobs = [(title, lambda of, shape=shape: measure_layer(of, *shape, args)) for title, shape in layers.items()]
     for name in args.models:
         title = name if args.tiny else memory.MODELS[name][2]
