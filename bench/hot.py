@@ -29,7 +29,7 @@ TITLE = "Forward and backward with HOT, batch {}"
 NOTES = (
     "INT4 values are multiplied as INT8, exactly: Hopper has no INT4 tensor-core instruction, so INT4 is no faster than INT8 "
     "here. Weights that hold codes are quantised once in every step, as an optimiser's write would. Backward: the time of a "
-    "step without that of its forward. fp32: weights and activations in float32, plain products without TF32 unless the name "
+    "step, and of that write, without that of its forward. fp32: weights and activations in float32, plain products without TF32 unless the name "
     "says TF32; 'hot fp32' is HOT as published, on a float32 model. In whole models, blocks are compiled."
 )
 
@@ -88,6 +88,18 @@ def milliseconds(step, reps: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def step_of(forward: Callable, backward: Callable, module: nn.Module, args: argparse.Namespace) -> Callable:
+    """Return a function that writes the weights once, and goes forward and backward as often as the command says."""
+
+    def step():
+        module.zero_grad()
+        requantize(module)
+        for _ in range(args.accumulate):
+            backward(forward())
+
+    return step
+
+
 def measure_layer(contender: Contender, tokens: int, k: int, n: int, args: argparse.Namespace) -> tuple[float, float]:
     layer = nn.Sequential(nn.Linear(k, n, device=DEVICE, dtype=contender.dtype))
     if contender.config is not None:
@@ -96,13 +108,11 @@ def measure_layer(contender: Contender, tokens: int, k: int, n: int, args: argpa
     e = torch.randn(tokens, n, device=DEVICE, dtype=contender.dtype)
     f = torch.compile(layer, fullgraph=True) if args.compile else layer
 
-    def step():
+    def backward(y: torch.Tensor) -> None:
         x.grad = None
-        layer.zero_grad()
-        requantize(layer)
-        f(x).backward(e)
+        y.backward(e)
 
-    return times(step, lambda: f(x), args.reps)
+    return times(step_of(lambda: f(x), backward, layer, args), lambda: f(x), args)
 
 
 def measure_model(contender: Contender, name: str, args: argparse.Namespace) -> tuple[float, float]:
@@ -118,12 +128,7 @@ def measure_model(contender: Contender, name: str, args: argparse.Namespace) -> 
     def forward() -> torch.Tensor:
         return model(**inputs).logits.float().square().mean()
 
-    def step():
-        model.zero_grad()
-        requantize(model)
-        forward().backward()
-
-    return times(step, forward, args.reps)
+    return times(step_of(forward, torch.Tensor.backward, model, args), forward, args)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -133,10 +138,10 @@ def compile_blocks(model: nn.Module) -> None:
             module.compile(dynamic=False)
 
 
-def times(step: Callable, forward: Callable, reps: int) -> tuple[float, float]:
-    """Return the milliseconds of a step, and of what follows its forward."""
-    ms = milliseconds(step, reps)
-    return ms, max(ms - milliseconds(forward, reps), 0.0)
+def times(step: Callable, forward: Callable, args: argparse.Namespace) -> tuple[float, float]:
+    """Return the milliseconds of a step, and of all but its forward, for each forward."""
+    ms = milliseconds(step, args.reps) / args.accumulate
+    return ms, max(ms - milliseconds(forward, args.reps), 0.0)
 
 
 def compare(rows: list[dict]) -> None:
@@ -157,6 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--batch", type=int, default=64, help="of the models: images, or sequences of 512 tokens")
     parser.add_argument("--reps", type=int, default=300, help="milliseconds of repetitions")
+    parser.add_argument("--accumulate", type=int, default=1, help="forwards and backwards between two writes of the weights")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a dry run")
     results.add_arguments(parser, "hot")
@@ -175,6 +181,7 @@ def main() -> None:
         jobs.append((title, lambda of, name=name: measure_model(of, name, args)))
     rows, why_not = [], {(title, name): results.ENDED for title, _ in jobs for name in args.contenders}
     heading = TITLE.format(args.batch) + ", small shapes" * args.tiny
+    heading += f", weights written once in {args.accumulate}" * (args.accumulate > 1)
     options = {"panels": ["what"], "expected": list(CONTENDERS), "why_not": why_not}
     for (title, job), name in itertools.product(jobs, args.contenders):
         torch._dynamo.reset()

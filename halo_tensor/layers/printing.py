@@ -53,7 +53,7 @@ def describe_weight(weight: HaloWeight) -> str:
         words.append("balanced")
     if weight.master is None and not weight.is_gathered and not weight.recipe.is_identity:
         words.append("frozen, codes only")
-    elif weight.operand is not None:
+    elif weight.holds_codes:
         words.append("codes kept")
     elif not weight.recipe.output.right.is_plain:
         words.append("quantised in every forward")

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from halo_tensor.fences.fast_paths import PANELS
+from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
 from halo_tensor.kernels.quantize.kernels import load_matrix, product
@@ -116,6 +118,12 @@ def cast_in_panels(
             out = tile_row * HEIGHT_KEPT + index
             target = codes + columns.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(columns < K)[:, None] & ((index < HEIGHT_KEPT) & (out < ROWS_OUT))[None, :])
+
+
+def serves_columns(x: Any) -> bool:
+    """Whether columns of a matrix, or of what stands for one, are quantised in one launch, if tiles hold blocks of their
+    rotation. Measured on an H200; float32 has no room for wide tiles."""
+    return PANELS.why_off() is None and x.dtype != torch.float32 and has_wgmma(x.device)
 
 
 def panels_of(edge: int) -> Panels:
