@@ -29,8 +29,8 @@ TITLE = "Forward and backward with HOT, batch {}"
 NOTES = (
     "INT4 values are multiplied as INT8, exactly: Hopper has no INT4 tensor-core instruction, so INT4 is no faster than INT8 "
     "here. Weights that hold codes are quantised once in every step, as an optimiser's write would. Backward: the time of a "
-    "step, and of that write, without that of its forward. fp32: weights and activations in float32, plain products without TF32 unless the name "
-    "says TF32; 'hot fp32' is HOT as published, on a float32 model. In whole models, blocks are compiled."
+    "step, and of that write, without that of its forward. fp32: weights and activations in float32, plain products without "
+    "TF32 unless the name says TF32; 'hot fp32' is HOT as published, on a float32 model. In whole models, blocks are compiled."
 )
 
 
