@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.config import LinearConfig
-from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, steps_for
-from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
+from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, holds_for_grad_input, steps_for
+from halo_tensor.recipe import PRODUCTS, TENSOR, E, Operand, Product, Recipe, Rotation, W, X
 from halo_tensor.reference.hadamard import carried
 from halo_tensor.reference.ops import rotated
 
@@ -23,6 +23,7 @@ AnyConfig = TypeVar("AnyConfig", bound=LinearConfig)
 
 HP_BYTES = 2  # a bf16 element
 CODE_BYTES = 1  # a code as a matrix unit reads it, in every format
+TILE = 128  # the edge of the tiles of kernels over tiles; wider blocks than half of it take whole ones
 DENSE_BLOCK = 256  # a rotation with a larger block is computed in two passes
 EPILOGUE_BLOCKS = (16, 32, 64, 128)  # rotations that a product undoes itself
 TYPICAL = {"tokens": 8192, "in_features": 4096, "out_features": 14336}  # the layer whose time orders recipes
@@ -51,7 +52,11 @@ class Ceilings:
         rotate_wide: bytes/s of such a kernel with larger blocks.
         tiles: bytes/s of a kernel over tiles. One finds the largest magnitudes, and a second one quantises.
         rotate_pair: bytes/s of such kernels that quantise E for both of its products and rotate it for one.
-        noisy: bytes/s of such kernels that round stochastically.
+        rotate_rows: bytes/s of kernels over tiles that rotate rows and quantise them for one product, as X and W of HOT.
+        rotate_rows_wide: bytes/s of such kernels with blocks larger than 64.
+        rotate_both: bytes/s of such kernels that quantise E for both of its products with a rotation for each.
+        rotate_both_wide: bytes/s of these with blocks larger than 64.
+        noisy: bytes/s of kernels over tiles that round stochastically.
         source: where the numbers come from.
         launch: seconds that a kernel takes beside its work: its start, its end, and the gap after it.
         multiprocessors: their number. A product uses those that have a tile.
@@ -68,6 +73,10 @@ class Ceilings:
     rotate_wide: float
     tiles: float
     rotate_pair: float
+    rotate_rows: float
+    rotate_rows_wide: float
+    rotate_both: float
+    rotate_both_wide: float
     noisy: float
     source: str
     launch: float = 0.0
@@ -82,7 +91,7 @@ class Ceilings:
 
 
 #: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
-#: A test recomputes them. ``noisy`` is the H200's.
+#: A test recomputes them. The rates of HOT's kernels are the H200's, but at most that of ``tiles``: an H100 ran older ones.
 H100 = Ceilings(
     name="H100 80GB HBM3",
     products={"bf16": 718e12, "int8": 1560e12, "fp8": 1407e12},
@@ -93,7 +102,11 @@ H100 = Ceilings(
     rotate_wide=0.66e12,
     tiles=2.86e12,
     rotate_pair=1.99e12,
-    noisy=1.0e12,
+    rotate_rows=2.86e12,
+    rotate_rows_wide=2.45e12,
+    rotate_both=2.86e12,
+    rotate_both_wide=1.95e12,
+    noisy=2.2e12,
     source="means of bench/gemm.py and medians of bench/rotation.py, 2026-11-22 and 23, torch 2.11.0+cu130, Triton 3.6.0",
     launch=3e-6,
     multiprocessors=132,
@@ -110,7 +123,9 @@ H200 = replace(
     rotate=2.65e12,
     tiles=3.4e12,
     rotate_pair=1.9e12,
-    source="bench/gain.py, bench/linear.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
+    rotate_rows=4.1e12,
+    rotate_both=3.4e12,
+    source="bench/gain.py, bench/linear.py, bench/hot_kernels.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
 )
 
 
@@ -241,6 +256,8 @@ def _passes(recipe: Recipe, dims: Dims, sizes: dict[str, int], products: tuple[s
         if dims == W and not trained and "output" in step.products:  # its codes exist, in the layout of output
             if len(step.contracted) > 1:
                 yield Pass(2 * CODE_BYTES * elements, "copy")
+        elif dims == W and not trained and holds_for_grad_input(recipe):
+            continue  # its codes exist, in the layout of grad_input
         elif not step.operand.is_plain:
             yield from _passes_of(step, dims, sizes)
 
@@ -251,9 +268,10 @@ def _passes_of_both(both: Both, dims: Dims, sizes: dict[str, int]) -> Iterator[P
     for operand in both:
         codes += prod(rotated(sizes[dimension], carried(operand, dimension, sizes[dimension])) for dimension in dims)
     yield from (FILL,) * (ONE_NUMBER if any(not operand.granularity.block for operand in both) else 1)
-    yield Pass(HP_BYTES * elements, "rotate_pair")
-    noisy = both.grad_input.rounding != "nearest"
-    yield Pass(HP_BYTES * elements + CODE_BYTES * codes, "noisy" if noisy else "rotate_pair")
+    rotations = [carried(operand, dimension, sizes[dimension]) for operand in both for dimension in dims]
+    rate = _wide(rotations, "rotate_both")
+    yield Pass(HP_BYTES * elements, rate)
+    yield Pass(HP_BYTES * elements + CODE_BYTES * codes, rate if both.grad_input.rounding == "nearest" else "noisy")
 
 
 def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
@@ -273,6 +291,8 @@ def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
         yield Pass(HP_BYTES * elements + codes, _rate(rotations, "rotate") if any(rotations) else usual)
     else:
         rate = _rate(rotations, "tiles")
+        if _rotates_rows(step, dims, rotations):
+            rate = _wide(rotations, "rotate_rows")
         if operand.granularity.dtype is not None:
             yield from (FILL,) * (1 if operand.granularity.block else ONE_NUMBER)
             yield Pass(HP_BYTES * elements, rate)
@@ -281,6 +301,18 @@ def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
             return  # tiles are stored in the layout that is wanted
     if dims[0] in step.contracted:
         yield Pass(2 * codes, "copy")  # the transpose
+
+
+def _rotates_rows(step: Step, dims: Dims, rotations: list[Rotation | None]) -> bool:
+    """Whether a quantisation takes the kernels of two_operands.py with one operand."""
+    rows, columns = rotations
+    known = step.operand.granularity == TENSOR or step.operand.granularity.is_per(dims[1])
+    fits = rows is not None and columns is None and TILE % rows.edge == 0
+    return fits and known and step.contracted == {dims[0]} and not step.folded and step.operand.rounding == "nearest"
+
+
+def _wide(rotations: Iterable[Rotation | None], usual: str) -> str:
+    return f"{usual}_wide" if any(r is not None and r.edge > TILE // 2 for r in rotations) else usual
 
 
 def _rate(rotations: Iterable[Rotation | None], usual: str) -> str:
