@@ -12,7 +12,8 @@ import results
 import torch
 from triton.testing import do_bench
 
-from halo_tensor.kernels.quantize import panels, plan, tiles, two_operands
+from halo_tensor.kernels.quantize import panels, plan, two_operands
+from halo_tensor.kernels.quantize.tiles import plan_tiles
 from halo_tensor.kernels.quantize.two_operands import Side, Tiles
 from halo_tensor.recipe import INT4, INT8, Rotation
 
@@ -150,7 +151,7 @@ def main() -> None:
     rows = []
     with ThreadPoolExecutor(12) as pool:  # which compiles, to Triton's cache on disk
         list(pool.map(error_of, [call for title in CASES for call, _ in contenders_of(title).values()]))
-    for plans in (two_operands.plan_operands, panels.plan_panels, tiles.plan_tiles):
+    for plans in (two_operands.plan_operands, panels.plan_panels, plan_tiles):
         plans.cache_clear()
     for title, name, call, moved in [(t, name, *job) for t in CASES for name, job in contenders_of(t).items()]:
         if error := error_of(call):

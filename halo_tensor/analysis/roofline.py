@@ -91,7 +91,7 @@ class Ceilings:
 
 
 #: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
-#: A test recomputes them. The rates of HOT's kernels are the H200's, but at most that of ``tiles``: an H100 ran older ones.
+#: A test recomputes them. The rates of HOT's kernels are the H200's, but at most ``tiles``: an H100 ran older kernels.
 H100 = Ceilings(
     name="H100 80GB HBM3",
     products={"bf16": 718e12, "int8": 1560e12, "fp8": 1407e12},
@@ -125,7 +125,7 @@ H200 = replace(
     rotate_pair=1.9e12,
     rotate_rows=4.1e12,
     rotate_both=3.4e12,
-    source="bench/gain.py, bench/linear.py, bench/hot_kernels.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
+    source="bench/gain.py, linear.py, hot_kernels.py and profiles of layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
 )
 
 
