@@ -210,7 +210,7 @@ PANELS = FastPath(
     "columns quantised in one launch, which reads a matrix from memory once, as in recipes like hot_llm",
     "X and W of such recipes are read twice",
     "triton",
-    by_default=False,  # it was not run on a GPU yet
+    by_default=False,  # its last form was not run on a GPU yet
 )
 _PATHS = (
     GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, SAVED, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80,

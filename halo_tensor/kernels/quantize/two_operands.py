@@ -265,7 +265,7 @@ def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, a
         alone: whether one operand is left out.
     """
     if edge > TILE // 2:
-        return Tiles(TILE, TILE, 1, 1, 8) if kernel is cast_for_operands and alone else Tiles(TILE, TILE, 4, 3, 8)
+        return Tiles(TILE, TILE, 4, 2, 4) if alone else Tiles(TILE, TILE, 4, 3, 8)
     if dtype == torch.float32:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
     if kernel is cast_for_operands and alone:
