@@ -16,7 +16,7 @@ import gc
 import memory
 import results
 import torch
-from hot import milliseconds
+from hot import compile_blocks, milliseconds
 from torch import nn
 
 from halo_tensor import hot_config, quantize_
@@ -55,9 +55,7 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     if args.compile == "model":
         return torch.compile(model, dynamic=False)
     if args.compile == "blocks":
-        for module in model.modules():
-            if type(module).__name__ in ("ViTLayer", "ResNetBottleNeckLayer", "ResNetBasicLayer", "LlamaDecoderLayer"):
-                module.compile(dynamic=False)
+        compile_blocks(model)
     return model
 
 

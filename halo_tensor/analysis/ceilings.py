@@ -23,7 +23,11 @@ class Ceilings:
         rotate_wide: bytes/s of such a kernel with larger blocks.
         tiles: bytes/s of a kernel over tiles. One finds the largest magnitudes, and a second one quantises.
         rotate_pair: bytes/s of such kernels that quantise E for both of its products and rotate it for one.
-        noisy: bytes/s of such kernels that round stochastically.
+        rotate_rows: bytes/s of kernels over tiles that rotate rows and quantise them for one product, as X and W of HOT.
+        rotate_rows_wide: bytes/s of such kernels with blocks larger than 64.
+        rotate_both: bytes/s of such kernels that quantise E for both of its products with a rotation for each.
+        rotate_both_wide: bytes/s of these with blocks larger than 64.
+        noisy: bytes/s of kernels over tiles that round stochastically.
         source: where the numbers come from.
         launch: seconds that a kernel takes beside its work: its start, its end, and the gap after it.
         multiprocessors: their number. A product uses those that have a tile.
@@ -40,6 +44,10 @@ class Ceilings:
     rotate_wide: float
     tiles: float
     rotate_pair: float
+    rotate_rows: float
+    rotate_rows_wide: float
+    rotate_both: float
+    rotate_both_wide: float
     noisy: float
     source: str
     launch: float = 0.0
@@ -54,7 +62,7 @@ class Ceilings:
 
 
 #: Means over bench/results/gemm.json and medians over rotation.json, less the launches and exposed writes that the model adds.
-#: A test recomputes them. ``noisy`` is the H200's.
+#: A test recomputes them. The rates of HOT's kernels are the H200's, but at most ``tiles``: an H100 ran older kernels.
 H100 = Ceilings(
     name="H100 80GB HBM3",
     products={"bf16": 718e12, "int8": 1560e12, "fp8": 1407e12},
@@ -65,7 +73,11 @@ H100 = Ceilings(
     rotate_wide=0.66e12,
     tiles=2.86e12,
     rotate_pair=1.99e12,
-    noisy=1.0e12,
+    rotate_rows=2.86e12,
+    rotate_rows_wide=2.45e12,
+    rotate_both=2.86e12,
+    rotate_both_wide=1.95e12,
+    noisy=2.2e12,
     source="means of bench/gemm.py and medians of bench/rotation.py, 2026-11-22 and 23, torch 2.11.0+cu130, Triton 3.6.0",
     launch=3e-6,
     multiprocessors=132,
@@ -82,7 +94,9 @@ H200 = replace(
     rotate=2.65e12,
     tiles=3.4e12,
     rotate_pair=1.9e12,
-    source="bench/gain.py, bench/linear.py and profiles of single layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
+    rotate_rows=4.1e12,
+    rotate_both=3.4e12,
+    source="bench/gain.py, linear.py, hot_kernels.py and profiles of layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
 )
 
 

@@ -47,6 +47,10 @@ class Published:
 
 _BLACKWELL = "NVIDIA's Blackwell technical brief, as cloud vendors quote it"
 _FP8_ON_5090 = "Others measured 208 to 216 TFLOP/s in fp8 on an RTX 5090, half of what is published and modelled."
+#: Rates of Ceilings that computing limits, too.
+COMPUTING = (
+    "rotate", "rotate_wide", "rotate_pair", "rotate_rows", "rotate_rows_wide", "rotate_both", "rotate_both_wide", "noisy",
+)  # fmt: skip
 #: Words of a device's name -> its rates. If several GPUs have one compute capability, the first stands in for unlisted ones.
 #: Checked on 2026-11-29. Most of NVIDIA's sheets list rates with sparsity, which are twice these.
 GPUS = {
@@ -139,7 +143,7 @@ def ceilings_of(name: str) -> Ceilings:
     memory = published.bandwidth / GPUS["H100"].bandwidth
     computing = min(memory, published.bf16 / GPUS["H100"].bf16)  # rotations are products in bf16
     passes = {key: getattr(H100, key) * memory for key in ("copy", "quantize", "tiles")}
-    passes |= {key: getattr(H100, key) * computing for key in ("rotate", "rotate_wide", "rotate_pair", "noisy")}
+    passes |= {key: getattr(H100, key) * computing for key in COMPUTING}
     rates = {unit: getattr(published, unit) for unit in ("bf16", "int8", "fp8") if getattr(published, unit) is not None}
     notes = []
     if published.halves:

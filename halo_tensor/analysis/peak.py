@@ -163,9 +163,9 @@ def _compiled(model: nn.Module, compiled: str) -> list[nn.Module]:
 
 def _codes_beside(parameter: torch.Tensor) -> list[torch.Tensor]:
     """Return the codes and scales that a weight holds besides its master."""
-    if not isinstance(parameter, HaloWeight) or parameter.master is None or parameter.operand is None:
+    if not isinstance(parameter, HaloWeight) or parameter.master is None:
         return []
-    return parameter.operand.parts
+    return [part for operand in parameter.operands for part in operand.parts]
 
 
 def on_meta(value: Any) -> Any:

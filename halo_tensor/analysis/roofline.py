@@ -14,8 +14,8 @@ from typing import TypeVar
 from halo_tensor.analysis.ceilings import H100, Ceilings, Pass, time_of
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.config import LinearConfig
-from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, steps_for
-from halo_tensor.recipe import PRODUCTS, E, Operand, Product, Recipe, Rotation, W, X
+from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, holds_for_grad_input, steps_for
+from halo_tensor.recipe import PRODUCTS, TENSOR, E, Operand, Product, Recipe, Rotation, W, X
 from halo_tensor.reference.hadamard import carried
 from halo_tensor.reference.ops import rotated
 
@@ -23,6 +23,7 @@ AnyConfig = TypeVar("AnyConfig", bound=LinearConfig)
 
 HP_BYTES = 2  # a bf16 element
 CODE_BYTES = 1  # a code as a matrix unit reads it, in every format
+TILE = 128  # the edge of the tiles of kernels over tiles; wider blocks than half of it take whole ones
 DENSE_BLOCK = 256  # a rotation with a larger block is computed in two passes
 EPILOGUE_BLOCKS = (16, 32, 64, 128)  # rotations that a product undoes itself
 TYPICAL = {"tokens": 8192, "in_features": 4096, "out_features": 14336}  # the layer whose time orders recipes
@@ -147,6 +148,8 @@ def _passes(recipe: Recipe, dims: Dims, sizes: dict[str, int], products: tuple[s
         if dims == W and not trained and "output" in step.products:  # its codes exist, in the layout of output
             if len(step.contracted) > 1:
                 yield Pass(2 * CODE_BYTES * elements, "copy")
+        elif dims == W and not trained and holds_for_grad_input(recipe):
+            continue  # its codes exist, in the layout of grad_input
         elif not step.operand.is_plain:
             yield from _passes_of(step, dims, sizes)
 
@@ -157,9 +160,10 @@ def _passes_of_both(both: Both, dims: Dims, sizes: dict[str, int]) -> Iterator[P
     for operand in both:
         codes += prod(rotated(sizes[dimension], carried(operand, dimension, sizes[dimension])) for dimension in dims)
     yield from (FILL,) * (ONE_NUMBER if any(not operand.granularity.block for operand in both) else 1)
-    yield Pass(HP_BYTES * elements, "rotate_pair")
-    noisy = both.grad_input.rounding != "nearest"
-    yield Pass(HP_BYTES * elements + CODE_BYTES * codes, "noisy" if noisy else "rotate_pair")
+    rotations = [carried(operand, dimension, sizes[dimension]) for operand in both for dimension in dims]
+    rate = _wide(rotations, "rotate_both")
+    yield Pass(HP_BYTES * elements, rate)
+    yield Pass(HP_BYTES * elements + CODE_BYTES * codes, rate if both.grad_input.rounding == "nearest" else "noisy")
 
 
 def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
@@ -179,6 +183,8 @@ def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
         yield Pass(HP_BYTES * elements + codes, _rate(rotations, "rotate") if any(rotations) else usual)
     else:
         rate = _rate(rotations, "tiles")
+        if _rotates_rows(step, dims, rotations):
+            rate = _wide(rotations, "rotate_rows")
         if operand.granularity.dtype is not None:
             yield from (FILL,) * (1 if operand.granularity.block else ONE_NUMBER)
             yield Pass(HP_BYTES * elements, rate)
@@ -187,6 +193,18 @@ def _passes_of(step: Step, dims: Dims, sizes: dict[str, int]) -> Iterator[Pass]:
             return  # tiles are stored in the layout that is wanted
     if dims[0] in step.contracted:
         yield Pass(2 * codes, "copy")  # the transpose
+
+
+def _rotates_rows(step: Step, dims: Dims, rotations: list[Rotation | None]) -> bool:
+    """Whether a quantisation takes the kernels of two_operands.py with one operand."""
+    rows, columns = rotations
+    known = step.operand.granularity == TENSOR or step.operand.granularity.is_per(dims[1])
+    fits = rows is not None and columns is None and TILE % rows.edge == 0
+    return fits and known and step.contracted == {dims[0]} and not step.folded and step.operand.rounding == "nearest"
+
+
+def _wide(rotations: Iterable[Rotation | None], usual: str) -> str:
+    return f"{usual}_wide" if any(r is not None and r.edge > TILE // 2 for r in rotations) else usual
 
 
 def _rate(rotations: Iterable[Rotation | None], usual: str) -> str:

@@ -35,8 +35,9 @@ class LinearConfig(AOBaseConfig):
             trained weights; "balanced" holds none, as ``keep_codes=False``; "low" also saves activations in 8 bits, as
             ``activations="int8"``. The two fields change one part of that.
         keep_codes: whether the codes of a trained ``nn.Linear`` are held beside its weight, one byte an element, and renewed
-            after each write to it. False quantises the weight in every forward and again in backward, and neither holds nor
-            saves codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales them, need True.
+            after each write to it. False quantises the weight in every forward and again in backward (under HOT in backward
+            only), and neither holds nor saves codes. FSDP, which sends codes, and :func:`~halo_tensor.balance_`, which scales
+            them, need True.
         activations: how tensors between converted layers are saved for backward: "plain", as they are; "int8", in rotated
             blocks of 128 integers of 8 bits; "int6", with 6 bits between the layers of an MLP, 4 for inputs of norms and 8
             for attention; "all", in 8 bits in the whole model and not only in its blocks of layers, and masks in one bit;

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from halo_tensor.products.steps import holds_for_grad_input
 from halo_tensor.recipe import PRODUCTS, RECIPES, Product, Recipe, Rotation, halo
 from halo_tensor.weight.sharded_parameters import shard_of
 from halo_tensor.weight.tensor import HaloWeight
@@ -53,10 +54,12 @@ def describe_weight(weight: HaloWeight) -> str:
         words.append("balanced")
     if weight.master is None and not weight.is_gathered and not weight.recipe.is_identity:
         words.append("frozen, codes only")
-    elif weight.operand is not None:
+    elif weight.holds_codes:
         words.append("codes kept")
     elif not weight.recipe.output.right.is_plain:
         words.append("quantised in every forward")
+    elif holds_for_grad_input(weight.recipe):
+        words.append("quantised in every backward")
     return ", ".join(words)
 
 

@@ -252,11 +252,13 @@ class HadamardQuantTensor(TorchAOBaseTensor):
     def requantize_(self, x: torch.Tensor) -> None:
         """Quantise another matrix like the one that this operand was made of, in place.
 
-        The operand must hold rows only, and have been made without folds.
+        The operand must hold one layout, and have been made without folds.
         """
-        assert self.codes is not None and self.codes_t is None
+        assert (self.codes is None) != (self.codes_t is None)
         rotations, x = (self.row_rotation, self.column_rotation), self.as_matrix(x)
-        if self.format is None:
+        if self.codes is None:
+            self._requantize_columns(x)
+        elif self.format is None:
             self.codes.copy_(ops.rotate(x, *rotations))
         else:
             scale = self.codes.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
@@ -266,6 +268,14 @@ class HadamardQuantTensor(TorchAOBaseTensor):
                 ops.pack_rows_(codes, self.format, packed)
         self.after_requantize()
         torch.autograd.graph.increment_version(self.parts)
+
+    def _requantize_columns(self, x: torch.Tensor) -> None:
+        codes_t, rotations = cast(torch.Tensor, self.codes_t), (self.row_rotation, self.column_rotation)
+        if self.format is None:
+            codes_t.copy_(ops.rotate(x, *rotations).t())
+            return
+        scale = codes_t.new_empty((), dtype=torch.float32) if self.scale is None else self.scale
+        ops.rotate_quantize_(x, *rotations, self.format, self.granularity, codes_t, scale, self.gain, transposed=True)
 
     def as_matrix(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor of this operand's shape as the matrix that its codes were made of."""

@@ -181,17 +181,23 @@ def rotate_quantize_(
     codes: Tensor,
     scales: Tensor,
     gain: Tensor | None = None,
+    transposed: bool = False,
 ) -> None:
-    """Quantise x again, in place of the row-major codes and the scales that :func:`rotate_quantize` gave for such a matrix."""
+    """Quantise x again, in place of the codes and the scales that :func:`rotate_quantize` gave for such a matrix.
+
+    Args:
+        codes: row-major codes, or if ``transposed`` the transposed ones.
+    """
     if runs_kernels(x.device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import plan
 
+        rows, into = not transposed, (codes, scales)
         plan.rotate_quantize(
-            x, row_rotation, column_rotation, format, granularity.name, None, None, True, False, (codes, scales), gain=gain
+            x, row_rotation, column_rotation, format, granularity.name, None, None, rows, transposed, into, gain=gain
         )
         return
     new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
-    codes.copy_(new_codes)
+    codes.copy_(new_codes.t() if transposed else new_codes)
     scales.copy_(new_scales)
 
 

@@ -37,7 +37,7 @@ def multiply_backward(
         recipe: what the operands carry.
         e: E [tokens, out].
         x: what X brings to grad_weight; None to leave that product out.
-        w: what W brings to output, if it brings the same to grad_input, else W itself; None to leave grad_input out.
+        w: what W brings to grad_input, or W itself, which is then quantised; None to leave grad_input out.
         x_dtype, w_dtype: the dtypes of the gradients.
 
     Returns:
@@ -45,7 +45,8 @@ def multiply_backward(
     """
     right, folds = {}, {}
     if w is not None:
-        right["grad_input"] = w if reuses_operand(recipe) else quantize_operands(w, W, recipe, ["grad_input"])[0]
+        made = reuses_operand(recipe) or isinstance(w, HadamardQuantTensor)
+        right["grad_input"] = w if made else quantize_operands(w, W, recipe, ["grad_input"])[0]
     if x is not None:
         right["grad_weight"] = x
     for product in folded_products(recipe, tuple(right)):

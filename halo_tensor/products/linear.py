@@ -1,9 +1,9 @@
 """The linear layer's three products, as a recipe says.
 
 Forward quantises X and reads W as the codes that :class:`~halo_tensor.weight.tensor.HaloWeight` holds. Backward quantises E
-and multiplies it with the same operands. For backward, forward saves the codes of X that grad_weight reads, and references to
-W. Of a weight that holds no codes, forward saves the master, and backward quantises it again: codes that are saved would take
-as much memory as codes that are held.
+and multiplies it with the same operands, or, as in HOT, with codes of W that the weight holds for grad_input alone. For
+backward, forward saves the codes of X that grad_weight reads, and references to W. Of a weight that holds no codes, forward
+saves the master, and backward quantises it again: codes that are saved would take as much memory as codes that are held.
 """
 
 from typing import Any
@@ -57,7 +57,8 @@ class _Linear(torch.autograd.Function):
         x_saved = x_operands[1] if wants_w else None
         if isinstance(x_saved, HadamardQuantTensor):
             x_saved = x_saved.only("columns")
-        w_saved = (w if reuses_operand(recipe) and not holds_no_codes else master) if wants_x else None
+        w_saved = w if reuses_operand(recipe) and not holds_no_codes else getattr(weight, "grad_input_operand", None)
+        w_saved = (master if w_saved is None else w_saved) if wants_x else None
         ctx.quantises_w = wants_x and holds_no_codes and reuses_operand(recipe)
         x_tensors, ctx.put_x_together = take_apart(x_saved)
         w_tensors, ctx.put_w_together = take_apart(w_saved)

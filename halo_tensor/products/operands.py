@@ -9,7 +9,7 @@ import torch
 from halo_tensor.fences.pytorch import current_raw_stream, is_capturing, must_repeat
 from halo_tensor.operand.gains import Gains
 from halo_tensor.operand.tensor import HadamardQuantTensor
-from halo_tensor.products.steps import as_both, as_pair, steps_for
+from halo_tensor.products.steps import as_both, as_pair, holds_for_grad_input, steps_for
 from halo_tensor.recipe import Operand, Recipe, W
 from halo_tensor.reference import hadamard
 
@@ -112,6 +112,15 @@ def weight_operand(master: torch.Tensor, recipe: Recipe, gains: Gains | None = N
     """Return what a weight [out, in] brings to ``output``, in rows; None if the recipe keeps it in high precision."""
     (operand,) = quantize_operands(master, W, recipe, ["output"], gains=gains)
     return operand if isinstance(operand, HadamardQuantTensor) else None
+
+
+def grad_input_operand(master: torch.Tensor, recipe: Recipe) -> HadamardQuantTensor | None:
+    """Return what a weight [out, in] brings to ``grad_input`` alone, in columns; None if it cannot hold that."""
+    if not holds_for_grad_input(recipe):
+        return None
+    (operand,) = quantize_operands(master, W, recipe, ["grad_input"])
+    assert isinstance(operand, HadamardQuantTensor)  # it has a format
+    return operand
 
 
 def _serves(tensor: HadamardQuantTensor, dims: tuple[str, str], contracted: set[str]) -> bool:

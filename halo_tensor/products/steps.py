@@ -106,6 +106,13 @@ def folded_products(recipe: Recipe, products: tuple[str, ...]) -> tuple[str, ...
     )
 
 
+def holds_for_grad_input(recipe: Recipe) -> bool:
+    """Whether a weight can hold an operand that only grad_input multiplies with: output takes the weight as it is, as in HOT,
+    and each quantisation of the weight gives the same codes."""
+    w = recipe.grad_input.right
+    return recipe.output.right.is_plain and w.format is not None and w.rounding == "nearest"
+
+
 def reuses_operand(recipe: Recipe) -> bool:
     """Whether grad_input multiplies with the operand of W that output did."""
     return recipe.grad_input.right == recipe.output.right

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 #: Attributes that belong to :class:`~halo_tensor.weight.tensor.HaloWeight`. All others were set by users.
-OWN = {"master", "operand", "recipe", "base", "shard_role", "codes_state", "unpadded", "_is_param"}
+OWN = {"master", "operand", "grad_input_operand", "recipe", "base", "shard_role", "codes_state", "unpadded", "_is_param"}
 #: The functions with which ``Module._apply`` converts a parameter.
 _CONVERSIONS = {"to", "type", "cpu", "cuda", "xpu", "float", "double", "half", "bfloat16", "empty_like", "share_memory"}
 

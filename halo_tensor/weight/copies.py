@@ -24,6 +24,7 @@ def alias(weight: HaloWeight) -> HaloWeight:
     with inference_mode_of(weight):
         made = HaloWeight(weight.master, weight.operand, weight.recipe)
     made.codes_state, made.base, made.shard_role = weight.codes_state, weight.base, weight.shard_role
+    made.grad_input_operand = weight.grad_input_operand
     return _with_attributes(made, weight)
 
 
@@ -44,7 +45,7 @@ def renewed(weight: HaloWeight, dense: torch.Tensor, role: ShardRole | None = No
     """
     role = weight.shard_role if role is None else role
     made = HaloWeight.from_hp(
-        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.operand is not None,
+        dense, weight.recipe, frozen=weight.master is None, gains=weight.gains, keep_codes=weight.holds_codes,
         in_features_first=weight.in_features_first, multiplied=not role.is_part,
     )  # fmt: skip
     if weight.operand is not None and weight.operand.is_packed:
@@ -102,6 +103,8 @@ def _copy(op: Any, target: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     source.follow()
     pairs = [] if target.master is None else [(target.master, cast(torch.Tensor, source.master))]
+    if target.grad_input_operand is not None:
+        pairs += zip(target.grad_input_operand.parts, cast(Any, source.grad_input_operand).parts, strict=True)
     if target.operand is not None:
         assert source.operand is not None
         operand = source.operand.packed() if target.operand.is_packed else source.operand.unpacked()
@@ -128,4 +131,5 @@ def _are_alike(a: HaloWeight, b: HaloWeight) -> bool:
         return False
     same = (a.recipe, a.dtype, a.shape) == (b.recipe, b.dtype, b.shape)
     same = same and (a.master is None, a.operand is None) == (b.master is None, b.operand is None)
+    same = same and (a.grad_input_operand is None) == (b.grad_input_operand is None)
     return same and a.gain is b.gain  # else the dense value is copied, which is slower and always right

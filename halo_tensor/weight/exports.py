@@ -34,7 +34,7 @@ def _storage(weight: HaloWeight) -> NoReturn:
 
 def _share_memory(weight: HaloWeight) -> HaloWeight:
     """Move the master, codes and scales to shared memory, in place."""
-    for tensor in [weight.master] if weight.operand is None else [weight.master, *weight.operand.parts]:
+    for tensor in [weight.master, *(part for operand in weight.operands for part in operand.parts)]:
         if tensor is not None:
             tensor.share_memory_()
     keep_hooks(torch.Tensor.share_memory_, weight, weight)

@@ -59,11 +59,14 @@ _step = _Step()
 
 
 def requantize_all(pairs: list[tuple[HaloWeight, torch.Tensor]]) -> None:
-    """Make the codes of weights anew from their dense values, with one op for all that are quantised alike."""
+    """Make the codes of weights anew from their dense values, with one op for all that are quantised alike in output."""
     alike: dict[tuple[int, bool], tuple[Kind, list[HadamardQuantTensor], list[torch.Tensor]]] = {}
     for weight, dense in pairs:
         operand = weight.operand
-        assert operand is not None
+        if weight.grad_input_operand is not None:
+            weight.grad_input_operand.requantize_(dense)
+        if operand is None:
+            continue
         kind = _kind_of(weight, operand)
         if kind is None:
             operand.requantize_(dense)

@@ -23,7 +23,7 @@ from halo_tensor.operand.gains import Gains, moved
 from halo_tensor.operand.tensor import HadamardQuantTensor
 from halo_tensor.products import eager
 from halo_tensor.products.linear import linear
-from halo_tensor.products.operands import weight_operand
+from halo_tensor.products.operands import grad_input_operand, weight_operand
 from halo_tensor.products.stacks import stack_operand
 from halo_tensor.products.steps import reuses_operand
 from halo_tensor.recipe import TENSOR, Recipe
@@ -35,6 +35,8 @@ from halo_tensor.weight.state import CodesState
 
 #: Types of a master whose writes can be followed: a fake or functional tensor has no values.
 _HAVE_VALUES = (torch.Tensor, torch.nn.Parameter)
+#: The tensors of ``grad_input_operand`` -> the attributes of a weight that they are.
+_IN_GRAD_INPUT = {"codes_t": "grad_input_codes", "scale": "grad_input_scale"}
 # allow_in_graph: Dynamo puts the call into its graph as it stands, and AOTAutograd traces through it, backward included.
 # Looked up once: optimisers read attributes of every weight in each step, and each is a call of __torch_function__.
 _LINEAR, _GRAD, _BACKWARD = F.linear, torch.autograd.grad, torch.autograd.backward
@@ -66,6 +68,9 @@ class HaloWeight(torch.Tensor):
             None if the weight is frozen, so that only its codes are held, or gathered.
         operand: the codes and scales with which ``output`` multiplies. None if the recipe keeps the weight in high precision
             there, or if the weight holds no codes and is quantised in every forward.
+        grad_input_operand: the transposed codes and scales with which ``grad_input`` multiplies, of a whole weight that
+            ``output`` takes as it is, as in HOT. None if each backward quantises the weight, or ``grad_input`` reads the same
+            codes as ``output``, or none.
         recipe: how the three products of the layer are computed.
         shard_role: see above.
         base: of a view or a chunk, the weight that it belongs to. A view has the identity recipe, and writes through it reach
@@ -84,6 +89,7 @@ class HaloWeight(torch.Tensor):
 
     master: torch.Tensor | None
     operand: HadamardQuantTensor | None
+    grad_input_operand: HadamardQuantTensor | None = None
     recipe: Recipe
     codes_state: CodesState
     shard_role: ShardRole = ShardRole.WHOLE
@@ -138,7 +144,8 @@ class HaloWeight(torch.Tensor):
             frozen: hold only codes, if the recipe uses the same codes in both products with W. Any other weight keeps the
                 master.
             gains: the balance of the columns, float32 [in] and its inverse, or None.
-            keep_codes: hold codes beside the master. Without them the weight is quantised in every forward.
+            keep_codes: hold codes beside the master. Without them the weight is quantised in every forward, or in every
+                backward if only that needs codes.
             in_features_first: whether the master of experts is [experts, in, out]. It needs codes.
             multiplied: whether products read the codes. Those of a shard are gathered first; the codes of its experts are not
                 held in the order of grad_input, which is not sent.
@@ -160,6 +167,8 @@ class HaloWeight(torch.Tensor):
         if frozen and operand is not None and reuses_operand(recipe):
             return cls(None, operand.packed(), recipe)
         weight = cls(master, operand, recipe)
+        if keep_codes and multiplied and master.ndim == 2:
+            weight.grad_input_operand = grad_input_operand(master, recipe)
         weight.mark_in_step()
         return weight
 
@@ -179,6 +188,16 @@ class HaloWeight(torch.Tensor):
         return self.shard_role is ShardRole.SHARD and self.operand is not None and self.operand.granularity == TENSOR
 
     @property
+    def operands(self) -> list[HadamardQuantTensor]:
+        """The operands that it holds: that of output, that of grad_input alone."""
+        return [operand for operand in (self.operand, self.grad_input_operand) if operand is not None]
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether it holds codes, which follow its writes."""
+        return self.operand is not None or self.grad_input_operand is not None
+
+    @property
     def codes(self) -> torch.Tensor | None:
         """The operand's codes, in step with the master; None without an operand. A compiled forward reads them here in every
         call, before it runs its graph: so it sees writes to the master as an eager one does.
@@ -193,6 +212,20 @@ class HaloWeight(torch.Tensor):
     def scale(self) -> torch.Tensor | None:
         """The float32 scales of the codes, or None."""
         return None if self.operand is None else self.operand.scale
+
+    @property
+    def grad_input_codes(self) -> torch.Tensor | None:
+        """The transposed codes [in, out'] that only grad_input reads, in step with the master as ``codes`` are; or None."""
+        if self.grad_input_operand is None:
+            return None
+        if self.master is not None and not is_compiling():
+            self.follow()
+        return self.grad_input_operand.codes_t
+
+    @property
+    def grad_input_scale(self) -> torch.Tensor | None:
+        """The float32 scales of these codes, or None."""
+        return None if self.grad_input_operand is None else self.grad_input_operand.scale
 
     @property
     def turned_stack(self) -> torch.Tensor | None:
@@ -237,8 +270,10 @@ class HaloWeight(torch.Tensor):
         """
         if self.base is not None:
             self.base.requantize()
-        elif self.operand is not None:
-            self.operand.requantize_(self.dequantize() if dense is None else dense)
+        elif self.holds_codes:
+            dense = self.dequantize() if dense is None else dense
+            for operand in self.operands:
+                operand.requantize_(dense)
             self.mark_in_step()
 
     def mark_in_step(self) -> None:
@@ -250,7 +285,7 @@ class HaloWeight(torch.Tensor):
     def is_behind(self) -> bool:
         """Whether the master may have been written to after the codes were made from it."""
         state, master = self.codes_state, self.master
-        if self.operand is None or master is None or type(master) not in _HAVE_VALUES:
+        if not self.holds_codes or master is None or type(master) not in _HAVE_VALUES:
             return False
         return state.lent or not state.is_of(master)
 
@@ -261,11 +296,9 @@ class HaloWeight(torch.Tensor):
             return  # what nearly every call finds
         if not self.is_behind:
             return
-        operand = self.operand
-        assert operand is not None
         counted = master is not None and not state.is_of(master)
         # Autograd counts no writes through .data of a plain weight, and so must not count the writes to codes that follow.
-        parts = () if counted else tuple(part for part in operand.parts if not part.is_inference())
+        parts = () if counted else tuple(p for operand in self.operands for p in operand.parts if not p.is_inference())
         # Hidden from modes, since these ops belong to the write. Selective checkpointing matches the ops of two runs and would
         # find them in one of them; make_fx would put them into its graph.
         with torch.no_grad(), hidden_from_modes(), preserved_version(parts):
@@ -275,7 +308,7 @@ class HaloWeight(torch.Tensor):
         """Return the dense weight for a state dict. Writes to it may change no version (through ``.data`` or NumPy, or in
         inference mode), so the next forward quantises the master in any case.
         """
-        if self.operand is not None and self.master is not None and not self.needs_common_scale:
+        if self.holds_codes and self.master is not None and not self.needs_common_scale:
             self.codes_state.lent = True
         return self.dequantize()
 
@@ -346,7 +379,11 @@ class HaloWeight(torch.Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         names, attributes = ([], None) if self.operand is None else self.operand.__tensor_flatten__()
         names = names if self.master is None else ["master", *names]
-        return names, {"recipe": self.recipe, "shard_role": self.shard_role, "operand": attributes}
+        flattened = {"recipe": self.recipe, "shard_role": self.shard_role, "operand": attributes}
+        if self.grad_input_operand is not None:
+            inner, flattened["grad_input_operand"] = self.grad_input_operand.__tensor_flatten__()
+            names += [_IN_GRAD_INPUT[name] for name in inner]
+        return names, flattened
 
     @classmethod
     def __tensor_unflatten__(
@@ -357,6 +394,9 @@ class HaloWeight(torch.Tensor):
         )
         weight = cls(tensors.get("master"), operand, attributes["recipe"])
         weight.shard_role = attributes["shard_role"]
+        if (held := attributes.get("grad_input_operand")) is not None:
+            inner = {name: tensors[outer] for name, outer in _IN_GRAD_INPUT.items() if outer in tensors}
+            weight.grad_input_operand = HadamardQuantTensor.__tensor_unflatten__(inner, held, size, stride)
         return weight
 
     def _stable_hash_for_caching(self) -> str:

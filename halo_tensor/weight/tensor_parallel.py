@@ -67,7 +67,7 @@ def part_of(weight: HaloWeight, dim: int, ranks: Ranks, dense: torch.Tensor | No
     if gains is not None and dim == 1:
         gains = gains[0][start : start + width].clone(), gains[1][start : start + width].clone()
     if dense is not None:
-        return HaloWeight.from_hp(dense, weight.recipe, gains=gains, keep_codes=weight.operand is not None)
+        return HaloWeight.from_hp(dense, weight.recipe, gains=gains, keep_codes=weight.holds_codes)
     operand = cast(HadamardQuantTensor, weight.operand)
     granularity, scale = operand.granularity, operand.scale
     codes = operand.any_codes().narrow(dim, start, width).clone(memory_format=torch.contiguous_format)

@@ -150,9 +150,9 @@ def _bring_up_to_date(written: list[tuple[HaloWeight, torch.Tensor]], counted: b
             masters[id(base.master)] = base.master
     if counted:  # autograd counts versions above __torch_dispatch__, and has only seen the wrappers
         torch.autograd.graph.increment_version([master for master in masters.values() if master is not None])
-    coded = [(w, dense) for w, dense in whole.values() if w.operand is not None and dense is not None]
+    coded = [(w, dense) for w, dense in whole.values() if w.holds_codes and dense is not None]
     if not (counted and defer(w for w, _ in coded)):
-        parts = () if counted else tuple(part for w, _ in coded if w.operand is not None for part in w.operand.parts)
+        parts = () if counted else tuple(part for w, _ in coded for operand in w.operands for part in operand.parts)
         with preserved_version(parts):
             requantize_all(coded)
     if any(dense is None for _, dense in whole.values()):

@@ -11,9 +11,12 @@ import pytest
 
 from halo_tensor import halo_config, hot_config, recipe_config
 from halo_tensor.analysis import roofline
-from halo_tensor.analysis.ceilings import H100, H200, Ceilings
+from halo_tensor.analysis.ceilings import H100, H200, Ceilings, time_of
 from halo_tensor.analysis.cost import Shape
 from halo_tensor.recipe import PRODUCTS, RECIPES, Recipe
+from halo_tensor.recipe.language import E as E_DIMS
+from halo_tensor.recipe.language import W as W_DIMS
+from halo_tensor.recipe.language import X as X_DIMS
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 T, I, O = 128, 32, 16
@@ -30,6 +33,10 @@ CEILINGS = Ceilings(
     rotate_wide=2.0,
     tiles=3.0,
     rotate_pair=2.5,
+    rotate_rows=3.5,
+    rotate_rows_wide=3.25,
+    rotate_both=2.75,
+    rotate_both_wide=2.25,
     noisy=1.5,
     source="by hand",
     launch=1e-3,
@@ -100,14 +107,30 @@ def test_time_of_hot():
     recipe, once = hot_config().recipe, 1e-3 * (roofline.ONE_NUMBER + 2)
     assert seconds(recipe, "output") == seconds(Recipe(), "output"), "as it is"
     grad_input = OPERATIONS / 200 * INT8["out_features"] + 2 * X / 40 + 1e-3
-    grad_input += E * (2 / 3 + 3 / 1.5) + W * 5 / 3 + 2 * once
+    grad_input += E * (2 / 3 + 3 / 1.5) + W * 5 / 3.5 + 2 * once
     assert seconds(recipe, "grad_input") == pytest.approx(grad_input)
-    assert seconds(recipe, "grad_input", trained=False) == pytest.approx(grad_input), "HOT holds no codes"
-    grad_weight = OPERATIONS * (1 / 2 + roofline.WAITING["int8"] / T) / 200 + 2 * W / 40 + 1e-3 + (E + X) * 4.5 / 3 + 2 * once
+    held = grad_input - W * 5 / 3.5 - once
+    assert seconds(recipe, "grad_input", trained=False) == pytest.approx(held), "its codes are held"
+    grad_weight = OPERATIONS * (1 / 2 + roofline.WAITING["int8"] / T) / 200 + 2 * W / 40 + 1e-3 + (E + X) * 4.5 / 3.5
+    grad_weight += 2 * once
     assert seconds(recipe, "grad_weight") == pytest.approx(grad_weight)
     # For both products, E is read twice instead of four times.
-    both = grad_input + grad_weight + E * (2 / 2.5 + 3.5 / 1.5) - E * (2 / 3 + 3 / 1.5 + 4.5 / 3) - once
+    both = grad_input + grad_weight + E * (2 / 2.75 + 3.5 / 1.5) - E * (2 / 3 + 3 / 1.5 + 4.5 / 3.5) - once
     assert seconds(recipe, "grad_input", "grad_weight") == pytest.approx(both)
+
+
+def test_time_of_wide_blocks_under_hot():
+    """Blocks of 128 are rotated by larger matrices."""
+    sizes, recipe = {"tokens": 128, "in_features": 32, "out_features": 256}, RECIPES["hot_llm"]
+
+    def passes(**rates):
+        ceilings = replace(CEILINGS, **rates)
+        return roofline.seconds(recipe, sizes, ("grad_input", "grad_weight"), ceilings=ceilings)
+
+    x, w, e = 128 * 32, 256 * 32, 128 * 256
+    for name, bytes in {"rotate_rows_wide": 5 * (x + w), "rotate_both_wide": 6 * e}.items():
+        assert passes(**{name: 1.0}) - passes(**{name: 2.0}) == pytest.approx(bytes / 2)
+    assert passes(rotate_rows=1.0, rotate_both=1.0, noisy=1.0) == passes()
 
 
 def test_time_of_convolutions():
@@ -222,15 +245,14 @@ def test_predicted_speeds_of_wide_layers_are_near_the_measured_ones(record, ceil
 
 def test_predicted_speeds_of_narrow_layers_are_near_the_measured_ones():
     """Of layers that lose and of layers that gain, with trained and with frozen weights."""
-    errors = errors_of("gain", H200)
+    # Its rows of hot were made by version 0.1.0, which read E four times.
+    errors = {at: error for at, error in errors_of("gain", H200).items() if at[1] != "hot"}
     frozen = {at: error for at, error in errors.items() if at[1].endswith("-frozen")}
     trained = {at: error for at, error in errors.items() if at not in frozen}
-    # The record of hot is of version 0.1.0, which read E four times.
-    bounds = {at: 0.17 if at[1] == "hot" else 0.13 for at in trained}
-    assert len(trained) >= 17 and all(abs(error) < bounds[at] for at, error in trained.items()), trained
+    assert len(trained) >= 12 and max(map(abs, trained.values())) < 0.13, trained
     assert len(frozen) >= 5 and max(map(abs, frozen.values())) < 0.17, frozen
     measured = {(row["in×out"], row["contender"]): float(row["× bf16"]) for row in rows("gain")}
-    assert sum(measured[at] < 1 for at in errors) >= 15 and sum(measured[at] > 1 for at in errors) >= 5
+    assert sum(measured[at] < 1 for at in errors) >= 12 and sum(measured[at] > 1 for at in errors) >= 5
     for (widths, contender), gain in measured.items():
         if (widths, contender) in errors and not 0.95 < gain < 1.05:
             assert (gain * (1 + errors[widths, contender]) < 1) == (gain < 1), "the right side of 1"
@@ -246,3 +268,20 @@ def test_time_counts_what_is_computed():
     assert roofline.seconds(recipe_config("jetfire").recipe, sizes) > roofline.seconds(Recipe(), sizes)
     wide = halo_config(1, "int8", block_size=None).recipe
     assert roofline.seconds(wide, sizes) > 1.1 * whole
+
+
+def test_layers_under_hot_take_the_predicted_time():
+    """On an H200, 14336→4096 with 8192 tokens: the whole layer, and the quantisation of each operand alone."""
+    sizes = {"tokens": 8192, "in_features": 14336, "out_features": 4096}
+    recipes = {"bf16": Recipe(), "hot": hot_config().recipe, "hot_llm": RECIPES["hot_llm"]}
+    measured = {row["contender"]: row["ms"] for row in rows("hot_llama") if row["contender"] in recipes}
+    assert measured.keys() == recipes.keys()
+    for name, ms in measured.items():
+        assert 1e3 * roofline.seconds(recipes[name], sizes, ceilings=H200) == pytest.approx(ms, rel=0.05)
+    found = {row["what"]: row["µs"] for row in rows("hot_kernels") if row["contender"] == "one launch for each pass"}
+    cases = [("X, 8192 tokens", "hot", X_DIMS), ("W", "hot", W_DIMS), ("E, 8192 tokens", "hot", E_DIMS)]
+    cases += [("X, hot_llm", "hot_llm", X_DIMS), ("E, hot_llm", "hot_llm", E_DIMS)]
+    for what, name, dims in cases:
+        key = f"Llama-3-8B down, {what}"
+        passes = roofline._passes(recipes[name], dims, sizes, tuple(PRODUCTS), True)
+        assert 1e6 * time_of(passes, H200) == pytest.approx(found[key], rel=0.15), key

@@ -50,7 +50,8 @@ def test_what_a_weight_holds_is_shown():
         "halo(level=0, int8), quantised in every forward"
     )
     assert shown(make(recipe_config("switchback", frozen=True))) == converted("switchback, frozen, codes only")
-    assert shown(make(hot_config(min_features=0))) == converted("hot"), "its forward is plain: there are no codes"
+    assert shown(make(hot_config(min_features=0))) == converted("hot, codes kept"), "for grad_input"
+    assert shown(make(hot_config(min_features=0, keep_codes=False))) == converted("hot, quantised in every backward")
     assert shown(make(halo_config(1, "bf16"))) == converted("high precision")
     model = make()
     balance_(model, torch.randn(8, 128) * torch.arange(1, 129))

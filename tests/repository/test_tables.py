@@ -120,11 +120,35 @@ def test_speeds_of_a_layer(monkeypatch, tmp_path):
 
 
 def test_speeds_with_hot(monkeypatch, tmp_path):
-    by_config = {hot.CONTENDERS["bf16"]: 4.0, hot.CONTENDERS["hot"]: 2.0}
-    monkeypatch.setattr(hot, "measure_layer", lambda config, *_: by_config[config] if config in by_config else fail())
-    record = table(hot, monkeypatch, tmp_path, "--tiny", "--models", "--contenders", "hot", "bf16", "hot", "luq")
-    assert column(record["rows"], "× bf16") == [None, "1.00", "2.00"] and column(record["rows"], "ms") == [2.0, 4.0, 2.0]
+    made_up = {"bf16": (4.0, 3.0), "hot": (2.0, 1.0), "fp32": (16.0, 12.0), "hot fp32": (8.0, 3.0)}
+    by_contender = {hot.CONTENDERS[name]: times for name, times in made_up.items()}
+    monkeypatch.setattr(hot, "measure_layer", lambda of, *_: by_contender[of] if of in by_contender else fail())
+    record = table(hot, monkeypatch, tmp_path, "--tiny", "--models", "--contenders", "hot", *made_up, "luq")
+    rows = record["rows"]
+    assert column(rows, "ms") == [2.0, 4.0, 2.0, 16.0, 8.0]
+    assert column(rows, "× bf16") == ["2.00", "1.00", "2.00", "0.25", "0.50"]
+    assert column(rows, "× fp32") == ["8.00", "4.00", "8.00", "1.00", "2.00"]
+    assert column(rows, "backward × fp32") == ["12.00", "4.00", "12.00", "1.00", "4.00"]
     assert record["missing"]["luq"] == "RuntimeError: does not run"
+    alone = table(hot, monkeypatch, tmp_path, "--tiny", "--models", "--contenders", "hot")["rows"][0]
+    assert alone["× bf16"] is alone["× fp32"] is alone["backward × fp32"] is None
+
+
+def test_hots_contenders_run_in_their_own_precision(monkeypatch, tmp_path):
+    found = {}
+
+    def of_layer(contender, *_):
+        found[contender.dtype, contender.tf32] = torch.backends.cuda.matmul.allow_tf32
+        return 1.0, 1.0
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(hot, "measure_layer", of_layer)
+    try:
+        table(hot, monkeypatch, tmp_path, "--tiny", "--models", "--contenders", "bf16", "fp32", "fp32 TF32")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    float32 = torch.float32
+    assert found == {(torch.bfloat16, False): False, (float32, False): False, (float32, True): True}
 
 
 def test_memory_is_less_than_bf16s(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from halo_tensor.kernels.quantize.codes import dense
+from halo_tensor.kernels.quantize.panels import column_quantizer, serves_columns
 from halo_tensor.kernels.quantize.tiles import quantize_tiles, tile_quantizer
 from halo_tensor.kernels.quantize.two_operands import Side, fits, operands_quantizer
 from halo_tensor.kernels.quantize.whole_rows import LARGEST_ROW, holds_row, quantize_rows
@@ -38,7 +39,7 @@ def rotate_quantize(
     Args:
         granularity: "row", "column", "tensor" or "unit".
         rows, columns: whether to make codes, and whether to make transposed codes.
-        into: the codes and scales that an earlier call with ``rows`` only returned. They are overwritten.
+        into: the codes and scales that an earlier call returned, with ``rows`` or ``columns`` only. They are overwritten.
         seed: int64 [1], with which codes are rounded stochastically; None rounds to nearest.
         gain: float32 powers of two. A product with other numbers would be rounded to the dtype of x before the rotation.
     """
@@ -49,7 +50,9 @@ def rotate_quantize(
     if plain and columns and not rows and column_rotation is None and row_rotation and granularity in ("column", "tensor"):
         second = Side(row_rotation, format, granularity == "column")
         if fits(x, None, second):
-            _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x)
+            if granularity == "column" and serves_columns(x):
+                return None, *column_quantizer(x.dtype, x.device, row_rotation, format)(x, into)
+            _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x, None, into)
             return None, codes_t, scales
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # in float32, since the result may be outside of float16's range
@@ -69,14 +72,25 @@ def rotate_quantize(
     task = Task(x, row_rotation, column_rotation, granularity, seed is not None)
     if task.takes_whole_rows():
         x, gain = whole_blocks(x, column_rotation), gain if gain is None else whole_blocks(gain, column_rotation)
-        codes, scales = quantize_rows(x, column_rotation, format, gain, fold_columns, into)
+        codes, scales = quantize_rows(x, column_rotation, format, gain, fold_columns, into if rows else None)
+        if into is not None and not rows:
+            return None, *_overwritten(into, transposed(codes), scales)
         return codes if rows else None, transposed(codes) if columns else None, scales
     made = _quantize_by_tiles(task, format, fold_rows, fold_columns, rows, columns, seed, by_transpose)
     if into is not None:
-        assert made[0] is not None
-        into[0].copy_(made[0])
-        into[1].copy_(made[2])
+        new = made[0] if rows else made[1]
+        assert new is not None
+        _overwritten(into, new, made[2])
     return made
+
+
+def _overwritten(
+    into: tuple[torch.Tensor, torch.Tensor], codes: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy codes and scales to those of an earlier call, and return these."""
+    into[0].copy_(codes)
+    into[1].copy_(scales)
+    return into
 
 
 def quantize_pair(

@@ -191,15 +191,19 @@ def fits(x: Any, first: Side | None, second: Side | None) -> bool:
 def operands_quantizer(
     dtype: torch.dtype, device: torch.device, first: Side | None, second: Side | None
 ) -> Callable[..., tuple[Any, Any, Any, Any]]:
-    """Return a function of (x [m, k], seed) that returns codes, transposed codes, and the scales of both, by two launches.
+    """Return a function of (x [m, k], seed, into) that returns codes, transposed codes, and the scales of both, by two
+    launches.
 
     The codes are [m, k'] of x R_first, and transposed [k, m'] of Rᵀ_second x. Codes and scales of an operand that is left
-    out are None. The seed is int64 [1], or None if ``first`` is not noisy.
+    out are None. The seed is int64 [1], or None if ``first`` is not noisy. Without ``first``, the transposed codes and scales
+    of an earlier call may be given as ``into``, and are overwritten.
     """
     amax_pass, cast_pass = plan_operands(dtype, device, first, second)
     column_rotation, row_rotation = (side and side.rotation for side in (first, second))
 
-    def quantize(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, Any, Any, Any]:
+    def quantize(
+        x: torch.Tensor, seed: torch.Tensor | None = None, into: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[Any, Any, Any, Any]:
         m, k = x.shape
         of_rows = m if first is not None and first.per_index else 1
         of_columns = k if second is not None and second.per_index else 1
@@ -208,11 +212,13 @@ def operands_quantizer(
         bits = x.new_zeros(start + of_columns, dtype=torch.int32)
         amax = bits[:start], bits[start:]
         codes = first and code_matrix(x, m, reference.rotated(k, column_rotation), first.format)
-        codes_t = second and code_matrix(x, k, reference.rotated(m, row_rotation), second.format)
         new = x.new_empty if x.numel() else x.new_ones
-        row_scales, column_scales = (
-            side and new(count if side.per_index else (), dtype=torch.float32) for side, count in ((first, m), (second, k))
-        )
+        row_scales = first and new(m if first.per_index else (), dtype=torch.float32)
+        if into is None:
+            codes_t = second and code_matrix(x, k, reference.rotated(m, row_rotation), second.format)
+            column_scales = second and new(k if second.per_index else (), dtype=torch.float32)
+        else:
+            codes_t, column_scales = into
         numbers = m, k, *x.stride()
         amax_pass(numbers, x, *amax)
         cast_pass(numbers, x, *amax, seed, codes, codes_t, row_scales, column_scales)
@@ -259,7 +265,7 @@ def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, a
         alone: whether one operand is left out.
     """
     if edge > TILE // 2:
-        return Tiles(TILE, TILE, 1, 1, 8) if kernel is cast_for_operands and alone else Tiles(TILE, TILE, 4, 3, 8)
+        return Tiles(TILE, TILE, 4, 2, 4) if alone else Tiles(TILE, TILE, 4, 3, 8)
     if dtype == torch.float32:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
     if kernel is cast_for_operands and alone:
