@@ -11,7 +11,7 @@ import results
 import torch
 from triton.testing import do_bench
 
-from halo_tensor.kernels.quantize import panels, plan, two_operands
+from halo_tensor.kernels.quantize import plan, two_operands
 from halo_tensor.kernels.quantize.tiles import plan_tiles
 from halo_tensor.kernels.quantize.two_operands import Side, Tiles
 from halo_tensor.recipe import INT4, INT8, Rotation
@@ -19,8 +19,7 @@ from halo_tensor.recipe import INT4, INT8, Rotation
 TITLE = "HOT's quantisers alone"
 NOTES = (
     "GB/s counts one read of the matrix and one write of the codes in each pass that does so: a pass that measures reads, a "
-    "pass that casts reads and writes. By panels the matrix is read from memory once. Caches are flushed before each "
-    "repetition."
+    "pass that casts reads and writes. Caches are flushed before each repetition."
 )
 BLOCK, LOW, SIGNED = Rotation(16, None), Rotation(16, None, 8), Rotation(128, 0)
 HOT = Side(BLOCK, INT4, False, True), Side(LOW, INT8, False)
@@ -41,7 +40,7 @@ CASES = {
     "Llama-3-8B down, X, hot_llm": (8192, 14336, None, LLM[1]),
     "Llama-3-8B down, W, hot_llm": (4096, 14336, None, LLM[1]),
 }
-PASSES, ALONE, PANELS = "one launch for each pass", "each operand alone", "one launch, by panels"
+PASSES, ALONE = "one launch for each pass", "each operand alone"
 SWEPT = ("ViT-B fc1, E, 256 images", "ViT-B q, X, 256 images", "Llama-3-8B down, E, hot_llm")
 TRIED = [
     (128, 128, 8, 2, 4), (128, 128, 4, 3, 8), (128, 128, 2, 2, 8), (128, 128, 1, 1, 8), (128, 128, 1, 1, 4),
@@ -123,14 +122,10 @@ def contenders_of(title: str) -> dict:
     second = side_of(second)
     x, seed = matrix(m, k)
     quantize = two_operands.operands_quantizer(x.dtype, x.device, first, second)
-    found = {
+    return {
         PASSES: (lambda: quantize(x, seed), moved(m, k, first, second)),
         ALONE: (lambda: separately(x, seed, first, second), None),
     }
-    if first is None and second.per_index:
-        by_panels = panels.column_quantizer(x.dtype, x.device, second.rotation, second.format)
-        found[PANELS] = (lambda: by_panels(x), moved(m, k, first, second) - 2 * m * k)
-    return found
 
 
 def error_of(call) -> str | None:
@@ -149,7 +144,7 @@ def main() -> None:
     rows = []
     with ThreadPoolExecutor(12) as pool:  # which compiles, to Triton's cache on disk
         list(pool.map(error_of, [call for title in CASES for call, _ in contenders_of(title).values()]))
-    for plans in (two_operands.plan_operands, panels.plan_panels, plan_tiles):
+    for plans in (two_operands.plan_operands, plan_tiles):
         plans.cache_clear()
     for title, name, call, moved in [(t, name, *job) for t in CASES for name, job in contenders_of(t).items()]:
         if error := error_of(call):

@@ -108,7 +108,7 @@ _IMPORTS = (
     "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
     "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
     "import halo_tensor.kernels.quantize.blocks, halo_tensor.kernels.quantize.masks",
-    "import halo_tensor.kernels.quantize.two_operands, halo_tensor.kernels.quantize.panels",
+    "import halo_tensor.kernels.quantize.two_operands",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )

@@ -205,16 +205,9 @@ DERIVED = FastPath(
     "such a product runs in high precision without a warning",
     "torch",
 )
-PANELS = FastPath(
-    "panels",
-    "columns quantised in one launch, which reads a matrix from memory once, as in recipes like hot_llm",
-    "X and W of such recipes are read twice",
-    "triton",
-    by_default=False,  # its last form was not run on a GPU yet
-)
 _PATHS = (
     GLUON, PRECOMPILED, LAUNCHER, INDUCTOR, FOREACH, PRODUCERS, JOINT_GRAPH, SAVED, AHEAD, FEW_ROWS, CUBLAS, TMA, SM80,
-    DERIVED, PANELS,
+    DERIVED,
 )  # fmt: skip
 FAST_PATHS = {path.name: path for path in _PATHS}
 

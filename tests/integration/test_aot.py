@@ -54,7 +54,7 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks, masks, panels, tiles, two_operands, whole_rows  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, masks, tiles, two_operands, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
@@ -114,7 +114,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, panels, blocks, masks
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks, masks
     of_groups = grouped, of_experts, moving, grouped_sm90
     for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
@@ -156,7 +156,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, two_operands, panels, rotating, epilogue, blocks, of_experts, triton_products):
+    for module in (whole_rows, tiles, two_operands, rotating, epilogue, blocks, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(grouped_sm90, "halves", lambda rotation, device: torch.empty(128, 64, dtype=BF16, device=device))
     for module in (sm90, grouped_sm90):
@@ -306,14 +306,6 @@ def both(shape, right, left, granularity="tensor", dtype=BF16, noisy=True):
     return request
 
 
-def in_panels(shape, left, dtype=BF16, how=None):
-    def request(empty, format):
-        x = empty(shape, dtype=dtype)
-        panels.column_quantizer(x.dtype, x.device, left, format, how)(x)
-
-    return request
-
-
 H, LOW = Rotation(128), Rotation(16, None, 8)
 #: name -> (request, kernels that it launches)
 QUANTIZE = {
@@ -357,7 +349,6 @@ QUANTIZE = {
         "amax_of_operands cast_for_operands",
     ),
     "tokens, whole": (quantize((1000, 4096), H, None, "column", rows=False), "amax_of_operands cast_for_operands"),
-    "tokens, panels": (in_panels((8192, 4096), H), "cast_in_panels"),
     "tokens, by column": (quantize((1000, 4096), H, None, "column", folds=True, rows=False), "amax_tiles cast_tiles"),
     "stochastic": (quantize((1000, 4096), None, H, "row", columns=False, noisy=True), "amax_tiles cast_tiles"),
     "stochastic, both": (quantize((1000, 4096), None, None, "tensor", noisy=True), "amax_tiles cast_tiles transpose_codes"),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from halo_tensor.kernels.quantize.codes import dense
-from halo_tensor.kernels.quantize.panels import column_quantizer, serves_columns
 from halo_tensor.kernels.quantize.tiles import quantize_tiles, tile_quantizer
 from halo_tensor.kernels.quantize.two_operands import Side, fits, operands_quantizer
 from halo_tensor.kernels.quantize.whole_rows import LARGEST_ROW, holds_row, quantize_rows
@@ -50,8 +49,6 @@ def rotate_quantize(
     if plain and columns and not rows and column_rotation is None and row_rotation and granularity in ("column", "tensor"):
         second = Side(row_rotation, format, granularity == "column")
         if fits(x, None, second):
-            if granularity == "column" and serves_columns(x):
-                return None, *column_quantizer(x.dtype, x.device, row_rotation, format)(x, into)
             _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x, None, into)
             return None, codes_t, scales
     if gain is not None and x.dtype == torch.float16:
