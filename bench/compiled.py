@@ -2,6 +2,7 @@
 
     python bench/compiled.py
     python bench/compiled.py --contenders bf16 halo1-int8 --layers 6
+    HALO_ENABLE=ahead python bench/compiled.py --cases first --contenders bf16 halo1-int8
 
 Each contender runs in a process of its own, with empty caches of Inductor and Triton.
 """
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from statistics import median
 
 import llama
@@ -61,10 +63,12 @@ class Trained:
         return time.perf_counter() - start
 
 
-def measure(name: str, layers: int, device: str, shape: str) -> Iterator[tuple[str, float]]:
+def first(name: str, layers: int, device: str, shape: str) -> Iterator[tuple[str, float]]:
     trained = Trained(name, layers, device, shape)
     yield "first two steps, s", sum(trained.step(4, 2048 if device == "cuda" else 32) for _ in range(2))
-    del trained
+
+
+def lengths(name: str, layers: int, device: str, shape: str) -> Iterator[tuple[str, float]]:
     scale = 1 if device == "cuda" else 20
     trained = Trained(name, layers, device, shape)
     visits = [trained.step(2, n // scale) for n in LENGTHS]
@@ -73,13 +77,20 @@ def measure(name: str, layers: int, device: str, shape: str) -> Iterator[tuple[s
     yield "a step of 2×509, ms", median(trained.step(2, 509 // scale) for _ in range(10)) * 1e3
 
 
+CASES = {case.__name__: case for case in (first, lengths)}
+
+
 def in_new_process(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return what :func:`measure` yields for a contender."""
+    """Return what the cases yield for a contender."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         command = [sys.executable, __file__, "--only", name, "--layers", str(args.layers), "--device", args.device]
         done = subprocess.run(
-            [*command, "--shape", args.shape], env=os.environ | caches, stdout=subprocess.PIPE, text=True, check=True
+            [*command, "--shape", args.shape, "--cases", *args.cases],
+            env=os.environ | caches,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -90,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--shape", default="1b", choices=list(llama.SHAPES))
     parser.add_argument("--device", default="cuda", help="cpu tries the script out, with shorter inputs")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--only", metavar="NAME", help="measure this contender in this process and print JSON")
     return parser.parse_args(argv)
 
@@ -97,7 +109,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.only:
-        print(json.dumps(dict(measure(args.only, args.layers, args.device, args.shape))), flush=True)
+        found = (CASES[case](args.only, args.layers, args.device, args.shape) for case in args.cases)
+        print(json.dumps(dict(chain.from_iterable(found))), flush=True)
         return
     rows: list[dict] = []
     why_not: dict[tuple[str, ...], str] = {}

@@ -165,7 +165,6 @@ def _give_float8(module: nn.Linear, pair: gains.Gains) -> None:
 @torch.no_grad()
 def requantize(model: nn.Module) -> None:
     """Quantise all weights again, as they are after an optimiser's write, for steps that have no optimiser."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
+    for weight in model.parameters():
         if isinstance(weight, HaloWeight) and weight.requires_grad:
             weight.requantize()

@@ -2,11 +2,12 @@
 
     python bench/experts.py                      # three models' layers, forward and backward, compiled
     python bench/experts.py --rows               # the same without routing: products of sorted rows and the gate between them
+    python bench/experts.py --written            # with quantising the weights, as after an optimiser's write
     python bench/experts.py --products           # each product alone, with its share of the dense product's rate
     python bench/experts.py --sweep qwen         # launch shapes of quantisers and of products, for one model
 
-All contenders run in one process on the same random data, with random routing. Times are medians. Weights of this library hold
-their codes, which a training step makes once.
+All contenders run in one process on the same random data, with random routing. Times are medians. Without --written,
+weights of this library hold their codes, which a training step makes once.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import results
 import torch
+from contenders import requantize
 from torch import nn
 from triton.testing import do_bench
 
@@ -122,6 +124,8 @@ def step_of(name: str, model: Model, args: argparse.Namespace, device: str = "cu
     def step():
         x.grad = None
         module.zero_grad()
+        if args.written:
+            requantize(module)
         f(*inputs).backward(e)
 
     step.bytes = sum(_bytes(p) for p in module.parameters())
@@ -138,6 +142,7 @@ def _bytes(parameter: torch.Tensor) -> int:
 def measure_layers(args: argparse.Namespace) -> None:
     kind = "products of sorted rows with the gate between them" if args.rows else "with routing"
     title = f"The experts of one layer, {kind}, forward + backward, {args.tokens} tokens"
+    title += ", weights quantised in every step" * args.written
     rows: list[dict] = []
     why_not = {(m, c): results.ENDED for m in args.models for c in args.contenders}
     for name, contender in itertools.product(args.models, args.contenders):
@@ -286,6 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--rows", action="store_true", help="leave routing out")
+    parser.add_argument("--written", action="store_true", help="quantise the weights in every step")
     parser.add_argument("--products", action="store_true", help="each product alone")
     parser.add_argument("--sweep", choices=list(MODELS), help="launch shapes, for one model")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

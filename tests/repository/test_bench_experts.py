@@ -15,7 +15,7 @@ bench = __import__("experts")
 @pytest.mark.parametrize("gate", [m.gate for m in bench.MODELS.values()][:2], ids=str)
 def test_contenders_agree(monkeypatch, rows, gate):
     """The gradients of X that a step leaves are alike."""
-    model, args = bench.Model(4, 2, 64, 32, gate), bench.parse_args(["--no-compile", "--tokens", "40", *["--rows"] * rows])
+    model, args = bench.Model(4, 2, 64, 32, gate), bench.parse_args(["--no-compile", "--tokens", "40", *["--rows", "--written"] * rows])
     found = {}
     for name in [c for c in bench.CONTENDERS if c != "torchao-fp8"]:
         torch.manual_seed(0)
