@@ -49,7 +49,7 @@ MODELS = {
     "mixtral": Model(8, 2, 4096, 14336),
 }
 RECIPES = {"halo1-int8": halo(1, INT8), "halo0-int8": halo(0, INT8), "halo1-fp8": halo(1, FP8_E4M3)}
-CONTENDERS = ["bf16", "torchao-fp8", *RECIPES, "halo1-int8, frozen"]
+CONTENDERS = ["bf16", "torchao-fp8", *RECIPES, "bf16, frozen", "halo1-int8, frozen"]
 
 
 class _Bf16(nn.Module):
@@ -104,8 +104,9 @@ def layer(name: str, model: Model, device: str, dtype: torch.dtype) -> nn.Module
     torch.manual_seed(0)
     gate_up = torch.randn(model.experts, 2 * model.f, model.d, device=device, dtype=dtype) * model.d**-0.5
     down = torch.randn(model.experts, model.d, model.f, device=device, dtype=dtype) * model.f**-0.5
-    if name in ("bf16", "torchao-fp8"):
-        return _Bf16(model, gate_up, down, _grouped_mm if name == "bf16" else _torchao)
+    if name in ("bf16", "torchao-fp8", "bf16, frozen"):
+        plain = _Bf16(model, gate_up, down, _torchao if name == "torchao-fp8" else _grouped_mm)
+        return plain.requires_grad_("frozen" not in name)
     return _Halo(model, gate_up, down, RECIPES[name.partition(",")[0]], "frozen" in name)
 
 
@@ -156,13 +157,14 @@ def measure_layers(args: argparse.Namespace) -> None:
             print(f"{name} {contender}: {error!r:.300}", flush=True)
             why_not[name, contender] = results.reason(error)
             continue
-        reference = next((r["ms"] for r in rows if (r["model"], r["contender"]) == (name, "bf16")), None)
+        like = "bf16, frozen" if "frozen" in contender else "bf16"
+        known = {r["contender"]: r["ms"] for r in rows if r["model"] == name} | {contender: time}
         rows.append(
             {
                 "model": name,
                 "contender": contender,
                 "ms": round(time, 3),
-                "× bf16": results.speedup(time if contender == "bf16" else reference, time),
+                "× bf16": results.speedup(known.get(like), time),
                 "TFLOP/s": round(model.operations(args.tokens) / time / 1e9 * (2 / 3 if "frozen" in contender else 1)),
                 "weights MiB": round(step.bytes / 2**20),
             }
