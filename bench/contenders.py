@@ -8,19 +8,24 @@ from torch import nn
 
 from halo_tensor import fsdp, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.calibration.balance import set_gains
+from halo_tensor.layers.kinds import is_experts
 from halo_tensor.operand import gains
 from halo_tensor.weight.tensor import HaloWeight
 
 
-def _everything(module: nn.Module, name: str) -> bool:
+def _linears(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
+
+
+def _everything(module: nn.Module, name: str) -> bool:
+    return _linears(module, name) or is_experts(module)
 
 
 def _ours(config, model: nn.Module) -> None:
     quantize_(model, config, filter_fn=_everything, min_gain=0)  # layers that lose are measured too
 
 
-def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gather: bool = False) -> None:
+def torchao_float8(recipe: str, model: nn.Module, filter_fn=_linears, all_gather: bool = False) -> None:
     """Convert to torchao's float8 training.
 
     Args:
@@ -39,7 +44,7 @@ def torchao_float8(recipe: str, model: nn.Module, filter_fn=_everything, all_gat
 TUNING = {"warmup": 10, "rep": 30}
 
 
-def torchao_int8(model: nn.Module, filter_fn=_everything) -> None:
+def torchao_int8(model: nn.Module, filter_fn=_linears) -> None:
     """Convert to torchao's prototype of INT8 mixed-precision training, which computes all three products in int8.
 
     torchao 0.18 registers the function for F.linear in a table of ATen ops, where it is never found, and products silently

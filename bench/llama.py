@@ -1,4 +1,4 @@
-"""Models of Llama's shapes with random weights."""
+"""Models of Llama's shapes, and of a mixture of experts, with random weights."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from halo_tensor import keep_products, linear_cross_entropy
 
@@ -23,12 +23,21 @@ def shape(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, t
     }
 
 
+def mixture(base: dict, experts: int, top_k: int, width: int, head_dim: int) -> dict:
+    """Return the shape of a Qwen3-MoE whose layers but for the experts have the shape ``base``."""
+    sizes = {"num_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": width, "head_dim": head_dim}
+    return base | sizes
+
+
 SHAPES = {
     "8b-blocks": shape(4096, 14336, layers=2, heads=32, vocab=128),
     "1b": shape(2048, 8192, layers=16, heads=32, vocab=128256),
     "3b": shape(3072, 8192, layers=28, heads=24, vocab=128256),
     "8b": shape(4096, 14336, layers=32, heads=32, vocab=128256, tied=False),
+    # Qwen3-30B-A3B, of whose 48 layers there are six: 4.4 billion parameters.
+    "30b-a3b": mixture(shape(2048, 6144, layers=6, heads=32, vocab=151936, tied=False, kv_heads=4), 128, 8, 768, head_dim=128),
     "tiny": shape(128, 256, layers=3, heads=2, vocab=512, kv_heads=1),
+    "tiny-mixture": mixture(shape(128, 256, layers=2, heads=2, vocab=512, kv_heads=1), 4, 2, 128, head_dim=64),
 }
 
 
@@ -69,13 +78,14 @@ class Llama(nn.Module):
     LlamaModel.forward makes a mask under torch.compile, and attention then does not use its causal kernel.
 
     Args:
-        shape: arguments of LlamaConfig.
+        shape: arguments of LlamaConfig, or of Qwen3MoeConfig.
         recompute: a key of RECOMPUTED (activation checkpointing).
     """
 
     def __init__(self, shape: dict, recompute: str = "no"):
         super().__init__()
-        self.llama = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16, attn_implementation="sdpa")
+        config = (Qwen3MoeConfig if "num_experts" in shape else LlamaConfig)(**shape)
+        self.llama = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         self.recompute, self._block, self._loss = recompute, _block, _loss
 
     def fuse_head(self, by: str) -> None:

@@ -2,6 +2,7 @@
 
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
+    python bench/train.py --models 30b-a3b --contenders bf16 halo1-int8                    # six layers of Qwen3-30B-A3B
     python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8-no-codes-head halo1-int8-low-head
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
@@ -27,16 +28,21 @@ MODELS = {
     "3b": ("3b", False, "blocks"),
     "8b": ("8b", False, "blocks"),
     "8b-lora": ("8b", True, "blocks"),
+    "30b-a3b": ("30b-a3b", False, "blocks"),
 }
-TINY_MODELS = {"tiny": ("tiny", False, "blocks"), "tiny-lora": ("tiny", True, "blocks")}
+TINY_MODELS = {
+    "tiny": ("tiny", False, "blocks"),
+    "tiny-lora": ("tiny", True, "blocks"),
+    "tiny-mixture": ("tiny-mixture", False, "blocks"),
+}
 DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "halo0-fp8", "halo1-fp8", "halo1-int8"]
 PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
     "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
-    "every linear are trained. Names that end in head compute lm_head and the loss by linear_cross_entropy, those in liger by "
-    "Liger-Kernel's function, which is not compiled; in all others both are in high precision. Weights in bf16, random. A "
-    "step: forward, loss, backward, fused "
-    "AdamW. torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
+    "every linear are trained; 30b-a3b: Qwen3-30B-A3B, 6 of its 48 layers, all weights trained. Names that end in head compute "
+    "lm_head and the loss by linear_cross_entropy, those in liger by Liger-Kernel's function, which is not compiled; in all "
+    "others both are in high precision. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
+    "torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
     "and the loss. Attention is SDPA's causal kernel. Recomputed: what is not saved for backward; a budget is torch's "
     "activation_memory_budget. Names that end in no-codes have memory='balanced', in low memory='low' (docs/memory.md). ms: "
     "median of plain calls. Saved: what the forward leaves allocated besides the loss. Peak: in "
@@ -114,7 +120,7 @@ def compared(rows: dict[tuple, dict]) -> list[dict]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = results.parser_of(__doc__, "train")
-    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or both tiny ones")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY_MODELS], help="default: 1b, or all tiny ones")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens in a sequence (default: 2048)")
     parser.add_argument("--tokens", type=int, help="tokens in a step (default: 8192)")
     parser.add_argument("--checkpointing", nargs="+", default=["no"], choices=list(RECOMPUTED), help="what to recompute")
