@@ -39,7 +39,7 @@ DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "hal
 PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
     "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
-    "every linear are trained; 30b-a3b: Qwen3-30B-A3B, 6 of its 48 layers, all weights trained. Names that end in head compute "
+    "every linear are trained; 30b-a3b: Qwen3-30B-A3B, 6 of its 48 layers, all trained. Names that end in head compute "
     "lm_head and the loss by linear_cross_entropy, those in liger by Liger-Kernel's function, which is not compiled; in all "
     "others both are in high precision. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
     "torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
