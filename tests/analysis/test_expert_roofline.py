@@ -67,7 +67,8 @@ def test_layers_are_near_the_record():
 #: A GPU whose rates are easy to divide by.
 CEILINGS = Ceilings(
     name="a GPU", products={"bf16": 100.0, "int8": 200.0, "fp8": 250.0}, undo={"bf16": 1.0, "int8": 0.5, "fp8": 0.8}, copy=40.0,
-    quantize=5.0, rotate=4.0, rotate_wide=2.0, tiles=3.0, rotate_pair=2.5, noisy=1.5, source="by hand", launch=1e-3,
+    quantize=5.0, rotate=4.0, rotate_wide=2.0, tiles=3.0, rotate_pair=2.5, rotate_rows=1.8, rotate_rows_wide=1.7,
+    rotate_both=1.6, rotate_both_wide=1.4, noisy=1.5, source="by hand", launch=1e-3,
 )  # fmt: skip
 BY_HAND = ExpertShape(1024, 2, 4, 128, 64, 32)  # 512 rows an expert
 
