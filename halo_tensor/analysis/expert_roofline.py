@@ -66,7 +66,7 @@ class ExpertShape(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of both weights."""
+        """The number of elements of both weights."""
         return self.experts * self.in_features * (self.up + self.down)
 
 

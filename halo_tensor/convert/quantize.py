@@ -63,7 +63,8 @@ def quantize_(
             not on the GPU.
         tokens: rows of a layer's input in a training step, for the prediction: output positions of a convolution. Of experts,
             the tokens before they are copied: each expert is taken to get tokens · top_k / experts rows, where top_k is what
-            the module or its config says, or else 1.
+            the module or its config says, or else 1. The speed of torchtitan's experts is not predicted, so that ``min_gain``
+            never leaves them out.
         gpu: the GPU for which speed is predicted, "H200" or "RTX 4090" for example, or its rates as a
             :class:`~halo_tensor.analysis.ceilings.Ceilings`. The default is the GPU of the model or, for a model on a CPU, of
             this machine. Without one, or if its rates are not known, there is no prediction.

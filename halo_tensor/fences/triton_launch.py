@@ -196,7 +196,7 @@ def _encoders(compiled: Any, described: int) -> list[Callable[[Any], tuple]]:
     def encoder(meta: Any) -> Callable[[Any], tuple]:
         def encode(descriptor: Any) -> tuple:
             encoded = make_tensordesc_arg(descriptor, meta, *unused)
-            # Without TMA, Triton returns the base of the descriptor, and the C function takes the address of that.
+            # Without TMA, Triton returns a tensor in place of a descriptor. The C function takes its address.
             return tuple(a.data_ptr() if isinstance(a, (torch.Tensor, Address)) else a for a in encoded)
 
         return encode

@@ -89,7 +89,7 @@ class Deserialize(ConversionOps):
 
     def __init__(self, loading: Loading, hf_quantizer: HfQuantizer):
         self.loading = loading
-        # By this attribute, transformers 5.21 and newer leave the dtypes of what goes into an operation as they are.
+        # transformers 5.21 and newer convert no dtypes before an operation that has this attribute.
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict) -> "Deserialize":

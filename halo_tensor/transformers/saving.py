@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes of a model with weights of codes."""
+"""Make the tensors that ``save_pretrained`` writes for a model whose frozen weights are held as codes."""
 
 import re
 from collections.abc import Collection, Iterable

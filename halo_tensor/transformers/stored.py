@@ -105,7 +105,7 @@ def _record(
     format: Format | None, granularity: Scales, rotation: Rotation | None, shape: Sequence[int], balanced: bool,
     in_features_first: bool,
 ) -> str:  # fmt: skip
-    """What the codes of a weight stand for, as text.
+    """Return a text that says how the codes of a weight are to be read.
 
     Codes can be read if the texts are equal. Levels 1 and 2 differ in E only, so they have equal texts.
     """
