@@ -12,6 +12,7 @@ from steps import CUDA, DEVICE
 from torch import nn
 
 from halo_tensor import halo_config, quantize_
+from halo_tensor.layers.kinds import is_experts
 
 
 def is_base(module: nn.Module, name: str) -> bool:
@@ -34,7 +35,8 @@ def convert(llama: nn.Module, name: str) -> None:
         raise ValueError(f"there is no base {name!r}; there are bf16, torchao-RECIPE, bitsandbytes-nf4, haloLEVEL-DTYPE[-A]")
 
     def chosen(module: nn.Module, name: str) -> bool:
-        return is_base(module, name) or bool(halo[3] and isinstance(module, nn.Linear) and ".lora_A." in name)
+        adapter = halo[3] and isinstance(module, nn.Linear) and ".lora_A." in name
+        return is_base(module, name) or is_experts(module) or bool(adapter)
 
     quantize_(llama, halo_config(int(halo[1]), halo[2]), filter_fn=chosen)
 
@@ -58,7 +60,9 @@ def make(name: str, shape: dict, recompute: str = "no") -> tuple[Llama, float]:
     """Return the model with its adapters, and the seconds that converting its base took."""
     if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
         raise RuntimeError("bitsandbytes is not installed")
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    # Of a mixture, PEFT adapts experts and routers in eager code only.
+    adapted = ["q_proj", "k_proj", "v_proj", "o_proj"] if "num_experts" in shape else "all-linear"
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=adapted)
     with torch.device(DEVICE):
         model = Llama(shape, recompute)
         seconds = _timed(to_bitsandbytes, model.llama) if name.startswith("bitsandbytes") else 0.0

@@ -29,13 +29,19 @@ def mixture(base: dict, experts: int, top_k: int, width: int, head_dim: int) -> 
     return base | sizes
 
 
+def qwen3_30b(layers: int) -> dict:
+    """Return the shape of Qwen3-30B-A3B with so many layers."""
+    base = shape(2048, 6144, layers, heads=32, vocab=151936, tied=False, kv_heads=4)
+    return mixture(base, 128, 8, 768, head_dim=128)
+
+
 SHAPES = {
     "8b-blocks": shape(4096, 14336, layers=2, heads=32, vocab=128),
     "1b": shape(2048, 8192, layers=16, heads=32, vocab=128256),
     "3b": shape(3072, 8192, layers=28, heads=24, vocab=128256),
     "8b": shape(4096, 14336, layers=32, heads=32, vocab=128256, tied=False),
-    # Qwen3-30B-A3B, of whose 48 layers there are six: 4.4 billion parameters.
-    "30b-a3b": mixture(shape(2048, 6144, layers=6, heads=32, vocab=151936, tied=False, kv_heads=4), 128, 8, 768, head_dim=128),
+    "30b-a3b": qwen3_30b(layers=48),
+    "30b-a3b-6-layers": qwen3_30b(layers=6),  # 4.4 billion parameters
     "tiny": shape(128, 256, layers=3, heads=2, vocab=512, kv_heads=1),
     "tiny-mixture": mixture(shape(128, 256, layers=2, heads=2, vocab=512, kv_heads=1), 4, 2, 128, head_dim=64),
 }

@@ -3,6 +3,7 @@
     python bench/train.py --models 1b 3b --lengths 512 2048 4096 --checkpointing no layers products
     python bench/train.py --models 8b-lora --contenders bf16 bitsandbytes-nf4 halo1-fp8    # adapters of rank 16
     python bench/train.py --models 30b-a3b --contenders bf16 halo1-int8                    # six layers of Qwen3-30B-A3B
+    python bench/train.py --models 30b-a3b-lora --contenders bf16 halo1-int8               # all layers, adapters of attention
     python bench/train.py --models 8b --contenders bf16 torchao-tensorwise halo1-int8-no-codes-head halo1-int8-low-head
     python bench/train.py --tiny --folder outputs --contenders bf16 halo1-int8             # small shapes, on a CPU too
 
@@ -28,18 +29,21 @@ MODELS = {
     "3b": ("3b", False, "blocks"),
     "8b": ("8b", False, "blocks"),
     "8b-lora": ("8b", True, "blocks"),
-    "30b-a3b": ("30b-a3b", False, "blocks"),
+    "30b-a3b": ("30b-a3b-6-layers", False, "blocks"),
+    "30b-a3b-lora": ("30b-a3b", True, "blocks"),
 }
 TINY_MODELS = {
     "tiny": ("tiny", False, "blocks"),
     "tiny-lora": ("tiny", True, "blocks"),
     "tiny-mixture": ("tiny-mixture", False, "blocks"),
+    "tiny-mixture-lora": ("tiny-mixture", True, "blocks"),
 }
 DEFAULT = ["bf16", "torchao-tensorwise", "torchao-rowwise", "torchao-int8", "halo0-fp8", "halo1-fp8", "halo1-int8"]
 PANEL = ("model", "sequences", "recomputed", "compiled")  # columns whose values say which rows are compared
 NOTES = (
     "Llama-3.2-1B, -3B and Llama-3-8B shapes, all weights trained; 8b-lora: Llama-3-8B, of which PEFT adapters of rank 16 on "
-    "every linear are trained; 30b-a3b: Qwen3-30B-A3B, 6 of its 48 layers, all trained. Names that end in head compute "
+    "every linear are trained; 30b-a3b: Qwen3-30B-A3B, 6 of its 48 layers, all trained; 30b-a3b-lora: the whole "
+    "model, of which adapters of rank 16 on the linears of attention are trained. Names that end in head compute "
     "lm_head and the loss by linear_cross_entropy, those in liger by Liger-Kernel's function, which is not compiled; in all "
     "others both are in high precision. Weights in bf16, random. A step: forward, loss, backward, fused AdamW. "
     "torch.compile with fullgraph (bitsandbytes: with graph breaks), from empty caches; blocks: each layer by itself, "
