@@ -8,6 +8,7 @@
    (:mod:`halo_tensor.kernels.quantize.two_gradients`).
 3. Seeds of stochastic rounding are read where Inductor draws them, in one launch for the whole graph. Otherwise, Inductor
    would make each of them a random number of its own, in a launch of its own.
+4. What is made of weights alone, and costs memory when it is saved, is made in backward.
 
 Private API: ``torch._inductor.config.joint_custom_post_pass``, ``custom_graph_pass.CustomGraphPass``, ``inductor_prims``
 (lookup_seed, randint) and ``pattern_matcher.stable_topological_sort``; ``torch._functorch.partitioners``
@@ -40,6 +41,7 @@ _QUANTIZE = torch.ops.halo.rotate_quantize.default
 _CODES_T = 1  # the index of the transposed codes among its results
 _PAIR, _PAIRS = torch.ops.halo.quantize_pair.default, torch.ops.halo.quantize_pairs.default
 _BOTH = torch.ops.halo.quantize_both.default
+_TURN_STACK = torch.ops.halo.turn_stack.default
 #: The position of the seed among the arguments.
 _SEED = {_QUANTIZE: 9, _BOTH: 7}
 _QUANTISERS = _QUANTIZE, _PAIR, _PAIRS, _BOTH
@@ -63,13 +65,21 @@ def quantize_again_in_backward(graph: fx.Graph) -> None:
                 _split(node, transposed)
 
 
-def quantize_weights_again_in_backward(graph: fx.Graph) -> None:
-    """Mark the quantisations of weights that hold no codes, so that backward repeats them and their codes are not saved.
+def make_codes_again_in_backward(graph: fx.Graph) -> None:
+    """Mark what is made of weights alone, so that backward makes it and forward does not save it: the codes of weights that
+    hold none, and the codes of frozen experts in the order that grad_input reads.
 
-    A weight is recognised by the layout: of a matrix that enters the graph, only codes in rows are made, for both passes.
+    A weight that holds no codes is recognised by the layout: of a matrix that enters the graph, only codes in rows are made,
+    for both passes.
     """
-    if not _tangents(graph):
+    tangents = _tangents(graph)
+    if not tangents:
         return
+    if turned := graph.find_nodes(op="call_function", target=_TURN_STACK):
+        backward = _after(graph, tangents)
+        for node in turned:
+            if node not in backward:
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
     for node in graph.find_nodes(op="call_function", target=_QUANTIZE):
         arguments: Any = node.args
         x, (rows, columns, seed) = arguments[0], arguments[7:10]
@@ -251,7 +261,7 @@ def _rewrite(graph: fx.Graph) -> None:
     trial = fx.Graph(graph.owning_module)
     trial.output(trial.graph_copy(graph, {}))
     for each in (trial, graph):
-        quantize_weights_again_in_backward(each)
+        make_codes_again_in_backward(each)
         if REPEAT_FOR_BACKWARD:
             quantize_again_in_backward(each)
         read_seeds_where_they_are_drawn(each)

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from halo_tensor import balance_, halo_config, keep_products, quantize_
+from halo_tensor import HaloWeight, balance_, halo_config, keep_products, quantize_
 from halo_tensor.compiler import joint_graph
+from halo_tensor.products.experts import experts
 from tests.helpers.generated_code import lowered_again
 
 WIDTH, INNER, TOKENS = 128, 256, 40
@@ -195,6 +196,28 @@ def test_frozen_weights_are_left_alone():
     (results, _, graphs), (expected, _, unchanged) = (compiled(model, on) for on in (True, False))
     assert "flash" in quantisations(graphs[0]) and [str(g) for g in graphs] == [str(g) for g in unchanged]
     assert_same(results, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp6"])
+@pytest.mark.parametrize("in_features_first", [False, True])
+def test_frozen_experts_are_turned_in_backward(dtype, in_features_first):
+    recipe, index = halo_config(1, dtype).recipe, torch.arange(TOKENS).remainder(2).unsqueeze(1)
+    stacks = (torch.randn(2, 2 * INNER, WIDTH), torch.randn(2, WIDTH, INNER))
+    stacks = [w.transpose(1, 2).contiguous() if in_features_first else w for w in stacks]
+    weights = [HaloWeight.from_hp(w, recipe, frozen=True, in_features_first=in_features_first) for w in stacks]
+    weights = [nn.Parameter(w, requires_grad=False) for w in weights]
+    graphs: list[fx.Graph] = []
+
+    def layer(x):
+        return experts(x, index, torch.ones(TOKENS, 1), *weights)
+
+    x, gradients = torch.randn(TOKENS, WIDTH, requires_grad=True), []
+    for f in (layer, torch.compile(layer, fullgraph=True, backend=backend(graphs))):
+        gradients += torch.autograd.grad(f(x).square().sum(), x)
+    forward, backward = graphs
+    turned = [len(graph.find_nodes(op="call_function", target=halo.turn_stack.default)) for graph in (forward, backward)]
+    assert turned == [0, 2]
+    torch.testing.assert_close(*gradients)
 
 
 class Product(nn.Module):
