@@ -40,6 +40,8 @@ class Columns(NamedTuple):
 
 #: Of ``group_columns`` and of ``gated_grad_columns``.
 COLUMNS, COLUMNS_GATED = Columns(64, 64, 4, 2), Columns(32, 64, 4, 1)
+#: The most float32 values of a row's gradients that a thread holds.
+HELD = 96
 
 
 def _piece(width: int, widest: int) -> int:
@@ -48,29 +50,24 @@ def _piece(width: int, widest: int) -> int:
     return whole if whole <= widest else min((widest, widest // 2), key=lambda piece: cdiv(width, piece) * piece)
 
 
-def _rows(width: int, elements: int) -> Rows:
-    """Return how a program takes pieces of ``width``, about ``elements`` at a time, and at most 16 rows in all."""
-    rows = min(max(elements // width, 1), 16)
-    return Rows(width, rows, min(16 // rows, 4), 8)
-
-
 def group_rows(c: int) -> Rows:
     """Return how ``group_rows`` takes rows of ``c``."""
     width = _piece(c, 8192)
-    return _rows(width, 8192)
+    rows = max(4096 // width, 2 if width <= 4096 else 1)
+    return Rows(width, min(rows, 16), max(8 // rows, 1), 4 if width <= 4096 else 8)
 
 
 def gated_rows(f: int) -> tuple[int, int]:
     """Return how many rows of ``f`` a program of ``gated_rows`` takes, and its warps."""
     width = max(triton.next_power_of_2(f), TILE)
-    rows = max(4096 // width, 1)
-    return rows, 4 if width <= 4096 else 8 if width <= 8192 else 16
+    return max(8192 // width, 1), 4 if width <= 4096 else 8 if width <= 8192 else 16
 
 
 def gated_grad_rows(f: int) -> Rows:
     """Return how ``gated_grad_rows`` takes rows of ``f``."""
-    width = _piece(f, 4096)
-    return _rows(width, 4096)
+    if f <= 1024:
+        return Rows(256, 4, 4, 4)
+    return Rows(1024, 1, 8, 4) if f <= 4096 else Rows(2048, 1, 8, 16)
 
 
 def _gate_options(gate: Gate) -> dict[str, Any]:
@@ -206,7 +203,8 @@ def _plan_gated_grad(
     f: int, dtype: torch.dtype, grad: torch.dtype, device: torch.device, gate: Gate, format: Format, weighted: bool
 ) -> Planned:
     options, parts = _row_options(gated_grad_rows(f), f)
-    constants = {"WEIGHTED": weighted, **options, **_gate_options(gate), **format_options(format, device)}
+    held = 2 * options["ROWS"] * options["WIDTH"] * options["CHUNKS"] <= HELD * 32 * options["num_warps"]
+    constants = {"WEIGHTED": weighted, "HELD": held, **options, **_gate_options(gate), **format_options(format, device)}
     launch = Launch(row_kernels.gated_grad_rows, constants)
     return Planned(lambda _: Variant(launch, lambda tiles, f: ((tiles * parts,), (f,))))
 

@@ -151,13 +151,15 @@ def _store_gradients(
 def gated_grad_rows(
     h, grad, weight, fold, tiles, codes, scales, dots, F,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    T: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HELD: tl.constexpr, T: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, INTERLEAVED: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Quantise the gradient of h [·, 2F] in STEPS times ROWS rows of a tile, times fold [experts, 2F].
 
     dots gets the sums of grad times the gate's result, and 0 for rows of no expert.
+    HELD: registers hold all pieces of a row, from the search for its magnitude on. Otherwise they are computed again.
     """
     PARTS: tl.constexpr = T // (ROWS * STEPS)
     expert, first, end = load_tile(tiles, tl.program_id(0) // PARTS)
@@ -175,6 +177,7 @@ def gated_grad_rows(
                 by_row = tl.load(weight + row, mask=row < end, other=0.0)
             amax = tl.zeros((ROWS,), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
+            pieces = ()
             for chunk in tl.static_range(CHUNKS):
                 inside = (row < end)[:, None] & (chunk * WIDTH + tl.arange(0, WIDTH) < F)[None, :]
                 d_gate, d_up, part = _load_gradients(
@@ -182,11 +185,15 @@ def gated_grad_rows(
                 )
                 amax = maximum(amax, tl.reduce(maximum(tl.abs(d_gate), tl.abs(d_up)), 1, maximum))
                 total += part
+                if HELD:
+                    pieces += (d_gate, d_up)
             scale = scale_from(amax, INVERSE_MAX)
             inverse = _inverse(scale)
             for chunk in tl.static_range(CHUNKS):
                 inside = (row < end)[:, None] & (chunk * WIDTH + tl.arange(0, WIDTH) < F)[None, :]
-                if CHUNKS > 1:
+                if HELD:
+                    d_gate, d_up = pieces[2 * chunk], pieces[2 * chunk + 1]
+                else:
                     d_gate, d_up, part = _load_gradients(
                         h, grad, fold, at, chunk * WIDTH, by_row, F, inside, WIDTH, ALPHA, LIMIT, SHIFT, INTERLEAVED
                     )

@@ -180,7 +180,7 @@ def turn_stack(codes: torch.Tensor, turned: torch.Tensor | None = None) -> torch
 @lru_cache
 def _plan_turn_stack(device: torch.device, dtype: torch.dtype) -> Planned:
     side = 128 // dtype.itemsize
-    launch = Launch(turn_stack_kernel, {"T": side, "num_warps": 4})
+    launch = Launch(turn_stack_kernel, {"T": side, "num_warps": 8 // dtype.itemsize})
 
     def sizes(n: int, k: int, stride: int, experts: int) -> tuple:
         return (cdiv(k, side), cdiv(n, side), experts), (n, k, stride)

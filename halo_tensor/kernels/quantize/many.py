@@ -14,17 +14,13 @@ from halo_tensor.kernels.launch import Launch, SizedLaunch, cdiv
 from halo_tensor.kernels.quantize import kernels, packing
 from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.quantize.plan import Task, rotate_quantize
-from halo_tensor.kernels.quantize.whole_rows import RowLaunch, row_constants
+from halo_tensor.kernels.quantize.whole_rows import row_constants
 from halo_tensor.kernels.rotate import Matrix
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import code_dtype
 
 _DATA_PTR = torch.Tensor.data_ptr
-#: The elements that a program holds at a time, unless a row has more.
-_TILE = 8192
-#: With so many rows, programs that take 32 or more of them keep every GPU busy.
-_MANY_ROWS = 16384
 #: The most plans that are remembered.
 _REMEMBERED = 1024
 
@@ -163,7 +159,8 @@ def _can_be_grouped(weight: _Weight, task: Task, packed: bool) -> bool:
 def _plan_group(group: list[_Weight], like: int, column_rotation: Rotation | None, format: Format, packed: bool) -> _Group:
     (x, stride, _), gained = group[0], group[0].gained
     launch, options, matrices = row_constants(x.shape[1], x.dtype, x.device, column_rotation, format, gained, False)
-    launch = _for_many(launch, options["CHUNKS"] * options["WIDTH"], sum(weight.x.shape[0] for weight in group))
+    rows = sum(weight.x.shape[0] for weight in group)
+    launch = launch.of_class(launch.class_of(rows), options["CHUNKS"] * options["WIDTH"])
     entries, programs = [], 0
     for weight in group:
         entries.append((programs, weight.x.shape[0], *weight.pointers))
@@ -173,16 +170,3 @@ def _plan_group(group: list[_Weight], like: int, column_rotation: Rotation | Non
     constants = options | shape | {"ENTRIES": triton.next_power_of_2(len(group)), "PACK": packed}
     sized = Launch(kernels.whole_rows_of_many, constants).sized((programs,), (len(group), x.shape[1], *x.stride, stride))
     return _Group(sized, like, table, matrices)
-
-
-def _for_many(launch: RowLaunch, row: int, m: int) -> RowLaunch:
-    """Return how programs go through ``m`` rows of ``row`` elements in all, as measured on an H200 (docs/notes/quantisers.md).
-
-    There are more rows than one matrix has. So a program takes more of them, and loads the rotation less often. A launch
-    whose number of steps does not depend on the rows is left as it is.
-    """
-    if launch.steps or m < _MANY_ROWS:
-        return launch._replace(steps=launch.steps_for(m))
-    rows = max(min(launch.rows, _TILE // row), 1)
-    warps = 4 if rows * row <= _TILE else launch.warps
-    return launch._replace(rows=rows, steps=max(32, 16 * _TILE // row) // rows, warps=warps)

@@ -22,6 +22,10 @@ LARGEST_ROW = 32768
 #: Up to this many rows each has a program of its own, because there are more multiprocessors. Triton's interpreter runs
 #: programs one after the other.
 FEW = {"cuda": 64, "cpu": 8}
+#: With so many rows, of one matrix or of many weights, programs that take 32 or more of them keep every GPU busy.
+MANY = 16384
+#: The elements that a program holds at a time of so many rows, unless a row has more.
+_TILE = 8192
 
 
 def quantize_rows(
@@ -140,7 +144,8 @@ def plan_whole_rows(
     few = FEW[device.type]
 
     def prepare(steps: int) -> Variant:
-        chosen = launch._replace(steps=steps) if steps else launch.for_few(constants["CHUNKS"], constants["WIDTH"])
+        chunks, width = constants["CHUNKS"], constants["WIDTH"]
+        chosen = launch.of_class(steps, chunks * width) if steps else launch.for_few(chunks, width)
         options = {"ROWS": chosen.rows, "STEPS": chosen.steps, "STAGES": chosen.stages, "num_warps": chosen.warps}
 
         def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
@@ -148,7 +153,7 @@ def plan_whole_rows(
 
         return Variant(Launch(kernels.whole_rows, constants | options), sizes, matrices)
 
-    return Planned(prepare, lambda m, *strides: 0 if m <= few else launch.steps_for(m))
+    return Planned(prepare, lambda m, *strides: 0 if m <= few else launch.class_of(m))
 
 
 def row_constants(
@@ -207,12 +212,27 @@ class RowLaunch(NamedTuple):
     warps: int
     stages: int
 
-    def steps_for(self, m: int) -> int:
-        """Return the class of ``m`` rows, which is the number of steps of a program: a power of two.
+    def class_of(self, m: int) -> int:
+        """Return the class of ``m`` rows: the number of steps of a program, a power of two; or, of MANY rows or more, how many
+        a program takes in all at least, times -1.
 
-        A program takes at most 16 rows in all, and fewer where 256 programs would not get work otherwise.
+        Of fewer rows a program takes at most 16 in all, and less where 256 programs would not get work otherwise.
         """
-        return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
+        if self.steps or m < MANY:
+            return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
+        return -64 if m >= 4 * MANY else -32
+
+    def of_class(self, number: int, row: int) -> "RowLaunch":
+        """Return the launch for a class of numbers of rows, which have ``row`` elements.
+
+        Of many rows a program takes more, and so loads the rotation less often, as measured on an H200
+        (docs/notes/quantisers.md).
+        """
+        if number > 0:
+            return self._replace(steps=number)
+        rows = max(min(self.rows, _TILE // row), 1)
+        steps = max(-number, min(16 * _TILE // row, 128)) // rows
+        return self._replace(rows=rows, steps=steps, warps=4 if rows * row <= _TILE else self.warps)
 
     def for_few(self, chunks: int, width: int) -> "RowLaunch":
         """Return the launch for few rows of ``chunks`` pieces of ``width`` elements.

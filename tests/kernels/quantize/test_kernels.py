@@ -16,7 +16,7 @@ from halo_tensor import ops
 from halo_tensor.kernels import rotate as rotating
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.kernels.quantize import many
+from halo_tensor.kernels.quantize import many, whole_rows
 from halo_tensor.kernels.quantize import plan as quantizer
 from halo_tensor.kernels.quantize.codes import code_matrix
 from halo_tensor.recipe import FORMATS, FP6_E2M3, FP6_E3M2, FP8_E4M3, INT8, Rotation
@@ -312,8 +312,8 @@ def test_many_alike_are_one_launch(monkeypatch):
 @pytest.mark.parametrize("width", [128, 1024])
 def test_programs_of_many_rows(width, monkeypatch):
     """As weights with some ten thousand rows have them."""
-    monkeypatch.setattr(many, "_MANY_ROWS", 0)
-    monkeypatch.setattr(many, "_TILE", 2048)
+    monkeypatch.setattr(whole_rows, "MANY", 0)
+    monkeypatch.setattr(whole_rows, "_TILE", 2048)
     many._plans.clear()
     xs = [matrix(m, width, torch.bfloat16) for m in (70, 3, 33)]
     for codes, scales, x in zip(*requantized(xs, Rotation(64), INT8, "row", []), xs, strict=True):
@@ -321,8 +321,23 @@ def test_programs_of_many_rows(width, monkeypatch):
         assert_same_bytes(codes, expected)
         assert torch.equal(scales, expected_scales)
     (plan,) = many._plans.values()
-    assert plan.groups[0].launch.constants["STEPS"] >= 16 and not plan.single
+    constants = plan.groups[0].launch.constants
+    assert constants["STEPS"] > 1 and constants["ROWS"] * constants["STEPS"] >= 64 and not plan.single
     many._plans.clear()
+
+
+@runs_kernels
+def test_one_matrix_of_many_rows(monkeypatch):
+    x = matrix(70, 1024, torch.bfloat16)
+    expected = ops.rotate_quantize(x, None, Rotation(64), INT8, "row")
+    monkeypatch.setattr(whole_rows, "MANY", 70)
+    monkeypatch.setattr(whole_rows, "_TILE", 2048)
+    whole_rows.plan_whole_rows.cache_clear()
+    found = ops.rotate_quantize(x, None, Rotation(64), INT8, "row")
+    assert_same_bytes(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
+    monkeypatch.undo()
+    whole_rows.plan_whole_rows.cache_clear()
 
 
 @runs_kernels
