@@ -227,11 +227,10 @@ QUANTIZERS = {
     "group_rows": lambda w: [quantizers.Rows(w, *c) for c in itertools.product((1, 2, 4), (1, 4), (4, 8))],
     "gated_rows": lambda w: [(r, n) for r in (1, 2, 4, 8) for n in (4, 8, 16) if 2048 <= r * w <= 16384],
     "gated_grad_rows": lambda w: [
-        quantizers.Rows(min(w, p), r, s, n)
-        for p, r, s, n in itertools.product((1024, 2048, 4096), (1, 2, 4), (1, 4), (4, 8, 16)) if r * min(w, p) <= 4096
+        quantizers.Rows(min(w, p), r, 8 // r, n)
+        for p, r, n in itertools.product((256, 1024, 2048), (1, 2, 4), (4, 8, 16)) if r * min(w, p) <= 4096
     ],
     "COLUMNS": lambda w: [quantizers.Columns(*c) for c in itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))],
-    "COLUMNS_GATED": lambda w: [quantizers.Columns(*c) for c in itertools.product((16, 32, 64), (32, 64), (4, 8), (1, 2))],
 }  # fmt: skip
 
 
@@ -248,15 +247,11 @@ def sweep(name: str, tokens: int) -> None:
         "gated_rows": (f, lambda: ops.quantize_gated(h, model.gate, rotation, INT8, None)),
         "gated_grad_rows": (
             f,
-            lambda: ops.quantize_gated_grad(h, g, by_row, model.gate, wide_fold, tiles, INT8),
+            lambda: ops.quantize_gated_grad(h, g, by_row, model.gate, wide_fold, tiles, True, INT8),
         ),
         "COLUMNS": (
             d,
             lambda: ops.quantize_groups_t(x, routing.source, by_row, by_row, tiles, starts, False, INT8),
-        ),
-        "COLUMNS_GATED": (
-            f,
-            lambda: ops.quantize_gated_grad_t(h, g, by_row, model.gate, by_row, tiles, starts, False, INT8),
         ),
     }  # fmt: skip
     for attribute, (width, call) in calls.items():

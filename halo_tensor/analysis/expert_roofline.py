@@ -26,7 +26,7 @@ GROUPED = {"bf16": 0.9, "int8": 0.93, "fp8": 1.0}
 WAITING = {"bf16": 64, "fp8": 128, "int8": 128}
 #: Quantisers of halo_tensor/kernels/experts -> their rate, as a part of a copy's.
 QUANTIZERS = {
-    "gated_rows": 0.39, "gated_grad_rows": 0.31, "gated_grad_columns": 0.65, "group_rows": 0.85, "group_columns": 0.62,
+    "gated_rows": 0.39, "gated_grad_rows": 0.31, "group_rows": 0.85, "group_columns": 0.62,
     "turn_stack": 0.7,
 }  # fmt: skip
 #: Sorting the tokens by expert, in seconds. Both precisions do it.
@@ -200,15 +200,15 @@ def _passes(
     yield Pass(HP_BYTES * (rows + shape.tokens) * d, "copy")  # the sum over experts
     if backward:
         yield quantizer("group_rows", (HP_BYTES + CODE_BYTES) * rows * d)
+        kept = HP_BYTES * rows * up if fused and "grad_weight" in products else 0  # the gradient, for its columns
         read = HP_BYTES * rows * (up + down) if fused else HP_BYTES * rows * up
-        yield quantizer("gated_grad_rows" if fused else "group_rows", read + CODE_BYTES * rows * up)
+        yield quantizer("gated_grad_rows" if fused else "group_rows", read + CODE_BYTES * rows * up + kept)
         if "grad_input" in products:
             yield Pass(HP_BYTES * (rows + shape.tokens) * d, "copy")
         if of_tokens:  # rows of float32 are gathered, multiplied and rotated, and the result is un-rotated and put back
             yield from [Pass(24 * rows * (d + up) + 6 * HP_BYTES * rows * (d + down), "copy")]
     if "grad_weight" in products:
-        yield quantizer("group_columns", (2 * HP_BYTES + CODE_BYTES) * rows * d)
-        yield quantizer("gated_grad_columns" if fused else "group_columns", 2 * read + CODE_BYTES * rows * up)
+        yield from [quantizer("group_columns", (2 * HP_BYTES + CODE_BYTES) * rows * width) for width in (d, up)]
         yield Pass(2 * CODE_BYTES * rows * (d + down), "copy")  # codes of both inputs, transposed
         if shape.in_features_first:
             yield quantizer("turn_stack", 2 * HP_BYTES * shape.elements)

@@ -207,7 +207,6 @@ _LOWERED = (
     "grouped_mm",
     "quantize_gated",
     "quantize_gated_grad",
-    "quantize_gated_grad_t",
     "quantize_groups",
     "quantize_groups_t",
     "turn_codes",

@@ -233,23 +233,13 @@ def quantize_groups_t(
         from halo_tensor.kernels.experts import quantizers
 
         return quantizers.quantize_groups_t(x, index, weight, fold, tiles, starts, summed, format)
-    return _with_sums(reference.quantize_groups_t(x, index, weight, fold, tiles, starts, format), summed)
+    codes_t, scales, sums = reference.quantize_groups_t(x, index, weight, fold, tiles, starts, format)
+    return codes_t, scales, sums if summed else sums.new_empty(0)
 
 
 @fake("quantize_groups_t")
 def _(x: Tensor, tiles: Tensor, starts: Tensor, summed: bool, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_t(x, x.shape[1], tiles, starts, summed, format)
-
-
-def _with_sums(quantised: tuple[Tensor, Tensor, Tensor], summed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    codes_t, scales, sums = quantised
-    return codes_t, scales, sums if summed else sums.new_empty(0)
-
-
-def _empty_t(
-    x: Tensor, columns: int, tiles: Tensor, starts: Tensor, summed: bool, format: Format
-) -> tuple[Tensor, Tensor, Tensor]:
-    experts = starts.shape[0] - 2
+    experts, columns = starts.shape[0] - 2, x.shape[1]
     return (
         x.new_empty([columns, TILE * tiles.shape[0]], dtype=code_dtype(format)),
         x.new_empty([experts, columns], dtype=torch.float32),
@@ -291,9 +281,9 @@ def _(h: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 @op("quantize_gated_grad")
 def quantize_gated_grad(
-    h: Tensor, grad: Tensor, weight: Tensor | None, gate: Gate, fold: Tensor, tiles: Tensor, format: Format
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradient of h, and do :func:`quantize_groups` with it, without writing it to memory.
+    h: Tensor, grad: Tensor, weight: Tensor | None, gate: Gate, fold: Tensor, tiles: Tensor, kept: bool, format: Format
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradient of h, and do :func:`quantize_groups` with it.
 
     Args:
         h: [rows, 2f], of which a = weight · gate(h).
@@ -302,46 +292,31 @@ def quantize_gated_grad(
         gate: the function.
         fold: float32 [experts, 2f].
         tiles: of :func:`group_tiles`.
+        kept: whether to return the gradient too.
         format: of the codes.
 
     Returns:
-        Codes [rows, 2f], float32 scales [rows], and the gradient of ``weight``, float32 [rows].
+        Codes [rows, 2f], float32 scales [rows], the gradient of ``weight``, float32 [rows], and that of h, [rows, 2f] of its
+        dtype, or [0]. Kernels leave rows of no expert as they are, but for the gradient of ``weight``, which is 0.
     """
     if runs_kernels(h.device):
         from halo_tensor.kernels.experts import quantizers
 
-        return quantizers.quantize_gated_grad(h, grad, weight, gate, fold, tiles, format)
+        return quantizers.quantize_gated_grad(h, grad, weight, gate, fold, tiles, kept, format)
     grad_h, dots = reference.activate_backward(h, grad, weight, gate)
-    return *reference.quantize_groups(grad_h, None, fold, tiles, format), dots
+    codes, scales = reference.quantize_groups(grad_h, None, fold, tiles, format)
+    return codes, scales, dots, grad_h.to(h.dtype) if kept else h.new_empty(0)
 
 
 @fake("quantize_gated_grad")
-def _(h: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
+def _(h: Tensor, kept: bool, format: Format) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = h.shape[0]
     return (
         h.new_empty(h.shape, dtype=code_dtype(format)),
         h.new_empty([rows], dtype=torch.float32),
         h.new_empty([rows], dtype=torch.float32),
+        h.new_empty(h.shape if kept else [0]),
     )
-
-
-@op("quantize_gated_grad_t")
-def quantize_gated_grad_t(
-    h: Tensor, grad: Tensor, weight: Tensor | None, gate: Gate, fold: Tensor, tiles: Tensor, starts: Tensor,
-    summed: bool, format: Format,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradient of h, and do :func:`quantize_groups_t` with it. The arguments are those of both."""
-    if runs_kernels(h.device):
-        from halo_tensor.kernels.experts import quantizers
-
-        return quantizers.quantize_gated_grad_t(h, grad, weight, gate, fold, tiles, starts, summed, format)
-    grad_h, _ = reference.activate_backward(h, grad, weight, gate)
-    return _with_sums(reference.quantize_groups_t(grad_h, None, None, fold, tiles, starts, format), summed)
-
-
-@fake("quantize_gated_grad_t")
-def _(h: Tensor, tiles: Tensor, starts: Tensor, summed: bool, format: Format) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_t(h, h.shape[1], tiles, starts, summed, format)
 
 
 @op("combine")

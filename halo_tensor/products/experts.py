@@ -70,7 +70,7 @@ class _Experts(torch.autograd.Function):
             a_saved = [a_codes, a_scales] if needs[3] else [None, None]
             # The gradient of a routing weight reads the bias that it multiplies.
             b_saved = down_bias if weight is not None and needs[1] else None
-            first_saved, second_saved = first.saved(any(needs[:2])), second.saved(any(needs[:3]) or needs[4])
+            first_saved, second_saved = (stack.saved(any(needs[:3]) or needs[4]) for stack in (first, second))
             ctx.save_for_backward(*x_saved, *a_saved, h, weight, b_saved, *first_saved, *second_saved, *routing)
         ctx.stacks, ctx.gate, ctx.x_dtype = (first.without_tensors(), second.without_tensors()), gate, x.dtype
         ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (gate_up_bias, down_bias))
@@ -98,17 +98,20 @@ class _Experts(torch.autograd.Function):
         if wants_x or wants_weight or wants_first or wants_bias:
             quantised = ops.quantize_groups(e, routing.source, second.scales, tiles, second.format)
             grad_a = grad_input(*quantised, second, routing, h.dtype)
-        if wants_x or wants_weight:
-            e_h, e_h_scales, dots = ops.quantize_gated_grad(h, grad_a, weight, gate, first.scales, tiles, first.format)
+            kept = wants_first or wants_bias
+            e_h, e_h_scales, dots, grad_h = ops.quantize_gated_grad(
+                h, grad_a, weight, gate, first.scales, tiles, kept, first.format
+            )
+            del quantised, grad_a  # large, and as all that follows needed no longer
             grads[1] = _grad_routing(dots, e, down_bias, routing) if wants_weight else None
         if wants_x:
             grad_x = grad_input(e_h, e_h_scales, first, routing, ctx.x_dtype)
+            del e_h
             grads[0] = grad_x if routing.position is None else ops.combine(grad_x, routing.position, ctx.x_dtype)
         if wants_first or wants_bias:
             fold = h.new_ones(h.shape[0], dtype=torch.float32) if row_scales is None else row_scales
-            e_t, e_scales, sums = ops.quantize_gated_grad_t(
-                h, grad_a, weight, gate, fold, tiles, starts, wants_bias, first.format
-            )  # fmt: skip
+            e_t, e_scales, sums = ops.quantize_groups_t(grad_h, None, None, fold, tiles, starts, wants_bias, first.format)
+            del grad_h
             grads[4] = sums.to(ctx.bias_dtypes[0]) if wants_bias else None
         if wants_first:
             grads[2] = grad_weight(e_t, e_scales, ops.turn_codes(codes, routing.source, tiles), first, routing)

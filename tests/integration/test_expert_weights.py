@@ -299,7 +299,7 @@ grouped_mm
 quantize_gated_grad
 grouped_mm
 combine
-quantize_gated_grad_t
+quantize_groups_t
 turn_codes
 grouped_grad""",
     )

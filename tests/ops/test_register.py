@@ -31,7 +31,6 @@ NAMES = [
     "grouped_mm",
     "quantize_gated",
     "quantize_gated_grad",
-    "quantize_gated_grad_t",
     "quantize_groups",
     "quantize_groups_t",
     "turn_codes",
@@ -74,8 +73,7 @@ halo::group_tiles(Tensor offs, SymInt rows) -> (Tensor, Tensor)
 halo::grouped_grad(Tensor a_t, Tensor b_t, Tensor starts, Tensor a_scale, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor
 halo::grouped_mm(Tensor a, Tensor b, Tensor tiles, Tensor starts, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? weight, int[] column_rotation, ScalarType dtype, Tensor? gain) -> Tensor
 halo::quantize_gated(Tensor h, str gate, int[] column_rotation, str format, Tensor? gain) -> (Tensor, Tensor)
-halo::quantize_gated_grad(Tensor h, Tensor grad, Tensor? weight, str gate, Tensor fold, Tensor tiles, str format) -> (Tensor, Tensor, Tensor)
-halo::quantize_gated_grad_t(Tensor h, Tensor grad, Tensor? weight, str gate, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
+halo::quantize_gated_grad(Tensor h, Tensor grad, Tensor? weight, str gate, Tensor fold, Tensor tiles, bool kept, str format) -> (Tensor, Tensor, Tensor, Tensor)
 halo::quantize_groups(Tensor x, Tensor? index, Tensor fold, Tensor tiles, str format) -> (Tensor, Tensor)
 halo::quantize_groups_t(Tensor x, Tensor? index, Tensor? weight, Tensor fold, Tensor tiles, Tensor starts, bool summed, str format) -> (Tensor, Tensor, Tensor)
 halo::turn_codes(Tensor codes, Tensor? index, Tensor tiles) -> Tensor

@@ -29,6 +29,19 @@ def load_halves(h, row, first, F, inside, WIDTH: tl.constexpr, INTERLEAVED: tl.c
 
 
 @triton.jit
+def store_halves(x, row, first, gate, up, F, inside, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Store gate and up where :func:`load_halves` would load them from x [·, 2F]."""
+    column = first + tl.arange(0, WIDTH)[None, :]
+    if INTERLEAVED:
+        both = 2 * first + tl.arange(0, 2 * WIDTH)[None, :]
+        rows = tl.max(inside.to(tl.int32), 1)[:, None] > 0
+        tl.store(x + row + both, tl.interleave(gate, up).to(x.dtype.element_ty), mask=rows & (both < 2 * F))
+    else:
+        tl.store(x + row + column, gate.to(x.dtype.element_ty), mask=inside)
+        tl.store(x + row + F + column, up.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def gated(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """Return (up + SHIFT) · gate · sigmoid(ALPHA · gate). LIMIT: 0 clamps nothing."""
     if LIMIT > 0:

@@ -38,8 +38,8 @@ class Columns(NamedTuple):
     stages: int
 
 
-#: Of ``group_columns`` and of ``gated_grad_columns``.
-COLUMNS, COLUMNS_GATED = Columns(64, 64, 4, 2), Columns(32, 64, 4, 1)
+#: Of ``group_columns``.
+COLUMNS = Columns(64, 128, 4, 1)
 #: The most float32 values of a row's gradients that a thread holds.
 HELD = 96
 
@@ -187,59 +187,26 @@ def quantize_gated_grad(
     gate: Gate,
     fold: torch.Tensor,
     tiles: torch.Tensor,
+    kept: bool,
     format: Format,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantise the gradient of h with a scale per row; also return the gradient of ``weight``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do :func:`halo_tensor.ops.quantize_gated_grad`, without writing rows of no expert."""
     rows, f = grad.shape
     codes = h.new_empty((rows, 2 * f), dtype=code_dtype(format))
     scales, dots = (h.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    planned = _plan_gated_grad(f, h.dtype, grad.dtype, h.device, gate, format, weight is not None)
-    planned((tiles.shape[0], f), h, grad, weight, fold, tiles, codes, scales, dots)
-    return codes, scales, dots
+    grad_h = h.new_empty(h.shape if kept else 0)
+    planned = _plan_gated_grad(f, h.dtype, grad.dtype, h.device, gate, format, weight is not None, kept)
+    planned((tiles.shape[0], f), h, grad, weight, fold, tiles, codes, scales, dots, grad_h)
+    return codes, scales, dots, grad_h
 
 
 @lru_cache(maxsize=4096)
 def _plan_gated_grad(
-    f: int, dtype: torch.dtype, grad: torch.dtype, device: torch.device, gate: Gate, format: Format, weighted: bool
+    f: int, dtype: torch.dtype, grad: torch.dtype, device: torch.device, gate: Gate, format: Format, weighted: bool, kept: bool
 ) -> Planned:
     options, parts = _row_options(gated_grad_rows(f), f)
     held = 2 * options["ROWS"] * options["WIDTH"] * options["CHUNKS"] <= HELD * 32 * options["num_warps"]
-    constants = {"WEIGHTED": weighted, "HELD": held, **options, **_gate_options(gate), **format_options(format, device)}
+    flags = {"WEIGHTED": weighted, "HELD": held, "KEPT": kept}
+    constants = {**flags, **options, **_gate_options(gate), **format_options(format, device)}
     launch = Launch(row_kernels.gated_grad_rows, constants)
     return Planned(lambda _: Variant(launch, lambda tiles, f: ((tiles * parts,), (f,))))
-
-
-def quantize_gated_grad_t(
-    h: torch.Tensor,
-    grad: torch.Tensor,
-    weight: torch.Tensor | None,
-    gate: Gate,
-    fold: torch.Tensor,
-    tiles: torch.Tensor,
-    starts: torch.Tensor,
-    summed: bool,
-    format: Format,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantise the gradient of h with a scale per (expert, column), transposed."""
-    experts, f, width = starts.shape[0] - 2, grad.shape[1], TILE * tiles.shape[0]
-    codes_t = h.new_empty((2 * f, width), dtype=code_dtype(format))
-    scales = h.new_empty((experts, 2 * f), dtype=torch.float32)
-    sums = h.new_empty((experts, 2 * f) if summed else (0,), dtype=torch.float32)
-    planned = _plan_gated_grad_t(h.dtype, grad.dtype, h.device, gate, format, weight is not None, summed)
-    planned((width, f, experts), h, grad, weight, fold, tiles, starts, codes_t, scales, sums)
-    return codes_t, scales, sums
-
-
-@lru_cache(maxsize=4096)
-def _plan_gated_grad_t(
-    dtype: torch.dtype, grad: torch.dtype, device: torch.device, gate: Gate, format: Format, weighted: bool, summed: bool
-) -> Planned:
-    bm, bc, warps, stages = COLUMNS_GATED
-    constants = {
-        "WEIGHTED": weighted, "T": TILE, "BM": bm, "BC": bc, "STAGES": stages, "SUMS": summed,
-        "LONGEST": LONGEST_SUM, "num_warps": warps, **_gate_options(gate), **format_options(format, device),
-    }  # fmt: skip
-    launch = Launch(column_kernels.gated_grad_columns, constants)
-    return Planned(
-        lambda _: Variant(launch, lambda width, f, experts: ((cdiv(f, bc), experts), (width, f)))
-    )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from halo_tensor.kernels.experts.gating import gated, gated_backward, load_halves
+from halo_tensor.kernels.experts.gating import gated, gated_backward, load_halves, store_halves
 from halo_tensor.kernels.experts.rows import load_tile
 from halo_tensor.kernels.quantize.kernels import load_vector, product
 from halo_tensor.kernels.quantize.rounding import FOLD_LIFT, maximum, round_to_code, scale_from, unlifted
@@ -109,24 +109,27 @@ def gated_rows(
 
 @triton.jit
 def _load_gradients(
-    h, grad, fold, row, first, by_row, F, inside,
+    h, grad, row, first, by_row, F, inside,
     WIDTH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Return the folded gradients of gate and up, and the sums of grad times the gate's result, of WIDTH columns."""
-    column = first + tl.arange(0, WIDTH)
+    """Return the gradients of gate and up, and the sums of grad times the gate's result, of WIDTH columns."""
     gate, up = load_halves(h, row * 2 * F, first, F, inside, WIDTH, INTERLEAVED)
-    g = tl.load(grad + row * F + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * F + first + tl.arange(0, WIDTH)[None, :], mask=inside, other=0.0).to(tl.float32)
     d_gate, d_up, result = gated_backward(gate, up, g * by_row[:, None], ALPHA, LIMIT, SHIFT)
-    dots = tl.sum(g * result, 1)
+    return tl.where(inside, d_gate, 0.0), tl.where(inside, d_up, 0.0), tl.sum(g * result, 1)
+
+
+@triton.jit
+def _folded(fold, first, d_gate, d_up, F, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return both gradients times fold [2F]."""
+    column = first + tl.arange(0, WIDTH)
     if INTERLEAVED:
         both = tl.load(fold + 2 * first + tl.arange(0, 2 * WIDTH), mask=2 * first + tl.arange(0, 2 * WIDTH) < 2 * F, other=0.0)
         fold_gate, fold_up = tl.split(tl.reshape(both, (WIDTH, 2)))
     else:
         fold_gate = load_vector(fold, column, F)
         fold_up = load_vector(fold + F, column, F)
-    d_gate = tl.where(inside, d_gate, 0.0) * (fold_gate * FOLD_LIFT)[None, :]
-    d_up = tl.where(inside, d_up, 0.0) * (fold_up * FOLD_LIFT)[None, :]
-    return d_gate, d_up, dots
+    return d_gate * (fold_gate * FOLD_LIFT)[None, :], d_up * (fold_up * FOLD_LIFT)[None, :]
 
 
 @triton.jit
@@ -149,9 +152,9 @@ def _store_gradients(
 
 @triton.jit
 def gated_grad_rows(
-    h, grad, weight, fold, tiles, codes, scales, dots, F,
+    h, grad, weight, fold, tiles, codes, scales, dots, grad_h, F,
     WEIGHTED: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    HELD: tl.constexpr, T: tl.constexpr,
+    HELD: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, INTERLEAVED: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr,
     INVERSE_MAX: tl.constexpr, STEP: tl.constexpr,
@@ -160,6 +163,7 @@ def gated_grad_rows(
 
     dots gets the sums of grad times the gate's result, and 0 for rows of no expert.
     HELD: registers hold all pieces of a row, from the search for its magnitude on. Otherwise they are computed again.
+    KEPT: grad_h [·, 2F] gets the gradient, before it is folded.
     """
     PARTS: tl.constexpr = T // (ROWS * STEPS)
     expert, first, end = load_tile(tiles, tl.program_id(0) // PARTS)
@@ -179,26 +183,32 @@ def gated_grad_rows(
             total = tl.zeros((ROWS,), tl.float32)
             pieces = ()
             for chunk in tl.static_range(CHUNKS):
-                inside = (row < end)[:, None] & (chunk * WIDTH + tl.arange(0, WIDTH) < F)[None, :]
+                first_column = chunk * WIDTH
+                inside = (row < end)[:, None] & (first_column + tl.arange(0, WIDTH) < F)[None, :]
                 d_gate, d_up, part = _load_gradients(
-                    h, grad, fold, at, chunk * WIDTH, by_row, F, inside, WIDTH, ALPHA, LIMIT, SHIFT, INTERLEAVED
+                    h, grad, at, first_column, by_row, F, inside, WIDTH, ALPHA, LIMIT, SHIFT, INTERLEAVED
                 )
-                amax = maximum(amax, tl.reduce(maximum(tl.abs(d_gate), tl.abs(d_up)), 1, maximum))
                 total += part
+                if KEPT:
+                    store_halves(grad_h, at * 2 * F, first_column, d_gate, d_up, F, inside, WIDTH, INTERLEAVED)
+                d_gate, d_up = _folded(fold, first_column, d_gate, d_up, F, WIDTH, INTERLEAVED)
+                amax = maximum(amax, tl.reduce(maximum(tl.abs(d_gate), tl.abs(d_up)), 1, maximum))
                 if HELD:
-                    pieces += (d_gate, d_up)
+                    pieces += (d_gate, d_up)  # type: ignore[assignment]
             scale = scale_from(amax, INVERSE_MAX)
             inverse = _inverse(scale)
             for chunk in tl.static_range(CHUNKS):
-                inside = (row < end)[:, None] & (chunk * WIDTH + tl.arange(0, WIDTH) < F)[None, :]
+                first_column = chunk * WIDTH
+                inside = (row < end)[:, None] & (first_column + tl.arange(0, WIDTH) < F)[None, :]
                 if HELD:
                     d_gate, d_up = pieces[2 * chunk], pieces[2 * chunk + 1]
                 else:
                     d_gate, d_up, part = _load_gradients(
-                        h, grad, fold, at, chunk * WIDTH, by_row, F, inside, WIDTH, ALPHA, LIMIT, SHIFT, INTERLEAVED
+                        h, grad, at, first_column, by_row, F, inside, WIDTH, ALPHA, LIMIT, SHIFT, INTERLEAVED
                     )
+                    d_gate, d_up = _folded(fold, first_column, d_gate, d_up, F, WIDTH, INTERLEAVED)
                 _store_gradients(
-                    codes, at, chunk * WIDTH, d_gate, d_up, inverse, F, inside, WIDTH, INTERLEAVED,
+                    codes, at, first_column, d_gate, d_up, inverse, F, inside, WIDTH, INTERLEAVED,
                     CODE, MANTISSA, MIN_EXPONENT, MAX, STEP,
                 )  # fmt: skip
             tl.store(scales + row, unlifted(scale, STEP, True), mask=row < end)
