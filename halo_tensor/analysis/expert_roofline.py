@@ -26,8 +26,8 @@ GROUPED = {"bf16": 0.9, "int8": 0.93, "fp8": 1.0}
 WAITING = {"bf16": 64, "fp8": 128, "int8": 128}
 #: Quantisers of halo_tensor/kernels/experts -> their rate, as a part of a copy's.
 QUANTIZERS = {
-    "gated_rows": 0.39, "gated_grad_rows": 0.31, "group_rows": 0.85, "group_columns": 0.62,
-    "turn_stack": 0.7,
+    "gated_rows": 0.55, "gated_grad_rows": 0.5, "group_rows": 0.85, "group_columns": 0.85, "weights": 0.75,
+    "turn_stack": 0.9,
 }  # fmt: skip
 #: Sorting the tokens by expert, in seconds. Both precisions do it.
 SORTING = 1e-4
@@ -227,7 +227,8 @@ def _passes_of_weights(recipe: Recipe, shape: ExpertShape, backward: bool, train
     if trained:
         if shape.in_features_first:
             yield quantizer("turn_stack", 2 * HP_BYTES * shape.elements)
-        yield Pass((HP_BYTES + CODE_BYTES) * shape.elements, rate)
+        moved = (HP_BYTES + CODE_BYTES) * shape.elements
+        yield quantizer("weights", moved) if rate == "rotate" else Pass(moved, rate)
     elif format.bits < 8:
         yield from [Pass((format.bits / 8 + CODE_BYTES) * shape.elements, "copy")] * (1 + backward)
     if backward:

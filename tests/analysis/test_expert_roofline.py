@@ -79,8 +79,8 @@ def test_forward_by_hand():
     high += (7 * 2 * rows * 128 + 2 * rows * (64 + 32)) / 40  # routing, and the gate
     assert seconds(Recipe(), BY_HAND, FORWARD, ceilings=CEILINGS) == pytest.approx(high + 10e-3 + experts.SORTING)
     low = 2 * padded * (64 * (128 + 128) + 128 * (32 + 128)) / (200 * 0.93) + 2 * rows * (64 + 128) / 40
-    low += 3 * 1024 * 128 / 4 + 2 * rows * 128 / 40 + (2 * 64 + 32) * rows / (0.39 * 40) + 2 * (rows + 1024) * 128 / 40
-    weights = 3 * 4 * 128 * (64 + 32) / 4
+    low += 3 * 1024 * 128 / 4 + 2 * rows * 128 / 40 + (2 * 64 + 32) * rows / (0.55 * 40) + 2 * (rows + 1024) * 128 / 40
+    weights = 3 * 4 * 128 * (64 + 32) / (0.75 * 40)
     assert seconds(INT8, BY_HAND, FORWARD, ceilings=CEILINGS) == pytest.approx(low + weights + 7e-3 + experts.SORTING)
     assert seconds(INT8, BY_HAND, FORWARD, trained=False, ceilings=CEILINGS) == pytest.approx(low + 6e-3 + experts.SORTING)
 

@@ -60,14 +60,14 @@ def group_rows(c: int) -> Rows:
 def gated_rows(f: int) -> tuple[int, int]:
     """Return how many rows of ``f`` a program of ``gated_rows`` takes, and its warps."""
     width = max(triton.next_power_of_2(f), TILE)
-    return max(8192 // width, 1), 4 if width <= 4096 else 8 if width <= 8192 else 16
+    return max(8192 // width, 1), 4 if width <= 4096 else 8 if width <= 16384 else 16
 
 
 def gated_grad_rows(f: int) -> Rows:
     """Return how ``gated_grad_rows`` takes rows of ``f``."""
     if f <= 1024:
         return Rows(256, 4, 4, 4)
-    return Rows(1024, 1, 8, 4) if f <= 4096 else Rows(2048, 1, 8, 16)
+    return Rows(1024, 2, 4, 8) if f <= 4096 else Rows(4096, 1, 8, 16)
 
 
 def _gate_options(gate: Gate) -> dict[str, Any]:
