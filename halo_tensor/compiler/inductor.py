@@ -214,6 +214,7 @@ _LOWERED = (
     "turn_stack",
     "compress",
     "decompress",
+    "dequantize_t",
     "pack_mask",
     "unpack_mask",
 )

@@ -167,6 +167,8 @@ class Recipe(Constant):
     Attributes:
         output, grad_input, grad_weight: the products.
         activations: how the tensors between converted layers are saved for backward; None saves them as they are.
+        quantize_windows: whether both backward products of a convolution larger than 1×1 read quantised windows. Otherwise
+            such a layer saves X as ``grad_weight`` says, and computes with the decompressed X in high precision.
 
     Raises:
         ValueError: an operand or a product breaks a rule of the language; the message says which.
@@ -176,6 +178,7 @@ class Recipe(Constant):
     grad_input: Product = Product()
     grad_weight: Product = Product()
     activations: Activations | None = None
+    quantize_windows: bool = False
 
     def __post_init__(self) -> None:
         for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
