@@ -48,8 +48,12 @@ def pack_mask(x: torch.Tensor) -> torch.Tensor:
 
 def unpack_mask(bits: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Do the inverse of :func:`pack_mask`, as :func:`halo_tensor.reference.blocks.unpack_mask` does."""
+    return unpack_mask_into(bits, bits.new_empty(shape, dtype=dtype))
+
+
+def unpack_mask_into(bits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Write the ones and zeros to the memory of ``x``, which has no gaps, and return ``x``."""
     bits = bits if bits.is_contiguous() else bits.contiguous()
-    x = bits.new_empty(shape, dtype=dtype)
     _plan(unpack_mask_kernel)((x.numel(),), bits, _readable(x))
     return x
 
