@@ -6,12 +6,14 @@ them by (:mod:`halo_tensor.compiler.partition`).
 
 import threading
 from collections.abc import Iterable, Iterator
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from halo_tensor.activations import choice
 from halo_tensor.activations.choice import bits_of, is_mask, is_rectified, narrow_dtype
 from halo_tensor.activations.packed import Kept, Mask, Narrow, Packed, Pool
 from halo_tensor.fences.pytorch import (
@@ -55,6 +57,8 @@ class _Hooks:
 
     def pack(self, x: torch.Tensor) -> Packed | Kept | Mask | Narrow:
         """Return what is saved of ``x``."""
+        if x.numel() < choice.FEWEST_ELEMENTS:  # as most are, such as the statistics of norms
+            return Kept(x, self.outer)
         plane = _state.planes[-1] if _state.planes else None
         if is_mask(x, _state.relus > 0, self.activations):
             return Mask(x, self.outer)
@@ -67,10 +71,8 @@ class _Hooks:
         # Hooks around ours may match the tensors of two runs, so they are given every one.
         return self.pool.pack(x, bits, rectified) if self.outer is None else Packed(x, bits, self.outer, rectified)
 
-    @staticmethod
-    def unpack(saved: Packed | Kept | Mask | Narrow) -> torch.Tensor:
-        """Return the tensor."""
-        return saved.unpack()
+    #: Returns the tensor of what :meth:`pack` returned.
+    unpack = staticmethod(methodcaller("unpack"))
 
 
 class Enter:

@@ -80,6 +80,8 @@ def _unpacked_by(outer: tuple[Hook, Hook] | None, held: Any) -> torch.Tensor:
 class Kept:
     """A tensor that is saved as it is. PyTorch counts no writes to tensors that pass through hooks, so this class does."""
 
+    __slots__ = "held", "outer", "version"
+
     def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
         self.version = None if x.is_inference() else x._version
         self.outer = outer
