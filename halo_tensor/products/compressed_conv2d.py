@@ -6,7 +6,6 @@ and computes both gradients by PyTorch's convolution.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,8 +102,8 @@ def conv2d(
 def _compressed(x: torch.Tensor, recipe: Recipe) -> tuple[list[torch.Tensor], Callable]:
     """Return the tensors to save for x [B, C, H, W], and a function that makes x again from those and its shape."""
     matrix = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of a channels-last x, else a copy
-    operand = recipe.grad_weight.right
-    if not is_watched() and (launches := _launches(operand, x.dtype, x.device)) is not None and x.numel():
+    launches = None if is_watched() or not x.numel() else _launches_of(recipe, x)
+    if launches is not None:
         return [*launches.compress((matrix.shape, matrix.stride()), matrix)], launches.decompressed
     (made,) = quantize_operands(matrix, X, recipe, ["grad_weight"])
     if not isinstance(made, HadamardQuantTensor):
@@ -158,23 +157,36 @@ class _Launches:
         return self.decompress(shape, *saved)[0]
 
 
-@lru_cache(maxsize=256)
-def _launches(operand: Operand, dtype: torch.dtype, device: torch.device) -> _Launches | None:
-    """Return the launches for an X of ``dtype``; None if there are none, and ops must be called."""
-    if not runs_kernels(device) or dtype == torch.float64 or operand.format is None:
-        return None
+#: (id of a recipe, dtype of X, device) -> the recipe, so that its id stays its own, and the launches; None if ops must be called.
+_found: dict[tuple, tuple[Recipe, _Launches | None]] = {}
+
+
+def _launches_of(recipe: Recipe, x: torch.Tensor) -> _Launches | None:
+    """Return the launches for an X like ``x``; None if there are none, and ops must be called."""
+    key = id(recipe), x.dtype, x.device
+    found = _found.get(key)
+    if found is None:
+        operand = recipe.grad_weight.right
+        found = _found[key] = recipe, _Launches(operand, x.dtype, x.device) if has_launches(operand, x) else None
+    return found[1]
+
+
+def has_launches(operand: Operand, x: torch.Tensor) -> bool:
+    """Whether X is compressed by two launches and decompressed by one.
+
+    Args:
+        operand: what X brings to grad_weight.
+        x: X, of whose dtype and device the answer depends.
+    """
+    if not runs_kernels(x.device) or x.dtype == torch.float64 or operand.format is None:
+        return False
     from halo_tensor.kernels.quantize import dequantize, two_operands
-    from halo_tensor.kernels.rotate import Matrix
     from halo_tensor.reference.codes import code_dtype
 
-    like = Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
-    side = two_operands.Side(operand.tokens, operand.format, False)
-    if (
-        operand.granularity not in (TENSOR, _PER_COLUMN)
-        or operand.in_features is not None
-        or operand.rounding != "nearest"
-        or not two_operands.fits(like, None, side)
-        or not dequantize.fits(code_dtype(operand.format), operand.tokens)
-    ):
-        return None
-    return _Launches(operand, dtype, device)
+    return (
+        operand.granularity in (TENSOR, _PER_COLUMN)
+        and operand.in_features is None
+        and operand.rounding == "nearest"
+        and two_operands.fits(x, None, two_operands.Side(operand.tokens, operand.format, False))
+        and dequantize.fits(code_dtype(operand.format), operand.tokens)
+    )

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from halo_tensor import hot_config, quantize_
 from halo_tensor.kernels.repeating import Program
 from halo_tensor.products import compressed_conv2d
-from halo_tensor.recipe import RECIPES, Operand, Rotation
+from halo_tensor.recipe import RECIPES, Rotation
 from tests.helpers import interpreter, launches
 from tests.helpers.errors import relative_error
 from tests.helpers.interpreter import DEVICE, runs_kernels
@@ -55,18 +55,18 @@ def results(layer: nn.Module, x: torch.Tensor, e: torch.Tensor) -> list[torch.Te
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_launches_give_what_ops_give(config, geometry, format, monkeypatch):
     layer = layer_of(CONFIGS[config], **GEOMETRIES[geometry]).to(torch.bfloat16)
-    x = torch.randn(3, 64, 6, 7, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=format)
+    x = torch.randn(2, 64, 6, 7, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=format)
     x[:, 3] *= 30
     e = torch.randn_like(layer(x))
     repeated, repeat = [], Program._repeat_and_write
     monkeypatch.setattr(
         Program, "_repeat_and_write", lambda self, *tensors: (repeated.append(self), repeat(self, *tensors))[1]
     )
-    compressed_conv2d._launches.cache_clear()
+    compressed_conv2d._found.clear()
     inputs = [x * scale for scale in (1, 2, -3)[:CALLS]]
     eagerly = [results(layer, x, e) for x in inputs]
     assert len({*repeated}) == 2, "both directions were recorded"
-    monkeypatch.setattr(compressed_conv2d, "_launches", lambda *args: None)
+    monkeypatch.setattr(compressed_conv2d, "_launches_of", lambda *args: None)
     for made, x in zip(eagerly, inputs, strict=True):
         for actual, expected in zip(made, results(layer, x, e), strict=True):
             assert torch.equal(actual, expected) and actual.stride() == expected.stride()
@@ -131,10 +131,9 @@ def test_modes_and_autocast():
 
 @runs_kernels
 def test_which_operands_take_launches():
-    cpu = compressed_conv2d._launches
-    served = {name for name, r in RECIPES.items() if r.output.left.is_plain and r.output.right.is_plain}
-    taken = {name for name in served if cpu(RECIPES[name].grad_weight.right, torch.bfloat16, DEVICE) is not None}
-    assert taken == {name for name in served if name.startswith("hot")}
-    wide = Operand(RECIPES["hot"].grad_weight.right.format, tokens=Rotation(256))
-    assert cpu(wide, torch.bfloat16, DEVICE) is None
-    assert cpu(RECIPES["hot"].grad_weight.right, torch.float64, DEVICE) is None
+    x = torch.empty(1, device=DEVICE, dtype=torch.bfloat16)
+    plain = {name: r.grad_weight.right for name, r in RECIPES.items() if r.output == RECIPES["hot"].output}
+    taken = {name for name, operand in plain.items() if compressed_conv2d.has_launches(operand, x)}
+    assert taken == {name for name in plain if name.startswith("hot")} and {*plain} - taken == {"lbp_wht", "luq"}
+    wide = replace(plain["hot"], tokens=Rotation(256))
+    assert not compressed_conv2d.has_launches(wide, x) and not compressed_conv2d.has_launches(plain["hot"], x.double())
