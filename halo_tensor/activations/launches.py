@@ -1,8 +1,8 @@
 """Compress saved tensors, and pack masks, in the order in which their elements lie in memory.
 
-In eager code each of these is one launch, recorded once for each size (:mod:`halo_tensor.kernels.recorded`): the dispatcher and
-the Python that plans a launch take the CPU longer than the GPU needs for a tensor of a small layer. What a dispatch mode must see,
-and every device without kernels, takes ops.
+In eager code each of these is one launch, recorded once for each size (:mod:`halo_tensor.kernels.recorded`): the dispatcher
+and the Python that plans a launch take the CPU longer than the GPU needs for a tensor of a small layer. What a dispatch mode
+must see, and every device without kernels, takes ops.
 """
 
 from collections.abc import Sequence

@@ -39,6 +39,11 @@ class Shape:
     first: bool = True
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether it is a convolution larger than 1×1."""
+        return self.in_features > self.saved[1]
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Name of a dimension of X, W or E -> its size."""
         return {"tokens": self.tokens, "in_features": self.in_features, "out_features": self.out_features}
@@ -126,6 +131,8 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
     Returns:
         "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
+    if shape.is_windowed and recipe.of_windows != recipe:
+        return _bit_operations_of_saving(recipe, shape, high)
     sizes = shape.sizes
     counts, transforms = {}, 0
     transformed: set[tuple] = set()
@@ -146,6 +153,16 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
         undone = sum(_butterfly(carried(o, d, sizes[d])) for o, dims in sides for d in dims if d != contracted)
         transforms += undone * m * n * high
     return {name: shape.groups * count for name, count in counts.items()} | {"transforms": shape.groups * transforms}
+
+
+def _bit_operations_of_saving(recipe: Recipe, shape: Shape, high: int) -> dict[str, int]:
+    """Return what :func:`bit_operations` returns, of a convolution that computes in high precision and saves X in few bits."""
+    counts = bit_operations(recipe.of_windows, shape, high)
+    operand, sizes = recipe.grad_weight.right, dict(zip(X, shape.saved, strict=True))
+    additions = sum(_butterfly(carried(operand, dimension, size)) for dimension, size in sizes.items())
+    products = high if operand.format else 0
+    counts["transforms"] += 2 * shape.groups * prod(shape.saved) * (additions + products) * high  # there and back
+    return counts
 
 
 def _butterfly(rotation: Rotation | None) -> int:

@@ -39,9 +39,10 @@ class HotConfig(RotatedConfig):
             that the product keeps).
         rounding: how E is rounded in grad_input: "stochastic" or "nearest".
         seed: seed of the random signs of whole blocks (``rank=None``); None for no signs. A low rank takes no signs.
-        quantize_windows: whether the backward products of convolutions larger than 1×1 run in few bits too, on windows that are
-            quantised in each backward. False saves such a layer's input in few bits, and computes its gradients in high
-            precision, which is faster on a GPU and more accurate. 1×1 convolutions are linear layers in either case.
+        quantize_windows: whether the backward products of convolutions larger than 1×1 run in few bits too, on windows that
+            are quantised in each backward, as published. False saves such a layer's input in few bits, and computes its
+            gradients in high precision, which is faster on a GPU and more accurate. 1×1 convolutions are linear layers in
+            either case.
 
     Raises:
         ValueError: a field or a value is not valid. The message lists the valid ones.

@@ -1,11 +1,12 @@
 """``F.conv2d`` that saves its input compressed, and whose products run in high precision.
 
-It is what a convolution of windows larger than one position follows: see :mod:`halo_tensor.products.conv2d`. Forward saves what X
-brings to grad_weight, for its positions instead of its windows, as one matrix of tokens with its scales. Backward decompresses it
-and computes both gradients by PyTorch's convolution.
+It is what a convolution larger than 1×1 follows: see :mod:`halo_tensor.products.conv2d`. Forward saves what X brings to
+grad_weight, of its positions instead of its windows, as one matrix of tokens with its scales. Backward decompresses it and
+computes both gradients by PyTorch's convolution.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ class _Launches:
         return self.decompress(shape, *saved)[0]
 
 
-#: (id of a recipe, dtype of X, device) -> the recipe, so that its id stays its own, and the launches; None if ops must be called.
+_launches = lru_cache(maxsize=256)(_Launches)
+#: (id of a recipe, dtype of X, device) -> the recipe, so that its id stays its own, and the launches; None if ops must be
+#: called. Each layer has a recipe object of its own.
 _found: dict[tuple, tuple[Recipe, _Launches | None]] = {}
 
 
@@ -167,7 +170,7 @@ def _launches_of(recipe: Recipe, x: torch.Tensor) -> _Launches | None:
     found = _found.get(key)
     if found is None:
         operand = recipe.grad_weight.right
-        found = _found[key] = recipe, _Launches(operand, x.dtype, x.device) if has_launches(operand, x) else None
+        found = _found[key] = recipe, _launches(operand, x.dtype, x.device) if has_launches(operand, x) else None
     return found[1]
 
 

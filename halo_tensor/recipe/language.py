@@ -198,6 +198,11 @@ class Recipe(Constant):
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))
 
     @property
+    def of_windows(self) -> "Recipe":
+        """What the products of a convolution larger than 1×1 follow: high precision, unless ``quantize_windows``."""
+        return self if self.quantize_windows else Recipe(self.output, activations=self.activations)
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """The number formats that the products use, each once."""
         return tuple(dict.fromkeys(o.format for o in self._operands if o.format is not None))

@@ -142,8 +142,11 @@ def test_time_of_convolutions():
     plain, hot = (roofline.seconds_of(r, wide, ceilings=CEILINGS) for r in (Recipe(), recipe))
     sizes = {"tokens": T, "in_features": 9 * I, "out_features": O}
     assert plain == pytest.approx(roofline.seconds(Recipe(), sizes, ceilings=CEILINGS))
+    passes = hot - plain  # X is compressed and decompressed
+    assert 2 * 4 * X / 40 < passes < 0.1 * plain
     windows = 2 * 9 * X / 40  # read or written once
-    assert hot > roofline.seconds(recipe, sizes, ceilings=CEILINGS) + 7 * windows
+    quantised = roofline.seconds_of(replace(recipe, quantize_windows=True), wide, ceilings=CEILINGS)
+    assert quantised > roofline.seconds(recipe, sizes, ceilings=CEILINGS) + 7 * windows + passes / 2
     forward = roofline.seconds_of(recipe, wide, ("output",), ceilings=CEILINGS)
     assert forward == roofline.seconds_of(Recipe(), wide, ("output",), ceilings=CEILINGS)
 

@@ -17,6 +17,7 @@ from halo_tensor.recipe import Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.hadamard import block_diagonal
 
+
 class Tiles(NamedTuple):
     """How programs go through a matrix: rows and columns of a tile, tiles of a program, pipeline stages and warps."""
 
@@ -42,8 +43,8 @@ def dequantize_kernel(
     HEIGHT: tl.constexpr, HEIGHT_IN: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     STAGES: tl.constexpr, COLUMN_SCALE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Store x [M, K] = matrix · the transpose of codes_t [K, ROWS_IN], times scales. A program takes STEPS tiles, each of HEIGHT
-    rows of x and KEPT rows of codes.
+    """Store x [M, K] = matrix · the transpose of codes_t [K, ROWS_IN], times scales. A program takes STEPS tiles, each of
+    HEIGHT rows of x and KEPT rows of codes.
 
     matrix [HEIGHT, HEIGHT_IN]: the rotation, with zeros beyond KEPT.
     COLUMN_SCALE: 2 for a scale of each column, 1 for one of all, 0 for none.
