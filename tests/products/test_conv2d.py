@@ -120,6 +120,15 @@ def test_windows_are_an_option_of_the_config():
     assert log.products() == [torch.int8] * 2
 
 
+def test_the_report_names_what_computes_in_high_precision():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1), nn.Linear(64, 64))
+    report = quantize_(model, hot_config())
+    assert report.only_saving == ["0"]
+    assert "  in high precision: the products of 0, which save their input in few bits (convolutions larger" in str(report)
+    report = quantize_(model, hot_config(quantize_windows=True))
+    assert report.only_saving == [] and "in high precision:" not in str(report)
+
+
 def test_recipes_that_save_x_as_it_is_or_rotated_only():
     """LBP-WHT saves half of the sequencies in high precision; a recipe with a plain grad_weight saves X."""
     plain = nn.Conv2d(32, 64, 3, padding=1, bias=False)
