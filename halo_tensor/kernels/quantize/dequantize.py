@@ -15,7 +15,7 @@ from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.rotate import norm
 from halo_tensor.recipe import Rotation
 from halo_tensor.reference import ops as reference
-from halo_tensor.reference.hadamard import block_diagonal
+from halo_tensor.reference.hadamard import block_diagonal, power
 
 
 class Tiles(NamedTuple):
@@ -114,16 +114,17 @@ def plan_dequantize(dtype: torch.dtype, device: torch.device, row_rotation: Rota
         scales: 2 for one of each column, 1 for one of all, 0 for none.
     """
     height, width, steps, stages, warps = TILES
-    matrix = torch.eye(height, device=device)
-    if row_rotation is not None:
+    if row_rotation is None:
+        matrix, magnitude = torch.eye(height, device=device), 1.0
+    else:
         matrix = block_diagonal(row_rotation, height, torch.float32, device, transposed=False)
+        magnitude = power(row_rotation.edge)
     matrix = torch.nn.functional.pad(matrix, (0, max(0, LEAST_SUM - matrix.shape[1])))
-    largest = float(matrix.abs().max())
     # Tensor cores sum products of integers exactly. Triton's interpreter multiplies float32.
-    matrix = (matrix / largest).to(torch.int8 if device.type == "cuda" else torch.float32)
+    matrix = (matrix / magnitude).to(torch.int8 if device.type == "cuda" else torch.float32)
     constants = {
         "HEIGHT": height, "HEIGHT_IN": matrix.shape[1], "KEPT": reference.rotated(height, row_rotation), "WIDTH": width,
-        "STAGES": stages, "COLUMN_SCALE": scales, "NORM": norm(row_rotation) * largest, "num_warps": warps,
+        "STAGES": stages, "COLUMN_SCALE": scales, "NORM": norm(row_rotation) * magnitude, "num_warps": warps,
     }  # fmt: skip
 
     def prepare(taken: int) -> Variant:
