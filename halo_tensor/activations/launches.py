@@ -28,7 +28,7 @@ def without_gaps(x: torch.Tensor) -> torch.Tensor:
 
 def compress(x: torch.Tensor, bits: int) -> Sequence[torch.Tensor]:
     """Return :func:`halo_tensor.ops.compress` of the elements of ``x`` in the order of its memory, which has no gaps."""
-    if _launches_on(x):
+    if launches_on(x):
         return _launches().compress((x.numel(), bits, x.dtype, x.get_device()), x)
     return ops.compress(in_memory_order(x)[0], bits)
 
@@ -37,7 +37,7 @@ def decompress(
     codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the tensor of this shape and strides that :func:`compress` got, but for rounding."""
-    if _launches_on(codes):
+    if launches_on(codes):
         numbers = shape, strides, dtype, codes.shape[1], codes.get_device()
         return _launches().decompress(numbers, codes, scales)[0]
     order = _order(shape, strides)
@@ -46,20 +46,40 @@ def decompress(
 
 def pack_mask(x: torch.Tensor) -> torch.Tensor:
     """Return :func:`halo_tensor.ops.pack_mask` of the elements of ``x`` in the order of its memory, which has no gaps."""
-    if _launches_on(x):
+    if launches_on(x):
         return _launches().pack_mask((x.numel(), x.dtype, x.get_device()), x)[0]
     return ops.pack_mask(in_memory_order(x)[0])
 
 
 def unpack_mask(mask: torch.Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return ones and zeros of ``dtype``, with the shape and strides of the tensor that :func:`pack_mask` got."""
-    if _launches_on(mask):
+    if launches_on(mask):
         return _launches().unpack_mask((shape, strides, dtype, mask.get_device()), mask)[0]
     order = _order(shape, strides)
     return ops.unpack_mask(mask, [shape[d] for d in order], dtype).permute(inverse(order))
 
 
-def _launches_on(x: torch.Tensor) -> bool:
+def relu(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the larger of 0 and each element of ``x``, for which :func:`launches_on` is true and which has no gaps, and its
+    :func:`pack_mask`."""
+    return _launches().relu((x.shape, x.stride(), x.dtype, x.get_device()), x)
+
+
+def masked(e: torch.Tensor, mask: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> torch.Tensor:
+    """Return the gradient of :func:`relu`: ``e``, with zeros where its result was zero.
+
+    Args:
+        e: the gradient of the result, with any strides.
+        mask: of the result.
+        shape, strides: of the result.
+    """
+    if e.stride() != strides:
+        e = e.new_empty_strided(shape, strides).copy_(e)
+    return _launches().masked((shape, strides, e.dtype, e.get_device()), e, mask)[0]
+
+
+def launches_on(x: torch.Tensor) -> bool:
+    """Whether there are launches for a tensor, and nothing must see ops."""
     return runs_kernels(x.device) and x.numel() > 0 and not is_watched()
 
 
@@ -89,6 +109,8 @@ class _Launches:
         def unpack_mask(numbers: tuple, mask: torch.Tensor) -> tuple[torch.Tensor]:
             return (masks.unpack_mask_into(mask, _empty(mask, *numbers[:3])),)
 
+        self.relu = Recorded(lambda numbers, x: masks.relu(x))
+        self.masked = Recorded(lambda numbers, e, mask: (masks.masked(e, mask),))
         self.compress, self.decompress = Recorded(compress), Recorded(decompress)
         self.pack_mask, self.unpack_mask = Recorded(pack_mask), Recorded(unpack_mask)
 

@@ -51,7 +51,7 @@ def test_they_give_what_ops_give(layout, rectified, repeated, monkeypatch):
     made = [Packed(x, 8 if rectified else 6, rectified=rectified).unpack() for x in inputs]
     masks = [Mask(x).unpack() for x in inputs]
     assert len({*repeated}) == (5 if rectified else 4)
-    monkeypatch.setattr(launching, "_launches_on", lambda x: False)
+    monkeypatch.setattr(launching, "launches_on", lambda x: False)
     for x, y, mask in zip(inputs, made, masks, strict=True):
         expected = Packed(x, 8 if rectified else 6, rectified=rectified).unpack()
         assert torch.equal(y, expected) and y.stride() == expected.stride() and y.dtype == x.dtype
@@ -91,11 +91,11 @@ def test_what_a_step_of_a_convolution_a_norm_and_a_relu_launches(monkeypatch):
     x = torch.randn(4, 64, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
     names = launches.noted(monkeypatch)
     y = model(x)
-    first, then = ("amax_of_operands", "cast_for_operands"), ("compress_kernel", "pack_mask_kernel")
+    first, then = ("amax_of_operands", "cast_for_operands"), ("compress_kernel", "relu_kernel")
     assert names == [*first, *then, "fill", *first], "the second convolution is recorded, which zeroes by a launch"
     names.clear()
     y.square().sum().backward()
-    assert names == ["dequantize_kernel", "unpack_mask_kernel", "decompress_kernel", "dequantize_kernel"]
+    assert names == ["dequantize_kernel", "masked_kernel", "decompress_kernel", "dequantize_kernel"]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
