@@ -1,7 +1,7 @@
 """``nn.ReLU`` that saves one bit an element, and computes its result and its gradient by a launch each, in eager code.
 
-Hooks on saved tensors can pack that mask, too. But then forward reads the result once more, and backward writes the mask out as
-a tensor of the result's dtype and reads it.
+Hooks on saved tensors can pack that mask, too. But then forward reads the result once more, and backward writes the mask out
+as a tensor of the result's dtype and reads it.
 """
 
 from typing import Any

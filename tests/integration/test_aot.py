@@ -541,10 +541,17 @@ def test_masks(launched, capability, dtype):
     def request(empty):
         x = empty(8192, 4096, dtype=dtype)
         masks.unpack_mask(masks.pack_mask(x), x.shape, dtype)
+        if dtype != torch.bool:
+            masks.masked(*masks.relu(x))
 
     kernels = launched(capability, request)
-    assert [kernel.name for kernel in kernels] == ["pack_mask_kernel", "unpack_mask_kernel"]
+    names = ["pack_mask_kernel", "unpack_mask_kernel", "relu_kernel", "masked_kernel"]
+    assert [kernel.name for kernel in kernels] == names[: 2 if dtype == torch.bool else 4]
     check_fit(kernels, capability)
+    for kernel in kernels:
+        loads, stores = (re.findall(rf"{op}\.global\.(?:\w+\.)*v[24]\.b(?:32|64)", kernel.asm["ptx"]) for op in ("ld", "st"))
+        assert loads or kernel.name == "unpack_mask_kernel", "16 bytes at once"
+        assert stores or kernel.name == "pack_mask_kernel"
 
 
 @pytest.mark.parametrize("capability", GPUS)
