@@ -25,16 +25,20 @@ from halo_tensor.analysis import measure_saved
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
-#: name -> (grad_output_granularity="row", and how activations are saved); None: high precision.
+SAVED = "convolutions in bf16"
+#: name -> options of hot_config besides grad_output_granularity="row"; None: high precision.
 CONTENDERS = {
     "bf16": None,
-    "hot": "plain",
-    "hot, int8": "int8",
-    "hot, all": "all",
-    "hot, all-int4": "all-int4",
+    "hot": {},
+    "hot, int8": {"activations": "int8"},
+    "hot, all": {"activations": "all"},
+    "hot, all-int4": {"activations": "all-int4"},
+    f"hot, {SAVED}": {"quantized_convolutions": "none"},
+    f"hot, all, {SAVED}": {"activations": "all", "quantized_convolutions": "none"},
 }
 NOTES = (
-    "hot: one scale per token for E in grad_input. The text behind it is activations= of its config. Peak: of a forward and "
+    "hot: one scale per token for E in grad_input. The text behind it is activations= of its config. "
+    f"{SAVED}: quantized_convolutions='none', they only save their input in few bits. Peak: of a forward and "
     "backward, with weights and gradients, no optimiser. Batch in so many GiB: the largest that ran while the allocator could "
     "take no more. INT4 values are multiplied as INT8, exactly."
 )
@@ -45,8 +49,8 @@ def build(name: str, contender: str, args: argparse.Namespace) -> nn.Module:
     model = memory.MODELS[name][0](args.tiny).to(DEVICE, torch.bfloat16).train()
     if name == "resnet":
         model = model.to(memory_format=torch.channels_last)
-    if (activations := CONTENDERS[contender]) is not None:
-        quantize_(model, hot_config(grad_output_granularity="row", activations=activations))
+    if (options := CONTENDERS[contender]) is not None:
+        quantize_(model, hot_config(grad_output_granularity="row", **options))
     return model
 
 

@@ -29,6 +29,7 @@ class Shape:
         groups: how many such products the layer computes; 1 for a linear layer.
         saved: the matrix that is kept of X: [tokens, in_features], or [input positions, C] for a k×k convolution.
         first: False for a linear layer whose X an earlier layer has saved already.
+        is_convolution: whether it is a convolution, of any size of windows.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Shape:
     groups: int
     saved: tuple[int, int]
     first: bool = True
+    is_convolution: bool = False
 
     @property
     def is_windowed(self) -> bool:
@@ -89,7 +91,8 @@ def shape_of(module: Any, tokens: int, positions: int, first: bool = True) -> Sh
     if not isinstance(module, nn.Conv2d):
         return Shape(tokens, *sides, 1, (tokens, sides[0]), first)
     window = prod(module.kernel_size)
-    return Shape(tokens, sides[0] * window, sides[1], module.groups, (tokens if window == 1 else positions, sides[0]), first)
+    saved = tokens if window == 1 else positions, sides[0]
+    return Shape(tokens, sides[0] * window, sides[1], module.groups, saved, first, is_convolution=True)
 
 
 def _width(dimension: str, size: int, operand: Operand) -> int:
@@ -131,7 +134,7 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
     Returns:
         "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
-    if shape.is_windowed and recipe.of_windows != recipe:
+    if shape.is_convolution and recipe.of_convolution(pointwise=not shape.is_windowed) != recipe:
         return _bit_operations_of_saving(recipe, shape, high)
     sizes = shape.sizes
     counts, transforms = {}, 0
@@ -157,7 +160,7 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
 
 def _bit_operations_of_saving(recipe: Recipe, shape: Shape, high: int) -> dict[str, int]:
     """Return what :func:`bit_operations` returns, of a convolution that computes in high precision and saves X in few bits."""
-    counts = bit_operations(recipe.of_windows, shape, high)
+    counts = bit_operations(recipe.of_convolution(pointwise=not shape.is_windowed), shape, high)
     operand, sizes = recipe.grad_weight.right, dict(zip(X, shape.saved, strict=True))
     additions = sum(_butterfly(carried(operand, dimension, size)) for dimension, size in sizes.items())
     products = high if operand.format else 0

@@ -89,12 +89,13 @@ def seconds_of(
         seconds.
     """
     sizes = shape.sizes
-    if not shape.is_windowed or recipe.is_identity:
+    quantized = recipe.quantizes_convolution(pointwise=not shape.is_windowed) or not shape.is_convolution
+    if recipe.is_identity or (quantized and not shape.is_windowed):
         return shape.groups * seconds(recipe, sizes, products, trained=trained, sharing=sharing, ceilings=ceilings)
-    followed = _whole_rank(recipe.of_windows)
+    followed = _whole_rank(recipe.of_convolution(pointwise=not shape.is_windowed))
     time = seconds(followed, sizes, products, trained=trained, ceilings=ceilings)
     passes = []
-    if recipe.quantize_windows:
+    if quantized:
         count = sum(WINDOW_PASSES.get(name, 0) for name in products)
         passes += [Pass(HP_BYTES * shape.tokens * shape.in_features, "copy")] * count
     if "grad_weight" in products:  # X is compressed in the forward, and decompressed in the backward

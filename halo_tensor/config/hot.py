@@ -39,10 +39,9 @@ class HotConfig(RotatedConfig):
             that the product keeps).
         rounding: how E is rounded in grad_input: "stochastic" or "nearest".
         seed: seed of the random signs of whole blocks (``rank=None``); None for no signs. A low rank takes no signs.
-        quantize_windows: whether the backward products of convolutions larger than 1×1 run in few bits too, on windows that
-            are quantised in each backward, as published. False saves such a layer's input in few bits, and computes its
-            gradients in high precision, which is faster on a GPU and more accurate. 1×1 convolutions are linear layers in
-            either case.
+        quantized_convolutions: which convolutions compute their backward products in few bits: "none", "pointwise" (those of
+            1×1, which are linear layers) or, as published, "all". The others save their input in few bits, and compute their
+            gradients in high precision, which is faster on a GPU and more accurate.
 
     Raises:
         ValueError: a field or a value is not valid. The message lists the valid ones.
@@ -65,7 +64,7 @@ class HotConfig(RotatedConfig):
     granularity: str = field(default="tensor", kw_only=True)
     rounding: str = field(default="stochastic", kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
-    quantize_windows: bool = field(default=False, kw_only=True)
+    quantized_convolutions: str = field(default="pointwise", kw_only=True)
     min_features: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -75,6 +74,7 @@ class HotConfig(RotatedConfig):
         one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
         one_of("grad_output_granularity", self.grad_output_granularity, GRANULARITIES)
         one_of("rounding", self.rounding, ROUNDINGS)
+        one_of("quantized_convolutions", self.quantized_convolutions, recipes.CONVOLUTIONS)
         integer_or_none("rank", self.rank)
         if self.rank is not None and not 1 <= self.rank <= self.block_size:
             raise ValueError(f"rank must be from 1 to block_size={self.block_size}, or None for all; got {self.rank}")
@@ -86,7 +86,7 @@ class HotConfig(RotatedConfig):
         """The method as data. Configs that differ only in which layers they convert share one object."""
         recipe = _recipe(
             self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.grad_output_granularity,
-            self.granularity, self.rounding, self.seed, self.quantize_windows,
+            self.granularity, self.rounding, self.seed, self.quantized_convolutions,
         )  # fmt: skip
         return self.saving(recipe)
 
@@ -107,13 +107,14 @@ def _recipe(
     granularity: str,
     rounding: str,
     seed: int | None,
-    quantize_windows: bool,
+    quantized_convolutions: str,
 ) -> Recipe:
     """Cached, so that all layers of a model hold one recipe object, and comparing recipes is free."""
     scale = "tokens" if grad_output_granularity == "row" else "tensor"
     return recipes.hot(
         rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits], scale=scale,
-        granularity=granularity, rounding=rounding, seed=seed, quantize_windows=quantize_windows,
+        granularity=granularity, rounding=rounding, seed=seed,
+        quantized_convolutions=quantized_convolutions,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Conversion:
             experts. Input and output embeddings and adapters are not counted.
         predicted: the predicted speed of the converted layers, and of which GPU.
         only_saving: names of the converted layers that compute in high precision, and only save their input in few bits:
-            convolutions larger than 1×1, unless ``quantize_windows``.
+            convolutions, as ``quantized_convolutions`` of the config says.
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ class Conversion:
             return ""
         return (
             f"  in high precision: the products of {_listed(self.only_saving)}, which save their input in few bits "
-            "(convolutions larger than 1×1; quantize_windows=True computes their gradients in few bits)"
+            "(quantized_convolutions='all' computes gradients of all convolutions in few bits)"
         )
 
     @property

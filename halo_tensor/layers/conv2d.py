@@ -29,11 +29,10 @@ class HaloConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """Describe the convolution and its recipe."""
-        only_saves = is_windowed(self) and not self.recipe.quantize_windows
-        how = "input saved by " if only_saves else ""
+        how = "" if self.recipe.quantizes_convolution(is_pointwise(self)) else "input saved by "
         return f"{super().extra_repr()}, {how}{describe_recipe(self.recipe)}"
 
 
-def is_windowed(module: nn.Conv2d) -> bool:
-    """Whether a convolution is larger than 1×1."""
-    return module.kernel_size != (1, 1)
+def is_pointwise(module: nn.Conv2d) -> bool:
+    """Whether it is a 1×1 convolution."""
+    return module.kernel_size == (1, 1)

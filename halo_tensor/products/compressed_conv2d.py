@@ -20,7 +20,7 @@ from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import TENSOR, Operand, Recipe, Scales, X
 
 _PER_COLUMN = Scales.per(in_features=1)
-_channels_last = torch.channels_last
+_channels_last, _row_major = torch.channels_last, torch.contiguous_format
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -36,10 +36,15 @@ class _Conv2d(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.dtypes = dtype, x.dtype, weight.dtype, None if bias is None else bias.dtype
+        channels_last, ctx.gaps = x.is_contiguous(memory_format=_channels_last), None
+        if weight.shape[2:] == (1, 1) and how[0] != (1, 1) and not any(how[1]):
+            ctx.gaps = x.shape, how[0]
+            x = x[:, :, :: how[0][0], :: how[0][1]]  # it reads no other positions
+            x, how = x.contiguous(memory_format=_channels_last if channels_last else _row_major), ((1, 1), *how[1:])
         if x.dtype is not dtype:
             x = x.to(dtype)
         y = F.conv2d(x, weight.to(dtype), None if bias is None else bias.to(dtype), *how)
-        ctx.call = how, x.shape, x.is_contiguous(memory_format=_channels_last)
+        ctx.call = how, x.shape, channels_last
         saved: list[torch.Tensor] = []
         ctx.decompress = None
         if ctx.needs_input_grad[1]:
@@ -68,8 +73,19 @@ def _backward(ctx: Any, e: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     mask = ctx.needs_input_grad[:3]
     w, sizes = weight.to(dtype), [weight.shape[0]] if mask[2] else None
     made = _convolution_backward(e, x, w, sizes, stride, padding, dilation, False, [0, 0], groups, mask)
-    gradients = [g if g is None or g.dtype is to else g.to(to) for g, to in zip(made, dtypes, strict=True)]
-    return *gradients, None, None, None
+    grad_x, grad_w, grad_bias = (g if g is None or g.dtype is to else g.to(to) for g, to in zip(made, dtypes, strict=True))
+    if ctx.gaps is not None and grad_x is not None:
+        grad_x = _with_gaps(grad_x, *ctx.gaps, channels_last)
+    return grad_x, grad_w, grad_bias, None, None, None
+
+
+def _with_gaps(read: torch.Tensor, shape: torch.Size, stride: tuple[int, int], channels_last: bool) -> torch.Tensor:
+    """Return the gradient of an X of ``shape``, of which only some positions were read."""
+    whole = torch.empty(
+        shape, dtype=read.dtype, device=read.device, memory_format=_channels_last if channels_last else _row_major
+    ).zero_()
+    whole[:, :, :: stride[0], :: stride[1]] = read
+    return whole
 
 
 _conv2d = applied(_Conv2d)

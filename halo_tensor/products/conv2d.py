@@ -7,7 +7,7 @@ itself, [B·H·W, C], is compressed and saved, and backward decompresses it.
 
 To quantise windows costs more than a convolution in high precision: each element is quantised up to k² times. So the
 gradients of a larger convolution are computed in high precision from the decompressed X
-(:mod:`halo_tensor.products.compressed_conv2d`), unless the recipe says ``quantize_windows``, for studies of the published
+(:mod:`halo_tensor.products.compressed_conv2d`), unless the recipe quantises "all" convolutions, for studies of the published
 method. The grad_weight product then takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and
 dropping them again in its windows would save nothing.
 
@@ -234,7 +234,7 @@ def conv2d(
     if recipe.activations is not None and (partition := loaded_partition()) is not None:
         partition.request(recipe.activations)
     dtype = product_dtype("conv2d", x, weight, bias)
-    if not (geometry.is_pointwise or recipe.quantize_windows):
+    if not recipe.quantizes_convolution(geometry.is_pointwise):
         return compressed_conv2d(x, weight, bias, recipe, geometry[1:], dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())

@@ -38,16 +38,16 @@ def test_shapes_of_layers_at_work():
     found = cost.shapes(Layers(), torch.randn(2, 5, 64), torch.randn(2, 16, 8, 8))
     linear = cost.Shape(10, 64, 32, 1, (10, 64))
     assert (found["q"], found["k"], found["o"]) == (linear, replace(linear, first=False), linear), "k reads what q has saved"
-    assert found["conv"] == cost.Shape(32, 144, 32, 1, (128, 16)), "input positions, not windows"
-    assert found["pointwise"] == cost.Shape(32, 16, 32, 1, (32, 16)), "only the positions that it reads"
+    assert found["conv"] == cost.Shape(32, 144, 32, 1, (128, 16), is_convolution=True), "input positions, not windows"
+    assert found["pointwise"] == cost.Shape(32, 16, 32, 1, (32, 16), is_convolution=True), "only the positions that it reads"
 
 
 def test_a_larger_convolution_computes_in_high_precision():
     """Its X is projected and quantised, and back: log₂ 16 = 4 additions and a product for each element, twice."""
-    wide, products = cost.Shape(32, 144, 32, 2, (128, 16)), 2 * 32 * 144 * 32 * 256
+    wide, products = cost.Shape(32, 144, 32, 2, (128, 16), is_convolution=True), 2 * 32 * 144 * 32 * 256
     counts = cost.bit_operations(RECIPES["hot"], wide)
     assert counts == dict.fromkeys(PRODUCTS, products) | {"transforms": 2 * 2 * 128 * 16 * (4 + 16) * 16}
-    assert cost.bit_operations(replace(RECIPES["hot"], quantize_windows=True), wide)["grad_input"] == products // 16
+    assert cost.bit_operations(replace(RECIPES["hot"], quantized_convolutions="all"), wide)["grad_input"] == products // 16
     assert cost.saved_bytes(RECIPES["hot"], wide) == 2 * (64 * 16 + 4)
 
 

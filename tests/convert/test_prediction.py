@@ -149,7 +149,7 @@ def test_convolutions_and_their_widths():
     predicted = quietly(model, hot_config(), gpu="H200").predicted
     assert predicted.sides == {"0": "64→128, 3×3", "1": "128→64, 1×1", "2": "128→128, 1×1"}
     assert predicted.gains["1"] < predicted.gains["0"] < 1, "the larger one computes in high precision"
-    quantised = quietly(model, hot_config(quantize_windows=True), gpu="H200").predicted
+    quantised = quietly(model, hot_config(quantized_convolutions="all"), gpu="H200").predicted
     assert quantised.gains["0"] < quantised.gains["1"] == predicted.gains["1"], "its windows are written and read"
     shape = shape_of(model[0], 1000)
     assert (shape.tokens, shape.in_features, shape.out_features, shape.saved) == (1000, 576, 128, (4000, 64))

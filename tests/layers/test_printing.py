@@ -117,8 +117,8 @@ def test_layers_of_other_kinds():
     quantize_(model, hot_config())
     assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), input saved by hot)" in repr(model)
     assert "HaloConv1D(nf=64, nx=128, hot)" in repr(model)
-    quantize_(model, hot_config(quantize_windows=True))
-    assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), hot, quantised windows)" in repr(model)
+    quantize_(model, hot_config(quantized_convolutions="all"))
+    assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), hot, quantized convolutions: all)" in repr(model)
     dequantize_(model)
     assert repr(model) == plain
 

@@ -20,13 +20,14 @@ from tests.helpers.interpreter import DEVICE, runs_kernels
 #: Calls with one shape: the first runs the functions of the path, the second records them, the third repeats the recording.
 CALLS = 3
 CONFIGS = {
-    "rank 8": hot_config(),
+    "rank 8": hot_config(quantized_convolutions="none"),
     "a scale per channel": hot_config(granularity="row"),
     "whole rank": hot_config(rank=None, block_size=128, seed=0),
     "int4": hot_config(grad_weight_bits=4),
 }
 GEOMETRIES = {
-    "3×3": {"kernel_size": 3, "padding": 1, "bias": False},
+    "1×1": {"kernel_size": 1},
+    "strided 1×1": {"kernel_size": 1, "stride": 2},
     "strided groups": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2},
 }
 
@@ -50,11 +51,14 @@ def results(layer: nn.Module, x: torch.Tensor, e: torch.Tensor) -> list[torch.Te
 
 
 @runs_kernels
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("config", "geometry"), [*((config, "3×3") for config in CONFIGS), *(("rank 8", g) for g in GEOMETRIES)]
+)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_launches_give_what_ops_give(config, geometry, format, monkeypatch):
-    layer = layer_of(CONFIGS[config], **GEOMETRIES[geometry]).to(torch.bfloat16)
+    layer = layer_of(CONFIGS[config], **GEOMETRIES.get(geometry, {"kernel_size": 3, "padding": 1, "bias": False})).to(
+        torch.bfloat16
+    )
     x = torch.randn(2, 64, 6, 7, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=format)
     x[:, 3] *= 30
     e = torch.randn_like(layer(x))
@@ -62,7 +66,8 @@ def test_launches_give_what_ops_give(config, geometry, format, monkeypatch):
     monkeypatch.setattr(
         Program, "_repeat_and_write", lambda self, *tensors: (repeated.append(self), repeat(self, *tensors))[1]
     )
-    compressed_conv2d._found.clear()
+    for clear in (compressed_conv2d._found.clear, compressed_conv2d._launches.cache_clear):
+        clear()
     inputs = [x * scale for scale in (1, 2, -3)[:CALLS]]
     eagerly = [results(layer, x, e) for x in inputs]
     assert len({*repeated}) == 2, "both directions were recorded"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.layers.conv2d import HaloConv2d
-from halo_tensor.recipe import Product
+from halo_tensor.recipe import CONVOLUTIONS, Product
 from tests.helpers.errors import relative_error
 from tests.helpers.projections import project, rounded, walsh
 from tests.helpers.recording import OpLog, saved_bytes
@@ -29,11 +29,11 @@ GEOMETRIES = [
 ]
 
 
-def converted(layer: nn.Module, name: str, windows: bool = False) -> nn.Module:
+def converted(layer: nn.Module, name: str, quantized: str = "pointwise") -> nn.Module:
     layer = copy.deepcopy(layer)
     quantize_(layer, recipe_config(name), filter_fn=lambda module, name: isinstance(module, nn.Conv2d | Conv1D))
-    if windows:
-        layer.recipe = replace(layer.recipe, quantize_windows=True)
+    if isinstance(layer, nn.Conv2d):
+        layer.recipe = replace(layer.recipe, quantized_convolutions=quantized)
     return layer
 
 
@@ -45,17 +45,17 @@ def gradients(layer: nn.Module, x: torch.Tensor, e: torch.Tensor) -> list[torch.
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("hp", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("windows", [False, True])
-def test_any_geometry(options, hp, windows):
+@pytest.mark.parametrize("which", CONVOLUTIONS)
+def test_any_geometry(options, hp, which):
     """In int8 of the whole rank, what is left of the errors is int8's; the forward is nn.Conv2d's to the bit."""
     plain = nn.Conv2d(32, 64, dtype=hp, **options)
-    layer = converted(plain, "hot_llm", windows)
+    layer = converted(plain, "hot_llm", which)
     assert type(layer) is HaloConv2d and (layer.bias is None) == (plain.bias is None)
     x = torch.randn(3, 32, 9, 10, dtype=hp)
     e = torch.randn_like(plain(x))
     with OpLog() as log:
         actual = gradients(layer, x, e)
-    quantised = windows or plain.kernel_size == (1, 1)
+    quantised = which == "all" or (which == "pointwise" and plain.kernel_size == (1, 1))
     assert log.products() == [torch.int8] * (2 * plain.groups * quantised)
     exact = 1e-6 if hp == torch.float32 else 0.01
     for i, (a, b) in enumerate(zip(actual, gradients(plain.double(), x.double(), e.double()), strict=True)):
@@ -70,7 +70,7 @@ def test_any_geometry(options, hp, windows):
 @pytest.mark.parametrize("windows", [False, True])
 def test_an_empty_batch(options, windows):
     layer = nn.Sequential(nn.Conv2d(64, 64, **options))
-    quantize_(layer, hot_config(quantize_windows=windows))
+    quantize_(layer, hot_config(quantized_convolutions="all" if windows else "none"))
     x = torch.randn(0, 64, 8, 8, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape and layer[0].weight.grad.abs().max() == 0
@@ -95,7 +95,7 @@ def test_a_pointwise_convolution_is_a_linear_layer():
 def test_a_wider_convolution_is_that_of_what_was_saved(windows, format):
     """grad_weight is the exact one of X projected and rounded, but for int8's error in the product of quantised windows."""
     plain = nn.Conv2d(32, 64, 3, padding=1)
-    layer = converted(plain, "hot", windows)
+    layer = converted(plain, "hot", "all" if windows else "pointwise")
     x, e = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 8, 8)
     grad_x, grad_w = gradients(layer, x.contiguous(memory_format=format), e)[1:3]
     tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -111,10 +111,10 @@ def test_a_wider_convolution_is_that_of_what_was_saved(windows, format):
 
 
 def test_windows_are_an_option_of_the_config():
-    assert not hot_config().recipe.quantize_windows and not recipe_config("hot").recipe.quantize_windows
+    assert hot_config().recipe == recipe_config("hot").recipe and hot_config().recipe.quantized_convolutions == "pointwise"
     layer = nn.Sequential(nn.Conv2d(64, 64, 3))
-    quantize_(layer, hot_config(quantize_windows=True))
-    assert layer[0].recipe.quantize_windows
+    quantize_(layer, hot_config(quantized_convolutions="all"))
+    assert layer[0].recipe.quantized_convolutions == "all"
     with OpLog() as log:
         layer(torch.randn(2, 64, 8, 8, requires_grad=True)).sum().backward()
     assert log.products() == [torch.int8] * 2
@@ -124,9 +124,24 @@ def test_the_report_names_what_computes_in_high_precision():
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1), nn.Linear(64, 64))
     report = quantize_(model, hot_config())
     assert report.only_saving == ["0"]
-    assert "  in high precision: the products of 0, which save their input in few bits (convolutions larger" in str(report)
-    report = quantize_(model, hot_config(quantize_windows=True))
+    assert "  in high precision: the products of 0, which save their input in few bits (quantized_conv" in str(report)
+    assert quantize_(model, hot_config(quantized_convolutions="none")).only_saving == ["0", "1"]
+    report = quantize_(model, hot_config(quantized_convolutions="all"))
     assert report.only_saving == [] and "in high precision:" not in str(report)
+
+
+def test_a_strided_pointwise_convolution_saves_what_it_reads():
+    plain = nn.Conv2d(64, 64, 1, stride=2, bias=False)
+    layer, x, e = converted(plain, "hot_llm", "none"), torch.randn(2, 64, 16, 16), torch.randn(2, 64, 8, 8)
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=format)
+        with saved_bytes() as saved:
+            layer(x.requires_grad_())
+        assert saved(layer) == 2 * 64 * 8 * 8 + 64 * 4, "codes, with a scale per channel"
+        for actual, exact in zip(gradients(layer, x, e), gradients(plain, x, e), strict=True):
+            error = relative_error(actual, exact)
+            assert actual.stride() == exact.stride()
+            assert (2e-3 < error < 0.02) if actual.shape == plain.weight.shape else error < 1e-6
 
 
 def test_recipes_that_save_x_as_it_is_or_rotated_only():
@@ -140,18 +155,19 @@ def test_recipes_that_save_x_as_it_is_or_rotated_only():
     assert all(map(torch.equal, gradients(layer, x, e), exact))
 
 
+@pytest.mark.parametrize("which", ["none", "pointwise"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_only_compressed_codes_are_saved(kernel):
+def test_only_compressed_codes_are_saved(kernel, which):
     plain = nn.Conv2d(64, 64, kernel, padding=kernel // 2, dtype=torch.bfloat16)
     x = torch.randn(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     bytes = {}
-    for layer in (plain, converted(plain, "hot")):
+    for layer in (plain, converted(plain, "hot", which)):
         with saved_bytes() as saved:
             out = layer(x)
         bytes[type(layer)] = saved(layer)
         del out
     assert bytes[nn.Conv2d] == 4 * 64 * 64 * 2 and bytes[HaloConv2d] == 4 * 64 * 64 // 2 + 4
-    layer = converted(plain, "hot")
+    layer = converted(plain, "hot", which)
     layer.weight.requires_grad_(False)
     with saved_bytes() as saved:
         layer(x).sum().backward()
