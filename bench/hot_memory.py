@@ -21,24 +21,21 @@ from torch import nn
 
 from halo_tensor import hot_config, quantize_
 from halo_tensor.analysis import measure_saved
+from halo_tensor.recipe import CONVOLUTIONS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
-SAVED = "convolutions in bf16"
-#: name -> options of hot_config besides grad_output_granularity="row"; None: high precision.
+#: name -> (grad_output_granularity="row", and how activations are saved); None: high precision.
 CONTENDERS = {
     "bf16": None,
-    "hot": {},
-    "hot, int8": {"activations": "int8"},
-    "hot, all": {"activations": "all"},
-    "hot, all-int4": {"activations": "all-int4"},
-    f"hot, {SAVED}": {"quantized_convolutions": "none"},
-    f"hot, all, {SAVED}": {"activations": "all", "quantized_convolutions": "none"},
+    "hot": "plain",
+    "hot, int8": "int8",
+    "hot, all": "all",
+    "hot, all-int4": "all-int4",
 }
 NOTES = (
-    "hot: one scale per token for E in grad_input. The text behind it is activations= of its config. "
-    f"{SAVED}: quantized_convolutions='none', they only save their input in few bits. Peak: of a forward and "
+    "hot: one scale per token for E in grad_input. The text behind it is activations= of its config. Peak: of a forward and "
     "backward, with weights and gradients, no optimiser. Batch in so many GiB: the largest that ran while the allocator could "
     "take no more. INT4 values are multiplied as INT8, exactly."
 )
@@ -49,7 +46,8 @@ def build(name: str, contender: str, args: argparse.Namespace) -> nn.Module:
     model = memory.MODELS[name][0](args.tiny).to(DEVICE, torch.bfloat16).train()
     if name == "resnet":
         model = model.to(memory_format=torch.channels_last)
-    if (options := CONTENDERS[contender]) is not None:
+    if (activations := CONTENDERS[contender]) is not None:
+        options = {"activations": activations, "quantized_convolutions": args.convolutions}
         quantize_(model, hot_config(grad_output_granularity="row", **options))
     return model
 
@@ -146,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="images, or sequences of 512 tokens")
     parser.add_argument("--reps", type=int, default=600, help="milliseconds of repetitions")
     parser.add_argument("--compile", default="blocks" if CUDA else "no", choices=["model", "blocks", "no"])
+    parser.add_argument("--convolutions", default="none", choices=CONVOLUTIONS, help="which multiply in few bits")
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=CUDA, help="find the largest batch")
     parser.add_argument("--limit", type=int, default=40, help="GiB that the largest batch may take")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")

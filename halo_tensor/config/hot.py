@@ -64,7 +64,7 @@ class HotConfig(RotatedConfig):
     granularity: str = field(default="tensor", kw_only=True)
     rounding: str = field(default="stochastic", kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
-    quantized_convolutions: str = field(default="pointwise", kw_only=True)
+    quantized_convolutions: str = field(default="none", kw_only=True)
     min_features: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:

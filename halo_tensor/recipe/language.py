@@ -181,7 +181,7 @@ class Recipe(Constant):
     grad_input: Product = Product()
     grad_weight: Product = Product()
     activations: Activations | None = None
-    quantized_convolutions: str = "pointwise"
+    quantized_convolutions: str = "none"
 
     def __post_init__(self) -> None:
         if self.quantized_convolutions not in CONVOLUTIONS:

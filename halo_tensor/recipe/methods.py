@@ -64,7 +64,7 @@ def hot(
     rounding: str = "stochastic",
     seed: int | None = None,
     low_rank_input: str | None = None,
-    quantized_convolutions: str = "pointwise",
+    quantized_convolutions: str = "none",
 ) -> Recipe:
     """HOT (arXiv 2503.21261): a plain forward; int4 grad_input with out_features rotated on both sides and E rounded
     stochastically; int8 grad_weight of the ``rank`` lowest sequencies in each ``block`` of tokens, which is also what is saved
