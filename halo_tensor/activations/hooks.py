@@ -131,7 +131,7 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
         for key in _KEYS:
             unhook_forward(module, key)
         if type(module) is HaloReLU:
-            module.__class__ = nn.ReLU
+            module.__class__ = nn.ReLU  # type: ignore[assignment]
     blocks: dict[str, Activations] = {}
     for name, activations in layers:
         if activations is not None:

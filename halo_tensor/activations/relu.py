@@ -30,7 +30,8 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, e: torch.Tensor) -> torch.Tensor:
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # backward is itself differentiated
-            return torch.where(unpack_mask(mask, *ctx.layout, torch.bool), e, 0)
+            shape, strides = ctx.layout
+            return torch.where(unpack_mask(mask, shape, strides, torch.bool), e, 0)
         return masked(e, mask, *ctx.layout)
 
 

@@ -110,11 +110,13 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
         shape: the layer's shape.
         high: bits of an element in high precision.
     """
-    operand, (rows, columns) = recipe.grad_weight.right, shape.saved
+    operand, (rows, columns), groups = recipe.grad_weight.right, shape.saved, shape.groups
+    if shape.is_convolution and not recipe.quantizes_convolution(pointwise=not shape.is_windowed):
+        columns, groups = groups * columns, 1  # X of all groups is one matrix
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
-        return shape.groups * rows * columns * high // 8
-    return shape.groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
+        return groups * rows * columns * high // 8
+    return groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:

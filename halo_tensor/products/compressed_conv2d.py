@@ -75,7 +75,8 @@ def _backward(ctx: Any, e: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     made = _convolution_backward(e, x, w, sizes, stride, padding, dilation, False, [0, 0], groups, mask)
     grad_x, grad_w, grad_bias = (g if g is None or g.dtype is to else g.to(to) for g, to in zip(made, dtypes, strict=True))
     if ctx.gaps is not None and grad_x is not None:
-        grad_x = _with_gaps(grad_x, *ctx.gaps, channels_last)
+        whole, steps = ctx.gaps
+        grad_x = _with_gaps(grad_x, whole, steps, channels_last)
     return grad_x, grad_w, grad_bias, None, None, None
 
 

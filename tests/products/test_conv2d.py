@@ -29,7 +29,7 @@ GEOMETRIES = [
 ]
 
 
-def converted(layer: nn.Module, name: str, quantized: str = "pointwise") -> nn.Module:
+def converted(layer: nn.Module, name: str, quantized: str = "none") -> nn.Module:
     layer = copy.deepcopy(layer)
     quantize_(layer, recipe_config(name), filter_fn=lambda module, name: isinstance(module, nn.Conv2d | Conv1D))
     if isinstance(layer, nn.Conv2d):
@@ -80,7 +80,7 @@ def test_a_pointwise_convolution_is_a_linear_layer():
     """hot.md's two paths, in float64, on positions as tokens. Rounding to nearest, to be comparable."""
     plain = nn.Conv2d(32, 64, 1)
     layer = copy.deepcopy(plain)
-    quantize_(layer, hot_config(rounding="nearest", min_features=32))
+    quantize_(layer, hot_config(rounding="nearest", min_features=32, quantized_convolutions="pointwise"))
     x, e = torch.randn(2, 32, 7, 7), torch.randn(2, 64, 7, 7)
     _, grad_x, grad_w, _ = gradients(layer, x, e)
     x, e = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, e))
@@ -95,7 +95,7 @@ def test_a_pointwise_convolution_is_a_linear_layer():
 def test_a_wider_convolution_is_that_of_what_was_saved(windows, format):
     """grad_weight is the exact one of X projected and rounded, but for int8's error in the product of quantised windows."""
     plain = nn.Conv2d(32, 64, 3, padding=1)
-    layer = converted(plain, "hot", "all" if windows else "pointwise")
+    layer = converted(plain, "hot", "all" if windows else "none")
     x, e = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 8, 8)
     grad_x, grad_w = gradients(layer, x.contiguous(memory_format=format), e)[1:3]
     tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
@@ -111,7 +111,7 @@ def test_a_wider_convolution_is_that_of_what_was_saved(windows, format):
 
 
 def test_windows_are_an_option_of_the_config():
-    assert hot_config().recipe == recipe_config("hot").recipe and hot_config().recipe.quantized_convolutions == "pointwise"
+    assert hot_config().recipe == recipe_config("hot").recipe and hot_config().recipe.quantized_convolutions == "none"
     layer = nn.Sequential(nn.Conv2d(64, 64, 3))
     quantize_(layer, hot_config(quantized_convolutions="all"))
     assert layer[0].recipe.quantized_convolutions == "all"
@@ -123,9 +123,9 @@ def test_windows_are_an_option_of_the_config():
 def test_the_report_names_what_computes_in_high_precision():
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1), nn.Linear(64, 64))
     report = quantize_(model, hot_config())
-    assert report.only_saving == ["0"]
-    assert "  in high precision: the products of 0, which save their input in few bits (quantized_conv" in str(report)
-    assert quantize_(model, hot_config(quantized_convolutions="none")).only_saving == ["0", "1"]
+    assert report.only_saving == ["0", "1"]
+    assert "  in high precision: the products of 0, 1, which save their input in few bits (quantized_conv" in str(report)
+    assert quantize_(model, hot_config(quantized_convolutions="pointwise")).only_saving == ["0"]
     report = quantize_(model, hot_config(quantized_convolutions="all"))
     assert report.only_saving == [] and "in high precision:" not in str(report)
 
