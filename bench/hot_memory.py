@@ -21,6 +21,7 @@ from torch import nn
 
 from halo_tensor import hot_config, quantize_
 from halo_tensor.analysis import measure_saved
+from halo_tensor.recipe import CONVOLUTIONS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -46,7 +47,8 @@ def build(name: str, contender: str, args: argparse.Namespace) -> nn.Module:
     if name == "resnet":
         model = model.to(memory_format=torch.channels_last)
     if (activations := CONTENDERS[contender]) is not None:
-        quantize_(model, hot_config(grad_output_granularity="row", activations=activations))
+        options = {"activations": activations, "quantized_convolutions": args.convolutions}
+        quantize_(model, hot_config(grad_output_granularity="row", **options))
     return model
 
 
@@ -142,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="images, or sequences of 512 tokens")
     parser.add_argument("--reps", type=int, default=600, help="milliseconds of repetitions")
     parser.add_argument("--compile", default="blocks" if CUDA else "no", choices=["model", "blocks", "no"])
+    parser.add_argument("--convolutions", default="none", choices=CONVOLUTIONS, help="which multiply in few bits")
     parser.add_argument("--largest", action=argparse.BooleanOptionalAction, default=CUDA, help="find the largest batch")
     parser.add_argument("--limit", type=int, default=40, help="GiB that the largest batch may take")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")

@@ -84,7 +84,7 @@ def bits_of(x: torch.Tensor, activations: Activations, in_norm: bool) -> int | N
 
 def is_rectified(x: torch.Tensor) -> bool:
     """Whether a ReLU made the values of a tensor."""
-    return x.grad_fn is not None and _source(x.grad_fn) == "ReluBackward0"
+    return x.grad_fn is not None and _source(x.grad_fn) in ("ReluBackward0", "_ReLUBackward")
 
 
 def _has_heads(x: torch.Tensor) -> bool:

@@ -4,16 +4,19 @@ The hooks are active while the forward of a block runs, for example of a decoder
 them by (:mod:`halo_tensor.compiler.partition`).
 """
 
-import threading
 from collections.abc import Iterable, Iterator
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from halo_tensor.activations import choice
 from halo_tensor.activations.choice import bits_of, is_mask, is_rectified, narrow_dtype
 from halo_tensor.activations.packed import Kept, Mask, Narrow, Packed, Pool
+from halo_tensor.activations.relu import HaloReLU
+from halo_tensor.activations.state import state
 from halo_tensor.fences.pytorch import (
     hook_forward,
     is_transformed,
@@ -24,27 +27,9 @@ from halo_tensor.fences.pytorch import (
 )
 from halo_tensor.recipe import Activations
 
-#: The keys of the hooks of blocks, norms, ReLUs and max-poolings.
-_KEYS = _BLOCK, _NORM, _RELU, _POOLING = tuple(f"halo_tensor.{kind}" for kind in ("block", "norm", "relu", "pooling"))
+#: The keys of the hooks of blocks, norms and max-poolings.
+_KEYS = _BLOCK, _NORM, _POOLING = tuple(f"halo_tensor.{kind}" for kind in ("block", "norm", "pooling"))
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-
-
-class _State(threading.local):
-    """The blocks, and the modules of other kinds, whose forwards run in this thread.
-
-    Attributes:
-        entered: for each block whose forward runs, whether it has pushed hooks.
-        norms, relus: how many forwards of these kinds run.
-        planes: of each max pooling whose forward runs, the number of positions in an image.
-    """
-
-    def __init__(self) -> None:
-        self.entered: list[bool] = []
-        self.norms = self.relus = 0
-        self.planes: list[int | None] = []
-
-
-_state = _State()
 
 
 class _Hooks:
@@ -55,22 +40,22 @@ class _Hooks:
 
     def pack(self, x: torch.Tensor) -> Packed | Kept | Mask | Narrow:
         """Return what is saved of ``x``."""
-        plane = _state.planes[-1] if _state.planes else None
-        if is_mask(x, _state.relus > 0, self.activations):
+        if x.numel() < choice.FEWEST_ELEMENTS:  # as most are, such as the statistics of norms
+            return Kept(x, self.outer)
+        plane = state.planes[-1] if state.planes else None
+        if is_mask(x, state.relus > 0, self.activations):
             return Mask(x, self.outer)
         if dtype := narrow_dtype(x, plane):
             return Narrow(x, dtype, self.outer)
-        bits = bits_of(x, self.activations, _state.norms > 0)
+        bits = bits_of(x, self.activations, state.norms > 0)
         if bits is None:
             return Kept(x, self.outer)
         rectified = plane is None and is_rectified(x)  # max pooling does not read the values of its input
         # Hooks around ours may match the tensors of two runs, so they are given every one.
         return self.pool.pack(x, bits, rectified) if self.outer is None else Packed(x, bits, self.outer, rectified)
 
-    @staticmethod
-    def unpack(saved: Packed | Kept | Mask | Narrow) -> torch.Tensor:
-        """Return the tensor."""
-        return saved.unpack()
+    #: Returns the tensor of what :meth:`pack` returned.
+    unpack = staticmethod(methodcaller("unpack"))
 
 
 class Enter:
@@ -92,7 +77,7 @@ class Enter:
         checkpointed = outer is not None and getattr(outer[0], "__module__", "") == "torch.utils.checkpoint"
         able = torch.is_grad_enabled() and not is_transformed()  # torch.func refuses hooks on saved tensors
         pushes = able and not isinstance(owner, _Hooks) and not checkpointed
-        _state.entered.append(pushes)
+        state.entered.append(pushes)
         if pushes:
             hooks = _Hooks(self.activations, outer)
             push_saved_tensors_hooks(hooks.pack, hooks.unpack)
@@ -100,48 +85,37 @@ class Enter:
 
 def leave(module: nn.Module, args: tuple, output: Any) -> None:
     """Undo :class:`Enter` after the forward of a block, also if that has failed."""
-    if not is_compiling() and _state.entered and _state.entered.pop():
+    if not is_compiling() and state.entered and state.entered.pop():
         pop_saved_tensors_hooks()
 
 
 def enter_norm(module: nn.Module, args: tuple) -> None:
     """Note that a norm runs."""
     if not is_compiling():
-        _state.norms += 1
+        state.norms += 1
 
 
 def leave_norm(module: nn.Module, args: tuple, output: Any) -> None:
     """Note that a norm has run."""
     if not is_compiling():
-        _state.norms -= 1
-
-
-def enter_relu(module: nn.Module, args: tuple) -> None:
-    """Note that a ReLU runs."""
-    if not is_compiling():
-        _state.relus += 1
-
-
-def leave_relu(module: nn.Module, args: tuple, output: Any) -> None:
-    """Note that a ReLU has run."""
-    if not is_compiling():
-        _state.relus -= 1
+        state.norms -= 1
 
 
 def enter_pooling(module: nn.Module, args: tuple) -> None:
     """Note that a max pooling runs."""
     if not is_compiling():
-        _state.planes.append(args[0].shape[-1] * args[0].shape[-2] if args and args[0].ndim > 1 else None)
+        state.planes.append(args[0].shape[-1] * args[0].shape[-2] if args and args[0].ndim > 1 else None)
 
 
 def leave_pooling(module: nn.Module, args: tuple, output: Any) -> None:
     """Note that a max pooling has run."""
-    if not is_compiling() and _state.planes:
-        _state.planes.pop()
+    if not is_compiling() and state.planes:
+        state.planes.pop()
 
 
 def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) -> list[str]:
-    """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before.
+    """Install the hooks of the blocks that contain these layers, in place of hooks that were installed before. Their ReLUs
+    become :class:`~halo_tensor.activations.relu.HaloReLU`.
 
     A block is the outermost module around a layer that stands in a ModuleList, a Sequential or a ModuleDict. A layer that is
     in none, or whose recipe says so, has the whole model as its block.
@@ -156,6 +130,8 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
     for module in model.modules():
         for key in _KEYS:
             unhook_forward(module, key)
+        if type(module) is HaloReLU:
+            module.__class__ = nn.ReLU  # type: ignore[assignment]
     blocks: dict[str, Activations] = {}
     for name, activations in layers:
         if activations is not None:
@@ -166,6 +142,8 @@ def watch(model: nn.Module, layers: Iterable[tuple[str, Activations | None]]) ->
         for module in block.modules():
             for key, enter, leave_it in _hooks_of(module, activations):
                 hook_forward(module, key, enter, leave_it)
+            if type(module) is nn.ReLU:
+                module.__class__ = HaloReLU
     return list(blocks)
 
 
@@ -173,8 +151,6 @@ def _hooks_of(module: nn.Module, activations: Activations) -> Iterator[tuple[str
     """Yield the keys of hooks, and the hooks before and after the forward of a module in a block."""
     if activations.norms != activations.inner and _is_norm(module):
         yield _NORM, enter_norm, leave_norm
-    if type(module) is nn.ReLU:
-        yield _RELU, enter_relu, leave_relu
     if activations.whole and type(module) is nn.MaxPool2d:
         yield _POOLING, enter_pooling, leave_pooling
 

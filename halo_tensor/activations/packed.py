@@ -7,8 +7,7 @@ from weakref import ref
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from halo_tensor import ops
-from halo_tensor.activations.layout import in_memory_order, inverse
+from halo_tensor.activations.launches import compress, decompress, pack_mask, unpack_mask, without_gaps
 
 Hook = Callable[[Any], Any]
 
@@ -29,33 +28,33 @@ class Packed:
     """
 
     def __init__(self, x: torch.Tensor, bits: int, outer: tuple[Hook, Hook] | None = None, rectified: bool = False):
-        contiguous, self.order = in_memory_order(x)
-        self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
-        self.codes, self.scales = (_packed_by(outer, part) for part in ops.compress(contiguous, bits))
-        self.mask = _packed_by(outer, ops.pack_mask(contiguous)) if rectified else None
+        x = without_gaps(x)
+        self.shape, self.strides, self.dtype, self.outer = x.shape, x.stride(), x.dtype, outer
+        codes, scales = compress(x, bits)
+        self.codes, self.scales = _packed_by(outer, codes), _packed_by(outer, scales)
+        self.mask = _packed_by(outer, pack_mask(x)) if rectified else None
 
     def unpack(self) -> torch.Tensor:
         """Return the tensor, but for rounding, with the strides that it had if it had no gaps."""
-        codes, scales = (_unpacked_by(self.outer, part) for part in (self.codes, self.scales))
-        x = ops.decompress(codes, scales, self.shape, self.dtype)
-        if self.mask is not None:
-            positive = ops.unpack_mask(_unpacked_by(self.outer, self.mask), self.shape, torch.bool)
-            x = torch.where(positive, x.clamp_min(torch.finfo(x.dtype).tiny), 0)
-        return x if self.order is None else x.permute(inverse(self.order))
+        codes, scales = _unpacked_by(self.outer, self.codes), _unpacked_by(self.outer, self.scales)
+        x = decompress(codes, scales, self.shape, self.strides, self.dtype)
+        if self.mask is None:
+            return x
+        positive = unpack_mask(_unpacked_by(self.outer, self.mask), self.shape, self.strides, torch.bool)
+        return torch.where(positive, x.clamp_min(torch.finfo(x.dtype).tiny), 0)
 
 
 class Mask:
     """A tensor of which one bit an element is saved: whether it is not ≤ 0. It comes back as ones and zeros."""
 
     def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
-        contiguous, self.order = in_memory_order(x)
-        self.shape, self.dtype, self.outer = contiguous.shape, x.dtype, outer
-        self.held = _packed_by(outer, ops.pack_mask(contiguous))
+        x = without_gaps(x)
+        self.shape, self.strides, self.dtype, self.outer = x.shape, x.stride(), x.dtype, outer
+        self.held = _packed_by(outer, pack_mask(x))
 
     def unpack(self) -> torch.Tensor:
         """Return ones and zeros, with the strides that the tensor had if it had no gaps."""
-        x = ops.unpack_mask(_unpacked_by(self.outer, self.held), self.shape, self.dtype)
-        return x if self.order is None else x.permute(inverse(self.order))
+        return unpack_mask(_unpacked_by(self.outer, self.held), self.shape, self.strides, self.dtype)
 
 
 class Narrow:
@@ -80,6 +79,8 @@ def _unpacked_by(outer: tuple[Hook, Hook] | None, held: Any) -> torch.Tensor:
 
 class Kept:
     """A tensor that is saved as it is. PyTorch counts no writes to tensors that pass through hooks, so this class does."""
+
+    __slots__ = "held", "outer", "version"
 
     def __init__(self, x: torch.Tensor, outer: tuple[Hook, Hook] | None = None):
         self.version = None if x.is_inference() else x._version

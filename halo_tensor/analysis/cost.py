@@ -29,6 +29,7 @@ class Shape:
         groups: how many such products the layer computes; 1 for a linear layer.
         saved: the matrix that is kept of X: [tokens, in_features], or [input positions, C] for a k×k convolution.
         first: False for a linear layer whose X an earlier layer has saved already.
+        is_convolution: whether it is a convolution, of any size of windows.
     """
 
     tokens: int
@@ -37,6 +38,12 @@ class Shape:
     groups: int
     saved: tuple[int, int]
     first: bool = True
+    is_convolution: bool = False
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether it is a convolution larger than 1×1."""
+        return self.in_features > self.saved[1]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,7 +91,8 @@ def shape_of(module: Any, tokens: int, positions: int, first: bool = True) -> Sh
     if not isinstance(module, nn.Conv2d):
         return Shape(tokens, *sides, 1, (tokens, sides[0]), first)
     window = prod(module.kernel_size)
-    return Shape(tokens, sides[0] * window, sides[1], module.groups, (tokens if window == 1 else positions, sides[0]), first)
+    saved = tokens if window == 1 else positions, sides[0]
+    return Shape(tokens, sides[0] * window, sides[1], module.groups, saved, first, is_convolution=True)
 
 
 def _width(dimension: str, size: int, operand: Operand) -> int:
@@ -102,11 +110,13 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
         shape: the layer's shape.
         high: bits of an element in high precision.
     """
-    operand, (rows, columns) = recipe.grad_weight.right, shape.saved
+    operand, (rows, columns), groups = recipe.grad_weight.right, shape.saved, shape.groups
+    if shape.is_convolution and not recipe.quantizes_convolution(pointwise=not shape.is_windowed):
+        columns, groups = groups * columns, 1  # X of all groups is one matrix
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
-        return shape.groups * rows * columns * high // 8
-    return shape.groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
+        return groups * rows * columns * high // 8
+    return groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:
@@ -126,6 +136,8 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
     Returns:
         "output", "grad_input", "grad_weight" and "transforms" -> one-bit operations.
     """
+    if shape.is_convolution and recipe.of_convolution(pointwise=not shape.is_windowed) != recipe:
+        return _bit_operations_of_saving(recipe, shape, high)
     sizes = shape.sizes
     counts, transforms = {}, 0
     transformed: set[tuple] = set()
@@ -146,6 +158,16 @@ def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, in
         undone = sum(_butterfly(carried(o, d, sizes[d])) for o, dims in sides for d in dims if d != contracted)
         transforms += undone * m * n * high
     return {name: shape.groups * count for name, count in counts.items()} | {"transforms": shape.groups * transforms}
+
+
+def _bit_operations_of_saving(recipe: Recipe, shape: Shape, high: int) -> dict[str, int]:
+    """Return what :func:`bit_operations` returns, of a convolution that computes in high precision and saves X in few bits."""
+    counts = bit_operations(recipe.of_convolution(pointwise=not shape.is_windowed), shape, high)
+    operand, sizes = recipe.grad_weight.right, dict(zip(X, shape.saved, strict=True))
+    additions = sum(_butterfly(carried(operand, dimension, size)) for dimension, size in sizes.items())
+    products = high if operand.format else 0
+    counts["transforms"] += 2 * shape.groups * prod(shape.saved) * (additions + products) * high  # there and back
+    return counts
 
 
 def _butterfly(rotation: Rotation | None) -> int:

@@ -12,7 +12,7 @@ from math import ceil, prod
 from typing import TypeVar
 
 from halo_tensor.analysis.ceilings import H100, Ceilings, Pass, time_of
-from halo_tensor.analysis.cost import Shape
+from halo_tensor.analysis.cost import Shape, saved_bytes
 from halo_tensor.config import LinearConfig
 from halo_tensor.products.steps import Both, Dims, Step, as_both, as_pair, folded_products, holds_for_grad_input, steps_for
 from halo_tensor.recipe import PRODUCTS, TENSOR, E, Operand, Product, Recipe, Rotation, W, X
@@ -27,8 +27,9 @@ TILE = 128  # the edge of the tiles of kernels over tiles; wider blocks than hal
 DENSE_BLOCK = 256  # a rotation with a larger block is computed in two passes
 EPILOGUE_BLOCKS = (16, 32, 64, 128)  # rotations that a product undoes itself
 TYPICAL = {"tokens": 8192, "in_features": 4096, "out_features": 14336}  # the layer whose time orders recipes
-#: Passes over the windows of a convolution larger than 1×1, each of a bf16 element read or written: they are unfolded,
-#: transposed and quantised, and a gradient of them is written, transposed and folded (halo_tensor/products/conv2d.py).
+#: Passes over the quantised windows of a convolution larger than 1×1, each of a bf16 element read or written: they are
+#: unfolded, transposed and quantised, and a gradient of them is written, transposed and folded
+#: (halo_tensor/products/conv2d.py).
 WINDOW_PASSES = {"grad_weight": 3, "grad_input": 4}
 #: Matrix unit -> the part of writing a result that does not overlap with multiplying.
 EXPOSED = {"bf16": 0.0, "fp8": 0.3, "int8": 1.0}
@@ -88,16 +89,20 @@ def seconds_of(
         seconds.
     """
     sizes = shape.sizes
-    unfolded = shape.in_features > shape.saved[1] and not recipe.is_identity
-    if not unfolded:
+    quantized = recipe.quantizes_convolution(pointwise=not shape.is_windowed) or not shape.is_convolution
+    if recipe.is_identity or (quantized and not shape.is_windowed):
         return shape.groups * seconds(recipe, sizes, products, trained=trained, sharing=sharing, ceilings=ceilings)
-    whole = _whole_rank(recipe)
-    time = seconds(whole, sizes, products, trained=trained, ceilings=ceilings)
-    passes = [Pass(HP_BYTES * shape.tokens * shape.in_features, "copy")] * sum(WINDOW_PASSES.get(name, 0) for name in products)
-    if "grad_weight" in products:  # X is compressed in the forward, and decompressed before its windows are unfolded
+    followed = _whole_rank(recipe.of_convolution(pointwise=not shape.is_windowed))
+    time = seconds(followed, sizes, products, trained=trained, ceilings=ceilings)
+    passes = []
+    if quantized:
+        count = sum(WINDOW_PASSES.get(name, 0) for name in products)
+        passes += [Pass(HP_BYTES * shape.tokens * shape.in_features, "copy")] * count
+    if "grad_weight" in products:  # X is compressed in the forward, and decompressed in the backward
         kept = sizes | {"tokens": shape.saved[0], "in_features": shape.saved[1]}
         passes += _passes(recipe, X, kept, ("grad_weight",), trained)
-        passes += [Pass(2 * HP_BYTES * shape.saved[0] * shape.saved[1], "rotate")]
+        read = saved_bytes(recipe, replace(shape, groups=1), 8 * HP_BYTES)
+        passes += [Pass(read + HP_BYTES * shape.saved[0] * shape.saved[1], "rotate")]
     return shape.groups * (time + time_of(passes, ceilings))
 
 

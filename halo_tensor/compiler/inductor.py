@@ -213,6 +213,7 @@ _LOWERED = (
     "turn_stack",
     "compress",
     "decompress",
+    "dequantize_t",
     "pack_mask",
     "unpack_mask",
 )

@@ -39,6 +39,9 @@ class HotConfig(RotatedConfig):
             that the product keeps).
         rounding: how E is rounded in grad_input: "stochastic" or "nearest".
         seed: seed of the random signs of whole blocks (``rank=None``); None for no signs. A low rank takes no signs.
+        quantized_convolutions: which convolutions compute their backward products in few bits: "none", "pointwise" (those of
+            1×1, which are linear layers) or, as published, "all". The others save their input in few bits, and compute their
+            gradients in high precision, which is faster on a GPU and more accurate.
 
     Raises:
         ValueError: a field or a value is not valid. The message lists the valid ones.
@@ -61,6 +64,7 @@ class HotConfig(RotatedConfig):
     granularity: str = field(default="tensor", kw_only=True)
     rounding: str = field(default="stochastic", kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
+    quantized_convolutions: str = field(default="none", kw_only=True)
     min_features: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class HotConfig(RotatedConfig):
         one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
         one_of("grad_output_granularity", self.grad_output_granularity, GRANULARITIES)
         one_of("rounding", self.rounding, ROUNDINGS)
+        one_of("quantized_convolutions", self.quantized_convolutions, recipes.CONVOLUTIONS)
         integer_or_none("rank", self.rank)
         if self.rank is not None and not 1 <= self.rank <= self.block_size:
             raise ValueError(f"rank must be from 1 to block_size={self.block_size}, or None for all; got {self.rank}")
@@ -81,7 +86,7 @@ class HotConfig(RotatedConfig):
         """The method as data. Configs that differ only in which layers they convert share one object."""
         recipe = _recipe(
             self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.grad_output_granularity,
-            self.granularity, self.rounding, self.seed,
+            self.granularity, self.rounding, self.seed, self.quantized_convolutions,
         )  # fmt: skip
         return self.saving(recipe)
 
@@ -102,12 +107,14 @@ def _recipe(
     granularity: str,
     rounding: str,
     seed: int | None,
+    quantized_convolutions: str,
 ) -> Recipe:
     """Cached, so that all layers of a model hold one recipe object, and comparing recipes is free."""
     scale = "tokens" if grad_output_granularity == "row" else "tensor"
     return recipes.hot(
         rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits], scale=scale,
         granularity=granularity, rounding=rounding, seed=seed,
+        quantized_convolutions=quantized_convolutions,
     )  # fmt: skip
 
 

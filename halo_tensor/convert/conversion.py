@@ -30,6 +30,8 @@ class Conversion:
         sizes: qualified name -> number of parameters that multiply activations, of all of these, including 3-D stacks of
             experts. Input and output embeddings and adapters are not counted.
         predicted: the predicted speed of the converted layers, and of which GPU.
+        only_saving: names of the converted layers that compute in high precision, and only save their input in few bits:
+            convolutions, as ``quantized_convolutions`` of the config says.
 
     Example:
         >>> import torch
@@ -47,13 +49,24 @@ class Conversion:
     skipped: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     predicted: Prediction | None = None
+    only_saving: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         layers = len(self.converted) + len(self.skipped)
         share = f", with {percent(self.share)} of the linear layers' parameters" if self.sizes else ""
         head = f"{len(self.converted)} of {layers} layers follow {self.config}{share}"
         predicted = str(self.predicted) if self.predicted and self.converted else ""
-        return "\n".join(part for part in (head, self.reasons, predicted) if part)
+        return "\n".join(part for part in (head, self._saving, self.reasons, predicted) if part)
+
+    @property
+    def _saving(self) -> str:
+        """The layers that compute in high precision, in a line."""
+        if not self.only_saving:
+            return ""
+        return (
+            f"  in high precision: the products of {_listed(self.only_saving)}, which save their input in few bits "
+            "(quantized_convolutions='all' computes gradients of all convolutions in few bits)"
+        )
 
     @property
     def share(self) -> float:
@@ -68,12 +81,9 @@ class Conversion:
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
-            shown = ", ".join(name or "the model" for name in names[:3]) + (
-                f" and {len(names) - 3} more" if len(names) > 3 else ""
-            )
             elements = self._elements(names)
             share = f" ({percent(elements / sum(self.sizes.values()))} of the parameters)" if elements else ""
-            lines.append(f"  left alone: {shown}: {reason}{share}")
+            lines.append(f"  left alone: {_listed(names)}: {reason}{share}")
         return "\n".join(lines)
 
     def _elements(self, names: Iterable[str]) -> int:
@@ -85,6 +95,12 @@ class Conversion:
         left_out = [n for n, reason in self.skipped.items() if reason == CHOICE or reason.startswith((SKIPPED, SLOW))]
         candidates = sum(self.sizes.values()) - self._elements(left_out)
         return self._elements(self.converted) < LEAST_SHARE * candidates
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names as text, and how many more there are."""
+    shown = ", ".join(name or "the model" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def percent(share: float) -> str:

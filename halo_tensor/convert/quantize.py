@@ -123,6 +123,7 @@ def quantize_(
         else:
             skipped[name] = slow.reasons.get(name) or reasons.get(name) or _why_left(model.get_submodule(name), config)
     conversion = survey(model, config, converted, skipped)
+    conversion.only_saving = [name for name in converted if layers.only_saves(model.get_submodule(name))]
     conversion.predicted = predictor.of(model, converted)
     if _has_our_config(config):
         _check_something_converted(model, conversion, slow)

@@ -29,4 +29,10 @@ class HaloConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         """Describe the convolution and its recipe."""
-        return f"{super().extra_repr()}, {describe_recipe(self.recipe)}"
+        how = "" if self.recipe.quantizes_convolution(is_pointwise(self)) else "input saved by "
+        return f"{super().extra_repr()}, {how}{describe_recipe(self.recipe)}"
+
+
+def is_pointwise(module: nn.Conv2d) -> bool:
+    """Whether it is a 1×1 convolution."""
+    return module.kernel_size == (1, 1)

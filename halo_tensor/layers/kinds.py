@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from halo_tensor.layers import experts, grouped_experts, linear_subclasses
-from halo_tensor.layers.conv2d import HaloConv2d
+from halo_tensor.layers.conv2d import HaloConv2d, is_pointwise
 from halo_tensor.layers.linear import convert_weight, restore_weight
 from halo_tensor.recipe import Product, Recipe
 from halo_tensor.weight.tensor import HaloWeight
@@ -107,6 +107,15 @@ def recipe_of(module: nn.Module) -> Recipe | None:
         weight = module._parameters.get("weight")  # not module.weight: a subclass may return another module's
         return weight.recipe if isinstance(weight, HaloWeight) else None
     return module.__dict__.get("recipe") if features(module) else None
+
+
+def only_saves(module: nn.Module) -> bool:
+    """Whether a converted layer computes in high precision, and its recipe only says how its input is saved: a convolution
+    that the recipe does not quantise."""
+    recipe = recipe_of(module)
+    if not isinstance(module, nn.Conv2d) or recipe is None:
+        return False
+    return not recipe.quantizes_convolution(is_pointwise(module))
 
 
 def convert(module: Any, recipe: Recipe, frozen: bool | None, keep_codes: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Descriptions of converted layers, for ``print(model)``."""
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -69,6 +70,9 @@ def describe_recipe(recipe: Recipe) -> str:
     """
     if recipe.is_identity:
         return "high precision"
+    if (quantized := recipe.quantized_convolutions) != Recipe.quantized_convolutions:
+        usual = replace(recipe, quantized_convolutions=Recipe.quantized_convolutions)
+        return f"{describe_recipe(usual)}, quantized convolutions: {quantized}"
     if (name := next((name for name, known in RECIPES.items() if known == recipe), None)) is not None:
         return name
     return _describe_halo(recipe) or f"recipe({', '.join(_describe_products(recipe))})"

@@ -26,12 +26,13 @@ from halo_tensor.ops.loss import linear_cross_entropy, scale_
 from halo_tensor.ops.packing import pack_rows_, unpack_rows
 from halo_tensor.ops.products import scaled_mm
 from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quantize_
-from halo_tensor.ops.rotations import rotate, unrotate
+from halo_tensor.ops.rotations import dequantize_t, rotate, unrotate
 
 __all__ = [
     "combine",
     "compress",
     "decompress",
+    "dequantize_t",
     "gather_codes",
     "gather_tokens",
     "group_tiles",

@@ -1,4 +1,5 @@
-"""Rotate a matrix without quantising it: ``rotate`` and ``unrotate``, which have gradients."""
+"""Rotate a matrix without quantising it: ``rotate`` and ``unrotate``, which have gradients; ``dequantize_t``, which undoes the
+rotation of codes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,3 +61,32 @@ def _gradient_of_unrotate(ctx: Any, gradient: Tensor) -> tuple:
 
 torch.library.register_autograd("halo::rotate", _gradient_of_rotate, setup_context=_remember, lib=LIBRARY)
 torch.library.register_autograd("halo::unrotate", _gradient_of_unrotate, setup_context=_remember, lib=LIBRARY)
+
+
+@op("dequantize_t")
+def dequantize_t(
+    codes_t: Tensor, scale: Tensor | None, row_rotation: Rotation | None, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return the matrix x that transposed codes stand for: R (codes · scale), without the padding.
+
+    Args:
+        codes_t: [c, r'], the transpose of the codes of Rᵀ x.
+        scale: float32 [] or [c]; None for 1.
+        row_rotation: R. Of a projection, the part that the rank has dropped is zero.
+        shape: [r, c].
+        dtype: of the result.
+    """
+    rows, columns = shape
+    if runs_kernels(codes_t.device):
+        from halo_tensor.kernels.quantize import dequantize
+
+        if dequantize.fits(codes_t.dtype, row_rotation):
+            return dequantize.dequantize(codes_t, scale, row_rotation, (rows, columns), dtype)
+    y = codes_t.t().to(torch.float32)
+    y = y if scale is None else y * scale
+    return reference.unrotate(y, row_rotation, None, (rows, columns)).to(dtype, copy=True).contiguous()
+
+
+@fake("dequantize_t")
+def _(codes_t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return codes_t.new_empty(shape, dtype=dtype)

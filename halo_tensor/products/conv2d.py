@@ -3,11 +3,15 @@ products.
 
 A convolution is a linear layer whose tokens are output positions and whose in_features are the C·k·k elements of a window.
 A 1×1 convolution is exactly that. A larger one must not save its windows, which hold each element of X up to k² times. So X
-itself, [B·H·W, C], is compressed and saved, and backward decompresses it. The grad_weight product of a larger convolution
-takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and dropping them again in its windows
-would save nothing.
+itself, [B·H·W, C], is compressed and saved, and backward decompresses it.
 
-Nor are there ever the windows of a whole batch. Backward goes through chunks of images. Each chunk is a layer of its own, with
+To quantise windows costs more than a convolution in high precision: each element is quantised up to k² times. So the
+gradients of a larger convolution are computed in high precision from the decompressed X
+(:mod:`halo_tensor.products.compressed_conv2d`), unless the recipe quantises "all" convolutions, for studies of the published
+method. The grad_weight product then takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and
+dropping them again in its windows would save nothing.
+
+There are never the windows of a whole batch. Backward goes through chunks of images. Each chunk is a layer of its own, with
 its own scales: one for each operand of a chunk, where the recipe says one for each operand.
 """
 
@@ -21,6 +25,7 @@ import torch.nn.functional as F
 from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
+from halo_tensor.products.compressed_conv2d import conv2d as compressed_conv2d
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.recipe import Operand, Product, Recipe, X
@@ -207,7 +212,9 @@ def _by_chunks(
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe, geometry: Geometry
 ) -> torch.Tensor:
-    """Compute ``F.conv2d`` under a recipe whose output is plain. Each group of channels is a layer of its own.
+    """Compute ``F.conv2d`` under a recipe whose output is plain.
+
+    Each group of channels is a layer of its own, but for the scales of an X of which no windows are quantised.
 
     Args:
         x: [B, C, H, W].
@@ -227,5 +234,7 @@ def conv2d(
     if recipe.activations is not None and (partition := loaded_partition()) is not None:
         partition.request(recipe.activations)
     dtype = product_dtype("conv2d", x, weight, bias)
+    if not recipe.quantizes_convolution(geometry.is_pointwise):
+        return compressed_conv2d(x, weight, bias, recipe, geometry[1:], dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())

@@ -18,6 +18,7 @@ from halo_tensor.recipe.formats import (
 )
 from halo_tensor.recipe.gates import Gate
 from halo_tensor.recipe.language import (
+    CONVOLUTIONS,
     DIMENSIONS,
     EXPERTS,
     PLAIN,
@@ -38,6 +39,7 @@ __all__ = [
     "ACTIVATIONS",
     "AXES",
     "COLUMN",
+    "CONVOLUTIONS",
     "DIMENSIONS",
     "E8M0",
     "EXPERTS",

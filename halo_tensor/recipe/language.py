@@ -50,6 +50,9 @@ PRODUCTS = {
     "grad_weight": (E, X, "tokens"),
 }
 
+#: Which convolutions multiply in few bits.
+CONVOLUTIONS = ("none", "pointwise", "all")
+
 
 @dataclass(frozen=True)
 class Rotation(Constant):
@@ -167,6 +170,8 @@ class Recipe(Constant):
     Attributes:
         output, grad_input, grad_weight: the products.
         activations: how the tensors between converted layers are saved for backward; None saves them as they are.
+        quantized_convolutions: which convolutions compute their backward products in few bits: "none", "pointwise" (1×1) or
+            "all". The others save X as ``grad_weight`` says, and compute with the decompressed X in high precision.
 
     Raises:
         ValueError: an operand or a product breaks a rule of the language; the message says which.
@@ -176,8 +181,13 @@ class Recipe(Constant):
     grad_input: Product = Product()
     grad_weight: Product = Product()
     activations: Activations | None = None
+    quantized_convolutions: str = "none"
 
     def __post_init__(self) -> None:
+        if self.quantized_convolutions not in CONVOLUTIONS:
+            raise ValueError(
+                f"quantized_convolutions must be one of {', '.join(CONVOLUTIONS)}; got {self.quantized_convolutions!r}"
+            )
         for name, (left_dims, right_dims, contracted) in PRODUCTS.items():
             product = getattr(self, name)
             _check_operand(name, "left", product.left, left_dims)
@@ -193,6 +203,20 @@ class Recipe(Constant):
     def is_identity(self) -> bool:
         """Whether all products are computed in high precision, without rotations."""
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))
+
+    def quantizes_convolution(self, pointwise: bool) -> bool:
+        """Whether a convolution computes its backward products in few bits.
+
+        Args:
+            pointwise: whether it is a 1×1 convolution.
+        """
+        return self.quantized_convolutions in (("pointwise", "all") if pointwise else ("all",))
+
+    def of_convolution(self, pointwise: bool) -> "Recipe":
+        """Return what the products of a convolution follow: this recipe, or high precision."""
+        if self.quantizes_convolution(pointwise):
+            return self
+        return Recipe(self.output, activations=self.activations, quantized_convolutions=self.quantized_convolutions)
 
     @property
     def formats(self) -> tuple[Format, ...]:

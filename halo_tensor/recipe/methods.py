@@ -64,6 +64,7 @@ def hot(
     rounding: str = "stochastic",
     seed: int | None = None,
     low_rank_input: str | None = None,
+    quantized_convolutions: str = "none",
 ) -> Recipe:
     """HOT (arXiv 2503.21261): a plain forward; int4 grad_input with out_features rotated on both sides and E rounded
     stochastically; int8 grad_weight of the ``rank`` lowest sequencies in each ``block`` of tokens, which is also what is saved
@@ -79,6 +80,7 @@ def hot(
         seed: of the signs of whole blocks.
         low_rank_input: use the rank in grad_input too, as in the paper's ablation: "internal" on the contracted out_features,
             "external" on the tokens, projected back.
+        quantized_convolutions: "none", "pointwise" or, as published, "all"; see :class:`Recipe`.
     """
     whole = Rotation(block, seed)
     low = whole if rank is None else Rotation(block, None, rank)
@@ -91,6 +93,7 @@ def hot(
         grad_weight=Product(
             Operand(grad_weight, per("out_features"), tokens=low), Operand(grad_weight, per("in_features"), tokens=low)
         ),
+        quantized_convolutions=quantized_convolutions,
     )
 
 

@@ -188,7 +188,7 @@ def test_an_error_in_forward():
     with pytest.raises(ZeroDivisionError):
         model(IDS)
     broken.remove()
-    assert hooks.top_saved_tensors_hooks() is None and not hooks._state.entered
+    assert hooks.top_saved_tensors_hooks() is None and not hooks.state.entered
     step(model)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from halo_tensor import halo_config
 from halo_tensor.analysis import cost, roofline
 from halo_tensor.analysis.ceilings import H100
-from halo_tensor.recipe import RECIPES, Recipe
+from halo_tensor.recipe import PRODUCTS, RECIPES, Recipe
 
 
 def test_bit_operations_by_hand():
@@ -38,8 +38,17 @@ def test_shapes_of_layers_at_work():
     found = cost.shapes(Layers(), torch.randn(2, 5, 64), torch.randn(2, 16, 8, 8))
     linear = cost.Shape(10, 64, 32, 1, (10, 64))
     assert (found["q"], found["k"], found["o"]) == (linear, replace(linear, first=False), linear), "k reads what q has saved"
-    assert found["conv"] == cost.Shape(32, 144, 32, 1, (128, 16)), "input positions, not windows"
-    assert found["pointwise"] == cost.Shape(32, 16, 32, 1, (32, 16)), "only the positions that it reads"
+    assert found["conv"] == cost.Shape(32, 144, 32, 1, (128, 16), is_convolution=True), "input positions, not windows"
+    assert found["pointwise"] == cost.Shape(32, 16, 32, 1, (32, 16), is_convolution=True), "only the positions that it reads"
+
+
+def test_a_larger_convolution_computes_in_high_precision():
+    """Its X is projected and quantised, and back: log₂ 16 = 4 additions and a product for each element, twice."""
+    wide, products = cost.Shape(32, 144, 32, 2, (128, 16), is_convolution=True), 2 * 32 * 144 * 32 * 256
+    counts = cost.bit_operations(RECIPES["hot"], wide)
+    assert counts == dict.fromkeys(PRODUCTS, products) | {"transforms": 2 * 2 * 128 * 16 * (4 + 16) * 16}
+    assert cost.bit_operations(replace(RECIPES["hot"], quantized_convolutions="all"), wide)["grad_input"] == products // 16
+    assert cost.saved_bytes(RECIPES["hot"], wide) == 2 * 64 * 16 + 4, "one scale for both groups"
 
 
 def test_scales_of_blocks_count():

@@ -138,12 +138,15 @@ def test_time_of_convolutions():
     assert roofline.seconds_of(recipe, pointwise, ceilings=CEILINGS) == pytest.approx(seconds(recipe))
     groups = replace(pointwise, groups=3)
     assert roofline.seconds_of(recipe, groups, ceilings=CEILINGS) == pytest.approx(3 * seconds(recipe))
-    wide = Shape(T, 9 * I, O, 1, (4 * T, I))  # 3×3 with a stride of 2
+    wide = Shape(T, 9 * I, O, 1, (4 * T, I), is_convolution=True)  # 3×3 with a stride of 2
     plain, hot = (roofline.seconds_of(r, wide, ceilings=CEILINGS) for r in (Recipe(), recipe))
     sizes = {"tokens": T, "in_features": 9 * I, "out_features": O}
     assert plain == pytest.approx(roofline.seconds(Recipe(), sizes, ceilings=CEILINGS))
+    passes = hot - plain  # X is compressed and decompressed
+    assert passes == pytest.approx(4 * X * (4.5 / 3.5 + 2.5 / 4), rel=1e-3)
     windows = 2 * 9 * X / 40  # read or written once
-    assert hot > roofline.seconds(recipe, sizes, ceilings=CEILINGS) + 7 * windows
+    quantised = roofline.seconds_of(replace(recipe, quantized_convolutions="all"), wide, ceilings=CEILINGS)
+    assert quantised > roofline.seconds(recipe, sizes, ceilings=CEILINGS) + 7 * windows + passes / 2
     forward = roofline.seconds_of(recipe, wide, ("output",), ceilings=CEILINGS)
     assert forward == roofline.seconds_of(Recipe(), wide, ("output",), ceilings=CEILINGS)
 

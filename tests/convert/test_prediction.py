@@ -148,7 +148,11 @@ def test_convolutions_and_their_widths():
     model = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2), nn.Conv2d(128, 64, 1), nn.Conv2d(256, 256, 1, groups=2))
     predicted = quietly(model, hot_config(), gpu="H200").predicted
     assert predicted.sides == {"0": "64→128, 3×3", "1": "128→64, 1×1", "2": "128→128, 1×1"}
-    assert predicted.gains["0"] < predicted.gains["1"] < 1, "the windows of the larger one are written and read"
+    assert 0.3 < predicted.gains["1"] < predicted.gains["0"] < 1, "they compute in high precision"
+    quantised = quietly(model, hot_config(quantized_convolutions="all"), gpu="H200").predicted
+    assert quantised.gains["0"] < quantised.gains["1"] < 0.2, "the windows of the larger one are written and read"
+    pointwise = quietly(model, hot_config(quantized_convolutions="pointwise"), gpu="H200").predicted
+    assert pointwise.gains == predicted.gains | {name: quantised.gains[name] for name in ("1", "2")}
     shape = shape_of(model[0], 1000)
     assert (shape.tokens, shape.in_features, shape.out_features, shape.saved) == (1000, 576, 128, (4000, 64))
     one = shape_of(model[1], 1000)

@@ -54,7 +54,7 @@ from halo_tensor.kernels.matmul import (  # noqa: E402
     tma,
 )
 from halo_tensor.kernels.matmul import plan as product  # noqa: E402
-from halo_tensor.kernels.quantize import blocks, masks, tiles, two_operands, whole_rows  # noqa: E402
+from halo_tensor.kernels.quantize import blocks, dequantize, masks, tiles, two_operands, whole_rows  # noqa: E402
 from halo_tensor.kernels.quantize import codes as layout_of_codes  # noqa: E402
 from halo_tensor.kernels.quantize import many as requantize  # noqa: E402
 from halo_tensor.kernels.quantize import packing as packing_kernels  # noqa: E402
@@ -114,7 +114,7 @@ class Driver:
 
 def forget_plans():
     """Plans hold fake constants, which no other test may meet."""
-    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks, masks
+    quantisers = layout_of_codes, whole_rows, tiles, requantize, packing_kernels, two, two_operands, blocks, masks, dequantize
     of_groups = grouped, of_experts, moving, grouped_sm90
     for module in (*quantisers, *of_groups, rotating, product, cublas, tma, loss_kernels, loss_sm90):
         for function in vars(module).values():
@@ -156,7 +156,7 @@ def launched(monkeypatch):
     stack.enter_context(triton.knobs.cache.scope())
     triton.knobs.cache.dir += "-with-registers"
     # Constants: their values do not matter here, and the real functions would keep fakes for the tests that follow.
-    for module in (whole_rows, tiles, two_operands, rotating, epilogue, blocks, of_experts, triton_products):
+    for module in (whole_rows, tiles, two_operands, rotating, epilogue, blocks, dequantize, of_experts, triton_products):
         monkeypatch.setattr(module, "block_diagonal", block_diagonal)
     monkeypatch.setattr(grouped_sm90, "halves", lambda rotation, device: torch.empty(128, 64, dtype=BF16, device=device))
     for module in (sm90, grouped_sm90):
@@ -511,16 +511,47 @@ def test_activations_in_blocks(launched, capability, bits, dtype):
     assert all(map(instructions, kernels)), "they run on matrix units"
 
 
+@pytest.mark.parametrize(
+    ("capability", "rank", "dtype"),
+    [(90, None, BF16), (90, 1, BF16), (90, 8, FP32), *((capability, 8, BF16) for capability in GPUS if capability != 86)],
+)
+def test_dequantising_transposed_codes(launched, monkeypatch, capability, rank, dtype):
+    rotation = Rotation(16, None, rank)
+    kept = reference.rotated(128, rotation)
+
+    def block_diagonal(rotation, edge, dtype, device, transposed):
+        return torch.empty(edge, max(16, kept), dtype=dtype, device=device)
+
+    def request(empty):
+        codes_t = empty(256, 802816 // 128 * kept, dtype=torch.int8)
+        dequantize.dequantize(codes_t, empty((), dtype=FP32), rotation, (802816, 256), dtype)
+
+    monkeypatch.setattr(dequantize, "block_diagonal", block_diagonal)
+    kernels = launched(capability, request)
+    assert [kernel.name for kernel in kernels] == ["dequantize_kernel"]
+    check_fit(kernels, capability)
+    check_registers(kernels, capability, "dequantize")
+    (units,) = map(instructions, kernels)
+    assert any("s8" in unit for unit in units) or capability == 100, "integers are multiplied"
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32, torch.bool], ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_masks(launched, capability, dtype):
     def request(empty):
         x = empty(8192, 4096, dtype=dtype)
         masks.unpack_mask(masks.pack_mask(x), x.shape, dtype)
+        if dtype != torch.bool:
+            masks.masked(*masks.relu(x))
 
     kernels = launched(capability, request)
-    assert [kernel.name for kernel in kernels] == ["pack_mask_kernel", "unpack_mask_kernel"]
+    names = ["pack_mask_kernel", "unpack_mask_kernel", "relu_kernel", "masked_kernel"]
+    assert [kernel.name for kernel in kernels] == names[: 2 if dtype == torch.bool else 4]
     check_fit(kernels, capability)
+    for kernel in kernels:
+        loads, stores = (re.findall(rf"{op}\.global\.(?:\w+\.)*v[24]\.b(?:32|64)", kernel.asm["ptx"]) for op in ("ld", "st"))
+        assert loads or kernel.name == "unpack_mask_kernel", "16 bytes at once"
+        assert stores or kernel.name == "pack_mask_kernel"
 
 
 @pytest.mark.parametrize("capability", GPUS)

@@ -257,7 +257,8 @@ def test_what_is_counted_is_what_is_saved(name):
         model(x)
     found = shapes(model, x)
     assert layers == list(found) == ["0", "1", "3"]
-    assert found["0"] == Shape(128, 16 * 9, 32, 1, (128, 16)) and found["1"] == Shape(128, 16, 16, 2, (128, 16))
+    assert found["0"] == Shape(128, 16 * 9, 32, 1, (128, 16), is_convolution=True)
+    assert found["1"] == Shape(128, 16, 16, 2, (128, 16), is_convolution=True)
     high = 32
     assert saved.layers == sum(analysis.saved_bytes(recipe, shape, high) for shape in found.values())
     assert saved.total >= saved.layers

@@ -115,8 +115,10 @@ def test_layers_of_other_kinds():
     model = nn.Sequential(nn.Conv2d(64, 64, 3), transformers.Conv1D(64, 128))
     plain = repr(model)
     quantize_(model, hot_config())
-    assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), hot)" in repr(model)
+    assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), input saved by hot)" in repr(model)
     assert "HaloConv1D(nf=64, nx=128, hot)" in repr(model)
+    quantize_(model, hot_config(quantized_convolutions="all"))
+    assert "HaloConv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), hot, quantized convolutions: all)" in repr(model)
     dequantize_(model)
     assert repr(model) == plain
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halo_tensor import dequantize_, halo_config, hot_config, quantize_, recipe_config
 from halo_tensor.layers.conv2d import HaloConv2d
+from halo_tensor.recipe import CONVOLUTIONS, Product
 from tests.helpers.errors import relative_error
 from tests.helpers.projections import project, rounded, walsh
 from tests.helpers.recording import OpLog, saved_bytes
@@ -27,9 +29,11 @@ GEOMETRIES = [
 ]
 
 
-def converted(layer: nn.Module, name: str) -> nn.Module:
+def converted(layer: nn.Module, name: str, quantized: str = "none") -> nn.Module:
     layer = copy.deepcopy(layer)
     quantize_(layer, recipe_config(name), filter_fn=lambda module, name: isinstance(module, nn.Conv2d | Conv1D))
+    if isinstance(layer, nn.Conv2d):
+        layer.recipe = replace(layer.recipe, quantized_convolutions=quantized)
     return layer
 
 
@@ -41,27 +45,32 @@ def gradients(layer: nn.Module, x: torch.Tensor, e: torch.Tensor) -> list[torch.
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("hp", [torch.float32, torch.bfloat16])
-def test_any_geometry(options, hp):
+@pytest.mark.parametrize("which", CONVOLUTIONS)
+def test_any_geometry(options, hp, which):
     """In int8 of the whole rank, what is left of the errors is int8's; the forward is nn.Conv2d's to the bit."""
     plain = nn.Conv2d(32, 64, dtype=hp, **options)
-    layer = converted(plain, "hot_llm")
+    layer = converted(plain, "hot_llm", which)
     assert type(layer) is HaloConv2d and (layer.bias is None) == (plain.bias is None)
     x = torch.randn(3, 32, 9, 10, dtype=hp)
     e = torch.randn_like(plain(x))
     with OpLog() as log:
         actual = gradients(layer, x, e)
-    assert log.products() == [torch.int8] * (2 * plain.groups)
+    quantised = which == "all" or (which == "pointwise" and plain.kernel_size == (1, 1))
+    assert log.products() == [torch.int8] * (2 * plain.groups * quantised)
+    exact = 1e-6 if hp == torch.float32 else 0.01
     for i, (a, b) in enumerate(zip(actual, gradients(plain.double(), x.double(), e.double()), strict=True)):
         assert a.dtype == hp and a.shape == b.shape
-        assert relative_error(a, b) < (0.02 if i in (1, 2) else 1e-6 if hp == torch.float32 else 0.01)
+        assert relative_error(a, b) < (0.02 if i == 2 or (i == 1 and quantised) else exact)
+        assert i != 2 or relative_error(a, b) > 2e-3, "X was compressed"
     unbatched = gradients(layer, x[0], e[0])
     assert unbatched[0].shape == e[0].shape and relative_error(unbatched[1], actual[1][0]) < 0.03
 
 
 @pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 3}], ids=str)
-def test_an_empty_batch(options):
+@pytest.mark.parametrize("windows", [False, True])
+def test_an_empty_batch(options, windows):
     layer = nn.Sequential(nn.Conv2d(64, 64, **options))
-    quantize_(layer, hot_config())
+    quantize_(layer, hot_config(quantized_convolutions="all" if windows else "none"))
     x = torch.randn(0, 64, 8, 8, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == x.shape and layer[0].weight.grad.abs().max() == 0
@@ -71,7 +80,7 @@ def test_a_pointwise_convolution_is_a_linear_layer():
     """hot.md's two paths, in float64, on positions as tokens. Rounding to nearest, to be comparable."""
     plain = nn.Conv2d(32, 64, 1)
     layer = copy.deepcopy(plain)
-    quantize_(layer, hot_config(rounding="nearest", min_features=32))
+    quantize_(layer, hot_config(rounding="nearest", min_features=32, quantized_convolutions="pointwise"))
     x, e = torch.randn(2, 32, 7, 7), torch.randn(2, 64, 7, 7)
     _, grad_x, grad_w, _ = gradients(layer, x, e)
     x, e = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, e))
@@ -81,31 +90,84 @@ def test_a_pointwise_convolution_is_a_linear_layer():
     assert relative_error(grad_w[..., 0, 0], expected) < 2e-3
 
 
-def test_a_wider_convolution_is_that_of_what_was_saved():
-    """grad_weight is the exact one of X projected and rounded, but for int8's error in the product."""
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_a_wider_convolution_is_that_of_what_was_saved(windows, format):
+    """grad_weight is the exact one of X projected and rounded, but for int8's error in the product of quantised windows."""
     plain = nn.Conv2d(32, 64, 3, padding=1)
-    layer = converted(plain, "hot")
+    layer = converted(plain, "hot", "all" if windows else "none")
     x, e = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 8, 8)
-    grad_w = gradients(layer, x, e)[2]
+    grad_x, grad_w = gradients(layer, x.contiguous(memory_format=format), e)[1:3]
     tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
     low = rounded(project(tokens, 16, 8), 127).view(-1, 8, 32)
     saved = (walsh(16, 8) @ low).view(2, 8, 8, 32).permute(0, 3, 1, 2)
     expected = torch.nn.grad.conv2d_weight(saved, plain.weight.shape, e.double(), padding=1)
-    assert 1e-3 < relative_error(grad_w, expected) < 0.03
+    least, most = (1e-3, 0.03) if windows else (0, 1e-6)
+    assert least < relative_error(grad_w, expected) < most
+    expected = torch.nn.grad.conv2d_input(x.shape, plain.weight.double(), e.double(), padding=1)
+    least, most = (0.05, 0.5) if windows else (0, 1e-6)
+    assert least < relative_error(grad_x, expected) < most
+    assert windows or grad_x.is_contiguous(memory_format=format)
 
 
+def test_windows_are_an_option_of_the_config():
+    assert hot_config().recipe == recipe_config("hot").recipe and hot_config().recipe.quantized_convolutions == "none"
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3))
+    quantize_(layer, hot_config(quantized_convolutions="all"))
+    assert layer[0].recipe.quantized_convolutions == "all"
+    with OpLog() as log:
+        layer(torch.randn(2, 64, 8, 8, requires_grad=True)).sum().backward()
+    assert log.products() == [torch.int8] * 2
+
+
+def test_the_report_names_what_computes_in_high_precision():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1), nn.Linear(64, 64))
+    report = quantize_(model, hot_config())
+    assert report.only_saving == ["0", "1"]
+    assert "  in high precision: the products of 0, 1, which save their input in few bits (quantized_conv" in str(report)
+    assert quantize_(model, hot_config(quantized_convolutions="pointwise")).only_saving == ["0"]
+    report = quantize_(model, hot_config(quantized_convolutions="all"))
+    assert report.only_saving == [] and "in high precision:" not in str(report)
+
+
+def test_a_strided_pointwise_convolution_saves_what_it_reads():
+    plain = nn.Conv2d(64, 64, 1, stride=2, bias=False)
+    layer, x, e = converted(plain, "hot_llm", "none"), torch.randn(2, 64, 16, 16), torch.randn(2, 64, 8, 8)
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=format)
+        with saved_bytes() as saved:
+            layer(x.requires_grad_())
+        assert saved(layer) == 2 * 64 * 8 * 8 + 64 * 4, "codes, with a scale per channel"
+        for actual, exact in zip(gradients(layer, x, e), gradients(plain, x, e), strict=True):
+            error = relative_error(actual, exact)
+            assert actual.stride() == exact.stride()
+            assert (2e-3 < error < 0.02) if actual.shape == plain.weight.shape else error < 1e-6
+
+
+def test_recipes_that_save_x_as_it_is_or_rotated_only():
+    """LBP-WHT saves half of the sequencies in high precision; a recipe with a plain grad_weight saves X."""
+    plain = nn.Conv2d(32, 64, 3, padding=1, bias=False)
+    x, e = torch.randn(2, 32, 8, 8), torch.randn(2, 64, 8, 8)
+    exact = gradients(plain, x, e)
+    layer = converted(plain, "lbp_wht")
+    assert 0.3 < relative_error(gradients(layer, x, e)[2], exact[2]) < 0.9
+    layer.recipe = replace(layer.recipe, grad_weight=Product())
+    assert all(map(torch.equal, gradients(layer, x, e), exact))
+
+
+@pytest.mark.parametrize("which", ["none", "pointwise"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_only_compressed_codes_are_saved(kernel):
+def test_only_compressed_codes_are_saved(kernel, which):
     plain = nn.Conv2d(64, 64, kernel, padding=kernel // 2, dtype=torch.bfloat16)
     x = torch.randn(4, 64, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     bytes = {}
-    for layer in (plain, converted(plain, "hot")):
+    for layer in (plain, converted(plain, "hot", which)):
         with saved_bytes() as saved:
             out = layer(x)
         bytes[type(layer)] = saved(layer)
         del out
     assert bytes[nn.Conv2d] == 4 * 64 * 64 * 2 and bytes[HaloConv2d] == 4 * 64 * 64 // 2 + 4
-    layer = converted(plain, "hot")
+    layer = converted(plain, "hot", which)
     layer.weight.requires_grad_(False)
     with saved_bytes() as saved:
         layer(x).sum().backward()

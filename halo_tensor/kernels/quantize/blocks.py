@@ -151,9 +151,13 @@ def compress(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decompress(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Do the inverse of :func:`compress`, as :func:`halo_tensor.reference.blocks.decompress` does."""
+    return decompress_into(codes, scales, codes.new_empty(shape, dtype=dtype))
+
+
+def decompress_into(codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Write the tensor to the memory of ``x``, which has no gaps, and return ``x``."""
     codes = codes if codes.is_contiguous() else codes.contiguous()
-    x = codes.new_empty(shape, dtype=dtype)
-    plan_decompress(bits_of(codes), dtype, codes.device)((x.numel(),), codes, scales, x)
+    plan_decompress(bits_of(codes), x.dtype, codes.device)((x.numel(),), codes, scales, x)
     return x
 
 
