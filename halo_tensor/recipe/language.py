@@ -194,6 +194,11 @@ class Recipe(Constant):
         """Whether all products are computed in high precision, without rotations."""
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))
 
+    @cached_property
+    def has_plain_output(self) -> bool:
+        """Whether output is computed in high precision, without rotations."""
+        return self.output.left.is_plain and self.output.right.is_plain
+
     @property
     def formats(self) -> tuple[Format, ...]:
         """The number formats that the products use, each once."""

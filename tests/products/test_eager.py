@@ -176,10 +176,10 @@ def test_programs_are_repeated(monkeypatch):
     for _ in range(CALLS):
         layer(x.clone().requires_grad_()).backward(e)
     (lowered,) = (lowered for _, lowered in eager._lowered.values())
-    for function in (lowered.quantize_x, lowered.output, lowered.backward):
+    for function in (lowered.quantize_x.quantize, lowered.output, lowered.backward):
         (program,) = function.programs.values()
         assert program.steps and all(bool(step.bound) == GPU for step in program.steps)
-    assert lowered.quantize_x.function((x.shape, x.stride()), x, None)[0] is not None
+    assert lowered.quantize_x.quantize.function((x.shape, x.stride()), x, None)[0] is not None
     monkeypatch.setattr(lowered.output, "function", None)
     with torch.no_grad():
         assert layer(x).shape == (2, 5, 256)
