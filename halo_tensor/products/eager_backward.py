@@ -99,7 +99,7 @@ class _Pointwise(torch.autograd.Function):
                 whole[:, :: stride[0], :: stride[1]] = grad_x
                 grad_x = whole
             grad_x = grad_x.permute(0, 3, 1, 2)
-        grad_w = None if grad_w is None else grad_w.view(layer.out_features, channels, 1, 1)
+        grad_w = None if grad_w is None else grad_w.view(layer.out_features, 1, 1, channels).permute(0, 3, 1, 2)
         grad_bias = e.sum((0, 2, 3), dtype=torch.float32).to(layer.bias) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None, None
 
