@@ -240,7 +240,7 @@ def test_errors_are_those_of_the_operand_path():
 
 def test_which_recipes_are_lowered():
     """Those of HOT, and LUQ. LBP-WHT multiplies in high precision, and the others' forward is not plain."""
-    assert LOWERED == [name for name in RECIPES if name.startswith("hot")] + ["luq"]
+    assert [name for name in RECIPES if name.startswith("hot")] + ["luq"] == LOWERED
     assert not can_lower_backward(halo(1, INT8))
 
 
