@@ -163,7 +163,7 @@ class Program:
         body += ["    pass"] if not self.steps else []
         rest = iter(range(self.given, len(storages)))
         returned = ["None" if result is None else f"x{next(rest)}" for result in self.results]
-        body.append(f"return {', '.join(returned)},")
+        body.append(f"return ({' '.join(f'{result},' for result in returned)})")
         return source.function([f"x{i}" for i in range(self.given)])
 
 

@@ -246,6 +246,24 @@ def test_hooks_on_saved_tensors_see_no_codes_of_weights():
 
 
 @runs_kernels
+def test_codes_that_hooks_give_back_in_other_strides():
+    """As offloading does: rows of 10 transposed codes begin at multiples of 16 bytes, and those of a copy do not."""
+    model, x = model_of("int8 level 1")
+    expected = [results(model[0], x)[1:] for _ in range(CALLS)][-1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(), lambda t: t):
+        made = [results(model[0], x)[1:] for _ in range(CALLS)]
+    assert all(torch.equal(a, b) for results in made for a, b in zip(results, expected, strict=True))
+
+
+@runs_kernels
+def test_a_bias_can_be_trained_alone(taken):
+    model, x = model_of("int8 level 2")
+    model[0].weight.requires_grad_(False)
+    model[0](x).sum().backward()
+    assert (model[0].bias.grad == 10).all() and taken[-1] is not None
+
+
+@runs_kernels
 def test_what_a_weight_remembers_of_its_last_call():
     """Another dtype, bias, autocast, recipe's gain or set of codes: each is seen by the next call."""
     model, x = model_of("int8 level 1, balanced")

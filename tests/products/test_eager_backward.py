@@ -10,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 
 from halo_tensor import HaloWeight, hot_config, quantize_, recipe_config
+from halo_tensor.kernels.recorded import Recorded
 from halo_tensor.layers.linear import convert_weight
 from halo_tensor.products import eager_backward
 from halo_tensor.products.lowered import can_lower_backward
+from halo_tensor.products.operands import grad_input_operand
 from halo_tensor.recipe import INT8, RECIPES, Recipe, halo, hot
 from tests.helpers import interpreter, launches
 from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
@@ -174,6 +176,26 @@ def test_a_weight_written_between_forward_and_backward_is_an_error(keep_codes, t
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     assert len(taken) == 1 and taken[0] is not None
+
+
+@runs_kernels
+def test_writes_of_optimisers_repeat_a_recording(monkeypatch):
+    """Two passes over a weight, which leave what a new weight of the same values would hold."""
+    model = linear()
+    weight = model[0].weight
+    repeated, run = [], Recorded.__call__
+    monkeypatch.setattr(Recorded, "__call__", lambda self, *args: (repeated.append(self), run(self, *args))[1])
+    optimizer = torch.optim.SGD([weight], 0.5)
+    weight.grad = torch.randn_like(weight.dequantize())
+    for _ in range(CALLS):
+        before = weight.grad_input_codes.clone()
+        optimizer.step()
+        fresh = grad_input_operand(weight.master, weight.recipe)
+        assert torch.equal(weight.grad_input_codes, fresh.codes_t) and torch.equal(weight.grad_input_scale, fresh.scale)
+        assert not torch.equal(before, weight.grad_input_codes)
+    (requantize,) = set(repeated)
+    (program,) = requantize.programs.values()
+    assert len(repeated) == CALLS and len(program.steps) == 3 and not program.results, "zeros, magnitudes and codes"
 
 
 @runs_kernels
