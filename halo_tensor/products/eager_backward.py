@@ -70,7 +70,7 @@ class _Pointwise(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         lowered: LoweredBackward,
-        stride: tuple[int, int],
+        stride: tuple[int, ...],
     ) -> torch.Tensor:
         wants_x, wants_w, *_ = ctx.needs_input_grad
         dtype = lowered.layer.output
@@ -80,7 +80,7 @@ class _Pointwise(torch.autograd.Function):
             _, columns, scale = lowered.quantize_x.quantize((matrix.shape, matrix.stride()), matrix, None)
         ctx.save_for_backward(columns, scale, weight if wants_x else None)
         ctx.call = lowered, x.shape, stride
-        return F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride)
+        return _convolution(x, weight, bias, stride, dtype)
 
     @staticmethod
     def backward(ctx: Any, e: torch.Tensor) -> Any:
@@ -136,7 +136,16 @@ def _product(
     return _unsafe_view(y, (*shape[:-1], y.shape[1]))  # a view may not be written to where a function returns it
 
 
-def _rows(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+def _convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``F.conv2d(x, weight, bias, stride)`` in ``dtype``."""
+    if x.dtype is not dtype or weight.dtype is not dtype:
+        x, weight = x.to(dtype), weight.to(dtype)
+    return F.conv2d(x, weight, bias if bias is None or bias.dtype is dtype else bias.to(dtype), stride)
+
+
+def _rows(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     """Return x [B, C, H, W] as [B·H'·W', C], of every stride-th position: a view of a channels-last x, else a copy."""
     x = x.permute(0, 2, 3, 1)
     return (x if stride == (1, 1) else x[:, :: stride[0], :: stride[1]]).reshape(-1, x.shape[3])
@@ -224,22 +233,25 @@ def pointwise(
         recipe: with a plain output.
         stride: vertical, horizontal.
     """
-    if type(x) is not torch.Tensor or is_watched() or not _is_grad_enabled():
+    if type(x) is not torch.Tensor or is_watched():
         return None
     x = unwrap_if_dead(x)
     shape = x.shape
     if len(shape) != 4 or 0 in shape or shape[1] != weight.shape[1]:
         return None
     dtypes = _dtype(x, weight, bias, weight.shape[0])
-    if dtypes is None or not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if dtypes is None:
         return None
     autocast, dtype = dtypes
-    bias_dtype = None if bias is None else bias.dtype
-    lowered = _lower(recipe, *weight.shape[:2], x.dtype, weight.dtype, dtype, bias_dtype, x.device)
-    if lowered is None:
-        return None
-    arguments = x, weight, bias, lowered, stride
+    function: Any = _convolution
+    arguments: tuple = x, weight, bias, stride, dtype
+    if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        bias_dtype = None if bias is None else bias.dtype
+        lowered = _lower(recipe, *weight.shape[:2], x.dtype, weight.dtype, dtype, bias_dtype, x.device)
+        if lowered is None:
+            return None
+        function, arguments = _pointwise, (x, weight, bias, lowered, stride)
     if autocast is None:
-        return _pointwise(*arguments)
+        return function(*arguments)
     with without_autocast(x.device):
-        return _pointwise(*arguments)
+        return function(*arguments)
