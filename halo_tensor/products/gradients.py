@@ -63,9 +63,10 @@ class GradientQuantizer:
         assert first.format is not None and second.format is not None
         columns, rows = carried(first, E[1], layer.width(E[1])), carried(second, E[0], layer.width(E[0]))
         how = columns, first.format, first.granularity.on(E).name, rows, second.format, second.granularity.on(E).name
+        quantize_both = plan.both_quantizer(layer.output, layer.device, *how, self.draws > 0)
 
         def by_both(e: torch.Tensor, folds: Sequence, seeds: Sequence) -> list[Codes]:
-            rows, columns, row_scales, column_scales = plan.quantize_both(e, *how, seeds[0] if seeds else None)
+            rows, columns, row_scales, column_scales = quantize_both(e, seeds[0] if seeds else None)
             return [Codes(rows, None, row_scales), Codes(None, columns, column_scales)]
 
         return by_both

@@ -132,12 +132,18 @@ def quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Calla
 
         return by_rows
 
+    by_columns = None
+    if columns and not rows and column_rotation is None and not (gained or step.folded) and step.operand.rounding == "nearest":
+        by_columns = plan.columns_quantizer(dtype, layer.device, row_rotation, format, scale)
+
     def by_any(
         matrix: torch.Tensor,
         fold: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
         seed: torch.Tensor | None = None,
     ) -> Codes:
+        if by_columns is not None:
+            return Codes(None, *by_columns(matrix))
         fold_rows, fold_columns = (fold, None) if columns else (None, fold)
         made = plan.rotate_quantize(
             matrix, row_rotation, column_rotation, format, scale, fold_rows, fold_columns, rows, columns,
