@@ -96,7 +96,7 @@ class _Pointwise(torch.autograd.Function):
             grad_x = grad_x.view(batch, *e.shape[2:], channels)
             if stride != (1, 1):
                 whole = grad_x.new_zeros((batch, *size, channels))
-                whole[:, :: stride[0], :: stride[1]] = grad_x
+                _every(whole, stride).copy_(grad_x)
                 grad_x = whole
             grad_x = grad_x.permute(0, 3, 1, 2)
         grad_w = None if grad_w is None else grad_w.view(layer.out_features, 1, 1, channels).permute(0, 3, 1, 2)
@@ -148,7 +148,14 @@ def _convolution(
 def _rows(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     """Return x [B, C, H, W] as [B·H'·W', C], of every stride-th position: a view of a channels-last x, else a copy."""
     x = x.permute(0, 2, 3, 1)
-    return (x if stride == (1, 1) else x[:, :: stride[0], :: stride[1]]).reshape(-1, x.shape[3])
+    return (x if stride == (1, 1) else _every(x, stride)).reshape(-1, x.shape[3])
+
+
+def _every(x: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """Return ``x[:, ::stride[0], ::stride[1]]``, which PyTorch makes by several ops."""
+    (batch, *size, channels), (first, *steps, last) = x.shape, x.stride()
+    sizes = [-(-n // s) for n, s in zip(size, stride, strict=True)]
+    return x.as_strided((batch, *sizes, channels), (first, *(n * s for n, s in zip(steps, stride, strict=True)), last))
 
 
 _linear, _pointwise = applied(_Linear), applied(_Pointwise)
