@@ -6,7 +6,6 @@ Forward quantises X for grad_weight, and backward is a recording of
 numbers.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,8 +55,8 @@ class _Linear(torch.autograd.Function):
             codes, w_scale, *_ = w
         elif master is not None:
             master = master.detach()
-        with _high_precision(e.device):
-            grad_x, grad_w = lowered.backward(shape, e, columns, scale, codes, w_scale, master)
+        saved = columns, scale, codes, w_scale, master
+        grad_x, grad_w = _in_high_precision(lowered.backward, e.device, shape, e, *saved)
         grad_bias = gradient_of_bias(e, lowered.layer.bias) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None, None
 
@@ -89,9 +88,8 @@ class _Pointwise(torch.autograd.Function):
         columns, scale, weight = ctx.saved_tensors
         layer, rows = lowered.layer, _rows(e, (1, 1))
         w = None if weight is None else weight.detach().view(layer.out_features, channels)
-        with _high_precision(e.device):
-            shape = torch.Size((rows.shape[0], channels))
-            grad_x, grad_w = lowered.backward(shape, rows, columns, scale, None, None, w)
+        saved = columns, scale, None, None, w
+        grad_x, grad_w = _in_high_precision(lowered.backward, e.device, (len(rows), channels), rows, *saved)
         if grad_x is not None:
             grad_x = grad_x.view(batch, *e.shape[2:], channels)
             if stride != (1, 1):
@@ -118,9 +116,12 @@ def gradient_of_bias(e: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor
     return e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
-def _high_precision(device: torch.device) -> Any:
-    """Return a context without autocast. Some recipes rotate by PyTorch's products."""
-    return nullcontext() if autocast_dtype(device.type) is None else without_autocast(device)
+def _in_high_precision(function: Any, device: torch.device, *arguments: Any) -> Any:
+    """Call a function without autocast, since some recipes rotate by PyTorch's products."""
+    if autocast_dtype(device.type) is None:
+        return function(*arguments)
+    with without_autocast(device):
+        return function(*arguments)
 
 
 def _product(
@@ -175,9 +176,8 @@ def _lower(recipe: Recipe, *layer: Any) -> LoweredBackward | None:
     return found[1]
 
 
-def _dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> tuple | None:
-    """Return autocast's dtype or None, and the dtype of the result; None if the operand path must be taken, which also raises
-    the errors."""
+def _dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> torch.dtype | None:
+    """Return the dtype of the result; None if the operand path must be taken, which also raises the errors."""
     device = x.device
     if not runs_kernels(device) or type(weight) not in _PLAIN or weight.device != device:
         return None
@@ -192,7 +192,7 @@ def _dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wid
         or (autocast is None and bias.dtype is not dtype)
     ):
         return None
-    return autocast, dtype
+    return dtype
 
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,10 +207,9 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
     master, shape = weight.master, x.shape
     if master is None or master.ndim != 2 or not shape or shape[-1] != master.shape[1] or 0 in shape:
         return None
-    dtypes = _dtype(x, master, bias, master.shape[0])
-    if dtypes is None:
+    dtype = _dtype(x, master, bias, master.shape[0])
+    if dtype is None:
         return None
-    autocast, dtype = dtypes
     function: Any = _product
     arguments: tuple = x, master, bias, shape, dtype
     if _is_grad_enabled():
@@ -222,10 +221,7 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
             if lowered is None:
                 return None
             function, arguments = _linear, (x, weight, bias, lowered, shape)
-    if autocast is None:
-        return function(*arguments)
-    with without_autocast(x.device):
-        return function(*arguments)
+    return _in_high_precision(function, x.device, *arguments)
 
 
 def pointwise(
@@ -246,10 +242,9 @@ def pointwise(
     shape = x.shape
     if len(shape) != 4 or 0 in shape or shape[1] != weight.shape[1]:
         return None
-    dtypes = _dtype(x, weight, bias, weight.shape[0])
-    if dtypes is None:
+    dtype = _dtype(x, weight, bias, weight.shape[0])
+    if dtype is None:
         return None
-    autocast, dtype = dtypes
     function: Any = _convolution
     arguments: tuple = x, weight, bias, stride, dtype
     if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -258,7 +253,4 @@ def pointwise(
         if lowered is None:
             return None
         function, arguments = _pointwise, (x, weight, bias, lowered, stride)
-    if autocast is None:
-        return function(*arguments)
-    with without_autocast(x.device):
-        return function(*arguments)
+    return _in_high_precision(function, x.device, *arguments)

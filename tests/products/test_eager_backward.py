@@ -259,6 +259,36 @@ def test_errors_are_those_of_the_operand_path():
     assert model(x[:0]).shape == (0, x.shape[1])
 
 
+@pytest.mark.gpu
+def test_replays_of_a_captured_graph():
+    """Recordings take zeroed memory of what was filled before, which no replay would fill again."""
+    model = linear(rounding="nearest")
+    x, stream = inputs(model).requires_grad_(), torch.cuda.Stream()
+
+    def step() -> None:
+        x.grad = None
+        model.zero_grad()
+        model(x * 1).square().sum().backward()
+
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(CALLS + 1):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    captured = [x.grad, model[0].weight.grad]
+    model.zero_grad()
+    for _ in range(3):
+        new = inputs(model)
+        with torch.no_grad():
+            x.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, captured, results(model, model, new)[1:3]))
+
+
 def test_which_recipes_are_lowered():
     """Those of HOT, and LUQ. LBP-WHT multiplies in high precision, and the others' forward is not plain."""
     assert [name for name in RECIPES if name.startswith("hot")] + ["luq"] == LOWERED
