@@ -194,11 +194,6 @@ class Recipe(Constant):
         """Whether all products are computed in high precision, without rotations."""
         return all(p.left.is_plain and p.right.is_plain for p in (self.output, self.grad_input, self.grad_weight))
 
-    @cached_property
-    def has_plain_output(self) -> bool:
-        """Whether output is computed in high precision, without rotations."""
-        return self.output.left.is_plain and self.output.right.is_plain
-
     @property
     def formats(self) -> tuple[Format, ...]:
         """The number formats that the products use, each once."""
@@ -208,6 +203,11 @@ class Recipe(Constant):
     def granularities(self) -> tuple[Scales, ...]:
         """The layouts of scales that the products use, each once."""
         return tuple(dict.fromkeys(o.granularity for o in self._operands if o.format is not None))
+
+    @cached_property
+    def has_plain_output(self) -> bool:
+        """Whether output is computed in high precision, without rotations."""
+        return self.output.left.is_plain and self.output.right.is_plain
 
     @property
     def _operands(self) -> list[Operand]:
