@@ -227,10 +227,9 @@ def conv2d(
     refuse_tracing()
     if recipe.activations is not None and (partition := loaded_partition()) is not None:
         partition.request(recipe.activations)
-    if geometry.is_pointwise and geometry.groups == 1 and geometry.padding == (0, 0):
-        y = eager_backward.pointwise(x, weight, bias, recipe, geometry.stride)
-        if y is not None:
-            return y
     dtype = product_dtype("conv2d", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
-        return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())
+        y = None
+        if geometry.is_pointwise and geometry.groups == 1 and geometry.padding == (0, 0):
+            y = eager_backward.pointwise(x, weight, bias, recipe, geometry.stride, dtype)
+        return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled()) if y is None else y

@@ -176,23 +176,12 @@ def _lower(recipe: Recipe, *layer: Any) -> LoweredBackward | None:
     return found[1]
 
 
-def _dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, width: int) -> torch.dtype | None:
-    """Return the dtype of the result; None if the operand path must be taken, which also raises the errors."""
+def _can_launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether launches read these tensors. Where they do not, the operand path raises the errors."""
     device = x.device
     if not runs_kernels(device) or type(weight) not in _PLAIN or weight.device != device:
-        return None
-    autocast = autocast_dtype(device.type)
-    dtype = x.dtype if autocast is None else autocast
-    if autocast is None and weight.dtype is not dtype:
-        return None
-    if bias is not None and (
-        bias.shape != (width,)
-        or type(bias) not in _PLAIN
-        or bias.device != device
-        or (autocast is None and bias.dtype is not dtype)
-    ):
-        return None
-    return dtype
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and type(bias) in _PLAIN and bias.device == device)
 
 
 def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,9 +196,13 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
     master, shape = weight.master, x.shape
     if master is None or master.ndim != 2 or not shape or shape[-1] != master.shape[1] or 0 in shape:
         return None
-    dtype = _dtype(x, master, bias, master.shape[0])
-    if dtype is None:
+    if not _can_launch(x, master, bias):
         return None
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        dtype = x.dtype
+        if master.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+            return None
     function: Any = _product
     arguments: tuple = x, master, bias, shape, dtype
     if _is_grad_enabled():
@@ -225,9 +218,15 @@ def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Ten
 
 
 def pointwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, recipe: Recipe, stride: tuple[int, ...]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    recipe: Recipe,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> torch.Tensor | None:
-    """``F.conv2d(x, weight, bias, stride)`` of a 1×1 kernel without padding or groups; None if the operand path must be taken.
+    """``F.conv2d(x, weight, bias, stride)`` of a 1×1 kernel without padding or groups, outside of autocast; None if the operand
+    path must be taken.
 
     Args:
         x: [B, C, H, W].
@@ -235,22 +234,18 @@ def pointwise(
         bias: [N], or None.
         recipe: with a plain output.
         stride: vertical, horizontal.
+        dtype: of the result.
     """
     if type(x) is not torch.Tensor or is_watched():
         return None
     x = unwrap_if_dead(x)
     shape = x.shape
-    if len(shape) != 4 or 0 in shape or shape[1] != weight.shape[1]:
+    if len(shape) != 4 or 0 in shape or shape[1] != weight.shape[1] or not _can_launch(x, weight, bias):
         return None
-    dtype = _dtype(x, weight, bias, weight.shape[0])
-    if dtype is None:
-        return None
-    function: Any = _convolution
-    arguments: tuple = x, weight, bias, stride, dtype
     if _is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         bias_dtype = None if bias is None else bias.dtype
         lowered = _lower(recipe, *weight.shape[:2], x.dtype, weight.dtype, dtype, bias_dtype, x.device)
         if lowered is None:
             return None
-        function, arguments = _pointwise, (x, weight, bias, lowered, stride)
-    return _in_high_precision(function, x.device, *arguments)
+        return _pointwise(x, weight, bias, lowered, stride)
+    return _convolution(x, weight, bias, stride, dtype)
