@@ -225,8 +225,8 @@ def pointwise(
     stride: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor | None:
-    """``F.conv2d(x, weight, bias, stride)`` of a 1×1 kernel without padding or groups, outside of autocast; None if the operand
-    path must be taken.
+    """``F.conv2d(x, weight, bias, stride)`` of a 1×1 kernel without padding or groups; None if the operand path must be taken.
+    Autocast is off.
 
     Args:
         x: [B, C, H, W].
