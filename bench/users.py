@@ -17,15 +17,18 @@ from collections.abc import Callable, Iterator
 import llama
 import results
 import torch
-from contenders import convert
+from contenders import RECIPES, convert
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from halo_tensor import quantize_
+
 DEVICE = "cuda"
 NOTES = (
-    "Eager code, no graphs. Linear: microseconds of the CPU for one 2048×2048 linear with 256 tokens, until the call returns, "
-    "with gradients set to None after each backward; the median of 7 runs of 300 calls. Steps: milliseconds, medians of 12 "
+    "Eager code, no graphs. Linear: microseconds of the CPU for one linear, 2048×2048 or 768×768, with 256 tokens, until the "
+    "call returns, with gradients set to None after each backward; the median of 7 runs of 300 calls. 1×1 convolution: the "
+    "same of 256 channels and 8 images of 14×14, channels last. Steps: milliseconds, medians of 12 "
     "(2×512) and 8 (4×2048) after 5; lengths that vary: the mean of thirty steps after ten, 4 × 200 to 2048 tokens, the same "
     "lengths for all contenders. LoRA: PEFT's adapters of rank 16 on all linears of a frozen Llama-3-8B shape, whose layers "
     "are recomputed in the backward; the median of 7 steps after 4. Generate: 8 prompts of 64 tokens, 64 new ones, "
@@ -55,11 +58,10 @@ def host_us(call: Callable[[], object], calls: int = 300) -> float:
     return statistics.median(found)
 
 
-def linear(name: str) -> Iterator[tuple[str, float]]:
-    model = nn.Sequential(nn.Linear(2048, 2048, bias=False, device=DEVICE, dtype=torch.bfloat16))
-    convert(model, name)
-    x = torch.randn(256, 2048, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    gradient = torch.randn_like(x)
+def layer_us(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+    """Return the microseconds of forward and backward, and of forward under no_grad, of a model of one layer."""
+    x.requires_grad_()
+    gradient = torch.randn_like(model(x))
 
     def both() -> None:
         model(x).backward(gradient)
@@ -69,8 +71,33 @@ def linear(name: str) -> Iterator[tuple[str, float]]:
         with torch.no_grad():
             model(x)
 
-    yield "linear, forward and backward, µs of the CPU", host_us(both)
-    yield "linear, no_grad, µs of the CPU", host_us(evaluate)
+    return host_us(both), host_us(evaluate)
+
+
+def linear(name: str, width: int = 2048) -> Iterator[tuple[str, float]]:
+    model = nn.Sequential(nn.Linear(width, width, bias=False, device=DEVICE, dtype=torch.bfloat16))
+    convert(model, name)
+    both, evaluate = layer_us(model, torch.randn(256, width, device=DEVICE, dtype=torch.bfloat16))
+    which = "linear" if width == 2048 else f"linear {width}×{width}"
+    yield f"{which}, forward and backward, µs of the CPU", both
+    yield f"{which}, no_grad, µs of the CPU", evaluate
+
+
+def narrow(name: str) -> Iterator[tuple[str, float]]:
+    yield from linear(name, 768)
+
+
+def pointwise(name: str) -> Iterator[tuple[str, float]]:
+    if name != "bf16" and name not in RECIPES:  # the others leave convolutions alone
+        return
+    for stride in (1, 2):
+        layer = nn.Conv2d(256, 256, 1, stride, bias=False, device=DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(8, 256, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+        model = nn.Sequential(layer.to(memory_format=torch.channels_last))
+        if name in RECIPES:
+            quantize_(model, RECIPES[name], min_gain=0)
+        both, _ = layer_us(model, x.to(memory_format=torch.channels_last))
+        yield f"1×1 convolution, stride {stride}, forward and backward, µs of the CPU", both
 
 
 def steps(name: str, lengths: list[tuple[int, int]], adapted: bool = False) -> list[float]:
@@ -133,13 +160,14 @@ def generate(name: str) -> Iterator[tuple[str, float]]:
     yield "generate, 8 × 64", last * 1e3
 
 
-CASES = {case.__name__: case for case in (linear, short, full, varying, generate, lora)}
+CASES = {case.__name__: case for case in (linear, narrow, pointwise, short, full, varying, generate, lora)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = results.parser_of(__doc__, "users")
     parser.add_argument("--contenders", nargs="+", default=["bf16", "torchao-tensorwise", "halo1-int8", "halo0-fp8"])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    default = [case for case in CASES if case not in ("narrow", "pointwise")]  # which are for HOT
+    parser.add_argument("--cases", nargs="+", default=default, choices=list(CASES))
     return parser.parse_args(argv)
 
 

@@ -68,18 +68,26 @@ def record(function: Callable[..., tuple], tensors: tuple) -> Program | None:
     try:
         made = function(*given)
         results = [None if x is None else _whole(x) for x in made]
-        fills = [_fill(memory, recording) for memory in _new_memory(recording, results) if memory.fill is not None]
+        storages: list[Any] = [None if x is None else x.memory for x in given] + [memory for memory in results if memory]
+        temporaries = [m for m in _new_memory(recording, []) if all(m is not storage for storage in storages)]
+        zeroed = [m for m in temporaries if m.fill == 0]
+        filled = [m for m in _new_memory(recording, results) if m.fill is not None and all(m is not z for z in zeroed)]
+        fills = [_fill(memory, recording) for memory in filled]
     except Unsupported:
         return None
-    recording = fills + recording
-    storages: list[Any] = [None if x is None else x.memory for x in given] + [memory for memory in results if memory]
+    device = next(x.device for x in given if x is not None)
     temporary = len(storages)
     offsets: dict[int, int] = {}
-    temporary_bytes, constants = 0, []
-    for memory in _new_memory(recording, []):
-        if all(memory is not storage for storage in storages):
-            offsets[id(memory)] = temporary_bytes
-            temporary_bytes += cdiv(memory.nbytes(), _ALIGNMENT) * _ALIGNMENT
+    temporary_bytes, zeroed_bytes, constants = 0, 0, []
+    for memory in (*zeroed, *(m for m in temporaries if m.fill != 0)):
+        offsets[id(memory)] = temporary_bytes
+        temporary_bytes += cdiv(memory.nbytes(), _ALIGNMENT) * _ALIGNMENT
+        zeroed_bytes = temporary_bytes if memory.fill == 0 else zeroed_bytes
+    if zeroed:  # they lie side by side, so that one launch fills them
+        zeros = Memory((zeroed_bytes // 4,), (1,), torch.int32, device, 0)
+        offsets[id(zeros)] = 0
+        fills.insert(0, _fill(zeros, recording))
+    recording = fills + recording
 
     def argument(x: Any) -> Argument:
         if isinstance(x, torch.Tensor):
@@ -95,9 +103,8 @@ def record(function: Callable[..., tuple], tensors: tuple) -> Program | None:
     own = [a.offset for _, arguments in launches for a in arguments if a.storage >= len(tensors)]
     if any(offset % 16 for offset in own) or any(constant.data_ptr() % 16 for constant in constants):
         return None  # kernels count on pointers at multiples of 16 bytes, as new memory has them
-    device = next(x.device for x in given if x is not None)
     made_of = [None if memory is None else (memory.shape, memory.stride, memory.dtype) for memory in results]
-    return Program(device, len(tensors), made_of, temporary_bytes, constants, launches)
+    return Program(device, len(tensors), made_of, temporary_bytes, constants, launches, zeroed_bytes)
 
 
 def _whole(x: Any) -> Memory:

@@ -17,6 +17,10 @@ out its calls, one after the other, as in this function of a quantiser of rows::
             v13(*v14, stream, *v15, p0, p2, p3, v16, *v17)     # Triton's C function, one line for each launch
         return x2, x3
 
+Where quantisers need small zeroed memory, it is a part of a larger one that was filled before
+(:mod:`halo_tensor.kernels.zeros`), and the launch that would fill it is left out. Such a recording is not repeated while a
+CUDA graph is captured, or hooks observe launches: its function runs.
+
 The variables v hold numbers, objects and constants. They belong to a function around this one, so recordings that differ in
 sizes only share its code.
 """
@@ -27,8 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from halo_tensor.fences.pytorch import allocator, current_device, current_raw_stream
+from halo_tensor.fences.pytorch import allocator, current_device, current_raw_stream, is_capturing
 from halo_tensor.fences.triton_launch import is_observed
+from halo_tensor.kernels import zeros
 from halo_tensor.kernels.launch import SizedLaunch
 
 #: How often a program is written anew: a kernel can be launched by a C function after its first launch.
@@ -87,6 +92,7 @@ class Program:
         constants: tensors that are the same in every call.
         launches: each with its arguments. They lie in the function's arguments, then in its results without None, in the
             temporary matrices, and in the constants.
+        zeroed_bytes: the first bytes of the temporary matrices, which the first launch fills with zeros.
 
     Attributes:
         repeat: takes the function's arguments, and returns its results; or None, and does nothing, if the arguments do not lie
@@ -101,9 +107,10 @@ class Program:
         temporary_bytes: int,
         constants: Sequence[torch.Tensor],
         launches: Sequence[tuple[Any, tuple[Argument, ...]]],
+        zeroed_bytes: int = 0,
     ):
         self.device, self.given, self.results = device, given, results
-        self.temporary_bytes, self.constants = temporary_bytes, constants
+        self.temporary_bytes, self.constants, self.zeroed_bytes = temporary_bytes, constants, zeroed_bytes
         self.steps = [Step(*launch) for launch in launches]
         self.repeat: Callable[..., Sequence[Any] | None] = self._repeat_and_write
         self._written = 0
@@ -129,41 +136,57 @@ class Program:
         """Return the function that repeats the recording."""
         source = _Source()
         body, name = source.body, source.name
+        on_gpu = self.device.index is not None  # tensors on a GPU have an index
+        takes_zeros = on_gpu and 0 < self.zeroed_bytes <= zeros.LARGEST and all(step.bound for step in self.steps)
+        steps = self.steps[1:] if takes_zeros else self.steps
         made = [result for result in self.results if result is not None]
-        made += [((self.temporary_bytes,), (1,), torch.uint8)] if self.temporary_bytes else []
+        temporary = self.given + len(made)
+        allocates = self.temporary_bytes > (self.zeroed_bytes if takes_zeros else 0)
+        made += [((self.temporary_bytes,), (1,), torch.uint8)] if allocates else []
         storages = [f"x{i}" for i in range(self.given + len(made))]
-        storages += [] if self.temporary_bytes else ["None"]
+        storages += [] if allocates else ["None"]
         pointers = [f"p{i}" for i in range(len(storages))] + [name(constant.data_ptr()) for constant in self.constants]
         storages += [name(constant) for constant in self.constants]
-        used = {argument.storage for step in self.steps for argument in step.arguments}
+
+        def in_zeros(argument: Argument) -> bool:
+            return takes_zeros and argument.storage == temporary and argument.offset < self.zeroed_bytes
 
         def pointer(argument: Argument) -> str:
-            return pointers[argument.storage] + (f" + {name(argument.offset)}" if argument.offset else "")
+            start = "zeros" if in_zeros(argument) else pointers[argument.storage]
+            return start + (f" + {name(argument.offset)}" if argument.offset else "")
 
-        on_gpu = self.device.index is not None  # tensors on a GPU have an index
+        used = {argument.storage for step in steps for argument in step.arguments if not in_zeros(argument)}
         if on_gpu:
             index = name(self.device.index)
             body.append(f"if {name(current_device)}() != {index}: return None")
-        given = {pointer(a): None for step in self.steps for a in step.arguments if a.storage < self.given}
+        given = {pointer(a): None for step in steps for a in step.arguments if a.storage < self.given}
         body += [f"p{i} = x{i}.data_ptr()" for i in range(self.given) if i in used]
         body += [f"if ({' | '.join(given)}) & 15: return None"] if given else []
+        if takes_zeros:
+            body.append(f"if {name(is_capturing)}() or {name(is_observed)}(): return None")
         empty = name(allocator(self.device))
         for i, how in enumerate(made, self.given):
             body.append(f"x{i} = {empty}({', '.join(map(name, how))})")
             body += [f"p{i} = x{i}.data_ptr()"] if i in used else []
-        everything = f"({', '.join(storages)},)"
-        body.append(f"if {name(is_observed)}(): {name(self._launch_all)}({everything})")
-        body.append("else:")
-        body += [f"    stream = {name(current_raw_stream)}({index})"] if on_gpu else []
-        for step in self.steps:
+        launching, everything = _Source.lines(body), f"({', '.join(storages)},)"
+        if not takes_zeros:
+            body.append(f"if {name(is_observed)}(): {name(self._launch_all)}({everything})")
+            body.append("else:")
+            launching = _Source.lines(body, "    ")
+        if on_gpu:
+            launching(f"stream = {name(current_raw_stream)}({index})")
+        if takes_zeros:
+            launching(f"memory, zeros = {name(zeros.take)}({name(self.device)}, stream, {name(self.zeroed_bytes)})")
+        for step in steps:
             if step.bound is None:
-                body.append(f"    {name(step.run)}({everything})")
+                launching(f"{name(step.run)}({everything})")
             else:
-                body.append("    " + step.bound.source([pointer(a) for a in step.arguments], "stream", name))
-        body += ["    pass"] if not self.steps else []
+                launching(step.bound.source([pointer(a) for a in step.arguments], "stream", name))
+        if not steps:
+            launching("pass")
         rest = iter(range(self.given, len(storages)))
         returned = ["None" if result is None else f"x{next(rest)}" for result in self.results]
-        body.append(f"return {', '.join(returned)},")
+        body.append(f"return ({' '.join(f'{result},' for result in returned)})")
         return source.function([f"x{i}" for i in range(self.given)])
 
 
@@ -178,6 +201,11 @@ class _Source:
     def __init__(self) -> None:
         self.body: list[str] = []
         self.objects: dict[str, Any] = {}
+
+    @staticmethod
+    def lines(body: list[str], indent: str = "") -> Callable[[str], None]:
+        """Return a function that adds a line."""
+        return lambda line: body.append(indent + line)
 
     def name(self, value: Any) -> str:
         """Return the variable that holds an object."""

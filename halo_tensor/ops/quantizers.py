@@ -211,20 +211,26 @@ def requantize_(
     codes: list[Tensor],
     scales: list[Tensor],
     gains: list[Tensor],
+    transposed: bool = False,
 ) -> None:
     """Do :func:`rotate_quantize_` for many matrices of any shapes on one device. It is not for compiled code.
 
     Args:
         xs, codes, scales: the matrices, and what to overwrite, in the same order. Codes of fp6 may all be packed, uint8.
         gains: one for each matrix, or an empty list.
+        transposed: whether the codes are transposed ones, which have no gains.
     """
     if xs and runs_kernels(xs[0].device) and not granularity.is_blocked:
         from halo_tensor.kernels.quantize import many
 
+        if transposed:
+            many.requantize_transposed_(xs, row_rotation, column_rotation, format, granularity.name, codes, scales)
+            return
         many.requantize_(xs, row_rotation, column_rotation, format, granularity.name, codes, scales, gains)
         return
     for i, (x, code, scale) in enumerate(zip(xs, codes, scales, strict=True)):
         gain = gains[i] if gains else None
         new_codes, new_scales = reference.rotate_quantize(x, row_rotation, column_rotation, format, granularity, gain=gain)
+        new_codes = new_codes.t() if transposed else new_codes
         code.copy_(pack_rows(new_codes, format) if code.dtype is torch.uint8 else new_codes)
         scale.copy_(new_scales)

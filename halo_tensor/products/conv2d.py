@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
+from halo_tensor.products import eager_backward
 from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
 from halo_tensor.products.compressed_conv2d import conv2d as compressed_conv2d
 from halo_tensor.products.linear import product_dtype, refuse_tracing
@@ -237,4 +238,7 @@ def conv2d(
     if not recipe.quantizes_convolution(geometry.is_pointwise):
         return compressed_conv2d(x, weight, bias, recipe, geometry[1:], dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled())
+        y = None
+        if geometry.is_pointwise and geometry.groups == 1 and geometry.padding == (0, 0):
+            y = eager_backward.pointwise(x, weight, bias, recipe, geometry.stride, dtype)
+        return _Conv2d.apply(x, weight, bias, recipe, geometry, dtype, torch.is_grad_enabled()) if y is None else y

@@ -4,7 +4,8 @@ The operand path (:mod:`halo_tensor.products.operands`, and ``torch.mm`` of two 
 and calls the dispatcher several times for each kernel. For short inputs this takes the CPU longer than the GPU takes to
 multiply. Here a call looks up the :class:`~halo_tensor.products.lowered.Lowered` of its layer, which only allocates and
 launches. A weight remembers what its last call found. Both paths give the same results, bit for bit. What a tracer or a
-dispatch mode must see takes the operand path.
+dispatch mode must see takes the operand path. Layers with a plain forward, as in HOT, are in
+:mod:`halo_tensor.products.eager_backward`.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import torch
 from halo_tensor.fences.pytorch import applied, autocast_dtype, is_watched, unwrap_if_dead
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.operand.tensor import HadamardQuantTensor
+from halo_tensor.products import eager_backward
 from halo_tensor.products.backward import check_first_derivative
-from halo_tensor.products.lowered import Codes, Layer, Lowered, can_lower
+from halo_tensor.products.eager_backward import check_versions, gradient_of_bias
+from halo_tensor.products.launches import Codes, Layer
+from halo_tensor.products.lowered import Lowered, can_lower
 from halo_tensor.recipe import Recipe
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -82,22 +86,18 @@ class _Linear(torch.autograd.Function):
         w_rows = w_scale = None
         if w is not None:
             w_rows, w_scale, *versions = w
-            if versions != [w_rows._version, w_scale._version]:
-                raise RuntimeError(_WRITTEN)
+            check_versions(w_rows, w_scale, *versions)
         elif master is not None:
             w_rows, _, w_scale = lowered.quantize_w(master.detach())
-        numbers = shape, e.stride(), x_columns is None, w_rows is None
-        grad_x, grad_w = lowered.backward(numbers, e, x_columns, x_scale, w_rows, w_scale, *gains)
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_bias = e.reshape(-1, e.shape[-1]).sum(0, dtype=torch.float32).to(lowered.layer.bias)
+        grad_x = grad_w = None
+        if w_rows is not None or x_columns is not None:
+            # Hooks on saved tensors may give back a copy, of other strides.
+            numbers = shape, e.stride(), None if x_columns is None else x_columns.stride(), w_rows is None
+            grad_x, grad_w = lowered.backward(numbers, e, x_columns, x_scale, w_rows, w_scale, *gains)
+        grad_bias = gradient_of_bias(e, lowered.layer.bias) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_bias, None, None, None
 
 
-_WRITTEN = (
-    "a weight that is needed for gradient computation has been modified by an inplace operation: it was written to between "
-    "forward and backward"
-)
 _linear = applied(_Linear)
 
 #: (id of a recipe, widths, dtypes, device, …) -> the recipe, so that its id stays its own, and the layer; None if it
@@ -120,6 +120,8 @@ def linear(
     if type(x) is not torch.Tensor or is_watched():
         return None
     x = unwrap_if_dead(x)
+    if weight.recipe.has_plain_output:
+        return eager_backward.linear(x, weight, bias) if operand_x is None else None
     operand, ready, shape = weight.operand, weight.codes_state.ready, x.shape
     if (
         ready is None

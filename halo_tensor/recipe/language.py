@@ -228,6 +228,11 @@ class Recipe(Constant):
         """The layouts of scales that the products use, each once."""
         return tuple(dict.fromkeys(o.granularity for o in self._operands if o.format is not None))
 
+    @cached_property
+    def has_plain_output(self) -> bool:
+        """Whether output is computed in high precision, without rotations."""
+        return self.output.left.is_plain and self.output.right.is_plain
+
     @property
     def _operands(self) -> list[Operand]:
         products = [getattr(self, name) for name in PRODUCTS]

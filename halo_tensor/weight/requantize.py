@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     device: torch.device
     packed: bool
     stacked: bool  #: whether the weights are stacks of experts
+    transposed: bool  #: whether transposed codes are held, for grad_input alone
 
 
 #: A kind -> the first one that equals it, so that equal ones are known by their id.
@@ -59,12 +60,10 @@ _step = _Step()
 
 
 def requantize_all(pairs: list[tuple[HaloWeight, torch.Tensor]]) -> None:
-    """Make the codes of weights anew from their dense values, with one op for all that are quantised alike in output."""
+    """Make the codes of weights anew from their dense values, with one op for all that are quantised alike."""
     alike: dict[tuple[int, bool], tuple[Kind, list[HadamardQuantTensor], list[torch.Tensor]]] = {}
     for weight, dense in pairs:
-        operand = weight.operand
-        if weight.grad_input_operand is not None:
-            weight.grad_input_operand.requantize_(dense)
+        operand = weight.grad_input_operand if weight.operand is None else weight.operand  # it holds one of them
         if operand is None:
             continue
         kind = _kind_of(weight, operand)
@@ -78,15 +77,16 @@ def requantize_all(pairs: list[tuple[HaloWeight, torch.Tensor]]) -> None:
         found[1].append(operand)
         found[2].append(dense)
     for kind, operands, xs in alike.values():
-        if len(operands) == 1:
+        if len(operands) == 1 and not kind.transposed:
             operands[0].requantize_(xs[0])
             continue
-        codes: list[Any] = [operand.codes for operand in operands]
+        codes: list[Any] = [operand.codes_t if kind.transposed else operand.codes for operand in operands]
         scales: list[Any] = [operand.scale for operand in operands]
         gains: list[Any] = [] if operands[0].gain is None else [operand.gain for operand in operands]
         if kind.stacked:
             xs = [operand.as_matrix(x) for operand, x in zip(operands, xs, strict=True)]
-        ops.requantize_(xs, kind.row_rotation, kind.column_rotation, kind.format, kind.granularity, codes, scales, gains)
+        how = kind.row_rotation, kind.column_rotation, kind.format, kind.granularity
+        ops.requantize_(xs, *how, codes, scales, gains, kind.transposed)
         written = [*codes, *scales]
         if kind.stacked:
             for operand in operands:
@@ -106,12 +106,14 @@ def _kind_of(weight: HaloWeight, operand: HadamardQuantTensor) -> Kind | None:
     remembered = weight.codes_state.kind
     if remembered is not None and remembered[0] is operand:
         return remembered[1]
-    codes = operand.codes
+    transposed = operand.codes is None
+    codes = operand.codes_t if transposed else operand.codes
     traced = type(codes) is not torch.Tensor  # or fake
     if codes is None or operand.format is None or operand.scale is None or traced or weight.in_features_first:
         return None
     rotations = operand.row_rotation, operand.column_rotation
-    kind = Kind(*rotations, operand.format, operand.granularity, codes.device, operand.is_packed, operand.ndim == 3)
+    layout = operand.is_packed, operand.ndim == 3, transposed
+    kind = Kind(*rotations, operand.format, operand.granularity, codes.device, *layout)
     kind = _KINDS.setdefault(kind, kind)
     weight.codes_state.kind = operand, kind
     return kind

@@ -9,7 +9,7 @@ import torch
 from halo_tensor.fences.fast_paths import FAST_PATHS
 from halo_tensor.kernels.launch import Launch
 from halo_tensor.kernels.matmul import plan as product
-from halo_tensor.products import eager
+from halo_tensor.products import eager, eager_backward
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -24,6 +24,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Launch, "__call__", noting)
     monkeypatch.setattr(Launch, "bound", lambda self, sizes: None)  # programs then call launches with tensors
     eager._lowered.clear()
+    eager_backward._lowered.clear()
     return names
 
 

@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from halo_tensor.fences import triton_launch
-from halo_tensor.products import eager
+from halo_tensor.products import eager, eager_backward
 
 #: compute capability -> bytes of shared memory that a program may use
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024}
@@ -33,6 +33,7 @@ def forget_plans() -> None:
         if isinstance(value, _lru_cache_wrapper):
             value.cache_clear()
     eager._lowered.clear()
+    eager_backward._lowered.clear()
     for function in gc.get_objects():
         if issubclass(type(function), JITFunction):  # isinstance would follow a weak reference, which may be dead
             function.device_caches.clear()

@@ -9,9 +9,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from halo_tensor import halo_config, quantize_
+from halo_tensor import halo_config, hot_config, quantize_
 from halo_tensor.kernels.launch import Launch
-from halo_tensor.products import eager
+from halo_tensor.products import eager, eager_backward
 from halo_tensor.weight.requantize import requantize_all
 from halo_tensor.weight.sharded_parameters import shard_of
 from tests.helpers import interpreter
@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interp
 
 @runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=3)
+    interpreter.run(__file__, at_least=4)
 
 
 def model_of(dtype: str) -> nn.Module:
@@ -72,6 +72,26 @@ def test_gathered_weights_take_the_eager_path(world, dtype):
     assert losses == alone or dtype != "int8"
     assert launched.count("whole_rows_of_many") == 1, "two weights with rows of 64"
     assert "pack_kernel" not in launched or dtype == "fp6"
+
+
+@on_ranks(2)
+@interpreted
+def test_gathered_weights_of_hot_take_the_eager_path(world):
+    """FSDP2 sends the master, which backward quantises."""
+
+    def model_of_hot() -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 16))
+        quantize_(model, hot_config(rounding="nearest", min_features=0), filter_fn=lambda *_: True)
+        return model
+
+    alone, _ = train(model_of_hot(), 2)
+    made, linear = [], eager_backward.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager_backward, "linear", lambda *args: (made.append((args[1], linear(*args))), made[-1][1])[1])
+        losses, launched = train(shard(model_of_hot()), 2)
+    assert len(made) == 2 and all(weight.is_gathered and y is not None for weight, y in made) and not launched
+    assert losses == pytest.approx(alone, rel=1e-6) and losses[0] != losses[1]
 
 
 @on_ranks(2)

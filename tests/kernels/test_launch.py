@@ -15,11 +15,12 @@ from halo_tensor.fences import triton_launch
 from halo_tensor.fences.fast_paths import LAUNCHER
 from halo_tensor.kernels import launch as launching
 from halo_tensor.kernels import rotate as rotating
-from halo_tensor.kernels.launch import Launch
+from halo_tensor.kernels.launch import Launch, SizedLaunch
 from halo_tensor.kernels.matmul import cublas, few_rows, request, sm80, sm90, tma
 from halo_tensor.kernels.matmul import plan as product
 from halo_tensor.kernels.quantize import kernels, tiles, two_gradients, two_operands, whole_rows
 from halo_tensor.kernels.quantize import plan as quantizer
+from halo_tensor.kernels.stand_ins import StandIn
 from halo_tensor.recipe import FP8_E4M3, INT8, Rotation
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error
@@ -77,7 +78,13 @@ def test_no_length_is_planned_for(monkeypatch, config):
     made, launched = [], []
     make = Launch.__init__
     monkeypatch.setattr(Launch, "__init__", lambda self, *args: (made.append(args), make(self, *args))[1])
-    monkeypatch.setattr(Launch, "__call__", lambda self, sizes, *tensors: launched.append(sizes))
+
+    def call(self, sizes, first, *tensors):
+        if isinstance(first, StandIn):
+            return first.record(SizedLaunch(self, sizes), (first, *tensors))
+        launched.append(sizes)
+
+    monkeypatch.setattr(Launch, "__call__", call)
     layer = nn.Sequential(nn.Linear(128, 144))
     quantize_(layer, config)
     forget()

@@ -144,4 +144,4 @@ def test_hooks_of_triton_see_launches():
         function(0, drawn(64, 64), None)
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(seen) == len(function.programs[0].steps)
+    assert len(seen) == len(function.programs[0].steps) - 1, "the function runs, in which PyTorch fills with zeros"

@@ -103,6 +103,35 @@ def test_hooks_get_tensors(monkeypatch):
             assert seen == [((4,), (1,), dtype) for dtype in (torch.float32, torch.int8, torch.float32, torch.float32)]
 
 
+def test_zeroed_memory_is_taken_of_what_was_filled(monkeypatch):
+    """And not while a graph is captured or hooks observe launches. A launch that cannot be bound needs the one that fills."""
+    calls: list = []
+    launches = [
+        (Noting(calls), (argument(2, shape=(64,), dtype=torch.int32),)),
+        (Noting(calls), (argument(0), argument(2, 128, dtype=torch.int32), argument(2, 256), argument(1))),
+    ]
+    taken, watching = [], {"is_capturing": False, "is_observed": False}
+    monkeypatch.setattr(repeating.zeros, "take", lambda *how: (taken.append(how), (None, 4096))[1])
+    for who in watching:
+        monkeypatch.setattr(repeating, who, lambda who=who: watching[who])
+    x = torch.randn(16)
+    repeated = Program(DEVICE, 1, [((4,), (1,), torch.float32)], 512, [], launches, 256)
+    for _ in range(4):
+        calls.clear()
+        (made,) = repeated.repeat(x)
+        ((*_, first, zeroed, temporary, result, _, _),) = calls
+        assert (first, zeroed, result) == (x.data_ptr(), 4096 + 128, made.data_ptr())
+        assert taken.pop() == (DEVICE, STREAM, 256) and temporary not in (zeroed, 4096 + 256)
+    for who in watching:
+        watching[who] = True
+        assert repeated.repeat(x) is None and not taken
+        watching[who] = False
+    monkeypatch.setattr(Noting, "bound", lambda self: None)
+    calls.clear()
+    assert Program(DEVICE, 1, [((4,), (1,), torch.float32)], 512, [], launches, 256).repeat(x) is not None
+    assert [call[0] for call in calls] == ["tensors"] * 2 and not taken
+
+
 def test_a_launch_that_cannot_be_bound_gets_tensors(monkeypatch):
     calls: list = []
     monkeypatch.setattr(Noting, "bound", lambda self: None)

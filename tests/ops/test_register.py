@@ -57,7 +57,7 @@ def test_schemas():
         """\
 halo::rotate_quantize(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor? fold_rows, Tensor? fold_columns, bool rows, bool columns, Tensor? seed, Tensor? gain, bool flat) -> (Tensor, Tensor, Tensor)
 halo::rotate_quantize_(Tensor x, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!) codes, Tensor(b!) scales, Tensor? gain, bool transposed) -> ()
-halo::requantize_(Tensor[] xs, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] gains) -> ()
+halo::requantize_(Tensor[] xs, int[] row_rotation, int[] column_rotation, str format, str granularity, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] gains, bool transposed) -> ()
 halo::quantize_pair(Tensor x, int[] row_rotation, str format, Tensor? fold_columns, Tensor? fold_rows, bool flat) -> (Tensor, Tensor, Tensor, Tensor)
 halo::quantize_pairs(Tensor a, Tensor b, str format, Tensor columns_a, Tensor rows_a, Tensor columns_b, Tensor rows_b, bool flat) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 halo::quantize_both(Tensor x, int[] column_rotation, str format, str granularity, int[] row_rotation, str format_t, str granularity_t, Tensor? seed, bool flat) -> (Tensor, Tensor, Tensor, Tensor)

@@ -1,9 +1,11 @@
 """Quantise many weights again, as after an optimiser's step, with one launch for all weights that are alike.
 
 To issue a launch for each weight takes the CPU longer than the GPU needs to run them. Weights stay where they are from step to
-step, so a table of their addresses is kept on the GPU, and found by these addresses.
+step, so a table of their addresses is kept on the GPU, and found by these addresses. Transposed codes, which two passes over a
+matrix make, have no such launch: the passes over each weight are recorded once for each shape.
 """
 
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from halo_tensor.kernels.quantize import kernels, packing
 from halo_tensor.kernels.quantize.codes import dense
 from halo_tensor.kernels.quantize.plan import Task, rotate_quantize
 from halo_tensor.kernels.quantize.whole_rows import row_constants
+from halo_tensor.kernels.recorded import Recorded
 from halo_tensor.kernels.rotate import Matrix
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
@@ -113,6 +116,35 @@ def requantize_(
         )  # fmt: skip
         if packed is not None:
             packing.pack_rows_(target, format, packed)
+
+
+def requantize_transposed_(
+    xs: list[torch.Tensor],
+    row_rotation: Rotation | None,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: str,
+    codes: list[torch.Tensor],
+    scales: list[torch.Tensor],
+) -> None:
+    """Quantise each matrix again in place of its transposed codes and its scales."""
+    requantize = _requantizer(row_rotation, column_rotation, format, granularity)
+    for x, code, scale in zip(xs, codes, scales, strict=True):
+        requantize((x.shape, x.stride(), x.dtype, x.device, code.stride()), x, code, scale)
+
+
+@lru_cache(maxsize=256)
+def _requantizer(
+    row_rotation: Rotation | None, column_rotation: Rotation | None, format: Format, granularity: str
+) -> Recorded:
+    """Return a function of (whatever the launches depend on, x, transposed codes, scales) that overwrites the last two."""
+
+    def requantize(numbers: tuple, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> tuple[()]:
+        into = codes, scales
+        rotate_quantize(x, row_rotation, column_rotation, format, granularity, None, None, False, True, into)
+        return ()
+
+    return Recorded(requantize)
 
 
 def _plan(

@@ -46,11 +46,10 @@ def rotate_quantize(
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
     plain = all(t is None for t in (fold_rows, fold_columns, gain, seed))
-    if plain and columns and not rows and column_rotation is None and row_rotation and granularity in ("column", "tensor"):
-        second = Side(row_rotation, format, granularity == "column")
-        if fits(x, None, second):
-            _, codes_t, _, scales = operands_quantizer(x.dtype, x.device, None, second)(x, None, into)
-            return None, codes_t, scales
+    if plain and columns and not rows and column_rotation is None:
+        quantize = columns_quantizer(x.dtype, x.device, row_rotation, format, granularity)
+        if quantize is not None:
+            return None, *quantize(x, into)
     if gain is not None and x.dtype == torch.float16:
         x, gain = x * gain, None  # in float32, since the result may be outside of float16's range
     # Kernels fold along rows where scales lie along columns, and the other way round.
@@ -134,15 +133,60 @@ def quantize_both(
     """
     if x.dtype == torch.float64:
         x = x.to(torch.float32)
-    first = Side(column_rotation, format, granularity == "row", seed is not None)
+    how = column_rotation, format, granularity, row_rotation, format_t, granularity_t
+    return both_quantizer(x.dtype, x.device, *how, seed is not None)(x, seed)
+
+
+def both_quantizer(
+    dtype: torch.dtype,
+    device: torch.device,
+    column_rotation: Rotation | None,
+    format: Format,
+    granularity: str,
+    row_rotation: Rotation | None,
+    format_t: Format,
+    granularity_t: str,
+    noisy: bool,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return :func:`quantize_both` for matrices of ``dtype``, as a function of (x, seed).
+
+    Args:
+        noisy: whether a seed is given.
+    """
+    first = Side(column_rotation, format, granularity == "row", noisy)
     second = Side(row_rotation, format_t, granularity_t == "column")
-    if fits(x, first, second):
-        codes, codes_t, scales, scales_t = operands_quantizer(x.dtype, x.device, first, second)(x, seed)
-    else:
+    if dtype != torch.float64 and fits(_like(dtype, device), first, second):
+        return operands_quantizer(dtype, device, first, second)
+
+    def one_by_one(x: torch.Tensor, seed: torch.Tensor | None) -> tuple:
         codes, _, scales = rotate_quantize(x, None, column_rotation, format, granularity, None, None, True, False, seed=seed)
         _, codes_t, scales_t = rotate_quantize(x, row_rotation, None, format_t, granularity_t, None, None, False, True)
-    assert codes is not None and codes_t is not None
-    return codes, codes_t, scales, scales_t
+        return codes, codes_t, scales, scales_t
+
+    return one_by_one
+
+
+def columns_quantizer(
+    dtype: torch.dtype, device: torch.device, row_rotation: Rotation | None, format: Format, granularity: str
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Return a function of (x, into) that returns the transposed codes and the scales of Rᵀ_row x for matrices of ``dtype``,
+    rounded to nearest, by two launches; None if other launches make them. ``into``: see :func:`rotate_quantize`."""
+    second = Side(row_rotation, format, granularity == "column")
+    known = row_rotation is not None and granularity in ("column", "tensor") and dtype != torch.float64
+    if not known or not fits(_like(dtype, device), None, second):
+        return None
+    quantize = operands_quantizer(dtype, device, None, second)
+
+    def columns(x: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        _, codes_t, _, scales = quantize(x, None, into)
+        return codes_t, scales
+
+    return columns
+
+
+def _like(dtype: torch.dtype, device: torch.device) -> Matrix:
+    """Return what stands for any matrix of ``dtype``."""
+    return Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
 
 
 def pair_quantizer(
@@ -158,8 +202,7 @@ def pair_quantizer(
     Args:
         folds_columns, folds_rows: whether the folds are given.
     """
-    like = Matrix(torch.Size((1, 1)), (1, 1), dtype, device)
-    if dtype == torch.float64 or not _rotates_pair_on_tiles(like, row_rotation):
+    if dtype == torch.float64 or not _rotates_pair_on_tiles(_like(dtype, device), row_rotation):
         return lambda x, *folds: quantize_pair(x, row_rotation, format, *folds)
     return tile_quantizer(dtype, device, row_rotation, None, format, "row", "column", folds_columns, folds_rows, True, True, 0)
 
