@@ -17,7 +17,7 @@ from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
 from halo_tensor.kernels.quantize.kernels import load_matrix, product, scale_of, write_scale
-from halo_tensor.kernels.quantize.rounding import maximum, noise, round_by, round_to_code, unlifted
+from halo_tensor.kernels.quantize.rounding import maximum, noise, noise_streams, round_by, round_to_code, unlifted
 from halo_tensor.kernels.rotate import TILE, norm, product_dtype
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
@@ -141,32 +141,43 @@ def cast_for_operands(
     """
     # Programs go through the tiles in reverse order, because amax_of_operands has left the last ones in L2.
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
+    first_tile = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
     h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
     h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
     if ROW_SCALE > 0:
         row_scale = scale_of(amax, rows, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
         row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None]
+        write_scale(row_scales, unlifted(row_scale, STEP, False), rows, M, first_tile, ROW_SCALE)
+        if NOISY:
+            streams = noise_streams(seed, rows)[:, None]
+    if COLUMN_SCALE == 1:
+        any_column = tl.arange(0, WIDTH)
+        column_scale = scale_of(amax_t, any_column, K, INVERSE_MAX_T, 1, WIDTH)
+        write_scale(column_scales, unlifted(column_scale, STEP_T, False), any_column, K, tile_row + first_tile, 1)
+        column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None]
     for i in tl.range(0, TILES, num_stages=STAGES):
-        tile_column = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES + i
+        tile_column = first_tile + i
         columns = tile_column * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
             y = _times(tile, h_right, RIGHT, NORM) * row_inverse
-            write_scale(row_scales, unlifted(row_scale, STEP, False), rows, M, tile_column, ROW_SCALE)
             index = tl.arange(0, WIDTH_OUT)
-            out = tile_column * WIDTH_KEPT + index
+            first = tile_column * WIDTH_KEPT
+            out = first + index
             if NOISY:
-                q = round_by(noise(seed, rows, out, False), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                drawn = noise(streams, first, index[None, :]) if WIDTH_KEPT % 16 == 0 else noise(streams, 0, out[None, :])
+                q = round_by(drawn, y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(rows < M)[:, None] & ((index < WIDTH_KEPT) & (out < COLUMNS_OUT))[None, :])
         if COLUMN_SCALE > 0:
-            scale = scale_of(amax_t, columns, K, INVERSE_MAX_T, COLUMN_SCALE, WIDTH)
-            write_scale(column_scales, unlifted(scale, STEP_T, False), columns, K, tile_row, COLUMN_SCALE)
-            inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), scale)[:, None]
-            y = _times(tl.trans(tile), h_left, LEFT, NORM_T) * inverse
+            if COLUMN_SCALE == 2:
+                column_scale = scale_of(amax_t, columns, K, INVERSE_MAX_T, 2, WIDTH)
+                write_scale(column_scales, unlifted(column_scale, STEP_T, False), columns, K, tile_row, 2)
+                column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None]
+            y = _times(tl.trans(tile), h_left, LEFT, NORM_T) * column_inverse
             q = round_to_code(y, CODE_T, MANTISSA_T, MIN_EXPONENT_T, MAX_T, STEP_T)
             index = tl.arange(0, HEIGHT_OUT)
             out = tile_row * HEIGHT_KEPT + index
