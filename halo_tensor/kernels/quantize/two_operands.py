@@ -79,11 +79,11 @@ def _raise_one(amax, most, LENGTH: tl.constexpr):
     tl.atomic_max(amax + tl.arange(0, 1), largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def amax_of_operands(
     x, amax, amax_t, right, left,
-    M, K, stride_row, stride_column,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    M, K, TILES, stride_row, stride_column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
 ):  # fmt: skip
@@ -119,11 +119,11 @@ def amax_of_operands(
         _raise_one(amax_t, most_t, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def cast_for_operands(
     x, amax, amax_t, seed, codes, codes_t, row_scales, column_scales, right, left,
-    M, K, COLUMNS_OUT, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    M, K, TILES, COLUMNS_OUT, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
     ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
     WIDTH_KEPT: tl.constexpr, HEIGHT_KEPT: tl.constexpr, NOISY: tl.constexpr,
@@ -261,7 +261,7 @@ def plan_operands(
 
     def cast_integers(m: int, k: int, *strides: int) -> tuple[int, ...]:
         columns_out, rows_out = reference.rotated(k, column_rotation), reference.rotated(m, row_rotation)
-        return m, k, columns_out, rows_out, *strides, aligned(columns_out), aligned(rows_out)
+        return columns_out, rows_out, *strides, aligned(columns_out), aligned(rows_out)
 
     return (
         _plan_pass(amax_of_operands, dtype, device, column_rotation, row_rotation, None, flags | fusion),
@@ -294,8 +294,8 @@ def _plan_pass(
     integers: Callable[..., tuple[int, ...]] | None,
     constants: dict[str, Any],
 ) -> Planned:
-    """Return the launches of one pass. ``integers`` maps (rows, columns, strides of x) to the kernel's integers, if they are
-    others."""
+    """Return the launches of one pass. ``integers`` maps (rows, columns, strides of x) to the kernel's integers after the
+    number of tiles, if they are not the strides."""
     edge = max(rotation.edge if rotation else 1 for rotation in (column_rotation, row_rotation))
     height, width, most, stages, warps = tiles_of(
         kernel, dtype, device, edge, not (constants["ROW_SCALE"] and constants["COLUMN_SCALE"])
@@ -313,15 +313,11 @@ def _plan_pass(
         block_diagonal(row_rotation, height, of, device, transposed=False) if row_rotation else None,
     )
 
-    def count_for(m: int, k: int, *strides: int) -> int:
-        """Return the class of ``k`` columns: how many tiles of a row of tiles a program takes, a power of two."""
-        return min(most, 1 << max(cdiv(k, width) - 1, 0).bit_length())
+    def sizes(m: int, k: int, *strides: int) -> tuple:
+        across = cdiv(k, width)
+        tiles = cdiv(across, max(1, cdiv(across, most)))  # of a program; all have about as many
+        grid = cdiv(m, height), cdiv(across, max(1, tiles))
+        return grid, (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
 
-    def prepare(count: int) -> Variant:
-        def sizes(m: int, k: int, *strides: int) -> tuple:
-            grid = cdiv(m, height), cdiv(k, width * count)
-            return grid, (m, k, *strides) if integers is None else integers(m, k, *strides)
-
-        return Variant(Launch(kernel, options | {"TILES": count} | constants), sizes, matrices)
-
-    return Planned(prepare, count_for)
+    launch = Launch(kernel, options | constants)
+    return Planned(lambda _: Variant(launch, sizes, matrices))
