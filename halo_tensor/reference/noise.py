@@ -25,7 +25,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻⁸.
 
-    Row i has hash(hash(i ⊕ low) ⊕ high ⊕ STEP), for the low and the high 32 bits of the seed. Columns c, c + 1, c + 8 and c + 9 of a
+    Row i has hash(hash(i ⊕ hash(low ⊕ STEP)) ⊕ high), for the low and the high 32 bits of the seed. Columns c, c + 1, c + 8 and c + 9 of a
     row share a hash of 32 bits, that of the row's plus a multiple of STEP, and each takes a byte of it. A thread of a kernel
     holds these four columns of a product on matrix units.
 
@@ -34,7 +34,8 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         rows, columns: the shape of the matrix that is rounded.
     """
     row, column = (torch.arange(n, device=seed.device) for n in (rows, columns))
-    of_rows = _mix(_mix(row ^ (seed & _WORD)) ^ ((seed >> 32) & _WORD) ^ STEP)
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    of_rows = _mix(_mix(row ^ _mix(low ^ STEP)) ^ high)
     groups = (column >> 4 << 2) | (column >> 1 & 3)
     byte = (column & 1) | (column >> 2 & 2)
     hashes = _mix((of_rows[:, None] + groups * STEP) & _WORD)

@@ -48,7 +48,7 @@ def by_hand(seed, i, j):
         x = (x ^ x >> 15) * 0x735A2D97 % 2**32
         return x ^ x >> 15
 
-    row = mix(mix(i ^ seed % 2**32) ^ seed >> 32 ^ 0x9E3779B9)
+    row = mix(mix(i ^ mix(seed % 2**32 ^ 0x9E3779B9)) ^ seed >> 32)
     four = mix((row + (j // 16 * 4 + j // 2 % 4) * 0x9E3779B9) % 2**32)
     return four.to_bytes(4, "little")[j % 2 + j // 8 % 2 * 2]
 

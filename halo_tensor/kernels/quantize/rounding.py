@@ -128,7 +128,8 @@ else:  # Each is one instruction, the second one for two numbers. ptxas takes th
 def noise_streams(seed, rows):
     """Return what :func:`noise` needs of some rows of the matrix that is rounded."""
     key = tl.load(seed)
-    return _mix(_mix(rows.to(tl.uint32) ^ key.to(tl.uint32)) ^ (key >> 32).to(tl.uint32) ^ 0x9E3779B9)
+    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    return _mix(_mix(rows.to(tl.uint32) ^ _mix(low ^ 0x9E3779B9)) ^ high)
 
 
 @triton.jit
