@@ -25,9 +25,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻⁸.
 
-    Row i has hash(hash(i ⊕ hash(low ⊕ STEP)) ⊕ high), for the low and the high 32 bits of the seed. Columns c, c + 1, c + 8 and c + 9 of a
-    row share a hash of 32 bits, that of the row's plus a multiple of STEP, and each takes a byte of it. A thread of a kernel
-    holds these four columns of a product on matrix units.
+    Row i has hash(hash(i ⊕ hash(low ⊕ STEP)) ⊕ high), for the low and the high 32 bits of the seed. Its columns c to c + 3,
+    for c a multiple of 4, are the bytes of the hash of that number plus c·STEP, so that one hash serves four elements.
 
     Args:
         seed: int64 [1].
@@ -36,7 +35,5 @@ def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     row, column = (torch.arange(n, device=seed.device) for n in (rows, columns))
     low, high = seed & _WORD, (seed >> 32) & _WORD
     of_rows = _mix(_mix(row ^ _mix(low ^ STEP)) ^ high)
-    groups = (column >> 4 << 2) | (column >> 1 & 3)
-    byte = (column & 1) | (column >> 2 & 2)
-    hashes = _mix((of_rows[:, None] + groups * STEP) & _WORD)
-    return (hashes >> 8 * byte & 0xFF).to(torch.float32) * 2.0**-8
+    hashes = _mix((of_rows[:, None] + (column & -4) * STEP) & _WORD)
+    return (hashes >> 8 * (column & 3) & 0xFF).to(torch.float32) * 2.0**-8

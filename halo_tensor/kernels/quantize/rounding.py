@@ -137,13 +137,11 @@ def noise(streams, first, columns):
     """Return :func:`halo_tensor.reference.noise.uniform` of elements, plus FINE_ROUNDER.
 
     streams: of their rows, [rows, 1]; or [1, rows], if a tile has the rows of the matrix as its columns.
-    first, columns: the columns are their sum, [1, columns] or [columns, 1]; ``first`` is a multiple of 16. The hashes of
-        ``columns`` are shared by elements only if the compiler knows their bits, which it does of an arange.
+    first, columns: the columns are their sum, [1, columns] or [columns, 1], and ``first`` is a multiple of 4. The compiler
+        sees that four elements share a hash if ``columns`` is an arange.
     """
-    columns = columns.to(tl.uint32)
-    groups = ((columns >> 4) << 2) | ((columns >> 1) & 3)
-    bits = _mix(streams + tl.cast(first >> 2, tl.uint32) * 0x9E3779B9 + groups * 0x9E3779B9)
-    return _fine_rounder(bits, (columns & 1) | ((columns >> 2) & 2)).to(tl.float32, bitcast=True)
+    bits = _mix(streams + tl.cast(first, tl.uint32) * 0x9E3779B9 + (columns & -4).to(tl.uint32) * 0x9E3779B9)
+    return _fine_rounder(bits, (columns & 3).to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

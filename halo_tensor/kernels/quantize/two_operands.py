@@ -211,7 +211,7 @@ def cast_for_operands(
             first = tile_column * WIDTH_KEPT
             out = first + index
             if NOISY:
-                drawn = noise(streams, first, index[None, :]) if WIDTH_KEPT % 16 == 0 else noise(streams, 0, out[None, :])
+                drawn = noise(streams, first, index[None, :]) if WIDTH_KEPT % 4 == 0 else noise(streams, 0, out[None, :])
                 q = round_by(drawn, y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
