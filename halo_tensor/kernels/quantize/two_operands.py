@@ -72,42 +72,40 @@ def _times(tile, matrix, ROTATED: tl.constexpr, NORM: tl.constexpr):
 
 
 # A matrix unit gives a thread pairs of neighbouring columns, eight columns apart, of rows that are eight rows apart. To store
-# 16 bytes of a row, threads would have to exchange codes. So the columns of a product are computed in another order, in which
-# those of a thread become neighbours, and its rows are stored in the order in which Triton's stores take them.
+# 16 bytes of a row, threads would have to exchange codes. So the columns of a product, at most 64, are computed in another
+# order, in which those of a thread become neighbours, and rows are stored in the order in which Triton's stores take them.
 
 
 @triton.jit
 def _load_shuffled(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load a contiguous [ROWS, COLUMNS] matrix with its columns in the order in which products compute them."""
-    CHUNK: tl.constexpr = min(COLUMNS, 64)
+    """Load a contiguous [ROWS, COLUMNS] matrix with its columns in the order in which a product computes them."""
     i = tl.arange(0, COLUMNS)
-    columns = i // CHUNK * CHUNK + i // 2 % 4 * (CHUNK // 4) + i // 8 % (CHUNK // 8) * 2 + i % 2
-    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + columns[None, :])
+    if COLUMNS <= 64:
+        i = i // 2 % 4 * (COLUMNS // 4) + i // 8 * 2 + i % 2
+    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + i[None, :])
 
 
 @triton.jit
-def _in_row_order(y, ROTATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Return a product with a matrix of :func:`_load_shuffled`, its columns in order and its rows in :func:`_row_order`."""
-    if ROTATED:
+def _unshuffled(y, ROTATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Return a product with a matrix of :func:`_load_shuffled`, its columns in order and its rows in that of _row_order."""
+    if ROTATED and COLUMNS <= 64:
         DOWN: tl.constexpr = min(WARPS, ROWS // 16)
-        CHUNK: tl.constexpr = min(COLUMNS, 64)
-        y = tl.reshape(y, (ROWS // (16 * DOWN), DOWN, 2, 8, COLUMNS // CHUNK, CHUNK // 8, 4, 2))
-        y = tl.reshape(tl.permute(y, (0, 2, 1, 3, 4, 6, 5, 7)), (ROWS, COLUMNS))
+        y = tl.reshape(y, (ROWS // (16 * DOWN), DOWN, 2, 8, COLUMNS // 8, 4, 2))
+        y = tl.reshape(tl.permute(y, (0, 2, 1, 3, 5, 4, 6)), (ROWS, COLUMNS))
     return y
 
 
 @triton.jit
-def _row_order(ROTATED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Return the rows of a tile in the order in which _in_row_order returns them."""
+def _row_order(ROTATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
     i = tl.arange(0, ROWS)
-    if ROTATED:
+    if ROTATED and COLUMNS <= 64:
         DOWN: tl.constexpr = min(WARPS, ROWS // 16)
         i = i // (16 * DOWN) * (16 * DOWN) + i // 8 % DOWN * 16 + i // (8 * DOWN) % 2 * 8 + i % 8
     return i
 
 
 @triton.jit
-def _columns_of_codes(ROTATED: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns_out(ROTATED: tl.constexpr, COLUMNS: tl.constexpr):
     """Return 0 to COLUMNS − 1, in a form that shows Triton no longer runs than a thread holds, so that it stores them so."""
     i = tl.arange(0, COLUMNS)
     if ROTATED and COLUMNS < 64:
@@ -187,7 +185,7 @@ def cast_for_operands(
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
     first_tile = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
-    rows_out = tile_row * HEIGHT + _row_order(RIGHT, HEIGHT, WARPS)
+    rows_out = tile_row * HEIGHT + _row_order(RIGHT, HEIGHT, WIDTH_OUT, WARPS)
     h_right = _load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
     h_left = _load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT else left
     if ROW_SCALE > 0:
@@ -206,8 +204,8 @@ def cast_for_operands(
         columns = tile_column * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
-            y = _in_row_order(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
-            index = _columns_of_codes(RIGHT, WIDTH_OUT)
+            y = _unshuffled(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
+            index = _columns_out(RIGHT, WIDTH_OUT)
             first = tile_column * WIDTH_KEPT
             out = first + index
             if NOISY:
@@ -218,14 +216,14 @@ def cast_for_operands(
             target = codes + rows_out.to(tl.int64)[:, None] * stride_codes + out[None, :]
             tl.store(target, q, mask=(rows_out < M)[:, None] & ((index < WIDTH_KEPT) & (out < COLUMNS_OUT))[None, :])
         if COLUMN_SCALE > 0:
-            columns_out = tile_column * WIDTH + _row_order(LEFT, WIDTH, WARPS)
+            columns_out = tile_column * WIDTH + _row_order(LEFT, WIDTH, HEIGHT_OUT, WARPS)
             if COLUMN_SCALE == 2:
                 column_scale = scale_of(amax_t, columns_out, K, INVERSE_MAX_T, 2, WIDTH)
                 write_scale(column_scales, unlifted(column_scale, STEP_T, False), columns_out, K, tile_row, 2)
                 column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None]
-            y = _in_row_order(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
+            y = _unshuffled(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
             q = round_to_code(y, CODE_T, MANTISSA_T, MIN_EXPONENT_T, MAX_T, STEP_T)
-            index = _columns_of_codes(LEFT, HEIGHT_OUT)
+            index = _columns_out(LEFT, HEIGHT_OUT)
             out = tile_row * HEIGHT_KEPT + index
             target = codes_t + columns_out.to(tl.int64)[:, None] * stride_codes_t + out[None, :]
             tl.store(target, q, mask=(columns_out < K)[:, None] & ((index < HEIGHT_KEPT) & (out < ROWS_OUT))[None, :])
