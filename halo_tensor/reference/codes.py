@@ -39,8 +39,8 @@ def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None)
     Args:
         x: float32, any shape, already divided by its scale.
         format: the number format.
-        noise: uniform in [0, 1) in steps of 2⁻⁸, of x's shape, to round up with the probability that keeps the mean; None to
-            round to nearest, ties to even.
+        noise: uniform in [0, 1), of x's shape, to round up with the probability that keeps the mean; eight bits of it count.
+            None to round to nearest, ties to even.
 
     Returns:
         Codes of ``code_dtype(format)``. NaN stays NaN in a floating format, and becomes 0 in an integer format, whose scale
@@ -60,9 +60,10 @@ def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None)
 
 
 def _up_or_down(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Round x up with a probability equal to its fraction, else down, in place. The fraction is rounded to a multiple of 2⁻⁸
-    with ties as a kernel has them, which adds 1.5·2¹⁵ to the noise first."""
-    return x.add_(noise + _FINE_ROUNDER).sub_(_FINE_ROUNDER).floor_()
+    """Round x up with a probability equal to its fraction, else down, in place. The fraction is rounded to a multiple of 2⁻⁸,
+    with ties as in kernels, which add 1.5·2¹⁵ to the noise first."""
+    steps = torch.floor(noise * 2.0**8) * 2.0**-8
+    return x.add_(steps + _FINE_ROUNDER).sub_(_FINE_ROUNDER).floor_()
 
 
 def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:

@@ -25,6 +25,10 @@ from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.hadamard import block_diagonal, product_width
 
 
+#: A program takes fewer tiles if there were fewer programs than this: four for each multiprocessor of an H100.
+_PROGRAMS = 528
+
+
 class Side(NamedTuple):
     """How a matrix is quantised for one of its products.
 
@@ -72,45 +76,52 @@ def _times(tile, matrix, ROTATED: tl.constexpr, NORM: tl.constexpr):
 
 
 # A matrix unit gives a thread pairs of neighbouring columns, eight columns apart, of rows that are eight rows apart. To store
-# 16 bytes of a row, threads would have to exchange codes. So the columns of a product, at most 64, are computed in another
-# order, in which those of a thread become neighbours, and rows are stored in the order in which Triton's stores take them.
+# 16 bytes of a row, threads would have to exchange codes. So each 64 columns of a product are computed in another order, in
+# which those of a thread become neighbours, and rows are stored in the order in which Triton's stores take them.
 
 
 @triton.jit
 def _load_shuffled(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Load a contiguous [ROWS, COLUMNS] matrix with its columns in the order in which a product computes them."""
+    PART: tl.constexpr = min(COLUMNS, 64)
     i = tl.arange(0, COLUMNS)
-    if COLUMNS <= 64:
-        i = i // 2 % 4 * (COLUMNS // 4) + i // 8 * 2 + i % 2
-    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + i[None, :])
+    columns = i // PART * PART + i // 2 % 4 * (PART // 4) + i // 8 % (PART // 8) * 2 + i % 2
+    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + columns[None, :])
 
 
 @triton.jit
-def _unshuffled(y, ROTATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Return a product with a matrix of :func:`_load_shuffled`, its columns in order and its rows in that of _row_order."""
-    if ROTATED and COLUMNS <= 64:
+def _in_parts(y, SHUFFLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Return a tile [ROWS, COLUMNS] as [ROWS, parts, columns of a part], with rows in the order of :func:`_row_order`.
+
+    SHUFFLED: whether it is a product with a matrix of :func:`_load_shuffled`.
+    """
+    PART: tl.constexpr = min(COLUMNS, 64)
+    PARTS: tl.constexpr = COLUMNS // PART
+    if SHUFFLED:
         DOWN: tl.constexpr = min(WARPS, ROWS // 16)
-        y = tl.reshape(y, (ROWS // (16 * DOWN), DOWN, 2, 8, COLUMNS // 8, 4, 2))
-        y = tl.reshape(tl.permute(y, (0, 2, 1, 3, 5, 4, 6)), (ROWS, COLUMNS))
-    return y
+        y = tl.reshape(y, (ROWS // (16 * DOWN), DOWN, 2, 8, PARTS, PART // 8, 4, 2))
+        y = tl.permute(y, (0, 2, 1, 3, 4, 6, 5, 7))
+    return tl.reshape(y, (ROWS, PARTS, PART))
 
 
 @triton.jit
-def _row_order(ROTATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+def _row_order(SHUFFLED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
     i = tl.arange(0, ROWS)
-    if ROTATED and COLUMNS <= 64:
+    if SHUFFLED:
         DOWN: tl.constexpr = min(WARPS, ROWS // 16)
         i = i // (16 * DOWN) * (16 * DOWN) + i // 8 % DOWN * 16 + i // (8 * DOWN) % 2 * 8 + i % 8
     return i
 
 
 @triton.jit
-def _columns_out(ROTATED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return 0 to COLUMNS − 1, in a form that shows Triton no longer runs than a thread holds, so that it stores them so."""
-    i = tl.arange(0, COLUMNS)
-    if ROTATED and COLUMNS < 64:
-        i = i // (COLUMNS // 4) * (COLUMNS // 4) + i % (COLUMNS // 4)
-    return i
+def _column_order(COLUMNS: tl.constexpr):
+    """Return the columns of :func:`_in_parts`, [1, parts, columns of a part]. They are in order, but Triton is shown no longer
+    runs than a thread holds, so that it stores them so."""
+    PART: tl.constexpr = min(COLUMNS, 64)
+    i = tl.arange(0, PART)
+    if PART < 64:
+        i = i // (PART // 4) * (PART // 4) + i % (PART // 4)
+    return tl.arange(0, COLUMNS // PART)[None, :, None] * PART + i[None, None, :]
 
 
 @triton.jit
@@ -126,7 +137,7 @@ def amax_of_operands(
     x, amax, amax_t, right, left,
     M, K, TILES, stride_row, stride_column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
+    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr, ALIKE: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
 ):  # fmt: skip
     """Find the largest magnitudes of x [M, K] times right, and of left times x. A program takes HEIGHT rows by TILES·WIDTH
@@ -135,11 +146,12 @@ def amax_of_operands(
     amax, amax_t: zeroed int32, which get float bits, of the first and of the second operand.
     ROW_SCALE, COLUMN_SCALE: 2 for magnitudes of the first operand's rows, or the second one's columns; 1 for one of all; 0
     if there is no such operand.
-    RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given.
+    RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given. ALIKE: they
+    are equal, so that shared memory holds one.
     """
     rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     most = tl.zeros((HEIGHT,), tl.float32)
     most_t = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
@@ -166,7 +178,7 @@ def cast_for_operands(
     x, amax, amax_t, seed, codes, codes_t, row_scales, column_scales, right, left,
     M, K, TILES, COLUMNS_OUT, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
+    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr, ALIKE: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
     WIDTH_KEPT: tl.constexpr, HEIGHT_KEPT: tl.constexpr, WARPS: tl.constexpr, NOISY: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
@@ -185,48 +197,48 @@ def cast_for_operands(
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
     first_tile = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
-    rows_out = tile_row * HEIGHT + _row_order(RIGHT, HEIGHT, WIDTH_OUT, WARPS)
+    rows_out = tile_row * HEIGHT + _row_order(RIGHT, HEIGHT, WARPS)
     h_right = _load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = _load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    h_left = _load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     if ROW_SCALE > 0:
         row_scale = scale_of(amax, rows_out, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
-        row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None]
+        row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None, None]
         write_scale(row_scales, unlifted(row_scale, STEP, False), rows_out, M, first_tile, ROW_SCALE)
         if NOISY:
-            streams = noise_streams(seed, rows_out)[:, None]
+            streams = noise_streams(seed, rows_out)[:, None, None]
     if COLUMN_SCALE == 1:
         any_column = tl.arange(0, WIDTH)
         column_scale = scale_of(amax_t, any_column, K, INVERSE_MAX_T, 1, WIDTH)
         write_scale(column_scales, unlifted(column_scale, STEP_T, False), any_column, K, tile_row + first_tile, 1)
-        column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None]
+        column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None, None]
     for i in tl.range(0, TILES, num_stages=STAGES):
         tile_column = first_tile + i
         columns = tile_column * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
-            y = _unshuffled(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
-            index = _columns_out(RIGHT, WIDTH_OUT)
+            y = _in_parts(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
+            index = _column_order(WIDTH_OUT)
             first = tile_column * WIDTH_KEPT
             out = first + index
             if NOISY:
-                drawn = noise(streams, first, index[None, :]) if WIDTH_KEPT % 4 == 0 else noise(streams, 0, out[None, :])
+                drawn = noise(streams, first, index) if WIDTH_KEPT % 4 == 0 else noise(streams, 0, out)
                 q = round_by(drawn, y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
-            target = codes + rows_out.to(tl.int64)[:, None] * stride_codes + out[None, :]
-            tl.store(target, q, mask=(rows_out < M)[:, None] & ((index < WIDTH_KEPT) & (out < COLUMNS_OUT))[None, :])
+            target = codes + rows_out.to(tl.int64)[:, None, None] * stride_codes + out
+            tl.store(target, q, mask=(rows_out < M)[:, None, None] & (index < WIDTH_KEPT) & (out < COLUMNS_OUT))
         if COLUMN_SCALE > 0:
-            columns_out = tile_column * WIDTH + _row_order(LEFT, WIDTH, HEIGHT_OUT, WARPS)
+            columns_out = tile_column * WIDTH + _row_order(LEFT, WIDTH, WARPS)
             if COLUMN_SCALE == 2:
                 column_scale = scale_of(amax_t, columns_out, K, INVERSE_MAX_T, 2, WIDTH)
                 write_scale(column_scales, unlifted(column_scale, STEP_T, False), columns_out, K, tile_row, 2)
-                column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None]
-            y = _unshuffled(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
+                column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None, None]
+            y = _in_parts(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
             q = round_to_code(y, CODE_T, MANTISSA_T, MIN_EXPONENT_T, MAX_T, STEP_T)
-            index = _columns_out(LEFT, HEIGHT_OUT)
+            index = _column_order(HEIGHT_OUT)
             out = tile_row * HEIGHT_KEPT + index
-            target = codes_t + columns_out.to(tl.int64)[:, None] * stride_codes_t + out[None, :]
-            tl.store(target, q, mask=(columns_out < K)[:, None] & ((index < HEIGHT_KEPT) & (out < ROWS_OUT))[None, :])
+            target = codes_t + columns_out.to(tl.int64)[:, None, None] * stride_codes_t + out
+            tl.store(target, q, mask=(columns_out < K)[:, None, None] & (index < HEIGHT_KEPT) & (out < ROWS_OUT))
 
 
 def fits(x: Any, first: Side | None, second: Side | None) -> bool:
@@ -323,10 +335,12 @@ def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, a
         return Tiles(TILE, TILE, 4, 2, 4) if alone else Tiles(TILE, TILE, 4, 3, 8)
     if dtype == torch.float32:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
-    if kernel is cast_for_operands and alone:
-        return Tiles(TILE // 2, TILE, 1, 1, 4)
+    casts = kernel is cast_for_operands
     # A third stage spills registers for sm_120.
-    return Tiles(TILE // 2, TILE // 2, 8, 3 if has_wgmma(device) else 2, 4)
+    stages = 3 if has_wgmma(device) else 2
+    if casts and alone:
+        return Tiles(TILE // 2, TILE, 6, stages, 4)
+    return Tiles(TILE // 2, TILE // 2, 4 if casts else 16, stages, 4)
 
 
 def _plan_pass(
@@ -347,6 +361,7 @@ def _plan_pass(
     kept_columns, kept_rows = reference.rotated(width, column_rotation), reference.rotated(height, row_rotation)
     options = {
         "HEIGHT": height, "WIDTH": width, "STAGES": stages, "num_warps": warps,
+        "ALIKE": column_rotation is not None and column_rotation == row_rotation and height == width,
         "WIDTH_OUT": product_width(kept_columns), "HEIGHT_OUT": product_width(kept_rows),
     }  # fmt: skip
     if integers is not None:
@@ -358,10 +373,10 @@ def _plan_pass(
     )
 
     def sizes(m: int, k: int, *strides: int) -> tuple:
-        across = cdiv(k, width)
-        tiles = cdiv(across, max(1, cdiv(across, most)))  # of a program; all have about as many
-        grid = cdiv(m, height), cdiv(across, max(1, tiles))
-        return grid, (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
+        down, across = cdiv(m, height), cdiv(k, width)
+        tiles = min(most, max(1, down * across // _PROGRAMS))
+        tiles = max(1, cdiv(across, max(1, cdiv(across, tiles))))  # so that all programs have about as many
+        return (down, cdiv(across, tiles)), (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
 
     launch = Launch(kernel, options | constants)
     return Planned(lambda _: Variant(launch, sizes, matrices))
