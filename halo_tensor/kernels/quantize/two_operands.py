@@ -17,13 +17,13 @@ from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
 from halo_tensor.kernels.quantize.kernels import load_matrix, product, scale_of, write_scale
+from halo_tensor.kernels.quantize.order import column_order, in_parts, load_shuffled, row_order
 from halo_tensor.kernels.quantize.rounding import maximum, noise, noise_streams, round_by, round_to_code, unlifted
 from halo_tensor.kernels.rotate import TILE, norm, product_dtype
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.hadamard import block_diagonal, product_width
-
 
 #: A program takes fewer tiles if there were fewer programs than this: four for each multiprocessor of an H100.
 _PROGRAMS = 528
@@ -73,55 +73,6 @@ def _times(tile, matrix, ROTATED: tl.constexpr, NORM: tl.constexpr):
     if ROTATED:
         y = y * NORM
     return y
-
-
-# A matrix unit gives a thread pairs of neighbouring columns, eight columns apart, of rows that are eight rows apart. To store
-# 16 bytes of a row, threads would have to exchange codes. So each 64 columns of a product are computed in another order, in
-# which those of a thread become neighbours, and rows are stored in the order in which Triton's stores take them.
-
-
-@triton.jit
-def _load_shuffled(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Load a contiguous [ROWS, COLUMNS] matrix with its columns in the order in which a product computes them."""
-    PART: tl.constexpr = min(COLUMNS, 64)
-    i = tl.arange(0, COLUMNS)
-    columns = i // PART * PART + i // 2 % 4 * (PART // 4) + i // 8 % (PART // 8) * 2 + i % 2
-    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + columns[None, :])
-
-
-@triton.jit
-def _in_parts(y, SHUFFLED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Return a tile [ROWS, COLUMNS] as [ROWS, parts, columns of a part], with rows in the order of :func:`_row_order`.
-
-    SHUFFLED: whether it is a product with a matrix of :func:`_load_shuffled`.
-    """
-    PART: tl.constexpr = min(COLUMNS, 64)
-    PARTS: tl.constexpr = COLUMNS // PART
-    if SHUFFLED:
-        DOWN: tl.constexpr = min(WARPS, ROWS // 16)
-        y = tl.reshape(y, (ROWS // (16 * DOWN), DOWN, 2, 8, PARTS, PART // 8, 4, 2))
-        y = tl.permute(y, (0, 2, 1, 3, 4, 6, 5, 7))
-    return tl.reshape(y, (ROWS, PARTS, PART))
-
-
-@triton.jit
-def _row_order(SHUFFLED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    i = tl.arange(0, ROWS)
-    if SHUFFLED:
-        DOWN: tl.constexpr = min(WARPS, ROWS // 16)
-        i = i // (16 * DOWN) * (16 * DOWN) + i // 8 % DOWN * 16 + i // (8 * DOWN) % 2 * 8 + i % 8
-    return i
-
-
-@triton.jit
-def _column_order(COLUMNS: tl.constexpr):
-    """Return the columns of :func:`_in_parts`, [1, parts, columns of a part]. They are in order, but Triton is shown no longer
-    runs than a thread holds, so that it stores them so."""
-    PART: tl.constexpr = min(COLUMNS, 64)
-    i = tl.arange(0, PART)
-    if PART < 64:
-        i = i // (PART // 4) * (PART // 4) + i % (PART // 4)
-    return tl.arange(0, COLUMNS // PART)[None, :, None] * PART + i[None, None, :]
 
 
 @triton.jit
@@ -197,9 +148,9 @@ def cast_for_operands(
     tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
     first_tile = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
-    rows_out = tile_row * HEIGHT + _row_order(RIGHT, HEIGHT, WARPS)
-    h_right = _load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = _load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
+    rows_out = tile_row * HEIGHT + row_order(RIGHT, HEIGHT, WARPS)
+    h_right = load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
+    h_left = load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     if ROW_SCALE > 0:
         row_scale = scale_of(amax, rows_out, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
         row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None, None]
@@ -216,8 +167,8 @@ def cast_for_operands(
         columns = tile_column * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
-            y = _in_parts(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
-            index = _column_order(WIDTH_OUT)
+            y = in_parts(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
+            index = column_order(WIDTH_OUT)
             first = tile_column * WIDTH_KEPT
             out = first + index
             if NOISY:
@@ -228,14 +179,14 @@ def cast_for_operands(
             target = codes + rows_out.to(tl.int64)[:, None, None] * stride_codes + out
             tl.store(target, q, mask=(rows_out < M)[:, None, None] & (index < WIDTH_KEPT) & (out < COLUMNS_OUT))
         if COLUMN_SCALE > 0:
-            columns_out = tile_column * WIDTH + _row_order(LEFT, WIDTH, WARPS)
+            columns_out = tile_column * WIDTH + row_order(LEFT, WIDTH, WARPS)
             if COLUMN_SCALE == 2:
                 column_scale = scale_of(amax_t, columns_out, K, INVERSE_MAX_T, 2, WIDTH)
                 write_scale(column_scales, unlifted(column_scale, STEP_T, False), columns_out, K, tile_row, 2)
                 column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None, None]
-            y = _in_parts(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
+            y = in_parts(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
             q = round_to_code(y, CODE_T, MANTISSA_T, MIN_EXPONENT_T, MAX_T, STEP_T)
-            index = _column_order(HEIGHT_OUT)
+            index = column_order(HEIGHT_OUT)
             out = tile_row * HEIGHT_KEPT + index
             target = codes_t + columns_out.to(tl.int64)[:, None, None] * stride_codes_t + out
             tl.store(target, q, mask=(columns_out < K)[:, None, None] & (index < HEIGHT_KEPT) & (out < ROWS_OUT))
