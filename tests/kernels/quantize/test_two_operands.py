@@ -134,8 +134,8 @@ def test_programs_share_a_row_of_tiles_evenly(shape):
     first, second = two_operands.Side(Rotation(16, None), INT4, False), two_operands.Side(Rotation(16, None, 8), INT8, False)
     for planned in two_operands.plan_operands(torch.bfloat16, torch.device("cpu"), first, second):
         numbers = *shape, shape[1], 1
-        (down, across), integers = planned.variant(numbers).sizes(*numbers)
-        tiles = integers[2]
-        needed = -(-shape[1] // 64)
-        assert down == -(-shape[0] // 64) and 0 <= tiles * across - needed < across
-        assert tiles == 1 or down * across >= two_operands._PROGRAMS
+        (programs,), (_, _, tiles, *_) = planned.variant(numbers).sizes(*numbers)
+        down, needed = (-(-n // 64) for n in shape)
+        across = -(-needed // tiles)
+        assert programs == down * across and tiles * across - needed < across
+        assert tiles == 1 or programs >= two_operands._PROGRAMS
