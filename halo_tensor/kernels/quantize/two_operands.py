@@ -58,8 +58,8 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _first_tile(program, K, TILES, WIDTH: tl.constexpr):
-    """Return the row of tiles and the first tile of a program. Programs that run at a time read whole rows, which takes the cast
-    of E 6 % less time than whole columns."""
+    """Return the row of tiles and the first tile of a program. Programs that run at a time read whole rows: with whole columns
+    the cast of E takes 6 % longer."""
     across = tl.cdiv(K, TILES * WIDTH)
     return program // across, program % across * TILES
 
