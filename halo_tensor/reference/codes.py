@@ -8,6 +8,8 @@ import torch
 
 from halo_tensor.recipe import FP8_E4M3, FP8_E5M2, Format
 
+#: 1.5·2¹⁵: adding it rounds a float32 of magnitude below 2¹⁴ to a multiple of 2⁻⁸.
+_FINE_ROUNDER = 49152.0
 _NATIVE = {FP8_E4M3: torch.float8_e4m3fn, FP8_E5M2: torch.float8_e5m2}
 
 
@@ -37,8 +39,8 @@ def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None)
     Args:
         x: float32, any shape, already divided by its scale.
         format: the number format.
-        noise: uniform in [0, 1), of x's shape, to round up with the probability that keeps the mean; None to round to nearest,
-            ties to even.
+        noise: uniform in [0, 1), of x's shape, to round up with the probability that keeps the mean; eight bits of it count.
+            None to round to nearest, ties to even.
 
     Returns:
         Codes of ``code_dtype(format)``. NaN stays NaN in a floating format, and becomes 0 in an integer format, whose scale
@@ -46,20 +48,22 @@ def round_to(x: torch.Tensor, format: Format, noise: torch.Tensor | None = None)
     """
     x = x.clamp(-format.max, format.max)  # a copy, so the next steps may be in place
     if format.uniform:
-        x = x.round_() if noise is None else _up_or_down(x, noise).clamp_(-format.max, format.max)
+        x = x.round_() if noise is None else _up_or_down(x, noise)
         return x.nan_to_num_(0.0).to(torch.int8)
     if format not in _NATIVE or noise is not None:
         # frexp's exponent is that of a mantissa in [½, 1): one more than IEEE's.
         exponent = (torch.frexp(x).exponent - 1).clamp_min(format.min_exponent)
         quantum = torch.exp2((exponent - format.mantissa_bits).float())
         x = x.div_(quantum)
-        x = (x.round_() if noise is None else _up_or_down(x, noise)).mul_(quantum).clamp_(-format.max, format.max)
+        x = (x.round_() if noise is None else _up_or_down(x, noise)).mul_(quantum)
     return x.to(code_dtype(format))
 
 
 def _up_or_down(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Round x up with a probability equal to its fraction, else down, in place."""
-    return x.add_(noise).floor_()
+    """Round x up with a probability equal to its fraction, else down, in place. The fraction is rounded to a multiple of 2⁻⁸,
+    with ties as in kernels, which add 1.5·2¹⁵ to the noise first."""
+    steps = torch.floor(noise * 2.0**8) * 2.0**-8
+    return x.add_(steps + _FINE_ROUNDER).sub_(_FINE_ROUNDER).floor_()
 
 
 def to_bits(codes: torch.Tensor, format: Format) -> torch.Tensor:

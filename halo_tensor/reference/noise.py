@@ -10,8 +10,8 @@ import torch
 #: are below 2³¹, so that int64 holds every product.
 STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 LAST_SHIFT = 15
-#: Any number. It makes the hash of columns another one than that of rows.
-COLUMNS = 0x9E3779B9
+#: An odd number. The numbers of a row that are hashed differ by multiples of it.
+STEP = 0x9E3779B9
 _WORD = 2**32 - 1
 
 
@@ -23,15 +23,17 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻²³.
+    """Return float32 [rows, columns], uniform in [0, 1), in steps of 2⁻⁸.
 
-    The number of element (i, j) is the hash of hash(i ⊕ low) ⊕ hash(hash(j ⊕ high) ⊕ COLUMNS), for the low and the high 32
-    bits of the seed.
+    Row i has hash(hash(i ⊕ hash(low ⊕ STEP)) ⊕ high), for the low and the high 32 bits of the seed. Its columns c to c + 3,
+    for c a multiple of 4, are the bytes of the hash of that number plus c·STEP, so that one hash serves four elements.
 
     Args:
         seed: int64 [1].
         rows, columns: the shape of the matrix that is rounded.
     """
+    row, column = (torch.arange(n, device=seed.device) for n in (rows, columns))
     low, high = seed & _WORD, (seed >> 32) & _WORD
-    of_rows, of_columns = (_mix(torch.arange(n, device=seed.device) ^ part) for n, part in ((rows, low), (columns, high)))
-    return (_mix(of_rows[:, None] ^ _mix(of_columns ^ COLUMNS)) >> 9).to(torch.float32) * 2.0**-23
+    of_rows = _mix(_mix(row ^ _mix(low ^ STEP)) ^ high)
+    hashes = _mix((of_rows[:, None] + (column & -4) * STEP) & _WORD)
+    return (hashes >> 8 * (column & 3) & 0xFF).to(torch.float32) * 2.0**-8

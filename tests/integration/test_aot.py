@@ -894,6 +894,17 @@ def test_which_products_are_in_gluon(launched):
         assert kernel.name == ("scaled_mm_kernel" if name in rest else "wgmma_kernel"), name
 
 
+def test_threads_do_not_exchange_codes_of_two_operands(launched):
+    """Nor does an element of E take a hash of its own."""
+    _, cast = launched(90, partial(both((1024, 4096), Rotation(16), LOW), format=INT8))
+    tiles, matrices = 3 * 64 * 64, 64 * 64 + 64 * 32
+    assert cast.metadata.shared == 2 * (tiles + matrices), "codes go through shared memory"
+    ptx = cast.asm["ptx"]
+    assert "st.global.v4.b32" in ptx and "st.global.v2.b32" in ptx and not re.search(r"st\.global\.(v\d\.)?b(8|16)", ptx)
+    hashes = ptx.count(str(0x21F0AAAD))
+    assert hashes == 5 + 8, "of the seed and of two rows, which take two; of 32 elements"
+
+
 # What takes the place of a fast path that cannot be prepared.
 
 

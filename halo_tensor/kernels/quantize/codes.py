@@ -38,7 +38,7 @@ def format_options(format: Format, device: torch.device, saturate: bool = False,
         "CODE": tl.int8 if format.uniform else tl.float8e5 if format is FP8_E5M2 else tl.float8e4nv,
         "MANTISSA": -1 if format.uniform else -2 if native else format.mantissa_bits,
         "MIN_EXPONENT": format.min_exponent,
-        "MAX": format.max if saturate or noisy else 0.0,
+        "MAX": format.max if saturate else 0.0,
         "INVERSE_MAX": code_lift / format.max,
         "STEP": 1.0 / code_lift,
         "enable_fp_fusion": False,  # a fused multiply-add would round y·(1/s) and the code in one step, unlike the reference

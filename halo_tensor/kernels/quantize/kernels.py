@@ -18,6 +18,7 @@ from halo_tensor.kernels.quantize.rounding import (
     FOLD_LIFT,
     maximum,
     noise,
+    noise_streams,
     packed_words,
     round_by,
     round_to_code,
@@ -315,6 +316,14 @@ def write_scale(scales, scale, index, count, other_tile, ALONG: tl.constexpr):
 
 
 @triton.jit
+def _noise_at(seed, rows, columns, SWAPPED: tl.constexpr):
+    """Return the noise of elements at some rows and columns of a matrix, or of its transpose if SWAPPED."""
+    if SWAPPED:
+        return noise(noise_streams(seed, columns)[None, :], 0, rows[:, None])
+    return noise(noise_streams(seed, rows)[:, None], 0, columns[None, :])
+
+
+@triton.jit
 def cast_tiles(
     x, fold_columns, fold_rows, row_amax, column_amax, seed, codes, codes_t, row_scales, column_scales, left, right,
     M, K, ROWS_OUT, COLUMNS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
@@ -357,7 +366,7 @@ def cast_tiles(
                 y = y * row_inverse[:, None]
                 write_scale(row_scales, unlifted(row_scale, STEP, FOLD_COLUMNS), rows, ROWS_OUT, tile_column, ROW_SCALE)
             if NOISY:
-                q = round_by(noise(seed, rows, out, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(_noise_at(seed, rows, out, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
@@ -371,7 +380,7 @@ def cast_tiles(
                 y = y * tl.div_rn(one, scale)[None, :]
                 write_scale(column_scales, unlifted(scale, STEP, FOLD_ROWS), columns, K, tile_row, COLUMN_SCALE)
             if NOISY:
-                q = round_by(noise(seed, rows, columns, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                q = round_by(_noise_at(seed, rows, columns, NOISY == 2), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
             target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + rows[None, :]

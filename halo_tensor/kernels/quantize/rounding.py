@@ -3,12 +3,16 @@
 import triton
 import triton.language as tl
 
+from halo_tensor.kernels.device import INTERPRETED
+
 #: 2⁻¹²⁶, see reference.ops.SMALLEST_SCALE.
 SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
 #: See reference.ops.FOLD_LIFT.
 FOLD_LIFT = tl.constexpr(128.0)
 #: 1.5·2²³: adding it to a float32 of magnitude below 2²² rounds that to an integer, ties to even, in the low mantissa bits.
 ROUNDER = tl.constexpr(12582912.0)
+#: 1.5·2¹⁵: adding it rounds a float32 of magnitude below 2¹⁴ to a multiple of 2⁻⁸ likewise.
+FINE_ROUNDER = tl.constexpr(49152.0)
 
 
 @triton.jit
@@ -93,36 +97,66 @@ def _mix(x):
     return x ^ (x >> 15)
 
 
-@triton.jit
-def noise(seed, rows, columns, SWAPPED: tl.constexpr):
-    """Return :func:`halo_tensor.reference.noise.uniform` of the elements at some rows and columns of a matrix.
+if INTERPRETED:
 
-    SWAPPED: whether rows and columns are those of its transpose.
-    """
+    @triton.jit
+    def _fine_rounder(bits, byte):
+        """Return the bits of FINE_ROUNDER, whose last eight are 0, with a byte of ``bits`` in their place."""
+        return ((bits >> (8 * byte)) & 0xFF) | 0x47400000
+
+    @triton.jit
+    def _second_byte(bits):
+        return (bits >> 8).to(tl.int8)
+
+else:  # Each is one instruction, the second one for two numbers. ptxas takes three, and two for each.
+
+    @triton.jit
+    def _fine_rounder(bits, byte):
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0x47400000, $2;", "=r,r,r", [bits, byte | 0x7650], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _second_byte(bits):
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; prmt.b32 both, $1, $2, 0x0051; cvt.u16.u32 $0, both; }",
+            "=h,r,r", [bits], dtype=tl.int8, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def noise_streams(seed, rows):
+    """Return what :func:`noise` needs of some rows of the matrix that is rounded."""
     key = tl.load(seed)
     low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    of_rows = _mix(rows.to(tl.uint32) ^ (high if SWAPPED else low))
-    of_columns = _mix(columns.to(tl.uint32) ^ (low if SWAPPED else high))
-    if SWAPPED:
-        of_rows = _mix(of_rows ^ 0x9E3779B9)
-    else:
-        of_columns = _mix(of_columns ^ 0x9E3779B9)
-    bits = _mix(of_rows[:, None] ^ of_columns[None, :])
-    # The bits of a number in [1, 2), which cost less than a conversion.
-    return ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return _mix(_mix(rows.to(tl.uint32) ^ _mix(low ^ 0x9E3779B9)) ^ high)
+
+
+@triton.jit
+def noise(streams, first, columns):
+    """Return :func:`halo_tensor.reference.noise.uniform` of elements, plus FINE_ROUNDER.
+
+    streams: of their rows, [rows, 1]; or [1, rows], if a tile has the rows of the matrix as its columns.
+    first, columns: the columns are their sum, [1, columns] or [columns, 1], and ``first`` is a multiple of 4. The compiler
+        sees that four elements share a hash if ``columns`` is an arange.
+    """
+    bits = _mix(streams + tl.cast(first, tl.uint32) * 0x9E3779B9 + (columns & -4).to(tl.uint32) * 0x9E3779B9)
+    return _fine_rounder(bits, (columns & 3).to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def round_by(noise, y, CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr):
-    """Return codes like :func:`round_to_code`, rounded up or down so that the mean is exact."""
-    if MANTISSA != -1:  # of integers, only those that are rounded can be out of range
+    """Return codes like :func:`round_to_code`, rounded up or down so that the mean is exact. ``noise`` is of :func:`noise`."""
+    if MAX > 0:
         y = tl.clamp(y, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-    quantum = tl.full(y.shape, 1.0, tl.float32)
-    inverse = quantum
     if MANTISSA >= 0:
         exponent = (y.to(tl.int32, bitcast=True) >> 23) & 0xFF
         exponent = tl.maximum(exponent, 127 + MIN_EXPONENT) - MANTISSA
-        quantum = (exponent << 23).to(tl.float32, bitcast=True)
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    # The noise may round the largest number up by a whole step, so round_to_code has to saturate again.
-    return round_to_code(tl.floor(y * inverse + noise) * quantum, CODE, -1 if MANTISSA == -1 else -2, MIN_EXPONENT, MAX, 1.0)
+        y = y * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    bits = (y + noise).to(tl.int32, bitcast=True)  # whose last eight are the fraction of the sum
+    if MANTISSA == -1:
+        return _second_byte(bits)
+    y = (bits & -256).to(tl.float32, bitcast=True) - FINE_ROUNDER
+    if MANTISSA >= 0:
+        y = y * (exponent << 23).to(tl.float32, bitcast=True)
+    return y.to(CODE)

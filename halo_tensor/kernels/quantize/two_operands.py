@@ -17,12 +17,16 @@ from halo_tensor.kernels.device import has_wgmma
 from halo_tensor.kernels.launch import Launch, Planned, Variant, cdiv
 from halo_tensor.kernels.quantize.codes import code_matrix, format_options
 from halo_tensor.kernels.quantize.kernels import load_matrix, product, scale_of, write_scale
-from halo_tensor.kernels.quantize.rounding import maximum, noise, round_by, round_to_code, unlifted
+from halo_tensor.kernels.quantize.order import column_order, in_parts, load_shuffled, row_order
+from halo_tensor.kernels.quantize.rounding import maximum, noise, noise_streams, round_by, round_to_code, unlifted
 from halo_tensor.kernels.rotate import TILE, norm, product_dtype
 from halo_tensor.recipe import Format, Rotation
 from halo_tensor.reference import ops as reference
 from halo_tensor.reference.codes import aligned
 from halo_tensor.reference.hadamard import block_diagonal, product_width
+
+#: A program takes fewer tiles if there were fewer programs than this: four for each multiprocessor of an H100.
+_PROGRAMS = 528
 
 
 class Side(NamedTuple):
@@ -53,6 +57,14 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
+def _first_tile(program, K, TILES, WIDTH: tl.constexpr):
+    """Return the row of tiles and the first tile of a program. Programs that run at a time read whole rows: with whole columns
+    the cast of E takes 6 % longer."""
+    across = tl.cdiv(K, TILES * WIDTH)
+    return program // across, program % across * TILES
+
+
+@triton.jit
 def _load_tile(x, rows, columns, M, K, stride_row, stride_column):
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(x + at, mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
@@ -79,12 +91,12 @@ def _raise_one(amax, most, LENGTH: tl.constexpr):
     tl.atomic_max(amax + tl.arange(0, 1), largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def amax_of_operands(
     x, amax, amax_t, right, left,
-    M, K, stride_row, stride_column,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
+    M, K, TILES, stride_row, stride_column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr, ALIKE: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
 ):  # fmt: skip
     """Find the largest magnitudes of x [M, K] times right, and of left times x. A program takes HEIGHT rows by TILES·WIDTH
@@ -93,15 +105,17 @@ def amax_of_operands(
     amax, amax_t: zeroed int32, which get float bits, of the first and of the second operand.
     ROW_SCALE, COLUMN_SCALE: 2 for magnitudes of the first operand's rows, or the second one's columns; 1 for one of all; 0
     if there is no such operand.
-    RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given.
+    RIGHT, LEFT: whether right [WIDTH, WIDTH_OUT] and left [HEIGHT, HEIGHT_OUT], which is transposed, are given. ALIKE: they
+    are equal, so that shared memory holds one.
     """
-    rows = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    tile_row, first_tile = _first_tile(tl.program_id(0), K, TILES, WIDTH)
+    rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
     h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     most = tl.zeros((HEIGHT,), tl.float32)
     most_t = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, TILES, num_stages=STAGES):
-        columns = (tl.program_id(1) * TILES + i) * WIDTH + tl.arange(0, WIDTH)
+        columns = (first_tile + i) * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
             most = maximum(most, tl.reduce(tl.abs(_times(tile, h_right, RIGHT, NORM)), 1, maximum))
@@ -119,14 +133,14 @@ def amax_of_operands(
         _raise_one(amax_t, most_t, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def cast_for_operands(
     x, amax, amax_t, seed, codes, codes_t, row_scales, column_scales, right, left,
-    M, K, COLUMNS_OUT, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr,
+    M, K, TILES, COLUMNS_OUT, ROWS_OUT, stride_row, stride_column, stride_codes, stride_codes_t,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    ROW_SCALE: tl.constexpr, COLUMN_SCALE: tl.constexpr, RIGHT: tl.constexpr, LEFT: tl.constexpr, ALIKE: tl.constexpr,
     WIDTH_OUT: tl.constexpr, HEIGHT_OUT: tl.constexpr, NORM: tl.constexpr, NORM_T: tl.constexpr,
-    WIDTH_KEPT: tl.constexpr, HEIGHT_KEPT: tl.constexpr, NOISY: tl.constexpr,
+    WIDTH_KEPT: tl.constexpr, HEIGHT_KEPT: tl.constexpr, WARPS: tl.constexpr, NOISY: tl.constexpr,
     CODE: tl.constexpr, MANTISSA: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX: tl.constexpr, INVERSE_MAX: tl.constexpr,
     STEP: tl.constexpr,
     CODE_T: tl.constexpr, MANTISSA_T: tl.constexpr, MIN_EXPONENT_T: tl.constexpr, MAX_T: tl.constexpr,
@@ -140,38 +154,50 @@ def cast_for_operands(
     of its own, because transposed stores of a product are miscompiled (docs/notes/quantisers.md).
     """
     # Programs go through the tiles in reverse order, because amax_of_operands has left the last ones in L2.
-    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_row, first_tile = _first_tile(tl.num_programs(0) - 1 - tl.program_id(0), K, TILES, WIDTH)
     rows = tile_row * HEIGHT + tl.arange(0, HEIGHT)
-    h_right = load_matrix(right, WIDTH, WIDTH_OUT) if RIGHT else right
-    h_left = load_matrix(left, HEIGHT, HEIGHT_OUT) if LEFT else left
+    rows_out = tile_row * HEIGHT + row_order(RIGHT, HEIGHT, WARPS)
+    h_right = load_shuffled(right, WIDTH, WIDTH_OUT) if RIGHT else right
+    h_left = load_shuffled(left, HEIGHT, HEIGHT_OUT) if LEFT and not ALIKE else h_right
     if ROW_SCALE > 0:
-        row_scale = scale_of(amax, rows, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
-        row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None]
+        row_scale = scale_of(amax, rows_out, M, INVERSE_MAX, ROW_SCALE, HEIGHT)
+        row_inverse = tl.div_rn(tl.full((HEIGHT,), 1.0, tl.float32), row_scale)[:, None, None]
+        write_scale(row_scales, unlifted(row_scale, STEP, False), rows_out, M, first_tile, ROW_SCALE)
+        if NOISY:
+            streams = noise_streams(seed, rows_out)[:, None, None]
+    if COLUMN_SCALE == 1:
+        any_column = tl.arange(0, WIDTH)
+        column_scale = scale_of(amax_t, any_column, K, INVERSE_MAX_T, 1, WIDTH)
+        write_scale(column_scales, unlifted(column_scale, STEP_T, False), any_column, K, tile_row + first_tile, 1)
+        column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None, None]
     for i in tl.range(0, TILES, num_stages=STAGES):
-        tile_column = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILES + i
+        tile_column = first_tile + i
         columns = tile_column * WIDTH + tl.arange(0, WIDTH)
         tile = _load_tile(x, rows, columns, M, K, stride_row, stride_column)
         if ROW_SCALE > 0:
-            y = _times(tile, h_right, RIGHT, NORM) * row_inverse
-            write_scale(row_scales, unlifted(row_scale, STEP, False), rows, M, tile_column, ROW_SCALE)
-            index = tl.arange(0, WIDTH_OUT)
-            out = tile_column * WIDTH_KEPT + index
+            y = in_parts(_times(tile, h_right, RIGHT, NORM), RIGHT, HEIGHT, WIDTH_OUT, WARPS) * row_inverse
+            index = column_order(WIDTH_OUT)
+            first = tile_column * WIDTH_KEPT
+            out = first + index
             if NOISY:
-                q = round_by(noise(seed, rows, out, False), y, CODE, MANTISSA, MIN_EXPONENT, MAX)
+                drawn = noise(streams, first, index) if WIDTH_KEPT % 4 == 0 else noise(streams, 0, out)
+                q = round_by(drawn, y, CODE, MANTISSA, MIN_EXPONENT, MAX)
             else:
                 q = round_to_code(y, CODE, MANTISSA, MIN_EXPONENT, MAX, STEP)
-            target = codes + rows.to(tl.int64)[:, None] * stride_codes + out[None, :]
-            tl.store(target, q, mask=(rows < M)[:, None] & ((index < WIDTH_KEPT) & (out < COLUMNS_OUT))[None, :])
+            target = codes + rows_out.to(tl.int64)[:, None, None] * stride_codes + out
+            tl.store(target, q, mask=(rows_out < M)[:, None, None] & (index < WIDTH_KEPT) & (out < COLUMNS_OUT))
         if COLUMN_SCALE > 0:
-            scale = scale_of(amax_t, columns, K, INVERSE_MAX_T, COLUMN_SCALE, WIDTH)
-            write_scale(column_scales, unlifted(scale, STEP_T, False), columns, K, tile_row, COLUMN_SCALE)
-            inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), scale)[:, None]
-            y = _times(tl.trans(tile), h_left, LEFT, NORM_T) * inverse
+            columns_out = tile_column * WIDTH + row_order(LEFT, WIDTH, WARPS)
+            if COLUMN_SCALE == 2:
+                column_scale = scale_of(amax_t, columns_out, K, INVERSE_MAX_T, 2, WIDTH)
+                write_scale(column_scales, unlifted(column_scale, STEP_T, False), columns_out, K, tile_row, 2)
+                column_inverse = tl.div_rn(tl.full((WIDTH,), 1.0, tl.float32), column_scale)[:, None, None]
+            y = in_parts(_times(tl.trans(tile), h_left, LEFT, NORM_T), LEFT, WIDTH, HEIGHT_OUT, WARPS) * column_inverse
             q = round_to_code(y, CODE_T, MANTISSA_T, MIN_EXPONENT_T, MAX_T, STEP_T)
-            index = tl.arange(0, HEIGHT_OUT)
+            index = column_order(HEIGHT_OUT)
             out = tile_row * HEIGHT_KEPT + index
-            target = codes_t + columns.to(tl.int64)[:, None] * stride_codes_t + out[None, :]
-            tl.store(target, q, mask=(columns < K)[:, None] & ((index < HEIGHT_KEPT) & (out < ROWS_OUT))[None, :])
+            target = codes_t + columns_out.to(tl.int64)[:, None, None] * stride_codes_t + out
+            tl.store(target, q, mask=(columns_out < K)[:, None, None] & (index < HEIGHT_KEPT) & (out < ROWS_OUT))
 
 
 def fits(x: Any, first: Side | None, second: Side | None) -> bool:
@@ -250,7 +276,7 @@ def plan_operands(
 
     def cast_integers(m: int, k: int, *strides: int) -> tuple[int, ...]:
         columns_out, rows_out = reference.rotated(k, column_rotation), reference.rotated(m, row_rotation)
-        return m, k, columns_out, rows_out, *strides, aligned(columns_out), aligned(rows_out)
+        return columns_out, rows_out, *strides, aligned(columns_out), aligned(rows_out)
 
     return (
         _plan_pass(amax_of_operands, dtype, device, column_rotation, row_rotation, None, flags | fusion),
@@ -264,14 +290,16 @@ def tiles_of(kernel: Any, dtype: torch.dtype, device: torch.device, edge: int, a
     Args:
         alone: whether one operand is left out.
     """
+    casts = kernel is cast_for_operands
     if edge > TILE // 2:
-        return Tiles(TILE, TILE, 4, 2, 4) if alone else Tiles(TILE, TILE, 4, 3, 8)
+        return Tiles(TILE, TILE, 4, 2, 4 if casts and not alone else 8)
     if dtype == torch.float32:
         return Tiles(TILE // 2, TILE // 2, 4, 2, 4)
-    if kernel is cast_for_operands and alone:
-        return Tiles(TILE // 2, TILE, 1, 1, 4)
     # A third stage spills registers for sm_120.
-    return Tiles(TILE // 2, TILE // 2, 8, 3 if has_wgmma(device) else 2, 4)
+    stages = 3 if has_wgmma(device) else 2
+    if casts:
+        return Tiles(TILE // 2, TILE, 3, stages, 4) if alone else Tiles(TILE // 2, TILE // 2, 4, stages, 4)
+    return Tiles(TILE // 2, TILE // 2, 8 if alone else 16, stages, 4)
 
 
 def _plan_pass(
@@ -283,8 +311,8 @@ def _plan_pass(
     integers: Callable[..., tuple[int, ...]] | None,
     constants: dict[str, Any],
 ) -> Planned:
-    """Return the launches of one pass. ``integers`` maps (rows, columns, strides of x) to the kernel's integers, if they are
-    others."""
+    """Return the launches of one pass. ``integers`` maps (rows, columns, strides of x) to the kernel's integers after the
+    number of tiles, if they are not the strides."""
     edge = max(rotation.edge if rotation else 1 for rotation in (column_rotation, row_rotation))
     height, width, most, stages, warps = tiles_of(
         kernel, dtype, device, edge, not (constants["ROW_SCALE"] and constants["COLUMN_SCALE"])
@@ -292,25 +320,22 @@ def _plan_pass(
     kept_columns, kept_rows = reference.rotated(width, column_rotation), reference.rotated(height, row_rotation)
     options = {
         "HEIGHT": height, "WIDTH": width, "STAGES": stages, "num_warps": warps,
+        "ALIKE": column_rotation is not None and column_rotation == row_rotation and height == width,
         "WIDTH_OUT": product_width(kept_columns), "HEIGHT_OUT": product_width(kept_rows),
     }  # fmt: skip
     if integers is not None:
-        options |= {"WIDTH_KEPT": kept_columns, "HEIGHT_KEPT": kept_rows}
+        options |= {"WARPS": warps, "WIDTH_KEPT": kept_columns, "HEIGHT_KEPT": kept_rows}
     of = product_dtype(dtype, device)
     matrices = (
         block_diagonal(column_rotation, width, of, device, transposed=False) if column_rotation else None,
         block_diagonal(row_rotation, height, of, device, transposed=False) if row_rotation else None,
     )
 
-    def count_for(m: int, k: int, *strides: int) -> int:
-        """Return the class of ``k`` columns: how many tiles of a row of tiles a program takes, a power of two."""
-        return min(most, 1 << max(cdiv(k, width) - 1, 0).bit_length())
+    def sizes(m: int, k: int, *strides: int) -> tuple:
+        down, across = cdiv(m, height), cdiv(k, width)
+        tiles = min(most, max(1, down * across // _PROGRAMS))
+        tiles = max(1, cdiv(across, max(1, cdiv(across, tiles))))  # so that all programs have about as many
+        return (down * cdiv(across, tiles),), (m, k, tiles, *(strides if integers is None else integers(m, k, *strides)))
 
-    def prepare(count: int) -> Variant:
-        def sizes(m: int, k: int, *strides: int) -> tuple:
-            grid = cdiv(m, height), cdiv(k, width * count)
-            return grid, (m, k, *strides) if integers is None else integers(m, k, *strides)
-
-        return Variant(Launch(kernel, options | {"TILES": count} | constants), sizes, matrices)
-
-    return Planned(prepare, count_for)
+    launch = Launch(kernel, options | constants)
+    return Planned(lambda _: Variant(launch, sizes, matrices))

@@ -126,3 +126,16 @@ def test_blocks_wider_than_a_tile_take_launches_of_their_own(monkeypatch):
     if has_wgmma(torch.device(DEVICE)):
         ops.quantize_both(x, Rotation(128), INT8, ROW, Rotation(128), INT8, COLUMN, None)
         ops.quantize_both(x.float(), right, INT8, ROW, left, INT8, COLUMN, None)
+
+
+@pytest.mark.parametrize("shape", [(50432, 3072), (50432, 768), (12608, 768), (197, 768), (64, 64), (1, 130)])
+def test_programs_share_a_row_of_tiles_evenly(shape):
+    """Programs with tiles beyond the last column took a third of the time of 768 columns."""
+    first, second = two_operands.Side(Rotation(16, None), INT4, False), two_operands.Side(Rotation(16, None, 8), INT8, False)
+    for planned in two_operands.plan_operands(torch.bfloat16, torch.device("cpu"), first, second):
+        numbers = *shape, shape[1], 1
+        (programs,), (_, _, tiles, *_) = planned.variant(numbers).sizes(*numbers)
+        down, needed = (-(-n // 64) for n in shape)
+        across = -(-needed // tiles)
+        assert programs == down * across and tiles * across - needed < across
+        assert tiles == 1 or programs >= two_operands._PROGRAMS
