@@ -21,6 +21,7 @@ NAMES = [
     "scaled_mm",
     "rotate",
     "unrotate",
+    "dequantize_t",
     "pack_rows_",
     "unpack_rows",
     "combine",
@@ -64,6 +65,7 @@ halo::quantize_both(Tensor x, int[] column_rotation, str format, str granularity
 halo::scaled_mm(Tensor a, Tensor b_t, Tensor? a_scale, Tensor? b_scale, Tensor? bias, int[] row_rotation, int[] column_rotation, SymInt[] shape, ScalarType dtype, Tensor? gain, bool flat) -> Tensor
 halo::rotate(Tensor x, int[] row_rotation, int[] column_rotation) -> Tensor
 halo::unrotate(Tensor x, int[] row_rotation, int[] column_rotation, SymInt[] shape) -> Tensor
+halo::dequantize_t(Tensor codes_t, Tensor? scale, int[] row_rotation, SymInt[] shape, ScalarType dtype) -> Tensor
 halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
 halo::unpack_rows(Tensor packed, str format) -> Tensor
 halo::combine(Tensor y, Tensor position, ScalarType dtype) -> Tensor
