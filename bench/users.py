@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 import llama
 import results
 import torch
-from contenders import RECIPES, convert
+from contenders import convert
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halo_tensor import quantize_
+from halo_tensor import hot_config, quantize_
 
 DEVICE = "cuda"
 NOTES = (
@@ -88,14 +88,14 @@ def narrow(name: str) -> Iterator[tuple[str, float]]:
 
 
 def pointwise(name: str) -> Iterator[tuple[str, float]]:
-    if name != "bf16" and name not in RECIPES:  # the others leave convolutions alone
+    if name not in ("bf16", "hot"):  # the others leave convolutions alone
         return
     for stride in (1, 2):
         layer = nn.Conv2d(256, 256, 1, stride, bias=False, device=DEVICE, dtype=torch.bfloat16)
         x = torch.randn(8, 256, 14, 14, device=DEVICE, dtype=torch.bfloat16)
         model = nn.Sequential(layer.to(memory_format=torch.channels_last))
-        if name in RECIPES:
-            quantize_(model, RECIPES[name], min_gain=0)
+        if name == "hot":
+            quantize_(model, hot_config(quantized_convolutions="pointwise"), min_gain=0)
         both, _ = layer_us(model, x.to(memory_format=torch.channels_last))
         yield f"1×1 convolution, stride {stride}, forward and backward, µs of the CPU", both
 

@@ -107,7 +107,7 @@ def test_weights_that_hold_no_codes(taken, monkeypatch):
 def test_pointwise_convolutions(stride, taken, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 16, 1, stride=stride, bias=stride == 1)).to(DEVICE, torch.bfloat16)
-    quantize_(model, hot_config(min_features=16, skip=""))
+    quantize_(model, hot_config(min_features=16, skip="", quantized_convolutions="pointwise"))
     x = torch.randn(2, 32, 5, 4, device=DEVICE, dtype=torch.bfloat16)
     if stride == 2:
         x = x.to(memory_format=torch.channels_last)
