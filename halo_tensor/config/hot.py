@@ -19,7 +19,8 @@ class HotConfig(RotatedConfig):
     """HOT (arXiv 2503.21261): the forward stays as it is, and the backward runs in few bits.
 
     Of each layer's input only the part ``rank``/``block_size`` is saved for backward, in ``grad_weight_bits``. HOT converts
-    ``nn.Conv2d`` and transformers' ``Conv1D`` too. It is made for vision models, whose tokens are redundant. On a language
+    transformers' ``Conv1D`` too, and ``nn.Conv2d``, which saves its input in few bits and computes in high precision unless
+    ``quantized_convolutions`` says otherwise. It is made for vision models, whose tokens are redundant. On a language
     model its gradient is useless (bench/results/accuracy_hot.md): use ``recipe_config("hot_llm")`` there.
 
     ``hot_config`` is another name of this class. It has the fields of
