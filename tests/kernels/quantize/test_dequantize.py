@@ -48,7 +48,8 @@ def test_it_is_what_the_reference_says(rows, columns, rotation, granularity, dty
     assert made.dtype == dtype and made.is_contiguous()
     torch.testing.assert_close(made, expected.to(dtype), rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=2e-6)
     if granularity != UNIT and (rotation is None or rotation.rank is None):
-        assert 1e-4 < relative_error(made, x) < 0.02 or rows * columns < 50
+        # A row alone is exact with scales of columns.
+        assert 1e-4 < relative_error(made, x) < 0.02 or rows == 1 or rows * columns < 50
 
 
 @runs_kernels
