@@ -1,8 +1,8 @@
 """``F.conv2d`` that saves its input compressed, and whose products run in high precision.
 
-It is what a convolution larger than 1×1 follows: see :mod:`halo_tensor.products.conv2d`. Forward saves what X brings to
-grad_weight, of its positions instead of its windows, as one matrix of tokens with its scales. Backward decompresses it and
-computes both gradients by PyTorch's convolution.
+It is what convolutions follow, unless a recipe quantises their products: see :mod:`halo_tensor.products.conv2d`. Forward saves
+what X brings to grad_weight, of its positions instead of its windows, as one matrix of tokens with its scales. Backward
+decompresses it and computes both gradients by PyTorch's convolution.
 """
 
 from collections.abc import Callable

@@ -5,11 +5,10 @@ A convolution is a linear layer whose tokens are output positions and whose in_f
 A 1×1 convolution is exactly that. A larger one must not save its windows, which hold each element of X up to k² times. So X
 itself, [B·H·W, C], is compressed and saved, and backward decompresses it.
 
-To quantise windows costs more than a convolution in high precision: each element is quantised up to k² times. So the
-gradients of a larger convolution are computed in high precision from the decompressed X
-(:mod:`halo_tensor.products.compressed_conv2d`), unless the recipe quantises "all" convolutions, for studies of the published
-method. The grad_weight product then takes all sequencies of the tokens: X has lost the fast ones when it was compressed, and
-dropping them again in its windows would save nothing.
+By default both gradients are then computed in high precision (:mod:`halo_tensor.products.compressed_conv2d`): that takes less
+time than to quantise the operands. This module serves recipes that quantise the products of 1×1 convolutions ("pointwise"),
+or of "all", for studies of the published method. Of a larger one the grad_weight product takes all sequencies of the tokens:
+X has lost the fast ones when it was compressed, and dropping them again in its windows would save nothing.
 
 There are never the windows of a whole batch. Backward goes through chunks of images. Each chunk is a layer of its own, with
 its own scales: one for each operand of a chunk, where the recipe says one for each operand.
