@@ -23,7 +23,7 @@ LARGEST_ROW = 32768
 #: programs one after the other.
 FEW = {"cuda": 64, "cpu": 8}
 #: With so many rows, of one matrix or of many weights, programs that take 32 or more of them keep every GPU busy.
-MANY = 16384
+MANY = 32768
 #: The elements that a program holds at a time of so many rows, unless a row has more.
 _TILE = 8192
 
@@ -220,7 +220,7 @@ class RowLaunch(NamedTuple):
         """
         if self.steps or m < MANY:
             return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
-        return -64 if m >= 4 * MANY else -32
+        return -64 if m >= 2 * MANY else -32
 
     def of_class(self, number: int, row: int) -> "RowLaunch":
         """Return the launch for a class of numbers of rows, which have ``row`` elements.
