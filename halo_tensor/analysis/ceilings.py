@@ -95,7 +95,10 @@ H200 = replace(
     tiles=3.4e12,
     rotate_pair=1.9e12,
     rotate_rows=4.1e12,
+    rotate_rows_wide=3.2e12,
     rotate_both=3.4e12,
+    rotate_both_wide=2.25e12,
+    noisy=3.6e12,
     source="bench/gain.py, linear.py, hot_kernels.py and profiles of layers, 2026-11-30, torch 2.11.0+cu130, Triton 3.6.0",
 )
 

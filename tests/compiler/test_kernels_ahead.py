@@ -72,5 +72,5 @@ def test_every_kernel_is_compiled_ahead(started, launched, config, dynamic):
     launched.clear()
     with lowered_again():
         torch.compile(model, fullgraph=True, dynamic=dynamic)(x.requires_grad_()).sum().backward()
-    assert len(set(launched)) >= 8
+    assert len(set(launched)) >= 7
     assert set(started) == set(launched), "and no other"

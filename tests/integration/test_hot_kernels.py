@@ -176,7 +176,8 @@ def test_launches_of_a_layer(monkeypatch, options):
     names.clear()
     with torch.no_grad():
         layer.weight.mul_(2)
-    assert names == ["amax_of_operands", "cast_for_operands"], "of W, where it is written"
+    recorded = [name for name in names if name != "fill"]  # on a CPU, recordings fill zeros by a launch
+    assert recorded == ["amax_of_operands", "cast_for_operands"], "of W, where it is written"
 
 
 @runs_kernels
