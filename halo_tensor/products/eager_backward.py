@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_x, wants_w, *_ = ctx.needs_input_grad
         _, columns, scale = lowered.quantize_x(x, shape) if wants_w else (None, None, None)
-        # As in halo_tensor.products.eager, hooks on saved tensors need not see the codes that a weight holds.
+        # Hooks on saved tensors need not see the codes that a weight holds, which are no memory of the graph.
         w, held = None, weight.grad_input_operand
         if wants_x and held is not None:
             w = held.codes_t, held.scale, held.codes_t._version, held.scale._version

@@ -133,7 +133,7 @@ def quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Calla
         return by_rows
 
     by_columns = None
-    if columns and not rows and column_rotation is None and not (gained or step.folded) and step.operand.rounding == "nearest":
+    if nearest and columns and not rows and column_rotation is None and not (gained or step.folded):
         by_columns = plan.columns_quantizer(dtype, layer.device, row_rotation, format, scale)
 
     def by_any(

@@ -44,15 +44,11 @@ COLUMNS = Columns(64, 128, 4, 1)
 HELD = 96
 
 
-def _piece(width: int, widest: int) -> int:
-    """Return the width of the pieces of a row: the whole row, or of two widths that which leaves the fewer columns empty."""
-    whole = triton.next_power_of_2(width)
-    return whole if whole <= widest else min((widest, widest // 2), key=lambda piece: cdiv(width, piece) * piece)
-
-
 def group_rows(c: int) -> Rows:
-    """Return how ``group_rows`` takes rows of ``c``."""
-    width = _piece(c, 8192)
+    """Return how ``group_rows`` takes rows of ``c``: whole, or in pieces of a width that leaves few columns empty."""
+    width = triton.next_power_of_2(c)
+    if width > 8192:
+        width = min((8192, 4096), key=lambda piece: cdiv(c, piece) * piece)
     rows = max(4096 // width, 2 if width <= 4096 else 1)
     return Rows(width, min(rows, 16), max(8 // rows, 1), 4 if width <= 4096 else 8)
 

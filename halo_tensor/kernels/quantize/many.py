@@ -192,7 +192,7 @@ def _plan_group(group: list[_Weight], like: int, column_rotation: Rotation | Non
     (x, stride, _), gained = group[0], group[0].gained
     launch, options, matrices = row_constants(x.shape[1], x.dtype, x.device, column_rotation, format, gained, False)
     rows = sum(weight.x.shape[0] for weight in group)
-    launch = launch.of_class(launch.class_of(rows), options["CHUNKS"] * options["WIDTH"])
+    launch = launch.for_rows(rows, options["CHUNKS"] * options["WIDTH"])
     entries, programs = [], 0
     for weight in group:
         entries.append((programs, weight.x.shape[0], *weight.pointers))

@@ -141,11 +141,9 @@ def plan_whole_rows(
     all, the gain, the fold of columns, the codes and the scales.
     """
     launch, constants, matrices = row_constants(k, dtype, device, column_rotation, format, gained, folded, producer)
-    few = FEW[device.type]
+    few, chunks, width = FEW[device.type], constants["CHUNKS"], constants["WIDTH"]
 
-    def prepare(steps: int) -> Variant:
-        chunks, width = constants["CHUNKS"], constants["WIDTH"]
-        chosen = launch.of_class(steps, chunks * width) if steps else launch.for_few(chunks, width)
+    def prepare(chosen: RowLaunch) -> Variant:
         options = {"ROWS": chosen.rows, "STEPS": chosen.steps, "STAGES": chosen.stages, "num_warps": chosen.warps}
 
         def sizes(m: int, stride_row: int, stride_column: int, stride_codes: int) -> tuple:
@@ -153,7 +151,10 @@ def plan_whole_rows(
 
         return Variant(Launch(kernels.whole_rows, constants | options), sizes, matrices)
 
-    return Planned(prepare, lambda m, *strides: 0 if m <= few else launch.class_of(m))
+    def classify(m: int, *strides: int) -> RowLaunch:
+        return launch.for_few(chunks, width) if m <= few else launch.for_rows(m, chunks * width)
+
+    return Planned(prepare, classify)
 
 
 def row_constants(
@@ -212,26 +213,18 @@ class RowLaunch(NamedTuple):
     warps: int
     stages: int
 
-    def class_of(self, m: int) -> int:
-        """Return the class of ``m`` rows: the number of steps of a program, a power of two; or, of MANY rows or more, how many
-        a program takes in all at least, times -1.
+    def for_rows(self, m: int, row: int) -> "RowLaunch":
+        """Return the launch for ``m`` rows of ``row`` elements, more than a few. Many numbers of rows share a launch.
 
-        Of fewer rows a program takes at most 16 in all, and less where 256 programs would not get work otherwise.
+        A program takes at most 16 rows in all, and less where 256 programs would not get work otherwise. Of MANY rows it takes
+        more, and so loads the rotation less often, as measured on an H200 (docs/notes/quantisers.md).
         """
-        if self.steps or m < MANY:
-            return self.steps or 1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1
-        return -64 if m >= 2 * MANY else -32
-
-    def of_class(self, number: int, row: int) -> "RowLaunch":
-        """Return the launch for a class of numbers of rows, which have ``row`` elements.
-
-        Of many rows a program takes more, and so loads the rotation less often, as measured on an H200
-        (docs/notes/quantisers.md).
-        """
-        if number > 0:
-            return self._replace(steps=number)
+        if self.steps:
+            return self
+        if m < MANY:
+            return self._replace(steps=1 << max(min(16, m // 256) // self.rows, 1).bit_length() - 1)
         rows = max(min(self.rows, _TILE // row), 1)
-        steps = max(-number, min(16 * _TILE // row, 128)) // rows
+        steps = max(64 if m >= 2 * MANY else 32, min(16 * _TILE // row, 128)) // rows
         return self._replace(rows=rows, steps=steps, warps=4 if rows * row <= _TILE else self.warps)
 
     def for_few(self, chunks: int, width: int) -> "RowLaunch":
