@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halo_tensor import dequantize_, halo_config, quantize_
 from halo_tensor.activations import choice, hooks, packed
@@ -145,12 +146,16 @@ def test_nothing_is_kept_alive():
 
 
 def test_checkpointing(log):
-    """Of a layer that transformers recomputes, the input is compressed, and nothing that the recomputation saves."""
+    """Of a layer that transformers recomputes, the input is compressed, and nothing that the recomputation saves. Versions that
+    checkpoint a layer with its hooks compress nothing."""
     model, exact = model_of("int8"), step(model_of("plain"))[1]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     gradient = step(model.train())[1]
-    assert [function for _, _, function in log] == ["EmbeddingBackward0", "AddBackward0"]
-    assert 0 < distance(gradient, exact) < 5e-4
+    if "__init_subclass__" in vars(GradientCheckpointingLayer):
+        assert [function for _, _, function in log] == ["EmbeddingBackward0", "AddBackward0"]
+        assert 0 < distance(gradient, exact) < 5e-4
+    else:
+        assert not log and torch.equal(gradient, exact)
 
 
 def test_a_block_that_is_checkpointed(log):

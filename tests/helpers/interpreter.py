@@ -41,7 +41,19 @@ def reduce_by_halves(self, tensors):
 if INTERPRETED:
     from triton.runtime.interpreter import ReduceOps
 
+    from halo_tensor.kernels.launch import Launch, Sizes
+
     ReduceOps.generic_reduce = reduce_by_halves
+    launch = Launch.__call__
+
+    def launch_compiled(self: Launch, sizes: Sizes, *tensors):
+        """Launch, unless the kernel would be compiled for other dtypes: on a GPU it would read the wrong bytes."""
+        dtypes = [t.dtype for t in tensors]
+        compiled_for = self.__dict__.setdefault("compiled for", dtypes)
+        assert dtypes == compiled_for, f"{self.kernel.fn.__name__} would be compiled for {compiled_for} and gets {dtypes}"
+        launch(self, sizes, *tensors)
+
+    Launch.__call__ = launch_compiled
 
 
 @cache

@@ -76,7 +76,7 @@ def pack_mask(x: torch.Tensor) -> torch.Tensor:
     """Return the bits of a contiguous ``x``, as :func:`halo_tensor.reference.blocks.pack_mask` does."""
     x = x if x.is_contiguous() else x.contiguous()
     bits = x.new_empty((cdiv(x.numel(), 8),), dtype=torch.uint8)
-    _plan(pack_mask_kernel)((x.numel(),), _readable(x), bits)
+    _plan(pack_mask_kernel, x.dtype, x.device)((x.numel(),), _readable(x), bits)
     return bits
 
 
@@ -88,7 +88,7 @@ def unpack_mask(bits: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) 
 def unpack_mask_into(bits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Write the ones and zeros to the memory of ``x``, which has no gaps, and return ``x``."""
     bits = bits if bits.is_contiguous() else bits.contiguous()
-    _plan(unpack_mask_kernel)((x.numel(),), bits, _readable(x))
+    _plan(unpack_mask_kernel, x.dtype, x.device)((x.numel(),), bits, _readable(x))
     return x
 
 
@@ -96,14 +96,14 @@ def relu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the larger of 0 and each element of ``x``, with the strides of ``x``, which has no gaps, and its mask in bits."""
     y = x.new_empty_strided(tuple(x.shape), x.stride(), dtype=x.dtype)
     bits = x.new_empty((cdiv(x.numel(), 8),), dtype=torch.uint8)
-    _plan(relu_kernel)((x.numel(),), x, y, bits)
+    _plan(relu_kernel, x.dtype, x.device)((x.numel(),), x, y, bits)
     return y, bits
 
 
 def masked(e: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Return ``e``, with zeros where a bit is not set. ``e`` lies in memory as the tensor whose mask it is."""
     x = e.new_empty_strided(tuple(e.shape), e.stride(), dtype=e.dtype)
-    _plan(masked_kernel)((e.numel(),), e, bits, x)
+    _plan(masked_kernel, e.dtype, e.device)((e.numel(),), e, bits, x)
     return x
 
 
@@ -113,8 +113,8 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def _plan(kernel: triton.JITFunction) -> Planned:
-    """Return the launch of a kernel for any number of elements."""
+def _plan(kernel: triton.JITFunction, dtype: torch.dtype, device: torch.device) -> Planned:
+    """Return the launch of a kernel for any number of elements of ``dtype``."""
 
     def prepare(ragged: bool) -> Variant:
         launch = Launch(kernel, {"ROWS": ROWS, "RAGGED": ragged, "num_warps": 4})
