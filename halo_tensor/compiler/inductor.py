@@ -7,9 +7,9 @@ becomes a buffer of the graph, which Inductor plans and reuses, and each launch 
 shapes are dynamic, if its body computes with tensors, or if anything else goes wrong here.
 
 Private API: ``torch._inductor.ir`` (ExternKernel, NoneLayout, MutationOutput), ``lowering`` (register_lowering,
-fallback_handler), ``graph.SubgraphLowering``, ``virtualized.V.graph`` (register_operation, add_tensor_constant, cpp_wrapper
-and its collections of operations and buffers) and the wrapper's ``add_import_once`` and ``writeline``. Tested with torch 2.11
-to 2.15 (:data:`halo_tensor.fences.fast_paths.INDUCTOR`).
+fallback_handler, add_needs_realized_inputs), ``graph.SubgraphLowering``, ``virtualized.V.graph`` (register_operation,
+add_tensor_constant, cpp_wrapper and its collections of operations and buffers) and the wrapper's ``add_import_once`` and
+``writeline``. Tested with torch 2.11 to 2.15 (:data:`halo_tensor.fences.fast_paths.INDUCTOR`).
 """
 
 from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ class _Call(ir.ExternKernel):
         producer, definitions = self.launch.constants.get("PRODUCER"), []
         if producer is not None:  # the kernel can be compiled as soon as its function is defined
             definitions, source = [producer.definition()], f"{source}.ahead(torch.{self.device!r}, {self.dtypes})"
-        for line in (*_IMPORTS, *definitions, f"{name} = {source}"):
+        for line in (*_IMPORTS, f"import {self.launch.module}", *definitions, f"{name} = {source}"):
             wrapper.add_import_once(line)
         wrapper.writeline(f"{name}({', '.join(template.format(*names) for template in self.templates)})")
 
@@ -100,15 +100,11 @@ class _Call(ir.ExternKernel):
         return OrderedSet()
 
 
-#: What generated code imports: the modules of the kernels, and what functions of producers call.
+#: What generated code imports besides the modules of its kernels: what functions of producers call.
 _IMPORTS = (
     "import torch",
     "import triton",
     "import triton.language as tl",
-    "import halo_tensor.kernels.quantize.kernels, halo_tensor.kernels.matmul.plan, halo_tensor.kernels.quantize.two_gradients",
-    "import halo_tensor.kernels.experts.products, halo_tensor.kernels.experts.quantizers, halo_tensor.kernels.experts.rows",
-    "import halo_tensor.kernels.quantize.blocks, halo_tensor.kernels.quantize.masks",
-    "import halo_tensor.kernels.quantize.two_operands",
     "from halo_tensor.kernels.launch import Launch",
     "from halo_tensor.kernels.quantize.fast_math import fast_exp, libdevice, reciprocal, tanh",
 )
@@ -180,6 +176,8 @@ def _lower(name: str, produced: int = 0) -> None:
     """
     op, body = getattr(torch.ops.halo, name).default, body_of(name)
     as_op = lowering.fallback_handler(op)
+    # What else reads a computed argument, as a sum of a gradient does, then reads it from memory and does not compute it again.
+    lowering.add_needs_realized_inputs(op)
 
     @lowering.register_lowering(op, type_promotion_kind=None)
     def lowered(*args: Any) -> Any:

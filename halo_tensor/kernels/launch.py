@@ -253,8 +253,13 @@ class SizedLaunch:
         """Return :meth:`Launch.bound` with these sizes."""
         return self.launch.bound(self.sizes)
 
+    @property
+    def module(self) -> str:
+        """The module that :meth:`source` needs."""
+        return self.launch.kernel.fn.__module__
+
     def source(self) -> str:
-        """Return an expression that makes this launch again; generated code imports the modules of kernels."""
+        """Return an expression that makes this launch again, in code that imports :attr:`module`."""
         function, (grid, integers, extents, _) = self.launch.kernel.fn, self.sizes
         kernel = f"{function.__module__}.{function.__name__}"
         return f"Launch({kernel}, {self.launch.constants}, {self.launch.blocks}).sized({grid}, {integers}, {extents})"

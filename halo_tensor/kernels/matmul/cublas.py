@@ -19,7 +19,9 @@ class VendorProduct:
     ``torch.nn.functional.scaled_mm`` has no ``out``.
     """
 
-    constants: dict[str, Any] = {}  # noqa: RUF012 the attribute that a launch has
+    # The attributes that a launch has.
+    constants: dict[str, Any] = {}  # noqa: RUF012
+    module = __name__
 
     def __call__(self, a: Any, b_t: Any, out: Any, a_scale: Any, b_scale: Any) -> None:
         if not isinstance(a, torch.Tensor):  # a stand-in for one, in a graph that is being compiled
