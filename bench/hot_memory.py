@@ -132,7 +132,7 @@ def measure(name: str, contender: str, args: argparse.Namespace) -> dict:
         del model, step, half
         gc.collect()
         torch._dynamo.reset()
-        tries = (int(batch * (1 - lost)) // 8 * 8 for lost in (0, 0.02, 0.05, 0.1, 0.2))
+        tries = (int(batch * (1 - lost)) // 8 * 8 for lost in (0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2))
         row[f"batch in {args.limit:g} GiB"] = next((n for n in tries if fits(name, contender, n, args)), None)
     return row
 

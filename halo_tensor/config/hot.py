@@ -34,6 +34,9 @@ class HotConfig(RotatedConfig):
         grad_input_bits: of the operands of grad_input: 4 or 8. INT4 values are multiplied as INT8, exactly. Hopper has no INT4
             units, so 4 bits are no faster there.
         grad_weight_bits: of the operands of grad_weight: 4 or 8.
+        saved_bits: of X in grad_weight, which is what forward saves: 4, with a scale for each in_feature; None for
+            ``grad_weight_bits`` and ``granularity``. ``hot_config(rank=None, saved_bits=4)`` saves as many bytes as the
+            default, and loses much less of G where neighbouring tokens are not alike.
         grad_output_granularity: scales of E in grad_input: "tensor" (one), or "row" (one per token).
             :func:`~halo_tensor.calibrate` chooses between the two for each layer.
         granularity: scales of all other operands: "tensor" (one, as published), or "row" (one per index of the dimension
@@ -61,6 +64,7 @@ class HotConfig(RotatedConfig):
     block_size: int = field(default=16, kw_only=True)
     grad_input_bits: int = field(default=4, kw_only=True)
     grad_weight_bits: int = field(default=8, kw_only=True)
+    saved_bits: int | None = field(default=None, kw_only=True)
     grad_output_granularity: str = field(default="tensor", kw_only=True)
     granularity: str = field(default="tensor", kw_only=True)
     rounding: str = field(default="stochastic", kw_only=True)
@@ -73,6 +77,7 @@ class HotConfig(RotatedConfig):
         one_of("block_size", self.block_size, BLOCK_SIZES)
         one_of("grad_input_bits", self.grad_input_bits, tuple(BITS))
         one_of("grad_weight_bits", self.grad_weight_bits, tuple(BITS))
+        one_of("saved_bits", self.saved_bits, (None, 4))
         one_of("grad_output_granularity", self.grad_output_granularity, GRANULARITIES)
         one_of("rounding", self.rounding, ROUNDINGS)
         one_of("quantized_convolutions", self.quantized_convolutions, recipes.CONVOLUTIONS)
@@ -86,8 +91,8 @@ class HotConfig(RotatedConfig):
     def recipe(self) -> Recipe:
         """The method as data. Configs that differ only in which layers they convert share one object."""
         recipe = _recipe(
-            self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.grad_output_granularity,
-            self.granularity, self.rounding, self.seed, self.quantized_convolutions,
+            self.rank, self.block_size, self.grad_input_bits, self.grad_weight_bits, self.saved_bits,
+            self.grad_output_granularity, self.granularity, self.rounding, self.seed, self.quantized_convolutions,
         )  # fmt: skip
         return self.saving(recipe)
 
@@ -104,6 +109,7 @@ def _recipe(
     block: int,
     grad_input_bits: int,
     grad_weight_bits: int,
+    saved_bits: int | None,
     grad_output_granularity: str,
     granularity: str,
     rounding: str,
@@ -113,8 +119,8 @@ def _recipe(
     """Cached, so that all layers of a model hold one recipe object, and comparing recipes is free."""
     scale = "tokens" if grad_output_granularity == "row" else "tensor"
     return recipes.hot(
-        rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits], scale=scale,
-        granularity=granularity, rounding=rounding, seed=seed,
+        rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits],
+        saved=None if saved_bits is None else BITS[saved_bits], scale=scale, granularity=granularity, rounding=rounding, seed=seed,
         quantized_convolutions=quantized_convolutions,
     )  # fmt: skip
 

@@ -59,6 +59,7 @@ def hot(
     *,
     grad_input: Format = INT4,
     grad_weight: Format = INT8,
+    saved: Format | None = None,
     scale: str = "tensor",
     granularity: str = "tensor",
     rounding: str = "stochastic",
@@ -74,6 +75,8 @@ def hot(
         rank: how many sequencies of a block are kept; None for all, a rotation of the tokens.
         block: the edge of the rotations' blocks.
         grad_input, grad_weight: the formats of the two products.
+        saved: the format of X in grad_weight, which is what forward saves, with a scale for each in_feature; None for
+            that of ``grad_weight``.
         scale: the granularity of E in grad_input, "tensor" or "tokens": HOT chooses one for each layer.
         granularity: of the other operands: "tensor" as published, or "row", along the dimension that the product keeps.
         rounding: of E in grad_input.
@@ -88,11 +91,12 @@ def hot(
     tokens = low if low_rank_input == "external" else None
     per = _per_index if granularity == "row" else _per_tensor
     e = Operand(grad_input, Scales.of(scale), tokens, out_features=features, rounding=rounding)
+    x = Operand(grad_weight, per("in_features"), tokens=low)
+    if saved is not None:
+        x = Operand(saved, _per_index("in_features"), tokens=low)
     return Recipe(
         grad_input=Product(e, Operand(grad_input, per("in_features"), out_features=features)),
-        grad_weight=Product(
-            Operand(grad_weight, per("out_features"), tokens=low), Operand(grad_weight, per("in_features"), tokens=low)
-        ),
+        grad_weight=Product(Operand(grad_weight, per("out_features"), tokens=low), x),
         quantized_convolutions=quantized_convolutions,
     )
 
