@@ -23,7 +23,7 @@ from halo_tensor.ops.experts import (
 )
 from halo_tensor.ops.gradients import quantize_both, quantize_pair, quantize_pairs
 from halo_tensor.ops.loss import linear_cross_entropy, scale_
-from halo_tensor.ops.packing import pack_rows_, unpack_rows
+from halo_tensor.ops.packing import pack_nibbles, pack_rows_, unpack_nibbles, unpack_rows
 from halo_tensor.ops.products import scaled_mm
 from halo_tensor.ops.quantizers import requantize_, rotate_quantize, rotate_quantize_
 from halo_tensor.ops.rotations import dequantize_t, rotate, unrotate
@@ -40,6 +40,7 @@ __all__ = [
     "grouped_mm",
     "linear_cross_entropy",
     "pack_mask",
+    "pack_nibbles",
     "pack_rows_",
     "quantize_both",
     "quantize_gated",
@@ -58,6 +59,7 @@ __all__ = [
     "turn_stack",
     "turn_stack_",
     "unpack_mask",
+    "unpack_nibbles",
     "unpack_rows",
     "unrotate",
 ]

@@ -24,6 +24,8 @@ NAMES = [
     "dequantize_t",
     "pack_rows_",
     "unpack_rows",
+    "pack_nibbles",
+    "unpack_nibbles",
     "combine",
     "gather_codes",
     "gather_tokens",
@@ -68,6 +70,8 @@ halo::unrotate(Tensor x, int[] row_rotation, int[] column_rotation, SymInt[] sha
 halo::dequantize_t(Tensor codes_t, Tensor? scale, int[] row_rotation, SymInt[] shape, ScalarType dtype) -> Tensor
 halo::pack_rows_(Tensor codes, str format, Tensor(a!) packed) -> ()
 halo::unpack_rows(Tensor packed, str format) -> Tensor
+halo::pack_nibbles(Tensor codes) -> Tensor
+halo::unpack_nibbles(Tensor packed, SymInt columns) -> Tensor
 halo::combine(Tensor y, Tensor position, ScalarType dtype) -> Tensor
 halo::gather_codes(Tensor codes, Tensor scales, Tensor index) -> (Tensor, Tensor)
 halo::gather_tokens(Tensor x, SymInt dim, str name, SymInt size) -> Tensor
