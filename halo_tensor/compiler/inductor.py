@@ -214,6 +214,8 @@ _LOWERED = (
     "dequantize_t",
     "pack_mask",
     "unpack_mask",
+    "pack_nibbles",
+    "unpack_nibbles",
 )
 for _name in _LOWERED:
     _lower(_name, _PRODUCED.get(_name, 0))
