@@ -26,16 +26,19 @@ from halo_tensor.recipe import CONVOLUTIONS
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
-#: name -> (grad_output_granularity="row", and how activations are saved); None: high precision.
-CONTENDERS = {
+#: name -> options of the config; None: high precision.
+CONTENDERS: dict[str, dict | None] = {
     "bf16": None,
-    "hot": "plain",
-    "hot, int8": "int8",
-    "hot, all": "all",
-    "hot, all-int4": "all-int4",
+    "hot": {},
+    "hot, int8": {"activations": "int8"},
+    "hot, all": {"activations": "all"},
+    "hot, all-int4": {"activations": "all-int4"},
+    "hot, X in int4": {"rank": None, "saved_bits": 4},
+    "hot, X in int4, all": {"rank": None, "saved_bits": 4, "activations": "all"},
 }
 NOTES = (
-    "hot: one scale per token for E in grad_input. The text behind it is activations= of its config. Peak: of a forward and "
+    "hot: one scale per token for E in grad_input. int8, all, all-int4: activations= of its config. X in int4: with "
+    "hot_config(None, saved_bits=4). Peak: of a forward and "
     "backward, with weights and gradients, no optimiser. Batch in so many GiB: the largest that ran while the allocator could "
     "take no more. INT4 values are multiplied as INT8, exactly."
 )
@@ -46,9 +49,8 @@ def build(name: str, contender: str, args: argparse.Namespace) -> nn.Module:
     model = memory.MODELS[name][0](args.tiny).to(DEVICE, torch.bfloat16).train()
     if name == "resnet":
         model = model.to(memory_format=torch.channels_last)
-    if (activations := CONTENDERS[contender]) is not None:
-        options = {"activations": activations, "quantized_convolutions": args.convolutions}
-        quantize_(model, hot_config(grad_output_granularity="row", **options))
+    if (options := CONTENDERS[contender]) is not None:
+        quantize_(model, hot_config(grad_output_granularity="row", quantized_convolutions=args.convolutions, **options))
     return model
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from halo_tensor.analysis.capture import hooked
 from halo_tensor.layers import kinds as layers
-from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
+from halo_tensor.recipe import INT4, PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
 from halo_tensor.reference.ops import rotated
 
@@ -103,7 +103,7 @@ def _width(dimension: str, size: int, operand: Operand) -> int:
 def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     """Return the bytes of X that one call of a layer keeps for grad_weight.
 
-    Each code takes a byte, whatever its bits, and each scale what its layout says.
+    A code of INT4 takes half a byte and any other one a byte, and each scale what its layout says.
 
     Args:
         recipe: the layer's recipe.
@@ -116,7 +116,8 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
         return groups * rows * columns * high // 8
-    return groups * (rows * columns + operand.granularity.on(X).bytes(rows, columns))
+    codes = (rows + 1) // 2 * columns if operand.format == INT4 else rows * columns
+    return groups * (codes + operand.granularity.on(X).bytes(rows, columns))
 
 
 def bit_operations(recipe: Recipe, shape: Shape, high: int = 16) -> dict[str, int]:

@@ -176,7 +176,7 @@ def _lower(name: str, produced: int = 0) -> None:
     """
     op, body = getattr(torch.ops.halo, name).default, body_of(name)
     as_op = lowering.fallback_handler(op)
-    # What else reads a computed argument, as a sum of a gradient does, then reads it from memory and does not compute it again.
+    # What else reads a computed argument, as the sum of a gradient does, reads it from memory and does not compute it again.
     lowering.add_needs_realized_inputs(op)
 
     @lowering.register_lowering(op, type_promotion_kind=None)

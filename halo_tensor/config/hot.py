@@ -120,8 +120,8 @@ def _recipe(
     scale = "tokens" if grad_output_granularity == "row" else "tensor"
     return recipes.hot(
         rank, block, grad_input=BITS[grad_input_bits], grad_weight=BITS[grad_weight_bits],
-        saved=None if saved_bits is None else BITS[saved_bits], scale=scale, granularity=granularity, rounding=rounding, seed=seed,
-        quantized_convolutions=quantized_convolutions,
+        saved=None if saved_bits is None else BITS[saved_bits], scale=scale, granularity=granularity, rounding=rounding,
+        seed=seed, quantized_convolutions=quantized_convolutions,
     )  # fmt: skip
 
 

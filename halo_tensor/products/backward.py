@@ -5,11 +5,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
+from halo_tensor import ops
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.products.steps import folded_products, reuses_operand
-from halo_tensor.recipe import E, Recipe, W
+from halo_tensor.recipe import INT4, E, Recipe, W
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,6 +79,34 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
         return HadamardQuantTensor.__tensor_unflatten__(inner, attributes, size, stride)
 
     return [getattr(operand, name) for name in names], put_together
+
+
+def take_apart_input(operand: torch.Tensor) -> tuple[list[torch.Tensor], Callable]:
+    """Do :func:`take_apart` for what X brings to grad_weight, which reads no other codes than the transposed ones. Those of
+    INT4 are saved in half a byte each."""
+    if not isinstance(operand, HadamardQuantTensor):
+        return take_apart(operand)
+    operand = operand.only("columns")
+    tensors, put_together = take_apart(operand)
+    if operand.format != INT4:
+        return tensors, put_together
+    at = operand.__tensor_flatten__()[0].index("codes_t")
+    columns = tensors[at].shape[1]
+
+    def put_together_unpacked(saved: Sequence[torch.Tensor]) -> HadamardQuantTensor:
+        return put_together([*saved[:at], ops.unpack_nibbles(saved[at], columns), *saved[at + 1 :]])
+
+    return [*tensors[:at], _packed(tensors[at]), *tensors[at + 1 :]], put_together_unpacked
+
+
+def _packed(codes: Any) -> torch.Tensor:
+    """Return packed codes. Layers that share the codes of one X save them once; a compiler finds out by itself."""
+    if is_compiling():
+        return ops.pack_nibbles(codes)
+    packed = getattr(codes, "packed", None)
+    if packed is None:
+        packed = codes.packed = ops.pack_nibbles(codes)
+    return packed
 
 
 def check_first_derivative() -> None:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from halo_tensor.fences.pytorch import applied, autocast_dtype, is_watched
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.operand import HadamardQuantTensor
-from halo_tensor.products.backward import check_first_derivative, take_apart, without_autocast
+from halo_tensor.products.backward import check_first_derivative, take_apart_input, without_autocast
 from halo_tensor.products.operands import quantize_operands
-from halo_tensor.recipe import TENSOR, Operand, Recipe, Scales, X
+from halo_tensor.recipe import INT4, TENSOR, Operand, Recipe, Scales, X
+from halo_tensor.reference.ops import rotated
 
 _PER_COLUMN = Scales.per(in_features=1)
 _channels_last, _row_major = torch.channels_last, torch.contiguous_format
@@ -126,7 +127,7 @@ def _compressed(x: torch.Tensor, recipe: Recipe) -> tuple[list[torch.Tensor], Ca
     (made,) = quantize_operands(matrix, X, recipe, ["grad_weight"])
     if not isinstance(made, HadamardQuantTensor):
         return [x], lambda saved, shape: saved[0]
-    tensors, put_together = take_apart(made.only("columns"))
+    tensors, put_together = take_apart_input(made)
     return tensors, lambda saved, shape: _as_images(put_together(saved).dequantize(), shape)
 
 
@@ -146,6 +147,7 @@ class _Launches:
     """
 
     def __init__(self, operand: Operand, dtype: torch.dtype, device: torch.device):
+        from halo_tensor.kernels.quantize import nibbles
         from halo_tensor.kernels.quantize.two_operands import Side, operands_quantizer
         from halo_tensor.kernels.recorded import Recorded
 
@@ -153,21 +155,24 @@ class _Launches:
         side = Side(operand.tokens, operand.format, operand.granularity == _PER_COLUMN)
         self.operand, self.dtype = operand, dtype
         self.quantize = operands_quantizer(dtype, device, None, side)
+        self.nibbles = nibbles if operand.format == INT4 else None
         self.compress, self.decompress = Recorded(self._compress), Recorded(self._decompress)
 
     def _compress(self, numbers: tuple, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return transposed codes and scales of a matrix, whose shape and strides are ``numbers``."""
+        """Return transposed codes, those of INT4 packed, and scales of a matrix, whose shape and strides are ``numbers``."""
         _, codes_t, _, scale = self.quantize(matrix)
-        return codes_t, scale
+        return (codes_t if self.nibbles is None else self.nibbles.pack_nibbles(codes_t)), scale
 
     def _decompress(self, shape: torch.Size, codes_t: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
         """Return images of ``shape``, channels last."""
         from halo_tensor.kernels.quantize.dequantize import dequantize
 
         batch, channels, height, width = shape
-        strides = (height * width * channels, 1, width * channels, channels)
+        positions, strides = batch * height * width, (height * width * channels, 1, width * channels, channels)
+        if self.nibbles is not None:
+            codes_t = self.nibbles.unpack_nibbles(codes_t, rotated(positions, self.operand.tokens))
         x = codes_t.new_empty_strided(shape, strides, dtype=self.dtype)
-        dequantize(codes_t, scale, self.operand.tokens, (batch * height * width, channels), self.dtype, x)
+        dequantize(codes_t, scale, self.operand.tokens, (positions, channels), self.dtype, x)
         return (x,)
 
     def decompressed(self, saved: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:

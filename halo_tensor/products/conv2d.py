@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from halo_tensor.compiler import loaded_partition
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products import eager_backward
-from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart
+from halo_tensor.products.backward import backward_of_rounding, multiply_backward, take_apart_input
 from halo_tensor.products.compressed_conv2d import conv2d as compressed_conv2d
 from halo_tensor.products.linear import product_dtype, refuse_tracing
 from halo_tensor.products.operands import quantize_operands
@@ -134,8 +134,7 @@ class _Conv2d(torch.autograd.Function):
         for part in x.chunk(geometry.groups, 1) if wants_w else ():
             matrix = geometry.windows(part) if geometry.is_pointwise else positions(part)
             (operand,) = quantize_operands(matrix, X, recipe, ["grad_weight"])
-            operand = operand.only("columns") if isinstance(operand, HadamardQuantTensor) else operand
-            inner, put_together = take_apart(operand)
+            inner, put_together = take_apart_input(operand)
             ctx.put_together.append((len(tensors), len(tensors) + len(inner), put_together))
             tensors += inner
         ctx.save_for_backward(weight, *tensors)

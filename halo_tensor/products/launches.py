@@ -12,7 +12,7 @@ import torch
 
 from halo_tensor.products.operands import shared_operands
 from halo_tensor.products.steps import Dims, Step, steps_for
-from halo_tensor.recipe import PRODUCTS, TENSOR, Operand, Recipe, Scales, X
+from halo_tensor.recipe import INT4, PRODUCTS, TENSOR, Operand, Recipe, Scales, X
 from halo_tensor.recipe.formats import FLOAT32
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.hadamard import carried
@@ -64,7 +64,8 @@ def is_simple(granularity: Scales) -> bool:
 
 
 class InputQuantizer:
-    """The quantiser of a layer's X for some of its products, which ask for the same operand. Its launches are recorded."""
+    """The quantiser of a layer's X for some of its products, which ask for the same operand. Its launches are recorded. INT4
+    codes for grad_weight alone are packed."""
 
     def __init__(self, layer: Layer, products: tuple[str, ...]):
         from halo_tensor.kernels.recorded import Recorded  # Triton, which a machine without a GPU may lack
@@ -73,7 +74,8 @@ class InputQuantizer:
         self._operand = id(_INTERNED.setdefault(step.operand, step.operand))
         self._layouts = [i for i, dimension in enumerate(reversed(X)) if dimension in step.contracted]
         #: A function of (shape, strides), x and a gain, which is called without a look at what other layers have made.
-        self.quantize = Recorded(partial(_quantized, quantizer(layer, X, step, layer.x), layer.in_features))
+        quantize = partial(_quantized, quantizer(layer, X, step, layer.x), layer.in_features)
+        self.quantize = Recorded(partial(_packed, quantize) if packs_input(layer.recipe) else quantize)
 
     def __call__(self, x: torch.Tensor, shape: torch.Size, gain: torch.Tensor | None = None) -> Sequence[torch.Tensor | None]:
         """Return what X brings to the products, as :class:`Codes` lists it. Layers that follow each other and read the same X
@@ -104,6 +106,20 @@ def _quantized(
 ) -> Codes:
     """Return the codes of x [..., width], whose shape and strides are ``numbers``."""
     return quantize(x if x.ndim == 2 else x.reshape(-1, width), None, gain)
+
+
+def packs_input(recipe: Recipe) -> bool:
+    """Whether forward saves codes of X in half a byte each."""
+    return recipe.has_plain_output and recipe.grad_weight.right.format == INT4
+
+
+def _packed(quantize: Callable[..., Codes], *arguments: Any) -> Codes:
+    """Return what ``quantize`` returns, with packed columns."""
+    from halo_tensor.kernels.quantize.nibbles import pack_nibbles
+
+    codes = quantize(*arguments)
+    assert codes.columns is not None
+    return codes._replace(columns=pack_nibbles(codes.columns))
 
 
 def quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:

@@ -17,6 +17,7 @@ from halo_tensor.products.backward import (
     multiply,
     multiply_backward,
     take_apart,
+    take_apart_input,
     without_autocast,
 )
 from halo_tensor.products.operands import quantize_operands, weight_operand
@@ -54,13 +55,10 @@ class _Linear(torch.autograd.Function):
             x_operands = [operand_x] * len(products)
         y = multiply(x_operands[0], w.t(), dtype, bias)
 
-        x_saved = x_operands[1] if wants_w else None
-        if isinstance(x_saved, HadamardQuantTensor):
-            x_saved = x_saved.only("columns")
         w_saved = w if reuses_operand(recipe) and not holds_no_codes else getattr(weight, "grad_input_operand", None)
         w_saved = (master if w_saved is None else w_saved) if wants_x else None
         ctx.quantises_w = wants_x and holds_no_codes and reuses_operand(recipe)
-        x_tensors, ctx.put_x_together = take_apart(x_saved)
+        x_tensors, ctx.put_x_together = take_apart_input(x_operands[1]) if wants_w else take_apart(None)
         w_tensors, ctx.put_w_together = take_apart(w_saved)
         ctx.save_for_backward(*x_tensors, *w_tensors)
         ctx.x_count = len(x_tensors)

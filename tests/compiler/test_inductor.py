@@ -98,11 +98,19 @@ def test_no_op_of_experts_is_left():
 
 
 @runs_kernels
-@pytest.mark.parametrize(("granularity", "rounding"), [("tensor", "stochastic"), ("row", "nearest")])
-def test_no_op_of_hot_is_left(granularity, rounding):
-    """Two layers. X of low rank in forward; then E for both products, twice, measured and cast. W is held as codes."""
-    f, mlp, (x, e), results, expected, launches = compiled_step(hot_config(rounding=rounding, granularity=granularity))
-    assert launches == [4, 8], "two launches for E of a layer, and two products"
+@pytest.mark.parametrize(
+    ("options", "rounding", "packs"),
+    [
+        ({}, "stochastic", 0),
+        ({"granularity": "row"}, "nearest", 0),
+        ({"rank": None, "saved_bits": 4}, "nearest", 1),
+    ],
+)
+def test_no_op_of_hot_is_left(options, rounding, packs):
+    """Two layers. X of low rank in forward; then E for both products, twice, measured and cast. W is held as codes. INT4 codes of
+    X are packed, and unpacked."""
+    f, mlp, (x, e), results, expected, launches = compiled_step(hot_config(rounding=rounding, **options))
+    assert launches == [4 + 2 * packs, 8 + 2 * packs], "two launches for E of a layer, and two products"
     for i, (a, b) in enumerate(zip(results, expected, strict=True)):
         # The draws are not eager mode's, and E of the first layer is the second's E_X.
         assert relative_error(a, b) < (0.01 if rounding == "nearest" or i == 0 else 0.6)
@@ -133,7 +141,9 @@ def test_a_gradient_is_computed_once(config):
     x, e = (torch.randn(2, 40, n, device=DEVICE, dtype=torch.bfloat16) for n in (128, 256))
     with lowered_again():
         _, (_, code) = run_and_get_code(lambda: torch.compile(model, fullgraph=True)(x.requires_grad_()).backward(e))
-    readers = re.findall(r"^ +(\w+)(?:\.run)?\(.*\btangents_1\b.*\)", code.replace("assert_size_stride(tangents_1", ""), re.MULTILINE)
+    readers = re.findall(
+        r"^ +(\w+)(?:\.run)?\(.*\btangents_1\b.*\)", code.replace("assert_size_stride(tangents_1", ""), re.MULTILINE
+    )
     assert len(readers) == 1
     assert any("sum" in kernel for kernel in re.findall(r"^ +((?:cpp|triton)_\w+)(?:\.run)?\(", code, re.MULTILINE))
     expected = e.float() * 2 * model.layer(x).float()

@@ -49,12 +49,14 @@ def test_a_rank_is_a_projection(block, rank, m, n, side):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("of_e", ["tensor", "row"])
-@pytest.mark.parametrize("rank", [8, 3, None])
-def test_hot_is_what_its_formulas_say(rank, of_e, granularity):
-    """With rounding to nearest, to be comparable: hot.md's two paths, 197 tokens padded to 208."""
+@pytest.mark.parametrize(("rank", "saved_bits"), [(8, None), (3, None), (None, None), (None, 4), (5, 4)])
+def test_hot_is_what_its_formulas_say(rank, saved_bits, of_e, granularity):
+    """With rounding to nearest, to be comparable: hot.md's two paths, 197 tokens padded to 208. X in 4 bits has scales of its
+    own."""
     plain = nn.Linear(128, 192)
     x, e = torch.randn(197, 128), torch.randn(197, 192)
-    config = hot_config(rank, grad_output_granularity=of_e, granularity=granularity, rounding="nearest")
+    options = {"grad_output_granularity": of_e, "granularity": granularity, "saved_bits": saved_bits}
+    config = hot_config(rank, **options, rounding="nearest")
     layer = converted(plain, config)
     y, grad_x, grad_w, grad_bias = gradients(layer, x, e)
 
@@ -64,7 +66,8 @@ def test_hot_is_what_its_formulas_say(rank, of_e, granularity):
     expected_x = rounded(e_turned, 7, 1 if of_e == "row" else None) @ rounded(w_turned, 7, rows)
     e_low, x_low = project(e, 16, rank), project(x, 16, rank)
     assert len(x_low) == 208 * (rank or 16) // 16
-    expected_w = rounded(e_low, 127, rows).t() @ rounded(x_low, 127, rows)
+    x_low = rounded(x_low, 127, rows) if saved_bits is None else rounded(x_low, 7, 0)
+    expected_w = rounded(e_low, 127, rows).t() @ x_low
     assert torch.equal(y, plain(x))
     torch.testing.assert_close(grad_bias, e.sum(0))
     for a, b in ((grad_x, expected_x), (grad_w, expected_w)):
@@ -228,6 +231,8 @@ def test_what_means_nothing_is_refused():
         hot_config(rounding="up")
     with pytest.raises(ValueError, match="grad_input_bits must be one of 4, 8; got 6"):
         hot_config(grad_input_bits=6)
+    with pytest.raises(ValueError, match="saved_bits must be one of None, 4; got 8"):
+        hot_config(saved_bits=8)
     with pytest.raises(ValueError, match="grad_output_granularity must be one of 'row', 'tensor'; got 'tokens'"):
         hot_config(grad_output_granularity="tokens")
     with pytest.raises(ValueError, match="seed signs whole blocks"):
@@ -246,7 +251,7 @@ def test_there_and_back():
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["hot", "hot_llm", "lbp_wht", "luq"])
+@pytest.mark.parametrize("name", ["hot", "hot_int4", "hot_llm", "lbp_wht", "luq"])
 def test_what_is_counted_is_what_is_saved(name):
     """The layers that read one X save it once; a k×k convolution saves positions, not windows."""
     model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 1, groups=2), nn.Flatten(2), nn.Linear(64, 48))
@@ -262,6 +267,22 @@ def test_what_is_counted_is_what_is_saved(name):
     high = 32
     assert saved.layers == sum(analysis.saved_bytes(recipe, shape, high) for shape in found.values())
     assert saved.total >= saved.layers
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_an_input_in_4_bits_takes_half_the_bytes(rank):
+    """The codes of an odd number of sequencies, too. Layers that share X save it once."""
+    layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+    report = quantize_(layers, hot_config(rank, saved_bits=4))
+    x = torch.randn(3, 35, 64, requires_grad=True)
+    with measure_saved(layers, report.converted) as saved:
+        sum(layer(x * 1) for layer in layers).sum().backward()
+        same = x * 1
+        (layers[0](same) + layers[1](same)).sum().backward()
+    codes = ((112 if rank is None else 35) + 1) // 2 * 64
+    assert saved.layers == 3 * (codes + 64 * 4)
+    shape = next(iter(shapes(layers[0], x).values()))
+    assert analysis.saved_bytes(hot_config(rank, saved_bits=4).recipe, shape) == codes + 64 * 4
 
 
 def test_bit_operations():

@@ -24,6 +24,7 @@ CONFIGS = {
     "a scale per channel": hot_config(granularity="row"),
     "whole rank": hot_config(rank=None, block_size=128, seed=0),
     "int4": hot_config(grad_weight_bits=4),
+    "X in int4": hot_config(rank=None, saved_bits=4),
 }
 GEOMETRIES = {
     "1×1": {"kernel_size": 1},
@@ -34,7 +35,7 @@ GEOMETRIES = {
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=11)
+    interpreter.run(__file__, at_least=12)
 
 
 def layer_of(config, **options):

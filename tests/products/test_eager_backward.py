@@ -15,7 +15,7 @@ from halo_tensor.layers.linear import convert_weight
 from halo_tensor.products import eager_backward
 from halo_tensor.products.lowered import can_lower_backward
 from halo_tensor.products.operands import grad_input_operand
-from halo_tensor.recipe import INT8, RECIPES, Recipe, halo, hot
+from halo_tensor.recipe import INT4, INT8, RECIPES, Recipe, halo, hot
 from tests.helpers import interpreter, launches
 from tests.helpers.interpreter import DEVICE, GPU, runs_kernels
 
@@ -26,6 +26,8 @@ LOWERED = [name for name, recipe in RECIPES.items() if can_lower_backward(recipe
 CASES = {
     "hot": hot(),
     "hot_llm": hot(None, 16, grad_input=INT8, scale="tokens", granularity="row", rounding="nearest", seed=0),
+    "X in int4": hot(None, 16, saved=INT4),
+    "X in int4, an odd number": hot(5, 16, saved=INT4),
     "hot_external": hot(low_rank_input="external"),
     "luq": RECIPES["luq"],
 } | ({name: RECIPES[name] for name in LOWERED} if GPU else {})
@@ -33,7 +35,7 @@ CASES = {
 
 @interpreter.runs_the_others
 def test_in_the_interpreter():
-    interpreter.run(__file__, at_least=12)
+    interpreter.run(__file__, at_least=14)
 
 
 def linear(recipe: Recipe | None = None, bias: bool = True, **options) -> nn.Sequential:

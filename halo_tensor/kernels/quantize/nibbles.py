@@ -4,8 +4,6 @@
 by vectors of 16 bytes where widths and strides are multiples of 16.
 """
 
-# mypy: disallow-untyped-defs=False
-
 from functools import lru_cache
 
 import torch
