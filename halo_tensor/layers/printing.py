@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from halo_tensor.products.steps import holds_for_grad_input
-from halo_tensor.recipe import PRODUCTS, RECIPES, Product, Recipe, Rotation, halo
+from halo_tensor.recipe import PRODUCTS, RECIPES, Operand, Product, Recipe, Rotation, halo
 from halo_tensor.weight.sharded_parameters import shard_of
 from halo_tensor.weight.tensor import HaloWeight
 
@@ -104,4 +104,8 @@ def _describe_options(recipe: Recipe, level: int, granularity: str) -> list[str]
 def _describe_products(recipe: Recipe) -> list[str]:
     products: dict[str, Product] = {name: getattr(recipe, name) for name in PRODUCTS}
     changed = {name: p for name, p in products.items() if not (p.left.is_plain and p.right.is_plain)}
-    return [f"{name} {p.left.format or 'rotated'}" for name, p in changed.items()]
+    return [f"{name} {'·'.join(dict.fromkeys(_name(o) for o in (p.left, p.right)))}" for name, p in changed.items()]
+
+
+def _name(operand: Operand) -> str:
+    return str(operand.format or ("high precision" if operand.is_plain else "rotated"))

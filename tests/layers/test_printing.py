@@ -131,6 +131,7 @@ def test_recipes_are_named(name):
 def test_recipes_without_a_name():
     assert describe_recipe(halo(1, INT8, "row", Rotation(None, None))) == "halo(level=1, int8, full width, no signs)"
     assert describe_recipe(hot(4)) == "recipe(grad_input int4, grad_weight int8)"
+    assert describe_recipe(hot(None, saved=INT4)) == "recipe(grad_input int4, grad_weight int8·int4)"
     rotated = Operand(tokens=Rotation(16, None))
     assert describe_recipe(Recipe(grad_weight=Product(rotated, rotated))) == "recipe(grad_weight rotated)"
     assert describe_recipe(hot(grad_weight=INT4)) == "hot_int4"
