@@ -71,11 +71,12 @@ class InputQuantizer:
         from halo_tensor.kernels.recorded import Recorded  # Triton, which a machine without a GPU may lack
 
         (step,) = steps_for(layer.recipe, X, products)
-        self._operand = id(_INTERNED.setdefault(step.operand, step.operand))
+        packs = packs_input(layer.recipe)
+        self._operand = id(_INTERNED.setdefault(step.operand, step.operand)), packs
         self._layouts = [i for i, dimension in enumerate(reversed(X)) if dimension in step.contracted]
         #: A function of (shape, strides), x and a gain, which is called without a look at what other layers have made.
         quantize = partial(_quantized, quantizer(layer, X, step, layer.x), layer.in_features)
-        self.quantize = Recorded(partial(_packed, quantize) if packs_input(layer.recipe) else quantize)
+        self.quantize = Recorded(partial(_packed, quantize) if packs else quantize)
 
     def __call__(self, x: torch.Tensor, shape: torch.Size, gain: torch.Tensor | None = None) -> Sequence[torch.Tensor | None]:
         """Return what X brings to the products, as :class:`Codes` lists it. Layers that follow each other and read the same X
@@ -88,7 +89,7 @@ class InputQuantizer:
         if x.is_leaf:  # of which nothing is shared
             return self.quantize((shape, x.stride()), x, gain)
         shared = shared_operands(x)
-        key = self._operand, id(gain)
+        key = *self._operand, id(gain)
         found, _ = shared.get(key) or _NOTHING
         if found is None or any(found[i] is None for i in self._layouts):
             found = self.quantize((shape, x.stride()), x, gain)
