@@ -22,7 +22,7 @@ from halo_tensor.products.experts import grouped_linear
 from halo_tensor.recipe import INT8, Rotation, halo
 from tests.helpers import interpreter
 from tests.helpers.errors import relative_error, typical_error
-from tests.helpers.generated_code import compiled, lowered_again, work
+from tests.helpers.generated_code import calls_ops, compiled, lowered_again, work
 from tests.helpers.interpreter import DEVICE, runs_kernels
 
 
@@ -45,11 +45,6 @@ def step(f, mlp, x, e) -> list[torch.Tensor]:
 
 def data(tokens: int = 20) -> list[torch.Tensor]:
     return [torch.randn(tokens, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=i == 0) for i in range(2)]
-
-
-def calls_ops(code: str) -> bool:
-    """Apart from its comments, which show the graph that it was made from."""
-    return any("torch.ops.halo" in line and not line.lstrip().startswith("#") for line in code.splitlines())
 
 
 def compiled_step(config):

@@ -28,6 +28,11 @@ def compiled(f, *args, off: str | None = None) -> tuple[list[torch.Tensor], str]
     return results, code
 
 
+def calls_ops(code: str) -> bool:
+    """Apart from its comments, which show the graph that it was made from."""
+    return any("torch.ops.halo" in line and not line.lstrip().startswith("#") for line in code.splitlines())
+
+
 def work(code: str) -> tuple[list[str], list[str]]:
     """Return the buffers that generated code allocates and the names of the kernels that it launches."""
     kernels = dict(re.findall(r"^(halo_\w+) = Launch\([\w.]*\.(\w+),", code, re.MULTILINE))
