@@ -25,16 +25,16 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 from halo_tensor import calibrate, hot_config, quantize_
 from halo_tensor.analysis import measure_saved
 
-#: name -> how scales are chosen, activations=, and other options of the config; None: high precision.
-RECIPES: dict[str, tuple | None] = {
+#: name -> options of the config; None: high precision. LQS in a name: scales are chosen for each layer.
+RECIPES: dict[str, dict | None] = {
     "high precision": None,
-    "hot": ("given", "plain", {}),
-    "hot, LQS": ("chosen", "plain", {}),
-    "hot, LQS, all": ("chosen", "all", {}),
-    "hot, LQS, all-int4": ("chosen", "all-int4", {}),
-    "hot, LQS, whole rank": ("chosen", "plain", {"rank": None}),
-    "hot, LQS, X in int4": ("chosen", "plain", {"rank": None, "saved_bits": 4}),
-    "hot, LQS, X in int4, all": ("chosen", "all", {"rank": None, "saved_bits": 4}),
+    "hot": {},
+    "hot, LQS": {},
+    "hot, LQS, all": {"activations": "all"},
+    "hot, LQS, all-int4": {"activations": "all-int4"},
+    "hot, LQS, whole rank": {"rank": None},
+    "hot, LQS, X in int4": {"rank": None, "saved_bits": 4},
+    "hot, LQS, X in int4, all": {"rank": None, "saved_bits": 4, "activations": "all"},
 }
 NOTES = (
     "Accuracy on images that were not trained on, in %, mean of the seeds. LQS: the scales of E in grad_input are chosen for "
@@ -87,11 +87,11 @@ def prepare(model: torch.nn.Module, recipe: str, data: tuple, batch: int) -> flo
 
     model.train()
     plain = saved()
-    if RECIPES[recipe] is None:
+    options = RECIPES[recipe]
+    if options is None:
         return 1.0
-    scales, activations, options = RECIPES[recipe]
-    config = hot_config(activations=activations, **options)
-    if scales == "chosen":
+    config = hot_config(**options)
+    if "LQS" in recipe:
         batches = [
             {"pixel_values": x, "labels": y} for x, y in zip(data[0].split(batch)[:4], data[1].split(batch)[:4], strict=True)
         ]

@@ -38,9 +38,8 @@ CONTENDERS: dict[str, dict | None] = {
 }
 NOTES = (
     "hot: one scale per token for E in grad_input. int8, all, all-int4: activations= of its config. X in int4: with "
-    "hot_config(None, saved_bits=4). Peak: of a forward and "
-    "backward, with weights and gradients, no optimiser. Batch in so many GiB: the largest that ran while the allocator could "
-    "take no more. INT4 values are multiplied as INT8, exactly."
+    "hot_config(None, saved_bits=4). Peak: of a forward and backward, with weights and gradients, no optimiser. Batch in so "
+    "many GiB: the largest that ran while the allocator could take no more. INT4 values are multiplied as INT8, exactly."
 )
 
 
