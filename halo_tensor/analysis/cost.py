@@ -13,8 +13,9 @@ from torch import nn
 
 from halo_tensor.analysis.capture import hooked
 from halo_tensor.layers import kinds as layers
-from halo_tensor.recipe import INT4, PRODUCTS, Operand, Recipe, Rotation, X
+from halo_tensor.recipe import PRODUCTS, Operand, Recipe, Rotation, X
 from halo_tensor.reference.hadamard import carried
+from halo_tensor.reference.nibbles import can_pack
 from halo_tensor.reference.ops import rotated
 
 
@@ -116,7 +117,7 @@ def saved_bytes(recipe: Recipe, shape: Shape, high: int = 16) -> int:
     rows, columns = _width("tokens", rows, operand), _width("in_features", columns, operand)
     if operand.format is None:
         return groups * rows * columns * high // 8
-    codes = (rows + 1) // 2 * columns if operand.format == INT4 else rows * columns
+    codes = (rows + 1) // 2 * columns if can_pack(operand.format) else rows * columns
     return groups * (codes + operand.granularity.on(X).bytes(rows, columns))
 
 

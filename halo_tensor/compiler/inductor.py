@@ -176,7 +176,8 @@ def _lower(name: str, produced: int = 0) -> None:
     """
     op, body = getattr(torch.ops.halo, name).default, body_of(name)
     as_op = lowering.fallback_handler(op)
-    # What else reads a computed argument, as the sum of a gradient does, reads it from memory and does not compute it again.
+    # Inductor then writes a computed argument to memory at once. Otherwise its other readers, such as the sum of a gradient,
+    # would compute it again.
     lowering.add_needs_realized_inputs(op)
 
     @lowering.register_lowering(op, type_promotion_kind=None)

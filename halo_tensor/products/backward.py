@@ -11,7 +11,8 @@ from halo_tensor import ops
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.operands import quantize_operands
 from halo_tensor.products.steps import folded_products, reuses_operand
-from halo_tensor.recipe import INT4, E, Recipe, W
+from halo_tensor.recipe import E, Recipe, W
+from halo_tensor.reference.nibbles import can_pack
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,13 +83,15 @@ def take_apart(operand: torch.Tensor | None) -> tuple[list[torch.Tensor], Callab
 
 
 def take_apart_input(operand: torch.Tensor) -> tuple[list[torch.Tensor], Callable]:
-    """Do :func:`take_apart` for what X brings to grad_weight, which reads no other codes than the transposed ones. Those of
-    INT4 are saved in half a byte each."""
+    """Return what :func:`take_apart` returns, for what X brings to grad_weight.
+
+    Only the transposed codes are saved, since grad_weight reads no others. INT4 codes are saved in half a byte each.
+    """
     if not isinstance(operand, HadamardQuantTensor):
         return take_apart(operand)
     operand = operand.only("columns")
     tensors, put_together = take_apart(operand)
-    if operand.format != INT4:
+    if not can_pack(operand.format):
         return tensors, put_together
     at = operand.__tensor_flatten__()[0].index("codes_t")
     columns = tensors[at].shape[1]

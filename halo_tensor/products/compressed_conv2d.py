@@ -16,9 +16,9 @@ from halo_tensor.fences.pytorch import applied, autocast_dtype, is_watched
 from halo_tensor.kernels.device import runs_kernels
 from halo_tensor.operand import HadamardQuantTensor
 from halo_tensor.products.backward import check_first_derivative, take_apart_input, without_autocast
+from halo_tensor.products.launches import restored_columns, saved_columns
 from halo_tensor.products.operands import quantize_operands
-from halo_tensor.recipe import INT4, TENSOR, Operand, Recipe, Scales, X
-from halo_tensor.reference.ops import rotated
+from halo_tensor.recipe import TENSOR, Operand, Recipe, Scales, X
 
 _PER_COLUMN = Scales.per(in_features=1)
 _channels_last, _row_major = torch.channels_last, torch.contiguous_format
@@ -147,7 +147,6 @@ class _Launches:
     """
 
     def __init__(self, operand: Operand, dtype: torch.dtype, device: torch.device):
-        from halo_tensor.kernels.quantize import nibbles
         from halo_tensor.kernels.quantize.two_operands import Side, operands_quantizer
         from halo_tensor.kernels.recorded import Recorded
 
@@ -155,22 +154,20 @@ class _Launches:
         side = Side(operand.tokens, operand.format, operand.granularity == _PER_COLUMN)
         self.operand, self.dtype = operand, dtype
         self.quantize = operands_quantizer(dtype, device, None, side)
-        self.nibbles = nibbles if operand.format == INT4 else None
         self.compress, self.decompress = Recorded(self._compress), Recorded(self._decompress)
 
     def _compress(self, numbers: tuple, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return transposed codes, those of INT4 packed, and scales of a matrix, whose shape and strides are ``numbers``."""
+        """Return :func:`saved_columns` and scales of a matrix, whose shape and strides are ``numbers``."""
         _, codes_t, _, scale = self.quantize(matrix)
-        return (codes_t if self.nibbles is None else self.nibbles.pack_nibbles(codes_t)), scale
+        return saved_columns(codes_t, self.operand), scale
 
-    def _decompress(self, shape: torch.Size, codes_t: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
+    def _decompress(self, shape: torch.Size, saved: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
         """Return images of ``shape``, channels last."""
         from halo_tensor.kernels.quantize.dequantize import dequantize
 
         batch, channels, height, width = shape
         positions, strides = batch * height * width, (height * width * channels, 1, width * channels, channels)
-        if self.nibbles is not None:
-            codes_t = self.nibbles.unpack_nibbles(codes_t, rotated(positions, self.operand.tokens))
+        codes_t = restored_columns(saved, self.operand, positions)
         x = codes_t.new_empty_strided(shape, strides, dtype=self.dtype)
         dequantize(codes_t, scale, self.operand.tokens, (positions, channels), self.dtype, x)
         return (x,)

@@ -12,10 +12,11 @@ import torch
 
 from halo_tensor.products.operands import shared_operands
 from halo_tensor.products.steps import Dims, Step, steps_for
-from halo_tensor.recipe import INT4, PRODUCTS, TENSOR, Operand, Recipe, Scales, X
+from halo_tensor.recipe import PRODUCTS, TENSOR, Operand, Recipe, Scales, X
 from halo_tensor.recipe.formats import FLOAT32
 from halo_tensor.reference.codes import code_dtype
 from halo_tensor.reference.hadamard import carried
+from halo_tensor.reference.nibbles import can_pack
 from halo_tensor.reference.ops import LONGEST_SUM, rotated
 
 
@@ -64,19 +65,20 @@ def is_simple(granularity: Scales) -> bool:
 
 
 class InputQuantizer:
-    """The quantiser of a layer's X for some of its products, which ask for the same operand. Its launches are recorded. INT4
-    codes for grad_weight alone are packed."""
+    """The quantiser of a layer's X for some of its products, which ask for the same operand. Its launches are recorded. For
+    grad_weight alone, codes are returned as forward saves them (:func:`saved_columns`)."""
 
     def __init__(self, layer: Layer, products: tuple[str, ...]):
         from halo_tensor.kernels.recorded import Recorded  # Triton, which a machine without a GPU may lack
 
         (step,) = steps_for(layer.recipe, X, products)
-        packs = packs_input(layer.recipe)
-        self._operand = id(_INTERNED.setdefault(step.operand, step.operand)), packs
+        operand = _INTERNED.setdefault(step.operand, step.operand)
+        packs = products == ("grad_weight",) and can_pack(operand.format)
+        self._operand = id(operand), packs
         self._layouts = [i for i, dimension in enumerate(reversed(X)) if dimension in step.contracted]
         #: A function of (shape, strides), x and a gain, which is called without a look at what other layers have made.
         quantize = partial(_quantized, quantizer(layer, X, step, layer.x), layer.in_features)
-        self.quantize = Recorded(partial(_packed, quantize) if packs else quantize)
+        self.quantize = Recorded(partial(_saved, quantize, operand) if packs else quantize)
 
     def __call__(self, x: torch.Tensor, shape: torch.Size, gain: torch.Tensor | None = None) -> Sequence[torch.Tensor | None]:
         """Return what X brings to the products, as :class:`Codes` lists it. Layers that follow each other and read the same X
@@ -109,18 +111,34 @@ def _quantized(
     return quantize(x if x.ndim == 2 else x.reshape(-1, width), None, gain)
 
 
-def packs_input(recipe: Recipe) -> bool:
-    """Whether forward saves codes of X in half a byte each."""
-    return recipe.has_plain_output and recipe.grad_weight.right.format == INT4
-
-
-def _packed(quantize: Callable[..., Codes], *arguments: Any) -> Codes:
-    """Return what ``quantize`` returns, with packed columns."""
-    from halo_tensor.kernels.quantize.nibbles import pack_nibbles
-
+def _saved(quantize: Callable[..., Codes], operand: Operand, *arguments: Any) -> Codes:
+    """Return what ``quantize`` returns, with columns as forward saves them."""
     codes = quantize(*arguments)
     assert codes.columns is not None
-    return codes._replace(columns=pack_nibbles(codes.columns))
+    return codes._replace(columns=saved_columns(codes.columns, operand))
+
+
+def saved_columns(codes_t: torch.Tensor, operand: Operand) -> torch.Tensor:
+    """Return transposed codes of X as forward saves them: those of INT4 in half a byte each.
+
+    Args:
+        codes_t: int8 or fp8 [in_features, tokens after their rotation].
+        operand: what X brings to grad_weight.
+    """
+    if not can_pack(operand.format):
+        return codes_t
+    from halo_tensor.kernels.quantize.nibbles import pack_nibbles
+
+    return pack_nibbles(codes_t)
+
+
+def restored_columns(saved: torch.Tensor, operand: Operand, tokens: int) -> torch.Tensor:
+    """Return the transposed codes that :func:`saved_columns` got, of an X of ``tokens`` rows."""
+    if not can_pack(operand.format):
+        return saved
+    from halo_tensor.kernels.quantize.nibbles import unpack_nibbles
+
+    return unpack_nibbles(saved, rotated(tokens, operand.tokens))
 
 
 def quantizer(layer: Layer, dims: Dims, step: Step, dtype: torch.dtype) -> Callable[..., Codes]:

@@ -14,10 +14,9 @@ import torch
 from halo_tensor.kernels.device import check_device
 from halo_tensor.ops.quantizers import draw_seed
 from halo_tensor.products.gradients import BOTH, Gradients
-from halo_tensor.products.launches import InputQuantizer, Layer, is_simple, packs_input, product, quantizer
+from halo_tensor.products.launches import InputQuantizer, Layer, is_simple, product, quantizer, restored_columns
 from halo_tensor.products.steps import Step, reuses_operand, steps_for
 from halo_tensor.recipe import DIMENSIONS, PRODUCTS, Recipe, W, X
-from halo_tensor.reference.ops import rotated
 
 
 def can_lower(recipe: Recipe) -> bool:
@@ -129,12 +128,10 @@ class LoweredBackward:
     """
 
     def __init__(self, layer: Layer):
-        from halo_tensor.kernels.quantize.nibbles import unpack_nibbles
         from halo_tensor.kernels.recorded import Recorded
 
         check_device(layer.recipe.formats, layer.device)
         self.layer = layer
-        self.unpack: Callable[[torch.Tensor, int], torch.Tensor] | None = unpack_nibbles if packs_input(layer.recipe) else None
         self.quantize_x = InputQuantizer(layer, ("grad_weight",))
         (step,) = steps_for(layer.recipe, W, ("grad_input",))
         self.quantize_w = quantizer(layer, W, step, layer.weight)
@@ -183,8 +180,8 @@ class LoweredBackward:
         """Do :meth:`backward`. ``numbers``: the shape of X, then what the tensors' strides depend on."""
         if w is not None:
             _, w_columns, w_scale = self.quantize_w(w)
-        if x_columns is not None and self.unpack is not None:
-            x_columns = self.unpack(x_columns, rotated(prod(numbers[0][:-1]), self.layer.recipe.grad_weight.right.tokens))
+        if x_columns is not None:
+            x_columns = restored_columns(x_columns, self.layer.recipe.grad_weight.right, prod(numbers[0][:-1]))
         return self.gradients(numbers[0], e, x_columns, x_scale, w_columns, w_scale, seeds)
 
 

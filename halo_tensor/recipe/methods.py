@@ -91,12 +91,10 @@ def hot(
     tokens = low if low_rank_input == "external" else None
     per = _per_index if granularity == "row" else _per_tensor
     e = Operand(grad_input, Scales.of(scale), tokens, out_features=features, rounding=rounding)
-    x = Operand(grad_weight, per("in_features"), tokens=low)
-    if saved is not None:
-        x = Operand(saved, _per_index("in_features"), tokens=low)
+    of_x = (grad_weight, per("in_features")) if saved is None else (saved, _per_index("in_features"))
     return Recipe(
         grad_input=Product(e, Operand(grad_input, per("in_features"), out_features=features)),
-        grad_weight=Product(Operand(grad_weight, per("out_features"), tokens=low), x),
+        grad_weight=Product(Operand(grad_weight, per("out_features"), tokens=low), Operand(*of_x, tokens=low)),
         quantized_convolutions=quantized_convolutions,
     )
 

@@ -6,7 +6,13 @@ The functions consist of pointwise ops, as those of :mod:`halo_tensor.reference.
 import torch
 from torch.nn.functional import pad
 
+from halo_tensor.recipe import INT4, Format
 from halo_tensor.reference.codes import aligned
+
+
+def can_pack(format: Format | None) -> bool:
+    """Whether codes of X in this format are saved in half a byte each."""
+    return format == INT4
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

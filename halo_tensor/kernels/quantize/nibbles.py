@@ -47,7 +47,7 @@ def unpack_nibbles_kernel(
     """Do the inverse of :func:`pack_nibbles_kernel`."""
     row, column, byte, is_code, is_byte = _tile(M, K, BYTES, ROWS, PAIRS)
     pair = tl.load(packed + row[:, None] * stride_packed + byte[None, :], mask=is_byte, other=0).to(tl.int32)
-    # In 32 bits, a shift to each side is one instruction; in 8 bits it is several.
+    # A shift of a 32-bit integer takes one instruction. A shift of a byte takes several.
     code = tl.reshape(tl.join(pair << 28 >> 28, pair << 24 >> 28), (ROWS, 2 * PAIRS)).to(tl.int8)
     tl.store(codes + row[:, None] * stride_codes + column[None, :], code, mask=is_code)
 
